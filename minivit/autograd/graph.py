@@ -1,0 +1,226 @@
+"""The graph: nodes that remember how an array was made, and the walk back through them.
+
+A node holds raw arrays and its parent nodes, never Tensors, and a leaf refers only weakly to its Tensor: there are no
+reference cycles, so the graph is freed by reference counts alone. Nothing here knows what an operation computes.
+
+Reverse-mode differentiation: Griewank and Walther 2008, "Evaluating Derivatives", chapter 3.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from minivit.backend import Array, device_of, on_device_of
+from minivit.errors import GraphError
+
+# ---- recording -------------------------------------------------------------------------------------------------------
+
+
+class _Recording(threading.local):
+    enabled = True
+    first_order = False
+
+
+recording = _Recording()
+"""What this thread records: threads may run forward and backward passes side by side."""
+
+
+@contextlib.contextmanager
+def no_grad() -> Iterator[None]:
+    """Record nothing in this block (or function, as a decorator): results have no graph."""
+    before, recording.enabled = recording.enabled, False
+    try:
+        yield
+    finally:
+        recording.enabled = before
+
+
+@contextlib.contextmanager
+def first_order() -> Iterator[None]:
+    """Record, in this block, for ``backward`` only.
+
+    Operations with a fast gradient then use it and keep what it reads (a derivative, probabilities) instead of their
+    inputs. ``grad(..., create_graph=True)`` through such a graph raises :class:`GraphError`.
+    """
+    before, recording.first_order = recording.first_order, True
+    try:
+        yield
+    finally:
+        recording.first_order = before
+
+
+# ---- nodes -----------------------------------------------------------------------------------------------------------
+
+
+class Unsaved:
+    """Stands for an input that an operation did not ask to keep: it has a shape and a dtype, and nothing to read."""
+
+    __slots__ = ("device", "dtype", "shape")
+
+    def __init__(self, array: Array) -> None:
+        self.shape: tuple[int, ...] = array.shape
+        self.dtype = array.dtype
+        self.device = device_of(array)
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes."""
+        return len(self.shape)
+
+    def __getattr__(self, name: str) -> Any:
+        raise GraphError(
+            f"a gradient reads {name!r} of an input of shape {self.shape} that its operation does not keep",
+            "name that input in @op(save=...)",
+        )
+
+
+class Node:
+    """One recorded operation, or a leaf (``op`` None).
+
+    ``args`` are the operation's arguments in the order of its signature, as raw arrays, with :class:`Unsaved` for what
+    it does not keep; ``parents`` has one entry for each differentiable input: its node, or None for a constant.
+    ``kept`` is what the fast gradient reads, if the node was recorded for it.
+    """
+
+    __slots__ = ("__weakref__", "args", "dtype", "kept", "op", "out", "parents", "shape", "tensor")
+
+    def __init__(self, op: Any, args: Any, parents: tuple[Node | None, ...], out: Array, kept: Any = None) -> None:
+        self.op = op
+        self.args = args
+        self.parents = parents
+        self.shape: tuple[int, ...] = out.shape
+        self.dtype = out.dtype
+        self.out = out if op.saves_out and kept is None else None
+        self.kept = kept
+        self.tensor: Callable[[], Any] = _no_tensor
+
+    @classmethod
+    def leaf(cls, tensor: Any) -> Node:
+        """Return the node of a Tensor that is nobody's result."""
+        node = cls.__new__(cls)
+        node.op = node.args = node.out = node.kept = None
+        node.parents = ()
+        node.shape, node.dtype = tensor.data.shape, tensor.data.dtype
+        node.tensor = weakref.ref(tensor)
+        return node
+
+    def free(self) -> None:
+        """Drop the arrays; a later walk through this node raises."""
+        self.args = self.out = self.kept = None
+        self.parents = ()
+
+
+def _no_tensor() -> None:
+    return None
+
+
+# ---- the walk back ---------------------------------------------------------------------------------------------------
+
+
+def propagate(
+    root: Node,
+    cotangent: Any,
+    wanted: set[Node] | None = None,
+    wrap: Callable[[Array, Node | None], Any] | None = None,
+) -> Iterator[tuple[Node, Any]]:
+    """Walk from ``root`` to its leaves and yield (node, gradient) for every leaf, or for every ``wanted`` node.
+
+    A leaf is yielded each time a contribution to it is known, so that the caller can add it up at once and no gradient
+    waits; any other node is yielded once. Yielded arrays may be views of others: copy what is to be kept.
+
+    Without ``wrap`` gradients are raw arrays and each node is freed when it is done. With ``wrap`` (array, node →
+    Tensor) the gradients run on Tensors, are themselves recorded, and the graph stays.
+    """
+    order = _from_root(root)
+    alive = _above(order, wanted)
+    grads: dict[Node, Any] = {root: cotangent}
+    ours: set[Node] = set()  # nodes whose sum so far is an array made here, to be added to in place
+    # what the gradients make must be made where the arrays are; a Tensor's operations see to that themselves
+    with contextlib.nullcontext() if wrap else on_device_of(cotangent):
+        for node in order:
+            grad = grads.pop(node, None)
+            if grad is None or node not in alive:
+                continue
+            ours.discard(node)
+            if node.op is None or (wanted is not None and node in wanted):
+                yield node, grad
+                if node.op is None:
+                    continue
+            if node.args is None and node.kept is None:
+                raise GraphError(
+                    f"backward reached a result of {node.op.name} whose graph is already freed",
+                    "run the forward pass again, add the losses up before one backward, "
+                    "or use grad(..., create_graph=True), which keeps the graph",
+                )
+            needs = tuple(parent is not None and parent in alive for parent in node.parents)
+            if not any(needs):
+                continue
+            parents = node.parents
+            results = node.op.gradient(node, grad, needs, wrap)
+            name = node.op.name
+            if wrap is None:
+                node.free()
+            del grad
+            for i, (parent, needed) in enumerate(zip(parents, needs, strict=True)):
+                if not needed or parent is None:
+                    continue
+                part = unbroadcast(results[i], parent.shape)
+                if part.shape != parent.shape or part.dtype != parent.dtype:
+                    raise GraphError(
+                        f"the gradient of {name} for its input {i} is {part.dtype}{part.shape}, "
+                        f"the input is {parent.dtype}{parent.shape}",
+                        "mend the operation's gradient; Python scalars keep float32 as it is, NumPy scalars do not",
+                    )
+                if parent.op is None and wrap is None:
+                    yield parent, part
+                elif parent not in grads:
+                    grads[parent] = part
+                elif parent in ours:
+                    grads[parent] += part
+                else:
+                    grads[parent] = grads[parent] + part
+                    if wrap is None and part.ndim:  # NumPy's sum of two 0-d arrays is no array
+                        ours.add(parent)
+
+
+def _from_root(root: Node) -> list[Node]:
+    """Return the nodes, each before all its parents (with an explicit stack: graphs may be thousands deep)."""
+    order: list[Node] = []
+    seen: set[Node] = set()
+    stack: list[tuple[Node, bool]] = [(root, False)]
+    while stack:
+        node, done = stack.pop()
+        if done:
+            order.append(node)
+        elif node not in seen:
+            seen.add(node)
+            stack.append((node, True))
+            stack.extend((p, False) for p in node.parents if p is not None and p not in seen)
+    order.reverse()
+    return order
+
+
+def _above(order: list[Node], wanted: set[Node] | None) -> set[Node]:
+    """Return the nodes from which a wanted node can be reached; all of them if everything is wanted."""
+    if wanted is None:
+        return set(order)
+    alive: set[Node] = set()
+    for node in reversed(order):
+        if node in wanted or any(p in alive for p in node.parents):
+            alive.add(node)
+    return alive
+
+
+def unbroadcast(grad: Any, shape: tuple[int, ...]) -> Any:
+    """Sum ``grad`` over the axes along which an input of ``shape`` was broadcast. Works on arrays and on Tensors."""
+    if grad.shape == shape:
+        return grad
+    extra = len(grad.shape) - len(shape)
+    axes = tuple(range(extra)) + tuple(
+        i + extra for i, n in enumerate(shape) if n == 1 and grad.shape[i + extra] != 1
+    )  # fmt: skip
+    return grad.sum(axis=axes, keepdims=True).reshape(shape) if axes else grad.reshape(shape)

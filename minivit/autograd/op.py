@@ -1,0 +1,215 @@
+"""Op: a function of arrays with its gradient, made differentiable.
+
+    @op(save=("out",))                       # all that the gradient may read, besides shapes and dtypes
+    def exp(x: Array) -> Array:              # raw arrays; `Array` marks the differentiable inputs
+        return array_module(x).exp(x)
+
+    exp.vjps(lambda g, out, x: g * out)      # in public operations: runs on arrays, and on Tensors for second order
+
+Called with plain arrays an Op runs its function and no more; called with a Tensor among its arguments it records.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from minivit.autograd.graph import Node, Unsaved, recording
+from minivit.autograd.tensor import Tensor
+from minivit.backend import Array, device_of, is_array, on_device_of
+from minivit.errors import ConfigError, DeviceError, DTypeError, GraphError, MinivitError, ShapeError
+
+OPS: dict[str, Op] = {}
+"""Every operation by its name; the test suite's table must have a row for each."""
+
+
+class Op:
+    """A differentiable operation. Arguments follow the forward function's signature."""
+
+    def __init__(self, forward: Callable[..., Any], save: Sequence[str]) -> None:
+        functools.update_wrapper(self, forward)
+        parameters = list(inspect.signature(forward).parameters.values())
+        self.forward = forward
+        self.name = forward.__name__.lstrip("_")  # _concat(axis, *arrays) is behind concat(arrays, axis)
+        self.names = [p.name for p in parameters if p.kind is not p.VAR_POSITIONAL]
+        self.defaults = tuple(p.default for p in parameters if p.kind is not p.VAR_POSITIONAL)
+        self.inputs = [
+            i for i, p in enumerate(parameters) if str(p.annotation).startswith("Array") and p.kind is not p.VAR_POSITIONAL
+        ]
+        # def f(setting, *arrays: Array): everything from there on is an input
+        self.variadic = len(self.names) if parameters[-1].kind is inspect.Parameter.VAR_POSITIONAL else None
+        self.save = frozenset(save)
+        self.saves_out = "out" in self.save
+        self.reference: Callable[..., Any] | None = None
+        self._vjp: Callable[..., Any] | None = None
+        self._vjps: tuple[Callable[..., Any], ...] = ()
+        self._fast: Callable[..., Any] | None = None
+        self._fast_vjp: Callable[..., Any] | None = None
+        unknown = self.save - set(self.names) - {"out"}
+        if unknown:
+            raise ConfigError(f"op {self.name}: save names {sorted(unknown)}", f"its arguments are {self.names}")
+        OPS[self.name] = self
+
+    # ---- defining ----
+
+    def vjp(self, gradient: Callable[..., Any]) -> Callable[..., Any]:
+        """Set the gradient: ``gradient(g, out, *arguments, needs=...)`` → a gradient (or None) for each input.
+
+        ``needs`` says which inputs want one. A gradient of the broadcast shape is fine: the engine sums it.
+        """
+        self._vjp = gradient
+        return gradient
+
+    def vjps(self, *gradients: Callable[..., Any]) -> None:
+        """Set one gradient for each input, ``gradient(g, out, *arguments)``, called only where it is needed."""
+        self._vjps = gradients
+
+    def fast(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """Set a second forward for first-order recording: returns (out, what the fast gradient reads)."""
+        self._fast = forward
+        return forward
+
+    def fast_vjp(self, gradient: Callable[..., Any]) -> Callable[..., Any]:
+        """Set the fast gradient, on raw arrays: ``gradient(g, kept, needs)`` → a gradient (or None) for each input."""
+        self._fast_vjp = gradient
+        return gradient
+
+    def composed(self, reference: Callable[..., Any]) -> Callable[..., Any]:
+        """Set the same mathematics composed of simpler operations: what the tests hold a fused operation against."""
+        self.reference = reference
+        return reference
+
+    def __get__(self, instance: Any, owner: Any = None) -> Any:
+        """Act as a method when attached to a class, as functions do."""
+        return self if instance is None else types.MethodType(self, instance)
+
+    def __repr__(self) -> str:
+        return f"<op {self.name}>"
+
+    # ---- running ----
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if kwargs or len(args) < len(self.names):
+            args = self._bind(args, kwargs)
+        elif self.variadic is None and len(args) > len(self.names):
+            raise ConfigError(f"{self.name} takes {len(self.names)} arguments, got {len(args)}", f"{self.names}")
+        for a in args:
+            if isinstance(a, Tensor):
+                return self._record(args)
+        return self._run(self.forward, args)
+
+    def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+        values = list(args) + list(self.defaults[len(args) :])
+        for name, value in kwargs.items():
+            if name not in self.names:
+                raise ConfigError(f"{self.name} has no argument {name!r}", f"its arguments are {', '.join(self.names)}")
+            if self.names.index(name) < len(args):
+                raise ConfigError(f"{self.name} got {name!r} twice", "give it once")
+            values[self.names.index(name)] = value
+        for name, value in zip(self.names, values, strict=False):
+            if value is inspect.Parameter.empty:
+                raise ConfigError(f"{self.name} needs {name!r}", f"its arguments are {', '.join(self.names)}")
+        return tuple(values)
+
+    def _run(self, forward: Callable[..., Any], args: Sequence[Any]) -> Any:
+        try:
+            return forward(*args)
+        except MinivitError:
+            raise
+        except (ValueError, IndexError) as error:
+            shapes = ", ".join(f"{a.dtype}{a.shape}" for a in args if is_array(a))
+            raise ShapeError(f"{self.name}({shapes}): {error}", "check the shapes and axes") from error
+
+    def input_positions(self, args: Sequence[Any]) -> Sequence[int]:
+        """Return the positions of the differentiable inputs among ``args``."""
+        return self.inputs if self.variadic is None else [*self.inputs, *range(self.variadic, len(args))]
+
+    def _record(self, args: tuple[Any, ...]) -> Tensor:
+        positions = self.input_positions(args)
+        raw = [a.data if isinstance(a, Tensor) else a for a in args]
+        for i in positions:
+            if isinstance(raw[i], np.generic):
+                raw[i] = raw[i].item()  # a number, not an array: it takes the Tensor's dtype
+        if len(positions) > 1:
+            self._check_alike(raw, positions)
+        parents = tuple([args[i].node if isinstance(args[i], Tensor) else None for i in positions])
+        recorded = recording.enabled and any(p is not None for p in parents)
+        kept = None
+        with on_device_of(next(r for r in raw if is_array(r))):
+            if recorded and recording.first_order and self._fast is not None:
+                out, kept = self._run(self._fast, raw)
+            else:
+                out = self._run(self.forward, raw)
+        if isinstance(out, np.generic):
+            out = np.asarray(out)
+        if not recorded:
+            return Tensor(out)
+        if kept is None:
+            for i in positions:
+                saved = self.names[i] in self.save if i < len(self.names) else False
+                if not saved and is_array(raw[i]):
+                    raw[i] = Unsaved(raw[i])
+            return Tensor(out, Node(self, raw, parents, out))
+        return Tensor(out, Node(self, None, parents, out, kept))
+
+    def _check_alike(self, args: list[Any], positions: Sequence[int]) -> None:
+        """Raise unless the input arrays share a dtype and a device."""
+        arrays = [(i, args[i]) for i in positions if is_array(args[i])]
+        first = arrays[0][1]
+        for i, a in arrays[1:]:
+            if a.dtype != first.dtype:
+                if {a.dtype.char, first.dtype.char} == {"d", "D"}:  # a gradient check's complex step among constants
+                    for j, b in arrays:
+                        args[j] = b.astype("complex128")
+                    return
+                raise DTypeError(
+                    f"{self.name}: {first.dtype}{first.shape} and {a.dtype}{a.shape} have different dtypes",
+                    f"convert one side: .to(np.{first.dtype}) or array.astype(np.{first.dtype})",
+                )
+            if device_of(a) != device_of(first):
+                raise DeviceError(
+                    f"{self.name}: {first.shape} is on {device_of(first)}, {a.shape} on {device_of(a)}",
+                    f"move one side: .to({device_of(first)!r})",
+                )
+
+    # ---- differentiating ----
+
+    def gradient(self, node: Node, g: Any, needs: tuple[bool, ...], wrap: Callable[..., Any] | None) -> Sequence[Any]:
+        """Return the gradient for each input of ``node``; with ``wrap`` on Tensors, re-joined to the graph."""
+        if node.kept is not None:
+            if wrap is not None:
+                raise GraphError(
+                    f"{self.name} was recorded for first-order gradients only",
+                    "run the forward pass outside first_order() to use create_graph=True",
+                )
+            assert self._fast_vjp is not None
+            return self._fast_vjp(g, node.kept, needs)
+        args, out = node.args, node.out
+        if wrap is not None:
+            args = list(args)
+            for i, parent in zip(self.input_positions(args), node.parents, strict=True):
+                if parent is not None and not isinstance(args[i], Unsaved):
+                    args[i] = wrap(args[i], parent)
+            out = wrap(out, node) if out is not None else None
+        if self._vjps:
+            each = self._vjps if self.variadic is None else self._vjps * len(needs)
+            return [f(g, out, *args) if need else None for f, need in zip(each, needs, strict=True)]
+        if self._vjp is None:
+            raise GraphError(f"{self.name} has no gradient", "detach its input, or define one with .vjp")
+        result = self._vjp(g, out, *args, needs=needs)
+        return result if isinstance(result, (tuple, list)) else (result,)
+
+
+def op(save: Sequence[str] = ()) -> Callable[[Callable[..., Any]], Op]:
+    """Make a function of arrays an :class:`Op`; ``save`` names the inputs (and ``"out"``) that its gradient reads."""
+    return lambda forward: Op(forward, save)
+
+
+def raw(x: Any) -> Array:
+    """Return the array of a Tensor, or ``x`` itself: for masks and signs, which are constants to a gradient."""
+    return x.data if isinstance(x, Tensor) else x

@@ -1,0 +1,271 @@
+"""Array backends: NumPy on the CPU and CuPy on CUDA, behind a handful of functions.
+
+Arrays decide: :func:`array_module` finds the module (NumPy or CuPy) that an array belongs to, and an operation works on
+whichever array it gets. There is no current backend to set or to forget. CuPy is imported only when a CUDA device is
+asked for.
+
+Random numbers are counter-based: a :class:`Key` (seed, stream, step) and a position give a number, with no hidden state,
+in integer arithmetic that has the same bits on both backends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from minivit.errors import ConfigError, DeviceError
+
+Array = Any
+"""A NumPy or CuPy ndarray. Written on a parameter of an operation, it marks a differentiable input."""
+
+
+# ---- whose array is it -----------------------------------------------------------------------------------------------
+
+
+def array_module(*arrays: Array) -> Any:
+    """Return the module, NumPy or CuPy, that the arrays belong to (Python scalars belong to any)."""
+    cupy = sys.modules.get("cupy")  # an array of CuPy's can only exist once CuPy is imported
+    if cupy is not None and any(isinstance(a, cupy.ndarray) for a in arrays):
+        return cupy
+    return np
+
+
+def is_array(x: object) -> bool:
+    """Tell whether ``x`` is an ndarray of one of the backends."""
+    return isinstance(x, np.ndarray) or array_module(x) is not np
+
+
+def device_of(array: Array) -> str:
+    """Return ``"cpu"`` or ``"cuda:N"``."""
+    return "cpu" if isinstance(array, np.ndarray) else f"cuda:{array.device.id}"
+
+
+def on_device_of(array: Array) -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which new arrays are made on the device of ``array``."""
+    return contextlib.nullcontext() if isinstance(array, np.ndarray) else array.device
+
+
+def to_device(array: Array, device: str) -> Array:
+    """Return ``array`` on ``device``; the array itself if it is there already."""
+    device = resolve_device(device)
+    if device_of(array) == device:
+        return array
+    if device == "cpu":
+        return to_numpy(array)
+    import cupy
+
+    with cupy.cuda.Device(int(device.removeprefix("cuda:"))):
+        return cupy.asarray(array)
+
+
+def to_numpy(array: Array) -> np.ndarray:
+    """Return a NumPy array: itself, or a copy from the GPU (which waits for the GPU)."""
+    return array if isinstance(array, np.ndarray) else array.get()
+
+
+# ---- devices ---------------------------------------------------------------------------------------------------------
+
+
+def cuda_status() -> str | None:
+    """Return None if CUDA can be used, else why not and what to install."""
+    try:
+        import cupy
+    except ImportError:
+        return "CuPy is not installed: pip install 'minivit[cuda13]' (or [cuda12] for an older driver)"
+    try:
+        count = cupy.cuda.runtime.getDeviceCount()
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        return f"CuPy found, no CUDA driver ({str(error).split(':')[0]}): install NVIDIA's driver"
+    return None if count else "CuPy and a CUDA driver found, but no CUDA device"
+
+
+def resolve_device(device: str) -> str:
+    """Return ``"cpu"`` or ``"cuda:N"`` for ``"cpu"``, ``"cuda"`` or ``"cuda:N"``; raise DeviceError if it is not there."""
+    if device == "cpu":
+        return device
+    kind, _, index = device.partition(":")
+    if kind != "cuda" or (index and not index.isdecimal()) or device.endswith(":"):
+        raise DeviceError(f"unknown device {device!r}", "use 'cpu', 'cuda', 'cuda:1', …")
+    if why_not := cuda_status():
+        raise DeviceError(f"device {device!r} is not available: {why_not}", "use --device cpu until then")
+    import cupy
+
+    count = cupy.cuda.runtime.getDeviceCount()
+    if int(index or 0) >= count:
+        raise DeviceError(f"device {device!r} does not exist", f"there are {count}: cuda:0 to cuda:{count - 1}")
+    return f"cuda:{int(index or 0)}"
+
+
+def auto_device(device: str = "auto") -> tuple[str, str]:
+    """Resolve ``"auto"``: return the device and, where it is the CPU for want of CUDA, the reason (else ``""``)."""
+    if device != "auto":
+        return resolve_device(device), ""
+    why_not = cuda_status()
+    return ("cpu", why_not) if why_not else ("cuda:0", "")
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+
+def memory_in_use(device: str = "cpu") -> int:
+    """Return bytes in use now: the process's resident set on the CPU, CuPy's pool on a GPU."""
+    if device != "cpu":
+        import cupy
+
+        with cupy.cuda.Device(int(device.removeprefix("cuda:"))):
+            return int(cupy.get_default_memory_pool().used_bytes())
+    try:
+        with open("/proc/self/statm") as f:
+            return int(f.read().split()[1]) * _page_size()
+    except OSError:  # no /proc: the peak is the best that the standard library offers
+        return peak_memory()
+
+
+def peak_memory() -> int:
+    """Return the process's largest resident set so far, in bytes."""
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # kibibytes on Linux, bytes on macOS
+
+
+def total_memory(device: str = "cpu") -> int:
+    """Return the machine's or the GPU's memory in bytes."""
+    if device != "cpu":
+        import cupy
+
+        with cupy.cuda.Device(int(device.removeprefix("cuda:"))) as gpu:
+            return int(gpu.mem_info[1])
+    import os
+
+    return os.sysconf("SC_PHYS_PAGES") * _page_size()
+
+
+def _page_size() -> int:
+    import os
+
+    return os.sysconf("SC_PAGE_SIZE")
+
+
+# ---- random numbers --------------------------------------------------------------------------------------------------
+
+_MASK = (1 << 64) - 1
+_GOLDEN = 0x9E3779B97F4A7C15
+
+
+def _mix(z: int) -> int:
+    """Finalise 64 bits as SplitMix64 does (Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators")."""
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
+    return z ^ (z >> 31)
+
+
+@dataclass(frozen=True)
+class Key:
+    """Names one stream of random numbers: (seed, stream, step). Equal keys give equal numbers, on every backend.
+
+    ``stream`` tells independent users apart (initialisation, shuffling, one dropout layer and the next); ``step`` is
+    the training step. Nothing advances by itself: to get fresh numbers, use another step or another stream.
+    """
+
+    seed: int
+    stream: int = 0
+    step: int = 0
+
+    def child(self, stream: int) -> Key:
+        """Return the key of the ``stream``-th user under this one."""
+        return Key(self.seed, _mix((self.stream * _GOLDEN + stream + 1) & _MASK), self.step)
+
+    def at(self, step: int) -> Key:
+        """Return the same stream's key at another step."""
+        return Key(self.seed, self.stream, step)
+
+    def bits(self) -> int:
+        """Return the 64 bits that start the counter."""
+        z = 0
+        for part in (self.seed, self.stream, self.step):
+            z = _mix((z + (part & _MASK) + _GOLDEN) & _MASK)
+        return z
+
+
+def random_bits(key: Key, shape: tuple[int, ...], *, start: int = 0, device: str = "cpu") -> Array:
+    """Return uint32 random bits of ``shape``; element i (in C order) depends on ``key`` and ``start + i`` only.
+
+    So rows can be made apart: ``start=row * row_size`` gives the very numbers that the whole array has there.
+    """
+    size = int(np.prod(shape, dtype=np.int64))
+    if device == "cpu":
+        return _splitmix(np, key.bits(), start, size).reshape(shape)
+    import cupy
+
+    with cupy.cuda.Device(int(device.removeprefix("cuda:"))):
+        return _splitmix(cupy, key.bits(), start, size).reshape(shape)
+
+
+def _splitmix(xp: Any, seed: int, start: int, size: int) -> Array:
+    z = xp.arange(start + 1, start + size + 1, dtype=xp.uint64)
+    z *= xp.uint64(_GOLDEN)
+    z += xp.uint64(seed)
+    z ^= z >> xp.uint64(30)
+    z *= xp.uint64(0xBF58476D1CE4E5B9)
+    z ^= z >> xp.uint64(27)
+    z *= xp.uint64(0x94D049BB133111EB)
+    z ^= z >> xp.uint64(31)
+    return (z >> xp.uint64(32)).astype(xp.uint32)
+
+
+def uniform(key: Key, shape: tuple[int, ...], *, start: int = 0, device: str = "cpu") -> Array:
+    """Return float32 uniform numbers in [0, 1), multiples of 2⁻²⁴."""
+    bits = random_bits(key, shape, start=start, device=device)
+    return (bits >> array_module(bits).uint32(8)).astype("float32") * 2.0**-24
+
+
+def normal(key: Key, shape: tuple[int, ...]) -> np.ndarray:
+    """Return float64 standard normal numbers (Box and Muller 1958).
+
+    Always made on the CPU, because log and cos differ in their last bit between libraries; the caller moves them.
+    """
+    u1 = (random_bits(key.child(0), shape) + 1.0) * 2.0**-32  # in (0, 1]: its logarithm is finite
+    u2 = random_bits(key.child(1), shape) * 2.0**-32
+    return np.sqrt(-2.0 * np.log(u1)) * np.cos(2.0 * np.pi * u2)
+
+
+def permutation(key: Key, n: int) -> np.ndarray:
+    """Return a random order of 0 … n-1 as int64 (on the CPU: it indexes data that lies there)."""
+    high = random_bits(key.child(0), (n,)).astype(np.uint64) << np.uint64(32)
+    return np.argsort(high | random_bits(key.child(1), (n,)), kind="stable")
+
+
+# ---- what the array modules lack -------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def blas_threads(threads: int) -> Iterator[None]:
+    """Hold the CPU's BLAS to ``threads`` threads in this block."""
+    if threads < 1:
+        raise ConfigError(f"BLAS cannot run on {threads} threads", "use at least 1")
+    from threadpoolctl import threadpool_limits
+
+    with threadpool_limits(threads, user_api="blas"):
+        yield
+
+
+def keep_freed_memory() -> bool:
+    """Tell glibc's malloc to keep freed pages for the next array instead of returning them; return whether it could.
+
+    A training step frees and allocates the same sizes over and over, and glibc hands large blocks back to the system
+    each time, so that every step pays for their page faults again: ×1.6 on code that makes many temporaries. Call it
+    once, before threads start. Other C libraries are left as they are.
+    """
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        options = ((-8, 1), (-3, 1 << 30), (-1, (1 << 31) - 1), (-2, 1 << 26))
+        return all([libc.mallopt(option, value) for option, value in options])  # arenas, mmap, trim, top pad
+    except (OSError, AttributeError):
+        return False

@@ -1,0 +1,120 @@
+"""Scaled dot-product attention (Vaswani et al. 2017, arXiv 1706.03762, section 3.2.1; ViT appendix A, eq. 5 to 8)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from minivit.autograd.op import op, raw
+from minivit.backend import Array, Key, array_module, to_device
+from minivit.errors import ConfigError, ShapeError
+from minivit.ops.dropout import keep_scale
+from minivit.ops.elementwise import where
+from minivit.ops.matmul import matmul
+from minivit.ops.normalize import softmax
+from minivit.ops.reduce import sum
+from minivit.ops.shape import stack, swapaxes
+
+_FORBIDDEN = -1e30  # a score that no allowed one comes near, and yet finite: a row of them alone has no NaN
+
+
+def attention_weights(q: Any, k: Any, mask: Any = None, scale: float | None = None) -> Any:
+    """Return P = softmax(scale · Q·Kᵀ) over the keys: q (…, Tq, d), k (…, Tk, d) → (…, Tq, Tk).
+
+    ``mask`` (bool, broadcast to the result, True = may not attend). A query that may attend to nothing gets zeros.
+    ``scale`` is 1/√d unless given. Works on arrays and on Tensors.
+    """
+    scores = matmul(q, swapaxes(k, -1, -2)) * (1.0 / math.sqrt(q.shape[-1]) if scale is None else scale)
+    if mask is None:
+        return softmax(scores)
+    return where(mask, 0.0, softmax(where(mask, _FORBIDDEN, scores)))
+
+
+@op(save=("q", "k", "v"))
+def attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    mask: Any = None,
+    scale: float | None = None,
+    dropout: float = 0.0,
+    key: Key | None = None,
+    first_row: int = 0,
+) -> Array:
+    """Return P·V with P = softmax(scale · Q·Kᵀ): q (…, Tq, d), k (…, Tk, d), v (…, Tk, e) → (…, Tq, e).
+
+    ``mask`` is bool, broadcast to (…, Tq, Tk), True = may not attend; a query that may attend to nothing gets zeros.
+    ``dropout`` drops entries of P, by ``key``; with several axes before Tq the first is the batch.
+    """
+    q, k, v = raw(q), raw(k), raw(v)
+    if q.shape[-1] != k.shape[-1] or k.shape[-2] != v.shape[-2]:
+        raise ShapeError(
+            f"attention: queries {q.shape}, keys {k.shape}, values {v.shape}",
+            "queries and keys share their last axis, keys and values the last but one",
+        )
+    p = attention_weights(q, k, _on_device(mask, q), scale)
+    drop = _drop(p, dropout, key, first_row)
+    return (p if drop is None else p * drop) @ v
+
+
+def _on_device(mask: Any, like: Array) -> Any:
+    if mask is None or array_module(like) is array_module(mask := raw(mask)):
+        return mask
+    return to_device(mask, f"cuda:{like.device.id}")
+
+
+def _drop(p: Array, dropout: float, key: Key | None, first_row: int) -> Array | None:
+    if dropout == 0.0:
+        return None
+    if key is None:
+        raise ConfigError("attention: dropout needs a key", "pass key=minivit.Key(seed, stream, step)")
+    return keep_scale(p, p.shape, dropout, key, first_row)
+
+
+@attention.vjp
+def _(g: Any, out: Any, q: Any, k: Any, v: Any, mask: Any, scale: Any, dropout: float, key: Any, first_row: int,
+      needs: tuple[bool, ...]) -> Any:  # fmt: skip
+    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
+    p = attention_weights(q, k, _on_device(mask, raw(q)), scale)  # computed again rather than kept: T² numbers a head
+    drop = _drop(raw(p), dropout, key, first_row)
+    gv = matmul(swapaxes(p if drop is None else p * drop, -1, -2), g) if needs[2] else None  # dV = Pᵀ·dO
+    if not (needs[0] or needs[1]):
+        return None, None, gv
+    gp = matmul(g, swapaxes(v, -1, -2))  # dP = dO·Vᵀ
+    if drop is not None:
+        gp = gp * drop
+    gs = p * (gp - sum(p * gp, -1, True)) * scale  # dS: softmax's whole Jacobian, not its diagonal
+    return (matmul(gs, k) if needs[0] else None,  # dQ = dS·K
+            matmul(swapaxes(gs, -1, -2), q) if needs[1] else None,  # dK = dSᵀ·Q
+            gv)  # fmt: skip
+
+
+@attention.composed
+def _(q: Any, k: Any, v: Any, mask: Any = None, scale: float | None = None, dropout: float = 0.0, key: Any = None,
+      first_row: int = 0) -> Any:  # fmt: skip
+    p = attention_weights(q, k, mask, scale)
+    drop = _drop(raw(p), dropout, key, first_row)
+    return matmul(p if drop is None else p * drop, v)
+
+
+@op(save=("qkv",))
+def self_attention(
+    qkv: Array, mask: Any = None, scale: float | None = None, dropout: float = 0.0, key: Key | None = None,
+    first_row: int = 0,
+) -> Array:  # fmt: skip
+    """Return :func:`attention` of queries, keys and values stacked as qkv (3, …, T, d) → (…, T, d).
+
+    One input instead of three: its gradient is written in one piece, as the projection that made qkv wants it.
+    """
+    return attention.forward(*qkv, mask, scale, dropout, key, first_row)
+
+
+@self_attention.vjp
+def _(g: Any, out: Any, qkv: Any, *settings: Any, needs: tuple[bool, ...]) -> Any:
+    assert attention._vjp is not None
+    return stack(attention._vjp(g, out, qkv[0], qkv[1], qkv[2], *settings, needs=(True, True, True)))
+
+
+@self_attention.composed
+def _(qkv: Any, *settings: Any) -> Any:
+    return attention(qkv[0], qkv[1], qkv[2], *settings)

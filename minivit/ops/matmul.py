@@ -1,0 +1,67 @@
+"""Matrix products."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from minivit.autograd.op import op
+from minivit.backend import Array
+from minivit.errors import ShapeError
+from minivit.ops.elementwise import add
+from minivit.ops.shape import reshape, swapaxes
+
+
+def matmul(a: Any, b: Any) -> Any:
+    """Return a @ b: (…, n, k) · (…, k, m) → (…, n, m), leading axes broadcast; a vector on either side as in NumPy."""
+    if len(a.shape) == 1 and len(b.shape) == 1:
+        return reshape(_matmul(reshape(a, (1, -1)), reshape(b, (-1, 1))), ())
+    if len(a.shape) == 1:
+        product = _matmul(reshape(a, (1, -1)), b)  # (…, 1, m)
+        return reshape(product, (*product.shape[:-2], product.shape[-1]))
+    if len(b.shape) == 1:
+        product = _matmul(a, reshape(b, (-1, 1)))  # (…, n, 1)
+        return reshape(product, product.shape[:-1])
+    return _matmul(a, b)
+
+
+@op(save=("a", "b"))
+def _matmul(a: Array, b: Array) -> Array:
+    if a.shape[-1] != b.shape[-2]:
+        raise ShapeError(
+            f"matmul: {a.shape} @ {b.shape}: the last axis of the left, {a.shape[-1]}, is not "
+            f"the last but one of the right, {b.shape[-2]}",
+            "transpose one side?",
+        )
+    return a @ b
+
+
+_matmul.vjps(lambda g, out, a, b: matmul(g, swapaxes(b, -1, -2)),
+             lambda g, out, a, b: matmul(swapaxes(a, -1, -2), g))  # fmt: skip
+
+
+@op(save=("x", "weight"))
+def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
+    """Return x·Wᵀ + b: x (…, in), weight (out, in) as in PyTorch, bias (out,) → (…, out)."""
+    if x.shape[-1] != weight.shape[1]:
+        raise ShapeError(
+            f"linear: an input of shape {x.shape} does not fit a weight of {weight.shape} (out, in)",
+            f"give an input of shape (…, {weight.shape[1]})",
+        )
+    out = x.reshape(-1, x.shape[-1]) @ weight.T  # (rows, in) → (rows, out): one product, not one a batch entry
+    if bias is not None:
+        out += bias
+    return out.reshape(*x.shape[:-1], weight.shape[0])  # (rows, out) → (…, out)
+
+
+@linear.vjp
+def _(g: Any, out: Any, x: Any, weight: Any, bias: Any, needs: tuple[bool, ...]) -> Any:
+    rows = reshape(g, (-1, weight.shape[0]))  # (…, out) → (rows, out)
+    gx = reshape(matmul(rows, weight), x.shape) if needs[0] else None
+    gw = matmul(swapaxes(rows, 0, 1), reshape(x, (-1, weight.shape[1]))) if needs[1] else None
+    return gx, gw, rows if needs[2] else None  # the engine sums the bias gradient over the rows
+
+
+@linear.composed
+def _(x: Any, weight: Any, bias: Any = None) -> Any:
+    out = matmul(x, swapaxes(weight, 0, 1))
+    return out if bias is None else add(out, bias)

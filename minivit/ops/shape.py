@@ -1,0 +1,207 @@
+"""Operations that move elements and compute nothing. Their results are views where NumPy's are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from minivit.autograd.op import op, raw
+from minivit.backend import Array, array_module
+from minivit.errors import ShapeError
+
+
+@op()
+def reshape(x: Array, shape: Any) -> Array:
+    """Return x with another shape; one length may be -1."""
+    return x.reshape(shape)
+
+
+reshape.vjps(lambda g, out, x, shape: g.reshape(x.shape))
+
+
+@op()
+def transpose(x: Array, axes: Sequence[int] | None = None) -> Array:
+    """Return x with its axes in another order, by default reversed."""
+    return x.transpose(axes)
+
+
+@transpose.vjp
+def _(g: Any, out: Any, x: Any, axes: Any, needs: tuple[bool, ...]) -> Any:
+    if axes is None:
+        return transpose(g)
+    back = [0] * len(axes)
+    for i, a in enumerate(axes):
+        back[a] = i
+    return transpose(g, tuple(back))
+
+
+@op()
+def swapaxes(x: Array, axis1: int, axis2: int) -> Array:
+    """Return x with two axes exchanged."""
+    return x.swapaxes(axis1, axis2)
+
+
+swapaxes.vjps(lambda g, out, x, axis1, axis2: swapaxes(g, axis1, axis2))
+
+
+@op()
+def broadcast_to(x: Array, shape: tuple[int, ...]) -> Array:
+    """Return a read-only view of x, repeated along axes of length 1 and new leading axes."""
+    return array_module(x).broadcast_to(x, shape)
+
+
+broadcast_to.vjps(lambda g, out, x, shape: g)  # the engine sums over what was broadcast
+
+
+def concat(arrays: Sequence[Any], axis: int = 0) -> Any:
+    """Join arrays along an axis that they have."""
+    return _concat(axis, *arrays)
+
+
+@op()
+def _concat(axis: int, *arrays: Array) -> Array:
+    return array_module(*arrays).concatenate(arrays, axis=axis)
+
+
+@_concat.vjp
+def _(g: Any, out: Any, axis: int, *arrays: Any, needs: tuple[bool, ...]) -> Any:
+    parts, start = [], 0
+    for x, needed in zip(arrays, needs, strict=True):
+        stop = start + x.shape[axis]
+        parts.append(getitem(g, _along(axis % g.ndim, slice(start, stop))) if needed else None)
+        start = stop
+    return parts
+
+
+def stack(arrays: Sequence[Any], axis: int = 0) -> Any:
+    """Join arrays of one shape along a new axis."""
+    return _stack(axis, *arrays)
+
+
+@op()
+def _stack(axis: int, *arrays: Array) -> Array:
+    return array_module(*arrays).stack(arrays, axis=axis)
+
+
+@_stack.vjp
+def _(g: Any, out: Any, axis: int, *arrays: Any, needs: tuple[bool, ...]) -> Any:
+    return [getitem(g, _along(axis % g.ndim, i)) if needed else None for i, needed in enumerate(needs)]
+
+
+def split(x: Any, sections: int | Sequence[int], axis: int = 0) -> list[Any]:
+    """Cut x along an axis: into that many equal parts, or into parts of the given lengths."""
+    n = x.shape[axis]
+    if isinstance(sections, int):
+        if sections < 1 or n % sections:
+            raise ShapeError(f"split: axis {axis} of length {n} has no {sections} equal parts", "give the lengths")
+        sections = [n // sections] * sections
+    if sum(sections) != n:
+        raise ShapeError(f"split: lengths {list(sections)} add up to {sum(sections)}, the axis has {n}", "mend them")
+    ends = np.cumsum(sections).tolist()
+    starts = [0, *ends[:-1]]
+    return [getitem(x, _along(axis % len(x.shape), slice(a, b))) for a, b in zip(starts, ends, strict=True)]
+
+
+def _along(axis: int, index: Any) -> tuple[Any, ...]:
+    return (*[slice(None)] * axis, index)
+
+
+@op()
+def pad(x: Array, widths: Sequence[tuple[int, int]], value: float = 0.0) -> Array:
+    """Return x with ``value`` around it; ``widths`` has (before, after) for each axis."""
+    return array_module(x).pad(x, widths, constant_values=value)
+
+
+@pad.vjp
+def _(g: Any, out: Any, x: Any, widths: Any, value: float, needs: tuple[bool, ...]) -> Any:
+    return getitem(g, tuple([slice(before, before + n) for (before, _), n in zip(widths, x.shape, strict=True)]))
+
+
+# ---- indexing: each of the two is the other's gradient ---------------------------------------------------------------
+
+
+@op()
+def getitem(x: Array, index: Any) -> Array:
+    """Return x[index]: slices, integers, None, Ellipsis, integer arrays and boolean masks, as in NumPy."""
+    return x[_raw_index(index)]
+
+
+@op()
+def scatter(x: Array, index: Any, shape: tuple[int, ...]) -> Array:
+    """Return zeros of ``shape`` with x added at [index]; places named twice get the sum."""
+    xp = array_module(x)
+    index = _raw_index(index)
+    out = xp.zeros(shape, x.dtype)
+    if _may_repeat(index):
+        xp.add.at(out, index, x)
+    else:
+        out[index] = x
+    return out
+
+
+getitem.vjps(lambda g, out, x, index: scatter(g, index, x.shape))
+scatter.vjps(lambda g, out, x, index, shape: getitem(g, index))
+
+
+@op()
+def take_along_axis(x: Array, indices: Any, axis: int = -1) -> Array:
+    """Return x at ``indices`` along an axis; the other axes of ``indices`` (int) match those of x."""
+    return array_module(x).take_along_axis(x, raw(indices), axis)
+
+
+@take_along_axis.vjp
+def _(g: Any, out: Any, x: Any, indices: Any, axis: int, needs: tuple[bool, ...]) -> Any:
+    indices = raw(indices)
+    xp = array_module(indices)
+    shape = indices.shape
+    index = [xp.arange(n).reshape([-1 if j == i else 1 for j in range(len(shape))]) for i, n in enumerate(shape)]
+    index[axis] = indices
+    return scatter(g, tuple(index), x.shape)
+
+
+def _raw_index(index: Any) -> Any:
+    return tuple([raw(i) for i in index]) if isinstance(index, tuple) else raw(index)
+
+
+def _may_repeat(index: Any) -> bool:
+    """Tell whether an index may name a place twice: only integer arrays (or lists) may."""
+    parts = index if isinstance(index, tuple) else (index,)
+    return any(
+        isinstance(i, list) or (hasattr(i, "dtype") and i.dtype.kind in "iu" and len(i.shape) > 0) for i in parts
+    )
+
+
+# ---- patches ---------------------------------------------------------------------------------------------------------
+
+
+@op()
+def patchify(images: Array, patch: tuple[int, int]) -> Array:
+    """Cut images (B, C, H, W) into patches (B, N, C·P·Q) of P by Q pixels, row by row (ViT section 3.1, eq. 1).
+
+    Within a patch the order is (C, P, Q), that of a convolution's weight, so that timm's weights fit as they are.
+    """
+    b, c, h, w = images.shape
+    p, q = patch
+    if h % p or w % q:
+        raise ShapeError(f"patchify: an image of {h}x{w} has no whole patches of {p}x{q}", "crop or resize the image")
+    grid = images.reshape(b, c, h // p, p, w // q, q)
+    return grid.transpose(0, 2, 4, 1, 3, 5).reshape(b, (h // p) * (w // q), c * p * q)
+
+
+@op()
+def unpatchify(patches: Array, patch: tuple[int, int], size: tuple[int, int]) -> Array:
+    """Put patches (B, N, C·P·Q) back together into images (B, C, H, W) of ``size`` (H, W)."""
+    p, q = patch
+    h, w = size
+    b, n, length = patches.shape
+    if h % p or w % q or n != (h // p) * (w // q) or length % (p * q):
+        raise ShapeError(f"unpatchify: {n} patches of length {length} do not make images of {h}x{w} with patch {p}x{q}",
+                         "give the size and patch that patchify had")  # fmt: skip
+    grid = patches.reshape(b, h // p, w // q, length // (p * q), p, q)
+    return grid.transpose(0, 3, 1, 4, 2, 5).reshape(b, length // (p * q), h, w)
+
+
+patchify.vjps(lambda g, out, images, patch: unpatchify(g, patch, images.shape[2:]))
+unpatchify.vjps(lambda g, out, patches, patch, size: patchify(g, patch))
