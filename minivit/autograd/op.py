@@ -39,7 +39,9 @@ class Op:
         self.names = [p.name for p in parameters if p.kind is not p.VAR_POSITIONAL]
         self.defaults = tuple(p.default for p in parameters if p.kind is not p.VAR_POSITIONAL)
         self.inputs = [
-            i for i, p in enumerate(parameters) if str(p.annotation).startswith("Array") and p.kind is not p.VAR_POSITIONAL
+            i
+            for i, p in enumerate(parameters)
+            if str(p.annotation).startswith("Array") and p.kind is not p.VAR_POSITIONAL
         ]
         # def f(setting, *arrays: Array): everything from there on is an input
         self.variadic = len(self.names) if parameters[-1].kind is inspect.Parameter.VAR_POSITIONAL else None

@@ -88,6 +88,9 @@ class Tensor:
     def __float__(self) -> float:
         return float(self.data)
 
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.array(self.numpy(), dtype=dtype, copy=copy)
+
     # ---- out of the graph ----
 
     def numpy(self) -> np.ndarray:

@@ -1,0 +1,208 @@
+"""Data sets: images as bytes, with labels and class names, held in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from minivit.backend import Key, permutation
+from minivit.errors import DataError, unknown_name
+
+SPLITS = ("train", "test")
+"""The parts of a data set. What is used for validation is held out of "train": see :meth:`Dataset.split_off`."""
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Labelled images in memory.
+
+    ``images`` uint8 (N, C, H, W), 0 to 255; ``labels`` int64 (N,), each an index into ``classes``, the classes' names.
+    Raises DataError if these do not fit each other.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+    classes: tuple[str, ...]
+    name: str
+
+    def __post_init__(self) -> None:
+        images, labels, classes = self.images, self.labels, self.classes
+        if not isinstance(images, np.ndarray) or images.dtype != np.uint8 or images.ndim != 4:
+            raise DataError(f"{self.name}: images must be uint8 (N, C, H, W), not {_describe(images)}", _IMAGES_REMEDY)
+        if not isinstance(labels, np.ndarray) or labels.dtype != np.int64 or labels.ndim != 1:
+            remedy = "give one class index per image: np.asarray(labels, np.int64)"
+            raise DataError(f"{self.name}: labels must be int64 (N,), not {_describe(labels)}", remedy)
+        if images.size == 0:
+            raise DataError(f"{self.name}: no images: their shape is {images.shape}", "give at least one image")
+        if len(images) != len(labels):
+            raise DataError(f"{self.name}: {len(images)} images but {len(labels)} labels", "give one label per image")
+        wrong = np.flatnonzero((labels < 0) | (labels >= len(classes)))
+        if len(wrong):
+            what = f"{self.name}: label {labels[wrong[0]]} of image {wrong[0]} is not a class: there are {len(classes)}"
+            raise DataError(what, f"labels run from 0 to {len(classes) - 1}; name every class in `classes`")
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def mean(self) -> tuple[float, ...]:
+        """Mean of each channel of images / 255."""
+        return tuple(mean for mean, _ in self._moments)
+
+    @property
+    def std(self) -> tuple[float, ...]:
+        """Standard deviation of each channel of images / 255; 1 for a constant channel, so that it can divide."""
+        return tuple(std for _, std in self._moments)
+
+    @cached_property
+    def _moments(self) -> list[tuple[float, float]]:
+        """Mean and standard deviation per channel, from sums of integers: the same bits in any order, on any machine."""
+        sums = np.zeros((2, self.images.shape[1]), np.int64)
+        for start in range(0, len(self), 1024):  # in pieces: int64 takes eight times the bytes' memory
+            x = self.images[start : start + 1024].astype(np.int64)
+            sums += x.sum((0, 2, 3)), (x * x).sum((0, 2, 3))  # (2, C)
+        count = self.images.size // self.images.shape[1]
+        moments = []
+        for total, squares in sums.T.tolist():  # Python's integers: exact
+            variance = (count * squares - total * total) / (255 * count) ** 2
+            moments.append((total / (255 * count), variance**0.5 or 1.0))
+        return moments
+
+    def subset(self, indices: Sequence[int] | np.ndarray) -> Dataset:
+        """Return the images at ``indices``, in that order. Raises DataError for none, or for one that is not there."""
+        index = np.asarray(indices)
+        if index.size and (index.ndim != 1 or index.dtype.kind not in "iu"):
+            raise DataError(f"{self.name}: indices must be integers (n,), not {_describe(index)}", "see np.flatnonzero")
+        if index.size and not (0 <= index.min() and index.max() < len(self)):
+            wrong = index.min() if index.min() < 0 else index.max()
+            raise DataError(f"{self.name}: there is no image {wrong}", f"indices run from 0 to {len(self) - 1}")
+        index = index.astype(np.int64)
+        return replace(self, images=self.images[index], labels=self.labels[index])
+
+    def split_off(self, fraction: float, key: Key) -> tuple[Dataset, Dataset]:
+        """Return (rest, held_out): a random ``fraction`` of the images, chosen by ``key``, held out from the others.
+
+        Both keep the data set's order. Raises DataError unless each gets at least one image.
+        """
+        n = len(self)
+        held = round(fraction * n) if 0 < fraction < 1 else 0
+        if not 0 < held < n:
+            what = f"{self.name}: cannot hold out {fraction:g} of {n} images: both parts need at least one"
+            raise DataError(what, "choose a fraction between 0 and 1, or use more images")
+        order = permutation(key, n)
+        return self.subset(np.sort(order[held:])), self.subset(np.sort(order[:held]))
+
+
+_IMAGES_REMEDY = "give pixels 0 to 255 as np.uint8; for channels last: images.transpose(0, 3, 1, 2)"
+
+
+def _describe(x: Any) -> str:
+    return f"{x.dtype} {x.shape}" if isinstance(x, np.ndarray) else type(x).__name__
+
+
+# ---- loading ---------------------------------------------------------------------------------------------------------
+
+
+def load(name: str | PathLike[str], split: str = "train") -> Dataset:
+    """Load a data set by its name, or from a NumPy archive of your own.
+
+    Names: ``"digits"``, the UCI optical digits that come with minivit: 8 × 8 grey, light strokes on black, 3,823 images
+    to train on and 1,797 by other writers to test with (Alpaydin and Kaynak 1998, CC BY 4.0).
+
+    Archives: a path that ends in ``.npz``, with arrays ``train_images``, ``train_labels``, ``test_images`` and
+    ``test_labels``, or only ``images`` and ``labels``, which are the split "train". Images are uint8 (N, H, W),
+    (N, C, H, W) or (N, H, W, C) with 1, 3 or 4 channels; labels are integers (N,) from 0; ``classes``, an array of
+    strings, may name them.
+
+    Raises DataError for a name, split or file that cannot be used.
+    """
+    if split not in SPLITS:
+        raise unknown_name("split", split, SPLITS, error=DataError)
+    if isinstance(name, str) and name in _NAMED:
+        return _NAMED[name](split)
+    path = Path(name)
+    if path.suffix.lower() == ".npz":
+        return load_npz(path, split)
+    if path.exists():
+        remedy = "save its arrays: np.savez_compressed('data.npz', images=images, labels=labels)"
+        raise DataError(f"{path} is not a NumPy archive (.npz)", remedy)
+    raise unknown_name("data set", str(name), _NAMED, error=DataError)
+
+
+def load_npz(path: str | PathLike[str], split: str) -> Dataset:
+    """Load a NumPy archive: see :func:`load`. Raises DataError, with path and reason, if it cannot be used."""
+    path = Path(path)
+    arrays = _read_npz(path, split)
+    images, labels = arrays["images"], arrays["labels"]
+    if labels.dtype.kind not in "iu":
+        raise DataError(f"{path}: labels must be integers, not {labels.dtype}", "number the classes from 0")
+    if labels.dtype == np.uint64 and labels.size and labels.max() > np.iinfo(np.int64).max:
+        raise DataError(f"{path}: label {labels.max()} is too large", "number the classes from 0")
+    if "classes" in arrays:
+        classes = tuple(str(name) for name in arrays["classes"].reshape(-1))
+    else:  # by number, up to the largest label of either split: both then agree on the number of classes
+        largest = max((int(a.max()) for k, a in arrays.items() if k.endswith("labels") and a.size), default=-1)
+        if largest >= _MOST_CLASSES:
+            raise DataError(f"{path}: label {largest} makes more than {_MOST_CLASSES:,} classes", "number them from 0")
+        classes = tuple(str(i) for i in range(largest + 1))
+    return Dataset(_channels_first(images, path), labels.astype(np.int64), classes, path.stem)
+
+
+_MOST_CLASSES = 1_000_000  # a label beyond it is a mistake, and naming so many classes would fill the memory
+
+
+def _read_npz(path: Path, split: str) -> dict[str, np.ndarray]:
+    """Read "images" and "labels" of a split, and "classes" and the other split's labels where the archive has them."""
+    try:
+        file = np.load(path, allow_pickle=False)
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file", "check the path") from None
+    except Exception as error:  # whatever a damaged file makes NumPy or zipfile raise is about the file
+        raise DataError(f"{path}: cannot be read: {_reason(error)}", _NPZ_REMEDY) from error
+    if not isinstance(file, np.lib.npyio.NpzFile):
+        raise DataError(f"{path}: is one array, not a NumPy archive", _NPZ_REMEDY)
+    with file:
+        prefix = "" if split == "train" and "train_images" not in file else f"{split}_"
+        wanted = {"images": f"{prefix}images", "labels": f"{prefix}labels"}
+        if missing := [name for name in wanted.values() if name not in file]:
+            what = (
+                f"{path}: no array {missing[0]!r} for the split {split!r}; it holds {', '.join(sorted(file)) or 'none'}"
+            )
+            raise DataError(what, f"save it with {wanted['images']}=… and {wanted['labels']}=…")
+        also = {name: name for name in ("train_labels", "test_labels", "classes") if name in file}
+        try:
+            return {name: file[stored] for name, stored in (also | wanted).items()}
+        except Exception as error:  # as above: a bad checksum, a damaged header, pickled objects, too large to hold
+            raise DataError(f"{path}: cannot be read: {_reason(error)}", _NPZ_REMEDY) from error
+
+
+_NPZ_REMEDY = "make it again: np.savez_compressed('data.npz', images=images, labels=labels)"
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
+def _channels_first(images: np.ndarray, path: Path) -> np.ndarray:
+    """Return images as (N, C, H, W). Where both the second and the last axis could be channels, the second is taken."""
+    if images.ndim == 3:
+        return images[:, None]  # (N, 1, H, W)
+    if images.ndim == 4 and images.shape[1] in (1, 3, 4):
+        return images
+    if images.ndim == 4 and images.shape[3] in (1, 3, 4):
+        return np.ascontiguousarray(images.transpose(0, 3, 1, 2))  # (N, H, W, C) → (N, C, H, W)
+    what = f"{path}: images of shape {images.shape} have no axis of 1, 3 or 4 channels"
+    raise DataError(what, "save them as (N, H, W), (N, C, H, W) or (N, H, W, C)")
+
+
+def _digits(split: str) -> Dataset:
+    return replace(load_npz(Path(__file__).parent / "digits" / "digits.npz", split), name="digits")
+
+
+_NAMED: dict[str, Callable[[str], Dataset]] = {"digits": _digits}

@@ -1,0 +1,133 @@
+"""The Vision Transformer (Dosovitskiy et al. 2020, "An image is worth 16x16 words", arXiv 2010.11929, section 3.1)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from minivit import ops
+from minivit.backend import Key
+from minivit.errors import ConfigError
+from minivit.nn import init
+from minivit.nn.attention import EncoderBlock, attention_mask
+from minivit.nn.layers import Dropout, LayerNorm, Linear, PatchEmbed
+from minivit.nn.module import Module, Parameter
+from minivit.nn.random import random_key
+
+Size = int | tuple[int, int]
+
+
+class ViT(Module):
+    """Images (B, C, H, W) → logits (B, num_classes). Sizes are an int or (height, width).
+
+    ``mlp_dim`` is 4·dim and ``dim_head`` dim/heads unless given. ``dropout`` acts after the attention's projection and
+    in the MLP, ``attention_dropout`` on the attention probabilities, ``embed_dropout`` after the positions are added;
+    ``drop_path`` is the last block's rate, rising linearly from 0. ``pool`` is "cls" (a class token), "mean" (over the
+    patches, no class token) or "none" (logits for every patch, (B, N, num_classes)). ``position`` is "learned" or
+    "none". ``head`` is "linear" or, for pre-training, "mlp" (one hidden layer with tanh). Parameters are drawn from
+    ``seed`` as the paper's reference code does and bear timm's names. ``config`` holds these settings: ``ViT(**config)``.
+    """
+
+    def __init__(
+        self,
+        image_size: Size = 32,
+        patch_size: Size = 4,
+        in_channels: int = 3,
+        num_classes: int = 10,
+        dim: int = 192,
+        depth: int = 6,
+        heads: int = 3,
+        mlp_dim: int | None = None,
+        dim_head: int | None = None,
+        qkv_bias: bool = True,
+        activation: str = "gelu",
+        norm_eps: float = 1e-6,
+        dropout: float = 0.0,
+        attention_dropout: float = 0.0,
+        embed_dropout: float = 0.0,
+        drop_path: float = 0.0,
+        pool: str = "cls",
+        position: str = "learned",
+        head: str = "linear",
+        seed: int = 0,
+    ) -> None:
+        self.config: dict[str, Any] = {k: v for k, v in locals().items() if k != "self" and not k.startswith("_")}
+        _choose("pool", pool, "cls", "mean", "none")
+        _choose("position", position, "learned", "none")
+        _choose("head", head, "linear", "mlp")
+        sizes = {"in_channels": in_channels, "num_classes": num_classes, "dim": dim, "depth": depth, "heads": heads}
+        for name, value in sizes.items():
+            if value < 1:
+                raise ConfigError(f"{name} is {value}", "it must be at least 1")
+        self.dim, self.pool = dim, pool
+        with random_key(Key(seed)):
+            self.patch_embed = PatchEmbed(_pair(image_size), _pair(patch_size), in_channels, dim)
+            self.cls_token = Parameter(init.zeros(1, 1, dim)) if pool == "cls" else None
+            self.pos_embed = (
+                Parameter(init.normal(1, self.num_tokens, dim, std=0.02)) if position == "learned" else None
+            )
+            self.embed_drop = Dropout(embed_dropout)
+            self.blocks = [
+                EncoderBlock(dim, heads, mlp_dim or 4 * dim, dim_head, qkv_bias, activation, norm_eps,
+                             dropout, attention_dropout, drop_path * i / max(depth - 1, 1))
+                for i in range(depth)
+            ]  # fmt: skip
+            self.norm = LayerNorm(dim, norm_eps)
+            # the hidden layer of the pre-training head; the linear head after it is all that fine-tuning keeps
+            self.pre_logits = Linear(dim, dim) if head == "mlp" else None
+            self.reset_head(num_classes)
+
+    def reset_head(self, num_classes: int) -> None:
+        """Replace the head by one linear layer of zeros, as for fine-tuning (section 3.2), and drop a hidden layer."""
+        if hasattr(self, "head"):
+            self.pre_logits = None
+            self.config |= {"num_classes": num_classes, "head": "linear"}
+        self.head = Linear(self.dim, num_classes, weight_init=init.zeros)
+
+    @property
+    def num_tokens(self) -> int:
+        """Length of the encoder's sequence: patches, and the class token if there is one."""
+        return self.patch_embed.num_patches + (self.cls_token is not None)
+
+    def embed(self, images: Any) -> Any:
+        """Return the tokens that enter the encoder (eq. 1): (B, C, H, W) → (B, T, dim)."""
+        x = self.patch_embed(images)  # (B, C, H, W) → (B, N, dim)
+        if self.cls_token is not None:
+            cls = ops.broadcast_to(self.cls_token, (x.shape[0], 1, self.dim))
+            x = ops.concat([cls, x], axis=1)  # (B, N, dim) → (B, 1 + N, dim)
+        return self.embed_drop(x if self.pos_embed is None else x + self.pos_embed)
+
+    def features(self, images: Any, mask: Any = None) -> Any:
+        """Return all tokens after the final norm (eq. 4): (B, C, H, W) → (B, T, dim)."""
+        x = self.embed(images)
+        mask = attention_mask(mask, x.shape[1], x.shape[0])
+        for block in self.blocks:
+            x = block(x, mask)
+        return self.norm(x)
+
+    def forward(self, images: Any, mask: Any = None) -> Any:
+        """Return logits (B, num_classes); ``mask`` (T, T) or (B, T, T) bool, True = may not attend."""
+        x = self.features(images, mask)
+        if self.pool != "none":
+            x = x[:, 0] if self.pool == "cls" else ops.mean(x, axis=1)  # (B, T, dim) → (B, dim)
+        if self.pre_logits is not None:
+            x = ops.tanh(self.pre_logits(x))
+        return self.head(x)
+
+    def attention_maps(self, images: Any, mask: Any = None) -> list[Any]:
+        """Return each block's attention probabilities, (B, heads, T, T): row i is what token i attends to."""
+        x = self.embed(images)
+        mask = attention_mask(mask, x.shape[1], x.shape[0])
+        maps = []
+        for block in self.blocks:
+            maps.append(block.attn.weights(block.norm1(x), mask))
+            x = block(x, mask)
+        return maps
+
+
+def _pair(size: Size) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+
+def _choose(name: str, value: str, *known: str) -> None:
+    if value not in known:
+        raise ConfigError(f"{name}={value!r} is not known", f"use one of {', '.join(map(repr, known))}")

@@ -1,0 +1,51 @@
+"""Named configurations: the paper's (Table 1, and Ti and S of Touvron et al. 2021), and small ones for small images."""
+
+from __future__ import annotations
+
+import fnmatch
+from typing import Any
+
+from minivit.errors import unknown_name
+from minivit.models.vit import ViT
+
+_SIZES = {  # dim, depth, heads
+    "tiny": (192, 12, 3),
+    "small": (384, 12, 6),
+    "base": (768, 12, 12),
+    "large": (1024, 24, 16),
+    "huge": (1280, 32, 16),
+}
+_PATCHES = {"tiny": (16,), "small": (32, 16), "base": (32, 16, 8), "large": (32, 16), "huge": (14,)}
+
+MODELS: dict[str, dict[str, Any]] = {
+    f"vit_{size}_patch{patch}_{image}": {
+        "image_size": image,
+        "patch_size": patch,
+        "num_classes": 1000,
+        **dict(zip(("dim", "depth", "heads"), _SIZES[size], strict=True)),
+    }
+    for size, patches in _PATCHES.items()
+    for patch in patches
+    for image in (224, 384)
+}
+MODELS |= {
+    "vit_digits": {"image_size": 8, "patch_size": 2, "in_channels": 1, "dim": 64, "depth": 4, "heads": 4},
+    "vit_mnist": {"image_size": 28, "patch_size": 4, "in_channels": 1, "dim": 64, "depth": 6, "heads": 4},
+    "vit_cifar": {"image_size": 32, "patch_size": 4, "dim": 192, "depth": 6, "heads": 3},
+    # ViT-Lite-7/4 of Hassani et al. 2021, "Escaping the big data paradigm with compact transformers", arXiv 2104.05704
+    "vit_lite_7_4": {
+        "image_size": 32, "patch_size": 4, "dim": 256, "depth": 7, "heads": 4, "mlp_dim": 512, "qkv_bias": False,
+    },
+}  # fmt: skip
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """Return the names that match a shell pattern such as ``"vit_*_224"``."""
+    return sorted(fnmatch.filter(MODELS, pattern))
+
+
+def create_model(name: str, **settings: Any) -> ViT:
+    """Return a freshly initialised model by name; ``settings`` override its configuration."""
+    if name not in MODELS:
+        raise unknown_name("model", name, MODELS)
+    return ViT(**{**MODELS[name], **settings})

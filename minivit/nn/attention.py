@@ -1,0 +1,101 @@
+"""Multi-head self-attention and the encoder block around it (ViT appendix A and eq. 2 and 3)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from minivit import ops
+from minivit.errors import ConfigError, DTypeError, ShapeError
+from minivit.nn import init
+from minivit.nn.layers import MLP, Dropout, DropPath, LayerNorm, Linear
+from minivit.nn.module import Module
+from minivit.nn.random import first_row, next_key
+
+
+class MultiHeadAttention(Module):
+    """Self-attention of ``heads`` heads over tokens (B, T, dim) → (B, T, dim)."""
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        dim_head: int | None = None,
+        qkv_bias: bool = True,
+        attention_dropout: float = 0.0,
+        dropout: float = 0.0,
+    ) -> None:
+        if heads < 1 or (dim_head is None and dim % heads):
+            raise ConfigError(
+                f"dim {dim} is not divided by {heads} heads", "choose heads that divide dim, or set dim_head"
+            )
+        self.heads = heads
+        self.dim_head = dim_head or dim // heads
+        inner = heads * self.dim_head
+        self.qkv = Linear(dim, 3 * inner, qkv_bias, weight_init=init.xavier_uniform_qkv)
+        self.proj = Linear(inner, dim)
+        self.attention_dropout = attention_dropout
+        self.drop = Dropout(dropout)
+
+    def project(self, x: Any) -> Any:
+        """Return queries, keys and values, stacked: (B, T, dim) → (3, B, heads, T, dim_head)."""
+        b, t, _ = x.shape
+        qkv = ops.reshape(self.qkv(x), (b, t, 3, self.heads, self.dim_head))  # (B, T, 3·H·d) → (B, T, 3, H, d)
+        return ops.transpose(qkv, (2, 0, 3, 1, 4))  # → (3, B, H, T, d)
+
+    def forward(self, x: Any, mask: Any = None) -> Any:
+        """Return the attended tokens (B, T, dim); ``mask`` as :func:`attention_mask` gives it."""
+        b, t, _ = x.shape
+        p = self.attention_dropout if self.training else 0.0
+        key = next_key() if p > 0 else None
+        heads = ops.self_attention(self.project(x), mask, dropout=p, key=key, first_row=first_row())  # (B, H, T, d)
+        merged = ops.reshape(ops.transpose(heads, (0, 2, 1, 3)), (b, t, -1))  # → (B, T, H, d) → (B, T, H·d)
+        return self.drop(self.proj(merged))
+
+    def weights(self, x: Any, mask: Any = None) -> Any:
+        """Return the attention probabilities (B, heads, T, T): row i is what token i attends to; it sums to 1."""
+        qkv = self.project(x)
+        return ops.attention_weights(qkv[0], qkv[1], mask)
+
+
+class EncoderBlock(Module):
+    """Pre-norm encoder block: x + attention(norm(x)), then x + MLP(norm(x)) (ViT eq. 2 and 3)."""
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        mlp_dim: int,
+        dim_head: int | None = None,
+        qkv_bias: bool = True,
+        activation: str = "gelu",
+        norm_eps: float = 1e-6,
+        dropout: float = 0.0,
+        attention_dropout: float = 0.0,
+        drop_path: float = 0.0,
+    ) -> None:
+        self.norm1 = LayerNorm(dim, norm_eps)
+        self.attn = MultiHeadAttention(dim, heads, dim_head, qkv_bias, attention_dropout, dropout)
+        self.norm2 = LayerNorm(dim, norm_eps)
+        self.mlp = MLP(dim, mlp_dim, activation, dropout)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Any, mask: Any = None) -> Any:
+        """Return the tokens after the block: (B, T, dim) → (B, T, dim)."""
+        x = x + self.drop_path(self.attn(self.norm1(x), mask))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+def attention_mask(mask: Any, tokens: int, batch: int) -> Any:
+    """Return a mask (T, T) or (B, T, T), bool, True = may not attend, as it fits scores (B, heads, T, T)."""
+    if mask is None:
+        return None
+    if mask.dtype != bool:
+        raise DTypeError(f"an attention mask is bool (True = may not attend), got {mask.dtype}", "mask.astype(bool)")
+    if mask.shape == (tokens, tokens):
+        return mask
+    if mask.shape == (batch, tokens, tokens):
+        return mask[:, None]  # (B, T, T) → (B, 1, T, T)
+    raise ShapeError(
+        f"an attention mask of shape {tuple(mask.shape)} does not fit {batch} images of {tokens} tokens",
+        f"give ({tokens}, {tokens}) or ({batch}, {tokens}, {tokens}), counting the class token if there is one",
+    )

@@ -1,0 +1,135 @@
+"""Layers of a Vision Transformer, initialised as the paper's reference code does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from minivit import ops
+from minivit.errors import DTypeError, ShapeError, unknown_name
+from minivit.nn import init
+from minivit.nn.module import Module, Parameter
+from minivit.nn.random import first_row, next_key
+
+
+class Linear(Module):
+    """y = x·Wᵀ + b: x (…, in_features) → (…, out_features); weight (out, in), Xavier-uniform unless told, bias zero."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        weight_init: Callable[[int, int], np.ndarray] = init.xavier_uniform,
+    ) -> None:
+        self.weight = Parameter(weight_init(out_features, in_features))
+        self.bias = Parameter(init.zeros(out_features)) if bias else None
+
+    def forward(self, x: Any) -> Any:
+        """Return x·Wᵀ + b."""
+        return ops.linear(x, self.weight, self.bias)
+
+
+class LayerNorm(Module):
+    """Normalise over the last axis, of length ``dim``; weight one, bias zero."""
+
+    def __init__(self, dim: int, eps: float = 1e-6) -> None:
+        self.weight = Parameter(init.ones(dim))
+        self.bias = Parameter(init.zeros(dim))
+        self.eps = eps
+
+    def forward(self, x: Any) -> Any:
+        """Return the normalised x, of the same shape."""
+        return ops.layer_norm(x, self.weight, self.bias, self.eps)
+
+
+class Dropout(Module):
+    """Zero each element with probability p while training; see :func:`minivit.ops.dropout`."""
+
+    def __init__(self, p: float) -> None:
+        self.p = p
+
+    def forward(self, x: Any) -> Any:
+        """Return x with elements dropped, or x itself in eval mode."""
+        return ops.dropout(x, self.p, next_key(), first_row()) if self.training and self.p > 0 else x
+
+
+class DropPath(Module):
+    """Zero a sample's whole branch with probability p while training; see :func:`minivit.ops.drop_path`."""
+
+    def __init__(self, p: float) -> None:
+        self.p = p
+
+    def forward(self, x: Any) -> Any:
+        """Return x with samples dropped, or x itself in eval mode."""
+        return ops.drop_path(x, self.p, next_key(), first_row()) if self.training and self.p > 0 else x
+
+
+class MLP(Module):
+    """Two linear layers with an activation between: (…, dim) → (…, hidden) → (…, dim)."""
+
+    def __init__(self, dim: int, hidden: int, activation: str = "gelu", dropout: float = 0.0) -> None:
+        if activation not in ops.ACTIVATIONS:
+            raise unknown_name("activation", activation, ops.ACTIVATIONS)
+        self.fc1 = Linear(dim, hidden)
+        self.fc2 = Linear(hidden, dim)
+        for layer in (self.fc1, self.fc2):
+            layer.bias = Parameter(init.normal(layer.weight.shape[0], std=1e-6))
+        self.activation = activation
+        self.drop = Dropout(dropout)
+
+    def forward(self, x: Any) -> Any:
+        """Return fc2(activation(fc1(x))), with dropout after either layer."""
+        hidden = self.drop(ops.ACTIVATIONS[self.activation](self.fc1(x)))  # (…, dim) → (…, hidden)
+        return self.drop(self.fc2(hidden))  # (…, hidden) → (…, dim)
+
+
+class PatchProjection(Module):
+    """Weight and bias that turn a patch into a token, kept in the shape of the convolution they amount to."""
+
+    def __init__(self, dim: int, channels: int, patch: tuple[int, int]) -> None:
+        fan_in = channels * patch[0] * patch[1]
+        self.weight = Parameter(init.lecun_normal(dim, fan_in).reshape(dim, channels, *patch))
+        self.bias = Parameter(init.zeros(dim))
+
+    def forward(self, patches: Any) -> Any:
+        """Return tokens (B, N, dim) of patches (B, N, C·P·Q)."""
+        return ops.linear(patches, ops.reshape(self.weight, (self.weight.shape[0], -1)), self.bias)
+
+
+class PatchEmbed(Module):
+    """Images (B, C, H, W) → tokens (B, N, dim), one for each patch of P by Q pixels, row by row (ViT eq. 1)."""
+
+    def __init__(self, image_size: tuple[int, int], patch_size: tuple[int, int], in_channels: int, dim: int) -> None:
+        for size, patch, axis in zip(image_size, patch_size, ("height", "width"), strict=True):
+            if patch < 1 or size < patch or size % patch:
+                near = sorted({max(size // patch, 1) * patch, -(-size // patch) * patch}) if patch > 0 else []
+                raise ShapeError(
+                    f"image {axis} {size} is not divided by patch {axis} {patch}",
+                    f"use an image {axis} of {' or '.join(map(str, near))}, or another patch size",
+                )
+        self.image_size, self.patch_size, self.in_channels = image_size, patch_size, in_channels
+        self.proj = PatchProjection(dim, in_channels, patch_size)
+
+    @property
+    def num_patches(self) -> int:
+        """Number of tokens that an image gives."""
+        (h, w), (p, q) = self.image_size, self.patch_size
+        return (h // p) * (w // q)
+
+    def forward(self, images: Any) -> Any:
+        """Return the tokens (B, N, dim) of images (B, C, H, W) in the model's dtype."""
+        expected = (self.in_channels, *self.image_size)
+        if len(images.shape) != 4 or images.shape[1:] != expected:
+            raise ShapeError(
+                f"the model takes images of shape (B, {', '.join(map(str, expected))}), got {tuple(images.shape)}",
+                "axes are batch, channel, height, width; resize the images or build the model for them",
+            )
+        if images.dtype.kind in "iub":
+            raise DTypeError(
+                f"the model takes {self.proj.weight.dtype} images, got {images.dtype}",
+                "scale and standardise them first: (images / 255 - mean) / std",
+            )
+        return self.proj(ops.patchify(images, self.patch_size))  # (B, C, H, W) → (B, N, C·P·Q) → (B, N, dim)

@@ -1,0 +1,136 @@
+"""Module: parameters and layers, found by looking at an object's attributes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Self
+
+import numpy as np
+
+from minivit.autograd.graph import Node
+from minivit.autograd.tensor import Tensor
+from minivit.backend import Array, device_of, to_device, to_numpy
+from minivit.errors import CheckpointError, DTypeError
+
+
+class Parameter(Tensor):
+    """A Tensor that a Module learns: it requires a gradient."""
+
+    __slots__ = ()
+
+    def __init__(self, data: Array) -> None:
+        super().__init__(data)
+        self.requires_grad = True
+
+
+class Module:
+    """Base of layers and models: assign Parameters and Modules (or lists of Modules) as attributes, write ``forward``.
+
+    A parameter's name is the path to it: ``blocks.0.attn.qkv.weight``. ``training`` says whether dropout acts.
+    """
+
+    training = True
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Compute the output; subclasses write it."""
+        raise NotImplementedError(f"{type(self).__name__} has no forward")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.forward(*args, **kwargs)
+
+    # ---- what it holds ----
+
+    def children(self) -> Iterator[tuple[str, Module]]:
+        """Yield (name, module) for each direct submodule; those in a list are called ``list.0``, ``list.1``, …"""
+        for name, value in vars(self).items():
+            if isinstance(value, Module):
+                yield name, value
+            elif isinstance(value, (list, tuple)):
+                for i, item in enumerate(value):
+                    if isinstance(item, Module):
+                        yield f"{name}.{i}", item
+
+    def named_modules(self, prefix: str = "") -> Iterator[tuple[str, Module]]:
+        """Yield (path, module) for this module and all below it."""
+        yield prefix, self
+        for name, child in self.children():
+            yield from child.named_modules(f"{prefix}.{name}" if prefix else name)
+
+    def named_parameters(self) -> Iterator[tuple[str, Parameter]]:
+        """Yield (path, parameter), each parameter once."""
+        seen: set[int] = set()
+        for path, module in self.named_modules():
+            for name, value in vars(module).items():
+                if isinstance(value, Parameter) and id(value) not in seen:
+                    seen.add(id(value))
+                    yield (f"{path}.{name}" if path else name), value
+
+    def parameters(self) -> Iterator[Parameter]:
+        """Yield each parameter once."""
+        for _, p in self.named_parameters():
+            yield p
+
+    def num_parameters(self) -> int:
+        """Return the number of learned numbers."""
+        return sum(p.size for p in self.parameters())
+
+    # ---- modes ----
+
+    def train(self, mode: bool = True) -> Self:
+        """Turn training mode on (dropout acts) or off; return the module."""
+        for _, module in self.named_modules():
+            module.training = mode
+        return self
+
+    def eval(self) -> Self:
+        """Turn training mode off; return the module."""
+        return self.train(False)
+
+    def zero_grad(self) -> None:
+        """Forget all gradients."""
+        for p in self.parameters():
+            p.grad = None
+
+    def to(self, target: Any) -> Self:
+        """Move to a device (``"cuda"``) or convert to a floating dtype (``np.float64``), in place; return the module.
+
+        Gradients are forgotten. Optimizers made before keep their state for the old arrays: make them after.
+        """
+        is_device = isinstance(target, str) and target.split(":")[0] in ("cpu", "cuda")
+        if not is_device and np.dtype(target).kind != "f":
+            raise DTypeError(f"a module cannot hold {np.dtype(target)}", "use np.float32 or np.float64")
+        for p in self.parameters():
+            p.data = to_device(p.data, target) if is_device else p.data.astype(target, copy=False)
+            p.grad = None
+            p.node = Node.leaf(p) if p.requires_grad else None
+        return self
+
+    # ---- state ----
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """Return a copy of every parameter as a NumPy array, by name."""
+        return {name: np.array(to_numpy(p.data)) for name, p in self.named_parameters()}
+
+    def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> None:
+        """Copy arrays into the parameters, converted to their dtype and device; nothing is changed if one does not fit.
+
+        ``strict`` asks for the very same names; without it, names on one side only are passed over.
+        """
+        own = dict(self.named_parameters())
+        wrong = [
+            f"{name}: {tuple(np.shape(state[name]))} in the state, {p.shape} in the model"
+            for name, p in own.items()
+            if name in state and tuple(np.shape(state[name])) != p.shape
+        ]
+        if strict:
+            wrong += [f"{name}: missing in the state" for name in own if name not in state]
+            wrong += [f"{name}: not in the model" for name in state if name not in own]
+        if wrong:
+            shown = "\n  ".join(wrong[:12] + ([f"… and {len(wrong) - 12} more"] if len(wrong) > 12 else []))
+            raise CheckpointError(
+                f"the state does not fit this {type(self).__name__}:\n  {shown}",
+                "build the model with the settings that the state was saved with",
+            )
+        for name, p in own.items():
+            if name in state:
+                p.data[...] = to_device(np.asarray(state[name], p.dtype), device_of(p.data))

@@ -1,0 +1,229 @@
+"""Optimizers. All parameters live in one flat array, of which each ``parameter.data`` becomes a view.
+
+So an update is a few passes over long arrays instead of a few calls for each of a hundred small ones, gradients are
+added, clipped and averaged in one piece, and the moments have the same layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from minivit.backend import Array, array_module, device_of, on_device_of, to_device, to_numpy
+from minivit.errors import CheckpointError, ConfigError, GraphError
+from minivit.nn.module import Parameter
+
+CHUNK = 1 << 14  # numbers updated at a time on a CPU: parameter, gradient and moments of a chunk fit in the L2 cache
+
+
+def is_decayed(name: str, p: Parameter) -> bool:
+    """Tell whether weight decay applies: not to biases and norms (1-D), nor to class token and positions."""
+    return p.ndim > 1 and name.rpartition(".")[2] not in ("cls_token", "pos_embed")
+
+
+class Optimizer:
+    """Base: lays the parameters out flat, collects their gradients, keeps ``slots`` arrays of state beside them.
+
+    ``lr`` may be set before every step; ``steps`` counts the updates made. Parameters that do not require a gradient
+    are left out. Move or convert the model before making its optimizer, not after.
+    """
+
+    slots: tuple[str, ...] = ()
+
+    def __init__(self, named_parameters: Iterable[tuple[str, Parameter]], lr: float, weight_decay: float) -> None:
+        named = [(n, p) for n, p in named_parameters if p.requires_grad]
+        if not named:
+            raise ConfigError("the optimizer got no parameter that requires a gradient", "pass named_parameters()")
+        if lr < 0 or weight_decay < 0:
+            raise ConfigError(f"lr={lr}, weight_decay={weight_decay}", "neither may be negative")
+        kinds = {(str(p.dtype), p.device) for _, p in named}
+        if len(kinds) > 1:
+            raise ConfigError(f"parameters of several kinds: {sorted(kinds)}", "convert the whole model: model.to(…)")
+        named.sort(key=lambda item: not is_decayed(*item))  # the decayed ones first, each group in its order
+        self.lr, self.weight_decay, self.steps = lr, weight_decay, 0
+        self.names = [n for n, _ in named]
+        self.parameters = [p for _, p in named]
+        self.ends = np.cumsum([p.size for p in self.parameters]).tolist()
+        self.decayed = sum(p.size for n, p in named if is_decayed(n, p))
+        first = self.parameters[0].data
+        xp = array_module(first)
+        with on_device_of(first):
+            self.flat = xp.concatenate([p.data.reshape(-1) for p in self.parameters])
+            self.grad = xp.zeros_like(self.flat)
+            self.state = {slot: xp.zeros_like(self.flat) for slot in self.slots}
+        self.views = self.split(self.flat)
+        for p, view in zip(self.parameters, self.views, strict=True):
+            p.data = view
+
+    def split(self, flat: Array) -> list[Array]:
+        """Return views of a flat array in the shapes of the parameters."""
+        starts = [0, *self.ends[:-1]]
+        return [
+            flat[a:b].reshape(p.shape) for a, b, p in zip(starts, self.ends, self.parameters, strict=True)
+        ]  # fmt: skip
+
+    def zero_grad(self) -> None:
+        """Forget the parameters' gradients."""
+        for p in self.parameters:
+            p.grad = None
+
+    def step(self) -> None:
+        """Update every parameter that has a gradient by it; the others keep their values and their state."""
+        present = [p.grad is not None for p in self.parameters]
+        if not any(present):
+            raise GraphError("step(): no parameter has a gradient", "call loss.backward() before it")
+        for p, view in zip(self.parameters, self.split(self.grad), strict=True):
+            if p.grad is not None:
+                view[...] = p.grad
+        starts = [0, *self.ends[:-1]]
+        self.update([(a, b) for a, b, here in zip(starts, self.ends, present, strict=True) if here])
+
+    def update(self, spans: Sequence[tuple[int, int]] = ()) -> None:
+        """Update from the flat gradient ``self.grad``: all of it, or the given spans."""
+        for name, p, view in zip(self.names, self.parameters, self.views, strict=True):
+            if p.data is not view:
+                raise GraphError(
+                    f"{name}.data was replaced after its optimizer was made",
+                    "make the optimizer after model.to(…); change values in place: p.data[...] = values",
+                )
+        self.steps += 1
+        for start, stop in self._chunks(spans or [(0, self.flat.size)]):
+            piece = slice(start, stop)
+            decay = self.weight_decay if start < self.decayed else 0.0
+            self.update_chunk(self.flat[piece], self.grad[piece], decay, *[s[piece] for s in self.state.values()])
+
+    def _chunks(self, spans: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+        size = CHUNK if device_of(self.flat) == "cpu" else self.flat.size
+        for start, stop in spans:
+            for a in range(start, stop, size):
+                b = min(a + size, stop)
+                if a < self.decayed < b:  # no chunk lies on both sides
+                    yield a, self.decayed
+                    a = self.decayed
+                yield a, b
+
+    def update_chunk(self, p: Array, g: Array, decay: float, *state: Array) -> None:
+        """Update the slice ``p`` of the parameters in place by its gradient ``g``, which is not changed."""
+        raise NotImplementedError
+
+    # ---- state ----
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """Return a copy of the state: ``steps``, and an array ``slot/parameter name`` for each slot."""
+        state = {"steps": np.asarray(self.steps)}
+        for slot, flat in self.state.items():
+            host = np.array(to_numpy(flat))
+            state |= {f"{slot}/{n}": view for n, view in zip(self.names, self.split(host), strict=True)}
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over a state of :meth:`state_dict`; nothing is changed if it does not fit."""
+        expected = {
+            f"{slot}/{n}": p.shape for slot in self.slots for n, p in zip(self.names, self.parameters, strict=True)
+        }
+        wrong = [k for k, shape in expected.items() if k not in state or tuple(np.shape(state[k])) != shape]
+        wrong += [k for k in state if k not in expected and k != "steps"]
+        if wrong or "steps" not in state:
+            raise CheckpointError(
+                f"the optimizer state does not fit: {', '.join(wrong[:5]) or 'steps'} missing, unknown or of another shape",
+                "resume with the model and the optimizer that the state was saved with",
+            )
+        self.steps = int(state["steps"])
+        for slot, flat in self.state.items():
+            for n, view in zip(self.names, self.split(flat), strict=True):
+                view[...] = to_device(np.asarray(state[f"{slot}/{n}"], view.dtype), device_of(view))
+
+
+class AdamW(Optimizer):
+    """Adam with decoupled weight decay (Loshchilov and Hutter 2019, arXiv 1711.05101, algorithm 2, as in PyTorch).
+
+    m ← β₁m + (1-β₁)g, v ← β₂v + (1-β₂)g², p ← (1 - lr·decay)·p - lr·m̂/(√v̂ + eps), with m̂ = m/(1-β₁ᵗ) and
+    v̂ = v/(1-β₂ᵗ).
+    """
+
+    slots = ("m", "v")
+
+    def __init__(
+        self,
+        named_parameters: Iterable[tuple[str, Parameter]],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.05,
+    ) -> None:
+        super().__init__(named_parameters, lr, weight_decay)
+        if not all(0.0 <= b < 1.0 for b in betas):
+            raise ConfigError(f"betas={betas}", "each must be in [0, 1)")
+        self.betas, self.eps = betas, eps
+
+    def update_chunk(self, p: Array, g: Array, decay: float, *state: Array) -> None:
+        """Update one slice."""
+        m, v = state
+        b1, b2 = self.betas
+        xp = array_module(p)
+        m *= b1
+        t = xp.multiply(g, 1.0 - b1)
+        m += t
+        v *= b2
+        xp.multiply(g, g, out=t)
+        t *= 1.0 - b2
+        v += t
+        xp.sqrt(v, out=t)
+        t *= (1.0 - b2**self.steps) ** -0.5
+        t += self.eps
+        xp.divide(m, t, out=t)
+        t *= self.lr / (1.0 - b1**self.steps)
+        if decay:
+            p *= 1.0 - self.lr * decay
+        p -= t
+
+
+class SGD(Optimizer):
+    """Gradient descent with momentum (Sutskever et al. 2013, as in PyTorch): b ← momentum·b + g, p ← p - lr·b.
+
+    Weight decay is coupled: g ← g + decay·p.
+    """
+
+    slots = ("momentum",)
+
+    def __init__(
+        self,
+        named_parameters: Iterable[tuple[str, Parameter]],
+        lr: float,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+    ) -> None:
+        super().__init__(named_parameters, lr, weight_decay)
+        self.momentum = momentum
+
+    def update_chunk(self, p: Array, g: Array, decay: float, *state: Array) -> None:
+        """Update one slice."""
+        (b,) = state
+        b *= self.momentum
+        b += g
+        if decay:
+            b += decay * p
+        p -= self.lr * b
+
+
+def gradient_norm(arrays: Iterable[Array]) -> Array:
+    """Return the Euclidean norm over all arrays together, as a 0-d array on their device."""
+    total: Any = 0.0
+    for a in arrays:
+        flat = a.reshape(-1)
+        total = total + flat @ flat
+    return array_module(total).sqrt(total)
+
+
+def clip_grad_norm(parameters: Iterable[Parameter], max_norm: float) -> float:
+    """Scale all gradients together so that their norm is at most ``max_norm``; return the norm they had."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    if not grads:
+        return 0.0
+    norm = float(gradient_norm(grads))
+    if norm > max_norm:
+        for g in grads:
+            g *= max_norm / (norm + 1e-6)
+    return norm

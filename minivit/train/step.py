@@ -1,0 +1,235 @@
+"""One training step, and prediction, over all cores.
+
+The batch is cut into micro-batches whose activations stay in the cache, shared out to one thread a core; each thread
+adds its gradients up in a flat buffer of its own, and the buffers are added in a fixed order: equal settings give equal
+bits. ``loss.backward(); opt.step()`` does the same in plain steps.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
+from typing import Any
+
+import numpy as np
+
+from minivit import ops
+from minivit.autograd.graph import first_order, no_grad, propagate
+from minivit.backend import Array, Key, array_module, blas_threads, keep_freed_memory, on_device_of, to_device, to_numpy
+from minivit.errors import ConfigError, DataError, NonFiniteError, ShapeError
+from minivit.nn.module import Module
+from minivit.nn.random import random_key
+from minivit.train.optim import Optimizer, gradient_norm
+
+DROP_STREAM = 0xD209  # the stream of dropout and drop path under a run's seed
+MICRO_BATCH_TOKENS = 1024  # tokens in a micro-batch at most: their activations then stay in a core's L2 cache
+
+
+class TrainStep:
+    """A whole training step: ``loss = step(images, labels)`` runs forward, backward, clipping and the update.
+
+    ``loss(logits, labels)`` is a mean over rows. ``threads`` is the number of cores unless given, ``micro_batch`` the
+    largest number of images worked on at once. ``clip_norm`` bounds the gradient's norm, which is kept in
+    ``grad_norm``. Dropout and drop path draw from (``seed``, the optimizer's ``steps``) and from an image's place in
+    the batch: neither threads nor micro-batches change them.
+    """
+
+    def __init__(
+        self,
+        model: Module,
+        opt: Optimizer,
+        loss: Callable[..., Any] = ops.cross_entropy,
+        threads: int | None = None,
+        micro_batch: int | None = None,
+        clip_norm: float | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.model, self.opt, self.loss, self.clip_norm, self.seed = model, opt, loss, clip_norm, seed
+        self.grad_norm = math.nan
+        self.team = Team(model, threads, micro_batch)
+        self.buffers = [_Buffer(opt) for _ in range(self.team.threads)]
+
+    def __call__(self, images: Array, labels: Any) -> float:
+        """Make one update and return the batch's mean loss before it.
+
+        images (B, C, H, W) in the model's dtype, labels as the loss takes them. Raises :class:`NonFiniteError` before
+        the update if the loss or the gradient is not finite.
+        """
+        if len(images) != len(labels):
+            raise ShapeError(f"{len(images)} images, {len(labels)} labels", "give one label for each image")
+        for buffer in self.buffers:
+            buffer.empty = True
+        key = Key(self.seed, DROP_STREAM, self.opt.steps)
+
+        def work(thread: int, start: int, stop: int) -> Any:
+            with random_key(key, first_row=start), first_order():
+                logits = self.model(self.team.here(images[start:stop]))
+                loss = self.loss(logits, labels[start:stop])
+            self.buffers[thread].add_gradient(loss, share=(stop - start) / len(images))
+            return loss.data * ((stop - start) / len(images))
+
+        with on_device_of(self.opt.flat):
+            losses = self.team.run(work, len(images))
+            self._sum_buffers()
+            norm = gradient_norm([self.opt.grad])
+            # the one time that a GPU is waited for
+            loss, self.grad_norm = (float(x) for x in to_numpy(array_module(norm).stack([_total(losses), norm])))
+            if not (math.isfinite(loss) and math.isfinite(self.grad_norm)):
+                raise self._non_finite(loss, images, labels, key)
+            if self.clip_norm is not None and self.grad_norm > self.clip_norm:
+                self.opt.grad *= self.clip_norm / (self.grad_norm + 1e-6)
+            self.opt.update()
+        return loss
+
+    def _sum_buffers(self) -> None:
+        used = [b.flat for b in self.buffers if not b.empty]
+        self.opt.grad[...] = used[0]
+        for flat in used[1:]:
+            self.opt.grad += flat
+
+    def _non_finite(self, loss: float, images: Array, labels: Any, key: Key) -> NonFiniteError:
+        place = first_non_finite(self.model, self.team.here(images), key)
+        if place is None and math.isfinite(loss):
+            bad = [n for n, g in zip(self.opt.names, self.opt.split(self.opt.grad), strict=True)
+                   if not bool(array_module(g).isfinite(g).all())]  # fmt: skip
+            place = f"the gradient of {bad[-1]}" if bad else "the gradient's norm, which overflows"
+        return NonFiniteError(
+            f"step {self.opt.steps}: the loss is {loss}, the gradient's norm {self.grad_norm}; "
+            f"the first non-finite value is in {place or 'the loss itself'}",
+            "nothing was updated: lower the learning rate, warm up longer, clip gradients, or look at this batch",
+        )
+
+
+class _Buffer:
+    """One thread's gradients, flat; the first contribution to each parameter is written, later ones are added."""
+
+    def __init__(self, opt: Optimizer) -> None:
+        self.opt = opt
+        self.flat = array_module(opt.flat).zeros_like(opt.flat)
+        self.views = opt.split(self.flat)
+        self.empty = True
+
+    def add_gradient(self, loss: Any, share: float) -> None:
+        """Add ``share`` times the gradient of ``loss`` in every parameter."""
+        if self.empty:
+            self.flat[...] = 0.0
+            self.empty = False
+        places = {p.node: view for p, view in zip(self.opt.parameters, self.views, strict=True)}
+        for node, part in propagate(loss.node, array_module(loss.data).asarray(share, loss.dtype)):
+            if node in places:
+                view = places[node]
+                view += part
+
+
+class Team:
+    """Threads that share the rows of a batch, each holding BLAS to one thread; on a GPU, one thread and one piece."""
+
+    def __init__(self, model: Module, threads: int | None, micro_batch: int | None) -> None:
+        if (threads is not None and threads < 1) or (micro_batch is not None and micro_batch < 1):
+            raise ConfigError(f"threads={threads}, micro_batch={micro_batch}", "each must be at least 1, or None")
+        self.device = next(model.parameters()).device
+        if self.device == "cpu":
+            keep_freed_memory()
+            self.threads = threads or len(os.sched_getaffinity(0))
+            tokens = getattr(model, "num_tokens", 1)
+            self.micro_batch: int | None = micro_batch or max(1, MICRO_BATCH_TOKENS // tokens)
+        else:
+            self.threads, self.micro_batch = 1, micro_batch
+        self.pool = ThreadPoolExecutor(self.threads, "minivit") if self.threads > 1 else None
+
+    def here(self, images: Array) -> Array:
+        """Return images on the model's device."""
+        return to_device(images, self.device)
+
+    def pieces(self, rows: int) -> list[tuple[int, int]]:
+        """Return the micro-batches (start, stop): of even size, and as many for every thread if there are enough."""
+        if rows < 1:
+            raise DataError("an empty batch", "give at least one image")
+        size = min(self.micro_batch or rows, -(-rows // self.threads))
+        rounds = -(-rows // (size * self.threads))
+        count = min(rounds * self.threads, rows)
+        edges = [rows * i // count for i in range(count + 1)]
+        return list(zip(edges[:-1], edges[1:], strict=True))
+
+    def run(self, work: Callable[[int, int, int], Any], rows: int) -> list[Any]:
+        """Call work(thread, start, stop) for every piece; return the results in the order of the rows."""
+        pieces = self.pieces(rows)
+        results: list[Any] = [None] * len(pieces)
+
+        def share(thread: int) -> None:
+            for i in range(thread, len(pieces), self.threads):
+                results[i] = work(thread, *pieces[i])
+
+        if self.pool is None:
+            share(0)
+            return results
+        with blas_threads(1):
+            futures = [self.pool.submit(share, t) for t in range(self.threads)]
+            wait(futures)  # all of them, before an error of one is raised: the others still use the buffers
+        for future in futures:
+            future.result()
+        return results
+
+
+def _total(losses: list[Any]) -> Any:
+    total = losses[0]
+    for loss in losses[1:]:
+        total = total + loss
+    return total
+
+
+def predict_logits(
+    model: Module, images: Array, threads: int | None = None, micro_batch: int | None = None
+) -> np.ndarray:
+    """Return the logits of images (N, C, H, W) in eval mode as one NumPy array, computed in micro-batches."""
+    team = Team(model, threads, micro_batch or (None if next(model.parameters()).device == "cpu" else 256))
+    training = model.training
+    model.eval()
+
+    def work(thread: int, start: int, stop: int) -> np.ndarray:
+        with no_grad():
+            return to_numpy(model(team.here(images[start:stop])).data)
+
+    try:
+        return np.concatenate(team.run(work, len(images)))
+    finally:
+        model.train(training)
+
+
+def first_non_finite(model: Module, images: Array, key: Key) -> str | None:
+    """Return where the first NaN or infinity of a forward pass is: the images, a parameter, or a layer's output."""
+
+    def bad(x: Any) -> bool:
+        x = x.data if hasattr(x, "node") else x
+        return not bool(array_module(x).isfinite(x).all())
+
+    if bad(images):
+        return "the images"
+    for name, p in model.named_parameters():
+        if bad(p):
+            return f"the parameter {name}"
+    found: list[str] = []
+
+    def watch(name: str, module: Module) -> None:
+        forward = module.forward
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            out = forward(*args, **kwargs)
+            if not found and bad(out):
+                found.append(f"the output of {name or type(module).__name__}")
+            return out
+
+        module.forward = watched  # type: ignore[method-assign]
+
+    modules = list(model.named_modules())
+    try:
+        for name, module in modules:
+            watch(name, module)
+        with no_grad(), random_key(key):
+            model(images)
+    finally:
+        for _, module in modules:
+            vars(module).pop("forward", None)
+    return found[0] if found else None
