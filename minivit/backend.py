@@ -16,13 +16,13 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
 from minivit.errors import ConfigError, DeviceError
 
-Array = Any
+Array = Annotated[Any, "Array"]
 """A NumPy or CuPy ndarray. Written on a parameter of an operation, it marks a differentiable input."""
 
 

@@ -108,6 +108,11 @@ class Node:
         node.tensor = weakref.ref(tensor)
         return node
 
+    @property
+    def freed(self) -> bool:
+        """Whether a walk has passed here and dropped the arrays."""
+        return self.op is not None and self.args is None and self.kept is None
+
     def free(self) -> None:
         """Drop the arrays; a later walk through this node raises."""
         self.args = self.out = self.kept = None
@@ -150,7 +155,7 @@ def propagate(
                 yield node, grad
                 if node.op is None:
                     continue
-            if node.args is None and node.kept is None:
+            if node.freed:
                 raise GraphError(
                     f"backward reached a result of {node.op.name} whose graph is already freed",
                     "run the forward pass again, add the losses up before one backward, "
@@ -205,12 +210,12 @@ def _from_root(root: Node) -> list[Node]:
 
 
 def _above(order: list[Node], wanted: set[Node] | None) -> set[Node]:
-    """Return the nodes from which a wanted node can be reached; all of them if everything is wanted."""
+    """Return the nodes from which a wanted node can be reached, or could before they were freed."""
     if wanted is None:
         return set(order)
     alive: set[Node] = set()
     for node in reversed(order):
-        if node in wanted or any(p in alive for p in node.parents):
+        if node in wanted or node.freed or any(p in alive for p in node.parents):
             alive.add(node)
     return alive
 

@@ -39,9 +39,7 @@ class Op:
         self.names = [p.name for p in parameters if p.kind is not p.VAR_POSITIONAL]
         self.defaults = tuple(p.default for p in parameters if p.kind is not p.VAR_POSITIONAL)
         self.inputs = [
-            i
-            for i, p in enumerate(parameters)
-            if str(p.annotation).startswith("Array") and p.kind is not p.VAR_POSITIONAL
+            i for i, p in enumerate(parameters) if "Array" in str(p.annotation) and p.kind is not p.VAR_POSITIONAL
         ]
         # def f(setting, *arrays: Array): everything from there on is an input
         self.variadic = len(self.names) if parameters[-1].kind is inspect.Parameter.VAR_POSITIONAL else None
@@ -52,6 +50,8 @@ class Op:
         self._vjps: tuple[Callable[..., Any], ...] = ()
         self._fast: Callable[..., Any] | None = None
         self._fast_vjp: Callable[..., Any] | None = None
+        if not self.inputs and self.variadic is None:
+            raise ConfigError(f"op {self.name} has no differentiable input", "annotate its inputs: x: Array")
         unknown = self.save - set(self.names) - {"out"}
         if unknown:
             raise ConfigError(f"op {self.name}: save names {sorted(unknown)}", f"its arguments are {self.names}")
@@ -143,7 +143,7 @@ class Op:
         recorded = recording.enabled and any(p is not None for p in parents)
         kept = None
         with on_device_of(next(r for r in raw if is_array(r))):
-            if recorded and recording.first_order and self._fast is not None:
+            if recording.first_order and self._fast is not None and isinstance(raw[positions[0]], np.ndarray):
                 out, kept = self._run(self._fast, raw)
             else:
                 out = self._run(self.forward, raw)

@@ -11,8 +11,8 @@ from minivit.errors import ConfigError
 from minivit.ops.elementwise import erf, exp, maximum, tanh, where
 
 _SQRT_HALF = math.sqrt(0.5)
-_TANH_SCALE = math.sqrt(2.0 / math.pi)
-_TANH_CUBIC = 0.044715
+TANH_SCALE = math.sqrt(2.0 / math.pi)
+TANH_CUBIC = 0.044715
 
 
 @op(save=("x",))
@@ -57,25 +57,25 @@ def gelu(x: Array, approximate: str = "none") -> Array:
 
     ``approximate="none"`` is exact, by erf; ``"tanh"`` is 0.5x(1 + tanh(√(2/π)(x + 0.044715x³))), at most 5e-4 away.
     """
-    return x * _gelu_cdf(x, approximate)
+    return x * gelu_cdf(x, approximate)
 
 
-def _gelu_cdf(x: Any, approximate: str) -> Any:
+def gelu_cdf(x: Any, approximate: str) -> Any:
     """Return Φ(x), or what stands for it in the tanh form; on arrays or on Tensors."""
     if approximate == "none":
         return erf(x * _SQRT_HALF) * 0.5 + 0.5
     if approximate == "tanh":
-        return tanh(x * (_TANH_SCALE + (_TANH_SCALE * _TANH_CUBIC) * x * x)) * 0.5 + 0.5
+        return tanh(x * (TANH_SCALE + (TANH_SCALE * TANH_CUBIC) * x * x)) * 0.5 + 0.5
     raise ConfigError(f"gelu: unknown approximate={approximate!r}", "use 'none' or 'tanh'")
 
 
 @gelu.vjp
 def _(g: Any, out: Any, x: Any, approximate: str, needs: tuple[bool, ...]) -> Any:
-    cdf = _gelu_cdf(x, approximate)
+    cdf = gelu_cdf(x, approximate)
     if approximate == "none":
         pdf = exp(x * x * -0.5) * (1.0 / math.sqrt(2.0 * math.pi))
     else:  # d/dx ½(1 + tanh u) = 2·cdf·(1 - cdf)·u′
-        pdf = cdf * (1.0 - cdf) * (2.0 * _TANH_SCALE + (6.0 * _TANH_SCALE * _TANH_CUBIC) * x * x)
+        pdf = cdf * (1.0 - cdf) * (2.0 * TANH_SCALE + (6.0 * TANH_SCALE * TANH_CUBIC) * x * x)
     return g * (cdf + x * pdf)
 
 

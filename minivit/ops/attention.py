@@ -15,7 +15,7 @@ from minivit.ops.normalize import softmax
 from minivit.ops.reduce import sum
 from minivit.ops.shape import stack, swapaxes
 
-_FORBIDDEN = -1e30  # a score that no allowed one comes near, and yet finite: a row of them alone has no NaN
+FORBIDDEN = -1e30  # a score that no allowed one comes near, and yet finite: a row of them alone has no NaN
 
 
 def attention_weights(q: Any, k: Any, mask: Any = None, scale: float | None = None) -> Any:
@@ -27,7 +27,7 @@ def attention_weights(q: Any, k: Any, mask: Any = None, scale: float | None = No
     scores = matmul(q, swapaxes(k, -1, -2)) * (1.0 / math.sqrt(q.shape[-1]) if scale is None else scale)
     if mask is None:
         return softmax(scores)
-    return where(mask, 0.0, softmax(where(mask, _FORBIDDEN, scores)))
+    return where(mask, 0.0, softmax(where(mask, FORBIDDEN, scores)))
 
 
 @op(save=("q", "k", "v"))
@@ -46,15 +46,21 @@ def attention(
     ``mask`` is bool, broadcast to (…, Tq, Tk), True = may not attend; a query that may attend to nothing gets zeros.
     ``dropout`` drops entries of P, by ``key``; with several axes before Tq the first is the batch.
     """
-    q, k, v = raw(q), raw(k), raw(v)
+    check_shapes(q, k, v, dropout, key)
+    p = attention_weights(q, k, _on_device(mask, q), scale)
+    drop = _drop(p, dropout, key, first_row)
+    return (p if drop is None else p * drop) @ v
+
+
+def check_shapes(q: Array, k: Array, v: Array, dropout: float, key: Key | None) -> None:
+    """Raise if queries, keys and values do not fit each other, or if dropout has no key."""
     if q.shape[-1] != k.shape[-1] or k.shape[-2] != v.shape[-2]:
         raise ShapeError(
             f"attention: queries {q.shape}, keys {k.shape}, values {v.shape}",
             "queries and keys share their last axis, keys and values the last but one",
         )
-    p = attention_weights(q, k, _on_device(mask, q), scale)
-    drop = _drop(p, dropout, key, first_row)
-    return (p if drop is None else p * drop) @ v
+    if dropout > 0 and key is None:
+        raise ConfigError("attention: dropout needs a key", "pass key=minivit.Key(seed, stream, step)")
 
 
 def _on_device(mask: Any, like: Array) -> Any:
@@ -66,8 +72,7 @@ def _on_device(mask: Any, like: Array) -> Any:
 def _drop(p: Array, dropout: float, key: Key | None, first_row: int) -> Array | None:
     if dropout == 0.0:
         return None
-    if key is None:
-        raise ConfigError("attention: dropout needs a key", "pass key=minivit.Key(seed, stream, step)")
+    assert key is not None
     return keep_scale(p, p.shape, dropout, key, first_row)
 
 

@@ -14,7 +14,7 @@ from minivit.ops.normalize import log_softmax, softmax
 from minivit.ops.reduce import sum
 
 
-def _targets(logits: Array, labels: Any, smoothing: float) -> Array:
+def targets(logits: Array, labels: Any, smoothing: float) -> Array:
     """Return the target distribution (…, K): labels made one-hot, and smoothed (Szegedy et al. 2015, section 7)."""
     xp, labels = array_module(logits), raw(labels)
     classes = logits.shape[-1]
@@ -57,25 +57,25 @@ def cross_entropy(logits: Array, labels: Any, smoothing: float = 0.0) -> Array:
     logits (…, K); labels (…) of integers, or (…, K) of probabilities in the dtype of the logits. ``smoothing`` moves
     that share of each target to all classes alike.
     """
-    target = _targets(logits, labels, smoothing)
-    return (log_softmax(logits) * target).sum() / -_rows(logits.shape)
+    target = targets(logits, labels, smoothing)
+    return (log_softmax(logits) * target).sum() / -count_rows(logits.shape)
 
 
 @cross_entropy.vjp
 def _(g: Any, out: Any, logits: Any, labels: Any, smoothing: float, needs: tuple[bool, ...]) -> Any:
-    target = _targets(raw(logits), labels, smoothing)
+    target = targets(raw(logits), labels, smoothing)
     # Σ target is 1 for probabilities, but a user's soft labels may sum to something else
     total = target.sum(axis=-1, keepdims=True)
-    return (softmax(logits) * total - target) * (g / _rows(logits.shape))
+    return (softmax(logits) * total - target) * (g / count_rows(logits.shape))
 
 
 @cross_entropy.composed
 def _(logits: Any, labels: Any, smoothing: float = 0.0) -> Any:
-    target = _targets(raw(logits), labels, smoothing)
-    return sum(log_softmax(logits) * target) / -_rows(logits.shape)
+    target = targets(raw(logits), labels, smoothing)
+    return sum(log_softmax(logits) * target) / -count_rows(logits.shape)
 
 
-def _rows(shape: tuple[int, ...]) -> int:
+def count_rows(shape: tuple[int, ...]) -> int:
     if 0 in shape or not shape:
         raise ShapeError(f"cross_entropy: logits of shape {shape} have no rows", "give at least one")
     return math.prod(shape[:-1])

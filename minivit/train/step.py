@@ -189,7 +189,7 @@ def predict_logits(
     model.eval()
 
     def work(thread: int, start: int, stop: int) -> np.ndarray:
-        with no_grad():
+        with no_grad(), first_order():
             return to_numpy(model(team.here(images[start:stop])).data)
 
     try:

@@ -1,0 +1,260 @@
+"""The training step against PyTorch's losses, against plain backward, and against itself on other threads."""
+
+import gc
+import math
+
+import numpy as np
+import pytest
+
+import minivit as mv
+from minivit import ops
+from minivit.backend import memory_in_use, normal, uniform
+from minivit.errors import CheckpointError, ConfigError, DataError, GraphError, NonFiniteError, ShapeError
+from minivit.train.optim import SGD, AdamW, clip_grad_norm, is_decayed
+from tests.test_vit import SMALL, disturbed, golden_model, goldens  # noqa: F401
+
+
+def make(**settings):
+    model = disturbed(mv.ViT(**{**SMALL, "depth": 2, **settings}))
+    return model, AdamW(model.named_parameters(), lr=1e-2)
+
+
+def batch(n=7):
+    return normal(mv.Key(1), (n, 3, 12, 8)).astype(np.float32), np.arange(n) % 5
+
+
+def plain_gradients(model, images, labels):
+    ops.cross_entropy(model(images), labels).backward()
+    grads = {n: p.grad for n, p in model.named_parameters()}
+    model.zero_grad()
+    return grads
+
+
+# ---- optimizers ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["plain", "step"])
+@pytest.mark.parametrize("kind", ["adamw", "sgd"])
+def test_twenty_steps_follow_pytorchs_losses(goldens, kind, how):  # noqa: F811
+    model = golden_model(goldens, np.float32)
+    opt = AdamW(model.named_parameters()) if kind == "adamw" else SGD(model.named_parameters(), lr=0.01)
+    step = mv.TrainStep(model, opt)
+    losses = []
+    for images, labels in zip(goldens["train/images"], goldens["train/labels"], strict=True):
+        if how == "step":
+            losses.append(step(images, labels))
+        else:
+            loss = ops.cross_entropy(model(images), labels)
+            opt.zero_grad()
+            loss.backward()
+            opt.step()
+            losses.append(loss.item())
+    assert len(losses) == 20
+    np.testing.assert_allclose(losses, goldens[f"{kind}/losses"], rtol=0, atol=1e-5)
+    if kind == "adamw":
+        for name, p in model.named_parameters():
+            ours, theirs = p.data, goldens[f"adamw/final/{name}"]
+            if name.endswith(
+                "qkv.bias"
+            ):  # the keys' bias has no gradient but rounding noise, which Adam makes steps of
+                ours, theirs = np.delete(ours, slice(16, 32)), np.delete(theirs, slice(16, 32))
+            np.testing.assert_allclose(ours, theirs, rtol=0, atol=5e-6, err_msg=name)
+
+
+def test_one_adamw_step_is_its_closed_form():
+    p = mv.nn.Parameter(np.array([[1.0, -2.0]]))
+    opt = AdamW([("w", p)], lr=0.1, betas=(0.8, 0.9), eps=0.01, weight_decay=0.5)
+    expected = p.data.copy()
+    m = v = 0.0
+    for t, g in enumerate(([[0.3, -0.1]], [[0.2, 0.4]]), start=1):
+        g = np.array(g)
+        p.grad = g
+        opt.step()
+        m, v = 0.8 * m + 0.2 * g, 0.9 * v + 0.1 * g * g
+        expected = (1 - 0.1 * 0.5) * expected - 0.1 * (m / (1 - 0.8**t)) / (np.sqrt(v / (1 - 0.9**t)) + 0.01)
+        np.testing.assert_allclose(p.data, expected, rtol=1e-14)
+
+
+def test_biases_norms_class_token_and_positions_do_not_decay():
+    model = mv.ViT(**SMALL)
+    decayed = {n for n, p in model.named_parameters() if is_decayed(n, p)}
+    blocks = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+    assert decayed == {"patch_embed.proj.weight", "head.weight"} | {
+        f"blocks.{i}.{b}.weight" for i in range(3) for b in blocks
+    }
+    before = {n: p.data.copy() for n, p in disturbed(model).named_parameters()}
+    opt = AdamW(model.named_parameters(), lr=0.1, weight_decay=0.5)
+    opt.update()  # with gradients of zero, decay is all that moves a parameter
+    for name, p in model.named_parameters():
+        np.testing.assert_allclose(p.data, before[name] * (0.95 if name in decayed else 1.0), rtol=1e-6, err_msg=name)
+
+
+def test_parameters_without_gradient_are_left_alone():
+    model, opt = make()
+    before = model.state_dict()
+    model.head.weight.grad = np.ones_like(model.head.weight.data)
+    opt.step()
+    changed = {n for n, v in model.state_dict().items() if (v != before[n]).any()}
+    assert changed == {"head.weight"}
+
+
+def test_frozen_parameters_cost_nothing_and_stay():
+    model = disturbed(mv.ViT(**SMALL))
+    for name, p in model.named_parameters():
+        p.requires_grad = name.startswith("head.")
+    opt = AdamW(model.named_parameters())
+    assert opt.names == ["head.weight", "head.bias"]
+    before = model.state_dict()
+    mv.TrainStep(model, opt)(*batch())
+    assert {n for n, v in model.state_dict().items() if (v != before[n]).any()} == {"head.weight", "head.bias"}
+
+
+def test_optimizer_state_round_trip():
+    (a, opt_a), (b, opt_b) = make(), make()
+    step_a, step_b = mv.TrainStep(a, opt_a), mv.TrainStep(b, opt_b)
+    for _ in range(3):
+        step_a(*batch())
+    b.load_state_dict(a.state_dict())
+    opt_b.load_state_dict(opt_a.state_dict())
+    assert step_a(*batch()) == step_b(*batch())
+    assert all((x == y).all() for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+    state = opt_a.state_dict()
+    state["m/head.weight"] = np.zeros(3)
+    with pytest.raises(CheckpointError, match=r"m/head\.weight"):
+        opt_b.load_state_dict(state)
+
+
+def test_clip_grad_norm():
+    a, b = mv.nn.Parameter(np.zeros((2, 2))), mv.nn.Parameter(np.zeros(3))
+    a.grad, b.grad = np.full((2, 2), 3.0), np.full(3, 4.0)
+    norm = math.sqrt(4 * 9 + 3 * 16)
+    assert clip_grad_norm([a, b], 1.0) == pytest.approx(norm)
+    assert np.sqrt((a.grad**2).sum() + (b.grad**2).sum()) == pytest.approx(1.0, rel=1e-6)
+    assert a.grad[0, 0] / b.grad[0] == pytest.approx(0.75)
+    assert clip_grad_norm([a, b], 10.0) == pytest.approx(1.0, rel=1e-6)  # and left alone
+
+
+def test_bad_optimizers():
+    with pytest.raises(ConfigError, match="no parameter"):
+        AdamW([])
+    with pytest.raises(ConfigError, match="negative"):
+        AdamW(mv.ViT(**SMALL).named_parameters(), lr=-1.0)
+    model, opt = make()
+    with pytest.raises(GraphError, match=r"call loss\.backward"):
+        opt.step()
+    model.to(np.float64)
+    with pytest.raises(GraphError, match="after model.to"):
+        opt.update()
+
+
+# ---- the step --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("micro_batch", [None, 1, 2, 3, 100])
+def test_gradients_equal_the_plain_ones(threads, micro_batch):
+    model, opt = make()
+    images, labels = batch()
+    plain = plain_gradients(model, images, labels)
+    opt.lr = 0.0
+    mv.TrainStep(model, opt, threads=threads, micro_batch=micro_batch)(images, labels)
+    for name, g in zip(opt.names, opt.split(opt.grad), strict=True):
+        assert np.abs(g - plain[name]).max() <= 1e-6 * max(np.abs(plain[name]).max(), 1e-3), name
+
+
+def test_dropout_does_not_depend_on_threads_or_micro_batches():
+    results = []
+    for threads, micro_batch in ((1, None), (2, 2), (3, 1)):
+        model, opt = make(dropout=0.2, attention_dropout=0.2, embed_dropout=0.1, drop_path=0.3)
+        opt.lr = 0.0
+        loss = mv.TrainStep(model, opt, threads=threads, micro_batch=micro_batch)(*batch())
+        results.append((loss, opt.grad.copy()))
+    for loss, grad in results[1:]:
+        assert loss == pytest.approx(results[0][0], rel=1e-6)
+        np.testing.assert_allclose(grad, results[0][1], atol=1e-6 * np.abs(grad).max())
+
+
+def test_equal_settings_give_equal_bits():
+    states = []
+    for _ in range(3):
+        model, opt = make(dropout=0.1)
+        step = mv.TrainStep(model, opt, threads=2, micro_batch=2)
+        for _ in range(4):
+            step(*batch())
+        states.append(model.state_dict())
+    for state in states[1:]:
+        assert all((state[n] == v).all() for n, v in states[0].items())
+
+
+def test_each_step_draws_other_masks():
+    model, opt = make(dropout=0.5)
+    opt.lr = 0.0
+    step = mv.TrainStep(model, opt)
+    assert step(*batch()) != step(*batch())
+
+
+def test_clipping_in_the_step():
+    model, opt = make()
+    step = mv.TrainStep(model, opt, clip_norm=1e-3)
+    step(*batch())
+    assert step.grad_norm > 1e-3
+    assert np.linalg.norm(opt.grad) == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_non_finite_loss_stops_before_the_update():
+    model, opt = make()
+    step = mv.TrainStep(model, opt, threads=1)
+    before = model.state_dict()
+    images, labels = batch()
+    bad = images.copy()
+    bad[3, 1, 2, 3] = np.nan
+    with pytest.raises(NonFiniteError, match="the images"):
+        step(bad, labels)
+    assert opt.steps == 0
+    assert all((before[n] == v).all() for n, v in model.state_dict().items())
+    with np.errstate(all="ignore"):
+        model.blocks[1].mlp.fc1.weight.data[...] = 3e38
+        with pytest.raises(NonFiniteError, match=r"the output of blocks\.1\.mlp\.fc1"):
+            step(images, labels)
+        model.blocks[0].mlp.fc1.weight.data[0, 0] = np.inf
+        with pytest.raises(NonFiniteError, match=r"the parameter blocks\.0\.mlp\.fc1\.weight"):
+            step(images, labels)
+
+
+def test_bad_batches():
+    model, opt = make()
+    step = mv.TrainStep(model, opt)
+    images, labels = batch()
+    with pytest.raises(ShapeError, match="7 images, 6 labels"):
+        step(images, labels[:6])
+    with pytest.raises(DataError, match="label 5 .* outside"):
+        step(images, labels + 1)
+    with pytest.raises(DataError, match="empty"):
+        step(images[:0], labels[:0])
+    with pytest.raises(ConfigError, match="at least 1"):
+        mv.TrainStep(model, opt, threads=0)
+
+
+def test_predict_logits_equal_the_models_and_leave_its_mode():
+    model, _ = make(dropout=0.5)
+    images, _ = batch(9)
+    logits = mv.predict_logits(model, images, threads=2, micro_batch=2)
+    assert model.training
+    np.testing.assert_allclose(logits, model.eval()(images).numpy(), rtol=1e-5, atol=1e-6)
+
+
+def test_a_thousand_steps_leak_nothing():
+    model = mv.ViT(image_size=8, patch_size=4, in_channels=1, dim=8, depth=1, heads=2)
+    step = mv.TrainStep(model, AdamW(model.named_parameters()))
+    images, labels = uniform(mv.Key(1), (8, 1, 8, 8)), np.arange(8)
+    for _ in range(50):
+        step(images, labels)
+    gc.collect()
+    gc.disable()
+    try:
+        before = memory_in_use()
+        for _ in range(1000):
+            step(images, labels)
+        assert memory_in_use() - before < 2_000_000
+    finally:
+        gc.enable()
