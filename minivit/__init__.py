@@ -1,17 +1,99 @@
-"""minivit: a Vision Transformer framework in pure NumPy and CuPy, every gradient proven."""
+"""minivit: a Vision Transformer framework in pure NumPy and CuPy, every gradient proven.
+
+Names are imported when they are first used, so that ``minivit --help`` need not wait for NumPy.
+"""
 
 from __future__ import annotations
 
-from minivit import nn, ops
-from minivit.autograd.check import GradientReport, check_grads, check_module
-from minivit.autograd.graph import first_order, no_grad
-from minivit.autograd.tensor import Tensor, grad, tensor
-from minivit.backend import Key
-from minivit.errors import GradientError, MinivitError
-from minivit.models.vit import ViT
-from minivit.models.zoo import create_model, list_models
-from minivit.nn.random import random_key
-from minivit.train import optim
-from minivit.train.step import TrainStep, predict_logits
+TYPE_CHECKING = False  # as typing.TYPE_CHECKING, which type checkers know by its name, without the import
+if TYPE_CHECKING:
+    from typing import Any
+
+    from minivit import data, nn, ops, train
+    from minivit.autograd.check import GradientReport, check_grads, check_module
+    from minivit.autograd.graph import first_order, no_grad
+    from minivit.autograd.tensor import Tensor, grad, tensor
+    from minivit.backend import Key
+    from minivit.errors import GradientError, MinivitError
+    from minivit.models.vit import ViT
+    from minivit.models.zoo import create_model, list_models
+    from minivit.nn.random import random_key
+    from minivit.train import optim
+    from minivit.train.step import TrainStep, predict_logits
+    from minivit.train.trainer import Trainer
+    from minivit.train.weights import load_weights
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "GradientError": "errors",
+    "GradientReport": "autograd.check",
+    "Key": "backend",
+    "MinivitError": "errors",
+    "Tensor": "autograd.tensor",
+    "TrainStep": "train.step",
+    "Trainer": "train.trainer",
+    "ViT": "models.vit",
+    "check_grads": "autograd.check",
+    "check_module": "autograd.check",
+    "create_model": "models.zoo",
+    "first_order": "autograd.graph",
+    "grad": "autograd.tensor",
+    "list_models": "models.zoo",
+    "load_weights": "train.weights",
+    "no_grad": "autograd.graph",
+    "predict_logits": "train.step",
+    "random_key": "nn.random",
+    "tensor": "autograd.tensor",
+}
+"""The module, under minivit, that a public name comes from."""
+
+_MODULES = {"data": "data", "nn": "nn", "ops": "ops", "optim": "train.optim", "train": "train"}
+"""Public modules, by the name they go by here."""
+
+__all__ = [
+    "GradientError",
+    "GradientReport",
+    "Key",
+    "MinivitError",
+    "Tensor",
+    "TrainStep",
+    "Trainer",
+    "ViT",
+    "__version__",
+    "check_grads",
+    "check_module",
+    "create_model",
+    "data",
+    "first_order",
+    "grad",
+    "list_models",
+    "load_weights",
+    "nn",
+    "no_grad",
+    "ops",
+    "optim",
+    "predict_logits",
+    "random_key",
+    "tensor",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name (PEP 562)."""
+    from importlib import import_module
+
+    if name in _MODULES:
+        value: Any = import_module(f"minivit.{_MODULES[name]}")
+    elif name in _HOMES:
+        import_module("minivit.ops")  # attaches the operators of Tensor
+        value = getattr(import_module(f"minivit.{_HOMES[name]}"), name)
+    else:
+        raise AttributeError(f"module 'minivit' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -116,7 +116,7 @@ def auto_device(device: str = "auto") -> tuple[str, str]:
 
 def memory_in_use(device: str = "cpu") -> int:
     """Return bytes in use now: the process's resident set on the CPU, CuPy's pool on a GPU."""
-    if device != "cpu":
+    if (device := resolve_device(device)) != "cpu":
         import cupy
 
         with cupy.cuda.Device(int(device.removeprefix("cuda:"))):
@@ -138,7 +138,7 @@ def peak_memory() -> int:
 
 def total_memory(device: str = "cpu") -> int:
     """Return the machine's or the GPU's memory in bytes."""
-    if device != "cpu":
+    if (device := resolve_device(device)) != "cpu":
         import cupy
 
         with cupy.cuda.Device(int(device.removeprefix("cuda:"))) as gpu:
@@ -211,7 +211,7 @@ def uniform(key: Key, shape: tuple[int, ...], *, start: int = 0, device: str = "
 def _generate(
     key: Key, shape: tuple[int, ...], start: int, device: str, dtype: str, finish: Callable[[Array], Array]
 ) -> Array:
-    size = math.prod(shape)
+    size, device = math.prod(shape), resolve_device(device)
     if device == "cpu":
         out = np.empty(size, dtype)
         for a in range(0, size, 1 << 14):  # in pieces that stay in the cache: eight times faster for large arrays

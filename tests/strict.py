@@ -15,7 +15,7 @@ some of CuPy's functions start several, so it is a floor), ``bytes`` (read and w
 waits for the GPU) and ``transfers`` (between host and device, or two devices). ``launched``, ``synced`` and
 ``transferred`` say which, by name or by source line. How a test uses it::
 
-    import strict
+    from tests import strict
 
     strict_cupy = strict.strict_cupy  # makes the fixture known to this file; in conftest.py: to all
 
@@ -33,6 +33,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.machinery
+import importlib.util
 import json
 import math
 import operator
@@ -272,7 +273,7 @@ def _new(host: np.ndarray, device: int) -> ndarray:
 def misuse(key: str, positional: int = 0, keywords: Iterable[str] = ()) -> str:
     """Return what is wrong with a call of CuPy's ``key``, ``""`` if nothing is."""
     if key not in API:
-        return f"CuPy has no {key}"
+        return "" if any(other.startswith(f"{key}.") for other in API) else f"CuPy has no {key}"  # a module is fine
     limit, known = _parameters(key)
     unknown = [] if known is None else sorted(set(keywords) - known)
     if unknown or positional > limit:
@@ -296,40 +297,29 @@ def _traffic(host: np.ndarray) -> int:
     return host.itemsize * math.prod(n for n, stride in zip(host.shape, host.strides, strict=True) if stride)
 
 
-def _count(name: str, outputs: list[np.ndarray], inputs: list[ndarray], device: int) -> None:
-    for a in inputs:
-        if a._device != device:
-            raise ValueError(
-                f"The device where the array resides ({a._device}) is different from the current device ({device})."
-            )
-    read = [a._host for a in inputs]
-    if name == "getitem":
-        read[0] = outputs[0]  # gathering reads what it writes, not the whole array
-    counters.launched[name] += 1
-    counters.bytes += sum(map(_traffic, outputs + read))
+def _unwrap(x: Any, found: list[ndarray]) -> Any:
+    """Return ``x`` with NumPy's arrays in place of the GPU's, which are added to ``found``."""
+    if isinstance(x, ndarray):
+        found.append(x)
+        return x._host
+    if isinstance(x, np.ndarray):
+        raise _refusal(x)
+    return type(x)(_unwrap(item, found) for item in x) if type(x) in (list, tuple) else x
 
 
 def _run(name: str, function: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
     """Call NumPy's ``function`` on the arrays within the arguments, count what it costs, and wrap what it returns."""
     inputs: list[ndarray] = []
-
-    def unwrap(x: Any) -> Any:
-        if isinstance(x, ndarray):
-            inputs.append(x)
-            return x._host
-        if isinstance(x, np.ndarray):
-            raise _refusal(x)
-        return type(x)(map(unwrap, x)) if type(x) in (list, tuple) else x
-
-    args = unwrap(args)
-    kwargs = {key: unwrap(value) for key, value in kwargs.items()}
+    out: list[ndarray] = []
+    args = _unwrap(args, inputs)
+    kwargs = {key: _unwrap(value, out if key == "out" else inputs) for key, value in kwargs.items()}
     with np.errstate(all="ignore"):  # a GPU raises no floating-point warnings
         result = function(*args, **kwargs)
     if name in LAYOUT:
         return result
     several = isinstance(result, list | tuple)
     hosts = [np.asarray(x) for x in (result if several else [result]) if x is not None]
-    may_be_view = hosts and "out" not in kwargs and not isinstance(function, np.ufunc)
+    may_be_view = hosts and not out and not isinstance(function, np.ufunc)
     device = _current()
     if may_be_view and all(any(np.may_share_memory(host, a._host) for a in inputs) for host in hosts):
         device = inputs[0]._device
@@ -337,10 +327,19 @@ def _run(name: str, function: Callable, args: tuple, kwargs: dict[str, Any]) -> 
         kind, dtype = hosts[0].dtype.kind, hosts[0].dtype
         hosts[0].fill(np.nan if kind in "fc" else kind == "b" or np.iinfo(dtype).max)
     else:
-        _count(name, hosts, inputs, device)
+        for a in inputs + out:
+            if a._device != device:
+                raise ValueError(
+                    f"The device where the array resides ({a._device}) is different from the current device ({device})."
+                )
+        read = [a._host for a in inputs]
+        if name == "getitem":
+            read[0] = hosts[0]  # gathering reads what it writes, not the whole array
+        counters.launched[name] += 1
+        counters.bytes += sum(map(_traffic, hosts + read))
         if name in SYNCING or (name == "where" and len(args) == 1):
             counters.sync()
-    known = {id(a._host): a for a in inputs}  # out=, or an array that needed no change: the very same comes back
+    known = {id(a._host): a for a in inputs + out}  # out=, or an array that needed no change: the very same comes back
     arrays = [known[id(host)] if id(host) in known else _new(host, device) for host in hosts]
     return (arrays if isinstance(result, list) else tuple(arrays)) if several else arrays[0] if arrays else None
 
@@ -538,13 +537,16 @@ def strict_cupy() -> Iterator[Any]:
         yield module
 
 
-@pytest.fixture(params=["strict", pytest.param("real", marks=pytest.mark.gpu)])
+REAL = [pytest.param("real", marks=pytest.mark.gpu)] if importlib.util.find_spec("cupy") else []
+
+
+@pytest.fixture(params=["strict", *REAL])
 def any_cupy(request: pytest.FixtureRequest) -> Iterator[Any]:
     if request.param == "strict":
         with installed() as module:
             yield module
         return
-    real = pytest.importorskip("cupy", reason="CuPy is not installed")
+    real = importlib.import_module("cupy")
     try:
         real.cuda.runtime.getDeviceCount()
     except real.cuda.runtime.CUDARuntimeError as error:

@@ -103,7 +103,11 @@ class Op:
         for a in args:
             if isinstance(a, Tensor):
                 return self._record(args)
-        return self._run(self.forward, args)
+        first = next((a for a in args if is_array(a)), None)
+        if first is None or isinstance(first, np.ndarray):
+            return self._run(self.forward, args)
+        with on_device_of(first):
+            return self._run(self.forward, args)
 
     def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
         values = list(args) + list(self.defaults[len(args) :])

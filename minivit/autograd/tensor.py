@@ -120,7 +120,7 @@ class Tensor:
             if leaf is None:
                 continue  # the Tensor is gone: nobody can read its gradient
             if leaf.grad is None:
-                leaf.grad = part.copy()  # a view of another gradient, or of the cotangent, must not be added to
+                leaf.grad = _array(part).copy()  # a view of another gradient, or of the cotangent, must not be added to
             elif leaf.grad.ndim:
                 leaf.grad += part
             else:

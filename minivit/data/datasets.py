@@ -8,6 +8,7 @@ from functools import cached_property
 from os import PathLike
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import numpy as np
 
@@ -62,7 +63,7 @@ class Dataset:
 
     @cached_property
     def _moments(self) -> list[tuple[float, float]]:
-        """Mean and standard deviation per channel, from sums of integers: the same bits in any order, on any machine."""
+        """Mean and standard deviation per channel, from sums of integers: the same bits in any order of the images."""
         sums = np.zeros((2, self.images.shape[1]), np.int64)
         for start in range(0, len(self), 1024):  # in pieces: int64 takes eight times the bytes' memory
             x = self.images[start : start + 1024].astype(np.int64)
@@ -79,9 +80,8 @@ class Dataset:
         index = np.asarray(indices)
         if index.size and (index.ndim != 1 or index.dtype.kind not in "iu"):
             raise DataError(f"{self.name}: indices must be integers (n,), not {_describe(index)}", "see np.flatnonzero")
-        if index.size and not (0 <= index.min() and index.max() < len(self)):
-            wrong = index.min() if index.min() < 0 else index.max()
-            raise DataError(f"{self.name}: there is no image {wrong}", f"indices run from 0 to {len(self) - 1}")
+        if len(wrong := index[(index < 0) | (index >= len(self))]):
+            raise DataError(f"{self.name}: there is no image {wrong[0]}", f"indices run from 0 to {len(self) - 1}")
         index = index.astype(np.int64)
         return replace(self, images=self.images[index], labels=self.labels[index])
 
@@ -147,11 +147,12 @@ def load_npz(path: str | PathLike[str], split: str) -> Dataset:
     if "classes" in arrays:
         classes = tuple(str(name) for name in arrays["classes"].reshape(-1))
     else:  # by number, up to the largest label of either split: both then agree on the number of classes
-        largest = max((int(a.max()) for k, a in arrays.items() if k.endswith("labels") and a.size), default=-1)
+        numbers = [a for k, a in arrays.items() if k.endswith("labels") and a.dtype.kind in "iu" and a.size]
+        largest = max((int(a.max()) for a in numbers), default=-1)
         if largest >= _MOST_CLASSES:
             raise DataError(f"{path}: label {largest} makes more than {_MOST_CLASSES:,} classes", "number them from 0")
         classes = tuple(str(i) for i in range(largest + 1))
-    return Dataset(_channels_first(images, path), labels.astype(np.int64), classes, path.stem)
+    return Dataset(_channels_first(images, path), labels.astype(np.int64), classes, str(path))
 
 
 _MOST_CLASSES = 1_000_000  # a label beyond it is a mistake, and naming so many classes would fill the memory
@@ -160,33 +161,34 @@ _MOST_CLASSES = 1_000_000  # a label beyond it is a mistake, and naming so many 
 def _read_npz(path: Path, split: str) -> dict[str, np.ndarray]:
     """Read "images" and "labels" of a split, and "classes" and the other split's labels where the archive has them."""
     try:
-        file = np.load(path, allow_pickle=False)
+        # opened here, because NumPy leaves a file that it has opened itself open where the archive is damaged
+        with open(path, "rb") as file:
+            if not is_zipfile(file):
+                raise DataError(f"{path}: not a NumPy archive", _NPZ_REMEDY)
+            file.seek(0)
+            with np.load(file, allow_pickle=False) as archive:
+                prefix = "" if split == "train" and "train_images" not in archive else f"{split}_"
+                wanted = {"images": f"{prefix}images", "labels": f"{prefix}labels"}
+                if missing := [name for name in wanted.values() if name not in archive]:
+                    held = ", ".join(sorted(archive)) or "nothing"
+                    what = f"{path}: no array {missing[0]!r}, needed for the split {split!r}; it holds {held}"
+                    raise DataError(what, f"save it with {wanted['images']}=… and {wanted['labels']}=…")
+                also = {name: name for name in ("train_labels", "test_labels", "classes") if name in archive}
+                arrays = {name: archive[stored] for name, stored in (also | wanted).items()}
+    except DataError:
+        raise
     except FileNotFoundError:
         raise DataError(f"{path}: no such file", "check the path") from None
     except Exception as error:  # whatever a damaged file makes NumPy or zipfile raise is about the file
-        raise DataError(f"{path}: cannot be read: {_reason(error)}", _NPZ_REMEDY) from error
-    if not isinstance(file, np.lib.npyio.NpzFile):
-        raise DataError(f"{path}: is one array, not a NumPy archive", _NPZ_REMEDY)
-    with file:
-        prefix = "" if split == "train" and "train_images" not in file else f"{split}_"
-        wanted = {"images": f"{prefix}images", "labels": f"{prefix}labels"}
-        if missing := [name for name in wanted.values() if name not in file]:
-            what = (
-                f"{path}: no array {missing[0]!r} for the split {split!r}; it holds {', '.join(sorted(file)) or 'none'}"
-            )
-            raise DataError(what, f"save it with {wanted['images']}=… and {wanted['labels']}=…")
-        also = {name: name for name in ("train_labels", "test_labels", "classes") if name in file}
-        try:
-            return {name: file[stored] for name, stored in (also | wanted).items()}
-        except Exception as error:  # as above: a bad checksum, a damaged header, pickled objects, too large to hold
-            raise DataError(f"{path}: cannot be read: {_reason(error)}", _NPZ_REMEDY) from error
+        reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        raise DataError(f"{path}: cannot be read: {reason}", _NPZ_REMEDY) from error
+    for name, array in arrays.items():
+        if not isinstance(array, np.ndarray):  # NumPy gives the bytes of a file in the archive that is no array
+            raise DataError(f"{path}: {name!r} is not an array", _NPZ_REMEDY)
+    return arrays
 
 
 _NPZ_REMEDY = "make it again: np.savez_compressed('data.npz', images=images, labels=labels)"
-
-
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
 def _channels_first(images: np.ndarray, path: Path) -> np.ndarray:

@@ -67,7 +67,9 @@ def pow(a: Array, b: Array) -> Array:
 def _(g: Any, out: Any, a: Any, b: Any, needs: tuple[bool, ...]) -> Any:
     constant = not is_array(raw(b)) and b == 0  # 0·0⁻¹ would be NaN where a is 0
     ga = (g * 0 if constant else g * (b * pow(a, b - 1))) if needs[0] else None
-    return ga, g * out * log(a) if needs[1] else None
+    if not needs[1]:
+        return ga, None
+    return ga, g * out * (log(a) if is_array(raw(a)) else math.log(a))  # NumPy's log of a number would be float64
 
 
 @op()

@@ -177,7 +177,8 @@ def _attend(
     if mask is not None:
         p[np.broadcast_to(mask, p.shape)] = 0.0  # a row that may attend to nothing is zero
     drop = keep_scale(p, p.shape, dropout, key, row) if dropout > 0 and key is not None else None
-    out = np.empty_like(q, shape=(*q.shape[:-1], v.shape[-1]))
+    batch = np.broadcast_shapes(p.shape[:-2], v.shape[:-2])
+    out = np.empty_like(q, shape=(*batch, q.shape[-2], v.shape[-1]))
     np.matmul(p if drop is None else p * drop, v, out=out)
     return out, (q, k, v, p, drop, out, scale)
 
@@ -204,9 +205,7 @@ def _(q: Any, k: Any, v: Any, mask: Any, scale: Any, dropout: float, key: Any, f
 
 @attention.attention.fast_vjp
 def _(g: np.ndarray, kept: Any, needs: Needs) -> Any:
-    q, k, v, p = kept[:4]
-    batch = p.shape[:-2]
-    grads = [np.empty((*batch, *x.shape[-2:]), x.dtype) for x in (q, k, v)]
+    grads = [np.empty((*g.shape[:-2], *x.shape[-2:]), x.dtype) for x in kept[:3]]  # q, k, v
     _attend_back(g, kept, *grads)
     return grads
 

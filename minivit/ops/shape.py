@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from minivit.autograd.op import op, raw
-from minivit.backend import Array, array_module
+from minivit.backend import Array, array_module, device_of, to_device
 from minivit.errors import ShapeError
 
 
@@ -148,12 +148,12 @@ scatter.vjps(lambda g, out, x, index, shape: getitem(g, index))
 @op()
 def take_along_axis(x: Array, indices: Any, axis: int = -1) -> Array:
     """Return x at ``indices`` along an axis; the other axes of ``indices`` (int) match those of x."""
-    return array_module(x).take_along_axis(x, raw(indices), axis)
+    return array_module(x).take_along_axis(x, to_device(raw(indices), device_of(x)), axis)
 
 
 @take_along_axis.vjp
 def _(g: Any, out: Any, x: Any, indices: Any, axis: int, needs: tuple[bool, ...]) -> Any:
-    indices = raw(indices)
+    indices = to_device(raw(indices), device_of(raw(g)))
     xp = array_module(indices)
     shape = indices.shape
     index = [xp.arange(n).reshape([-1 if j == i else 1 for j in range(len(shape))]) for i, n in enumerate(shape)]

@@ -117,7 +117,7 @@ class _Buffer:
             self.flat[...] = 0.0
             self.empty = False
         places = {p.node: view for p, view in zip(self.opt.parameters, self.views, strict=True)}
-        for node, part in propagate(loss.node, array_module(loss.data).asarray(share, loss.dtype)):
+        for node, part in propagate(loss.node, array_module(loss.data).full((), share, loss.dtype)):
             if node in places:
                 view = places[node]
                 view += part

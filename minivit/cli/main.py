@@ -1,0 +1,123 @@
+"""``minivit COMMAND``: finds the command and runs it. NumPy and the rest are imported by the command that needs them."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from importlib import import_module
+
+from minivit import __version__
+
+COMMANDS = {
+    "train": "train a model; without arguments, a Vision Transformer on handwritten digits",
+    "eval": "measure a checkpoint on a data set",
+    "predict": "classify images with a checkpoint",
+    "summary": "show a model's layers, sizes, FLOPs and memory",
+    "gradcheck": "prove the gradients of all operations, or of a model",
+    "doctor": "show what minivit runs on, and test it",
+}
+"""What there is, each in ``minivit.cli.<command>``: ``add_arguments(parser)`` and ``run(args)`` → exit code."""
+
+OK, FAILURE, USAGE, BAD_INPUTS, INTERRUPTED = 0, 1, 2, 3, 130
+"""Exit codes. SIGTERM gives 143, as a shell reports it."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line ``argv`` (by default the process's) and return its exit code."""
+    try:
+        return _run(list(sys.argv[1:] if argv is None else argv))
+    except SystemExit as stop:  # from argparse, and from a training run that a signal ended
+        return stop.code if isinstance(stop.code, int) else FAILURE
+    except KeyboardInterrupt:
+        print("minivit: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit would raise again
+        return FAILURE
+    except MemoryError as error:
+        return _fail(f"out of memory: {error}".removesuffix(": "), "use a smaller batch, model or image size")
+    except OSError as error:
+        return _fail(str(error), "check the path, its permissions and the space left")
+    except Exception as error:
+        from minivit.errors import MinivitError
+
+        if not isinstance(error, MinivitError):
+            raise  # a bug: the traceback belongs in a report
+        return _fail(error.what, error.remedy)
+
+
+def _run(argv: list[str]) -> int:
+    top = Parser(prog="minivit", description="Vision Transformers in pure NumPy and CuPy, every gradient proven.")
+    top.add_argument("--version", action="version", version=f"minivit {__version__}")
+    commands = top.add_subparsers(title="commands", dest="command", metavar="COMMAND", parser_class=Parser)
+    name = argv[0] if argv else "--help"
+    if not name.startswith("-") and name not in COMMANDS:
+        top.error(f"there is no command {name!r}" + did_you_mean(name, COMMANDS))
+    for command, purpose in COMMANDS.items():
+        parser = commands.add_parser(command, help=purpose, description=f"{purpose[0].upper()}{purpose[1:]}.")
+        if command == name:
+            import_module(f"minivit.cli.{command}").add_arguments(parser)
+    args = top.parse_args(argv or ["--help"])
+    if args.command is None:
+        top.error("which command?")
+    code: int = import_module(f"minivit.cli.{args.command}").run(args)
+    sys.stdout.flush()  # here, where a broken pipe is met
+    return code
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with "did you mean", and errors in the form of minivit's own."""
+
+    def __init__(self, **settings: object) -> None:
+        settings["formatter_class"] = lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=100)
+        super().__init__(allow_abbrev=False, **settings)  # type: ignore[arg-type]
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: None = None) -> argparse.Namespace:  # type: ignore[override]
+        """Parse, or say which flag is not known and which was perhaps meant."""
+        parsed, extra = self.parse_known_args(args)
+        if extra:
+            parser = self._of(getattr(parsed, "command", None))
+            flag = next((word for word in extra if word.startswith("-")), extra[0]).partition("=")[0]
+            what = f"unknown option {flag}" if flag.startswith("-") else f"{flag!r} is one argument too many"
+            parser.error(what + did_you_mean(flag, parser._option_string_actions))
+        return parsed
+
+    def _of(self, command: str | None) -> Parser:
+        """Return the parser of a command, or this one."""
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction) and command in action.choices:
+                return action.choices[command]
+        return self
+
+    def error(self, message: str) -> None:  # type: ignore[override]
+        """Print what is wrong and how to learn more; exit with 2."""
+        print(f"{self.prog}: error: {message}\n  → see {self.prog} --help", file=sys.stderr)
+        raise SystemExit(USAGE)
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return "; did you mean …?" if a known name is like ``name``, else ""."""
+    import difflib
+
+    near = difflib.get_close_matches(name, list(known), n=2, cutoff=0.6)
+    return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
+def one_of(kind: str, known: Sequence[str]) -> Callable[[str], str]:
+    """Return an argument's ``type``: one of the known words."""
+
+    def check(word: str) -> str:
+        if word not in known:
+            raise argparse.ArgumentTypeError(
+                f"unknown {kind} {word!r}; known: {', '.join(known)}{did_you_mean(word, known)}"
+            )
+        return word
+
+    return check
+
+
+def _fail(what: str, remedy: str) -> int:
+    print(f"minivit: error: {what}" + (f"\n  → {remedy}" if remedy else ""), file=sys.stderr)
+    return FAILURE

@@ -1,0 +1,182 @@
+"""``minivit predict``: the class of each image, how sure the model is, and what else it could have been."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from minivit.cli.main import BAD_INPUTS, OK, one_of
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from minivit.models.vit import ViT
+
+RUNNERS_UP = 2
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    parser.add_argument("checkpoint", metavar="CKPT", help="checkpoint, such as runs/digits-1/checkpoints/last.npz")
+    parser.add_argument(
+        "images", metavar="IMAGE", nargs="+",
+        help="image file, .npy or .npz of images as bytes, or - for an image on standard input; digits are expected "
+        "as light strokes on black",
+    )  # fmt: skip
+    parser.add_argument("--format", type=one_of("format", ("table", "json", "csv")), default="table",
+                        help="table (default), json or csv")  # fmt: skip
+    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, …")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print a row for each image; 3 if some could not be read."""
+    import numpy as np
+
+    from minivit.backend import auto_device
+    from minivit.errors import MinivitError
+    from minivit.train.step import predict_logits
+    from minivit.train.weights import load_model
+
+    model, meta = load_model(args.checkpoint)
+    model.to(auto_device(args.device)[0])
+    rows: list[dict[str, Any]] = []
+    good: list[np.ndarray] = []
+    for source in args.images:
+        try:
+            for name, image in read(source, model):
+                rows.append({"file": name})
+                good.append(image)
+        except MinivitError as error:  # the others may be sound
+            rows.append({"file": source, "error": f"{error.what.removeprefix(f'{source}: ')} → {error.remedy}"})
+    if good:
+        probabilities = _softmax(predict_logits(model, _standardised(np.stack(good), meta)))  # (N, K)
+        classes = _classes(meta, probabilities.shape[1])
+        answers = iter(probabilities)
+        for row in rows:
+            if "error" not in row:
+                row |= _answer(next(answers), classes)
+    {"table": _print_table, "json": _print_json, "csv": _print_csv}[args.format](rows)
+    return BAD_INPUTS if any("error" in row for row in rows) else OK
+
+
+# ---- images in -------------------------------------------------------------------------------------------------------
+
+
+def read(source: str, model: ViT) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield (name, image uint8 (C, H, W)) for each image of a file. Raises DataError, before the first, if it is bad."""
+    import io
+
+    from minivit.data import read_image
+
+    size, channels = model.patch_embed.image_size, model.patch_embed.in_channels
+    if source == "-":
+        yield "-", read_image(io.BytesIO(sys.stdin.buffer.read()), size, channels)
+    elif Path(source).suffix.lower() in (".npy", ".npz"):
+        for i, image in enumerate(read_arrays(Path(source), (channels, *size))):
+            yield f"{source}[{i}]", image
+    else:
+        yield source, read_image(source, size, channels)
+
+
+def read_arrays(path: Path, shape: tuple[int, int, int]) -> np.ndarray:
+    """Return the images of a NumPy file as uint8 (N, C, H, W); ``shape`` is the (C, H, W) that the model takes.
+
+    An .npy file holds one array; in an .npz the array is called ``images``, ``test_images`` or is the only one. It may
+    be (N, C, H, W), (N, H, W, C) or, for one channel, (N, H, W) or (H, W).
+    """
+    import numpy as np
+
+    from minivit.errors import DataError
+
+    channels, height, width = shape
+    try:
+        found = np.load(path, allow_pickle=False)
+        if not isinstance(found, np.ndarray):
+            with found as archive:
+                names = [n for n in ("images", "test_images") if n in archive] or list(archive)
+                if not names or (len(archive) > 1 and names[0] not in ("images", "test_images")):
+                    raise DataError(f"{path} has no array 'images', but {', '.join(names)}", "save it as images=…")
+                found = archive[names[0]]
+    except DataError:
+        raise
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file", "check the path") from None
+    except Exception as error:  # whatever a damaged file makes NumPy raise is about the file
+        raise DataError(f"{path}: cannot be read: {error}", "save it with np.save or np.savez") from error
+    images = found
+    if channels == 1 and images.shape[-2:] == (height, width) and images.ndim in (2, 3):
+        images = images.reshape(-1, 1, height, width)  # (H, W) or (N, H, W) → (N, 1, H, W)
+    elif images.ndim == 4 and images.shape[1:] == (height, width, channels):
+        images = images.transpose(0, 3, 1, 2)  # (N, H, W, C) → (N, C, H, W)
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != shape:
+        raise DataError(
+            f"{path} holds {found.dtype} {found.shape}; the model takes {channels} × {height} × {width} images",
+            f"save np.uint8 images, 0 to 255, of shape (N, {channels}, {height}, {width})",
+        )
+    return images
+
+
+def _standardised(images: np.ndarray, meta: dict[str, Any]) -> np.ndarray:
+    import numpy as np
+
+    mean, std = (
+        np.array(meta.get("data", {}).get(key, default), np.float32).reshape(-1, 1, 1)  # (C, 1, 1)
+        for key, default in (("mean", 0.0), ("std", 1.0))
+    )
+    return (images.astype(np.float32) / np.float32(255) - mean) / std
+
+
+# ---- answers out -----------------------------------------------------------------------------------------------------
+
+
+def _softmax(logits: np.ndarray) -> np.ndarray:
+    from minivit import ops
+
+    return ops.softmax(logits)
+
+
+def _classes(meta: dict[str, Any], number: int) -> list[str]:
+    names = meta.get("data", {}).get("classes") or []
+    return [*map(str, names[:number]), *(str(i) for i in range(len(names), number))]
+
+
+def _answer(probabilities: np.ndarray, classes: list[str]) -> dict[str, Any]:
+    first, *others = probabilities.argsort()[::-1][: 1 + RUNNERS_UP].tolist()
+    return {
+        "class": classes[first],
+        "probability": round(float(probabilities[first]), 6),
+        "runners_up": [{"class": classes[i], "probability": round(float(probabilities[i]), 6)} for i in others],
+    }
+
+
+def _print_table(rows: list[dict[str, Any]]) -> None:
+    from minivit.cli.report import text_table
+
+    cells = []
+    for row in rows:
+        others = ", ".join(f"{other['class']} {other['probability']:.1%}" for other in row.get("runners_up", []))
+        answer = [row.get("class", "–"), f"{row['probability']:.1%}" if "class" in row else "–"]
+        cells.append([row["file"], *answer, others or row.get("error", "")])
+    print(text_table(["file", "class", "probability", "runners-up"], cells, right=[2]))
+
+
+def _print_json(rows: list[dict[str, Any]]) -> None:
+    import json
+
+    print(json.dumps(rows, indent=1, ensure_ascii=False))
+
+
+def _print_csv(rows: list[dict[str, Any]]) -> None:
+    import csv
+
+    others = [f"{word}_{n}" for n in range(2, RUNNERS_UP + 2) for word in ("class", "probability")]
+    writer = csv.DictWriter(sys.stdout, ["file", "class", "probability", *others, "error"], lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        flat = {key: value for key, value in row.items() if key != "runners_up"}
+        for n, other in enumerate(row.get("runners_up", []), start=2):
+            flat |= {f"class_{n}": other["class"], f"probability_{n}": other["probability"]}
+        writer.writerow(flat)

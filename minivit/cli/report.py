@@ -1,0 +1,69 @@
+"""Figures and text tables that several commands print."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from minivit import ops
+
+
+def text_table(head: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
+    """Return rows aligned under their headings, two spaces apart; the columns in ``right`` to the right."""
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    lines = [
+        "  ".join(f"{cell:>{w}}" if i in right else f"{cell:{w}}" for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
+        for row in [head, *rows]
+    ]  # fmt: skip
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def wilson_interval(right: int, total: int) -> tuple[float, float]:
+    """Return the 95% interval of a share, ``right`` of ``total`` (Wilson 1927, "Probable inference", JASA 22(158))."""
+    z = 1.959963984540054
+    share, n = right / total, total
+    middle = share + z * z / (2 * n)
+    half = z * ((share * (1 - share) + z * z / (4 * n)) / n) ** 0.5
+    return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
+
+
+def measure(logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+    """Return what logits (N, K) are worth against labels (N,).
+
+    ``loss`` (mean cross-entropy), ``accuracy`` with its 95% ``interval``, ``top5`` where there are ten classes or more,
+    ``count``, ``right``, and ``confusion`` (K, K): row = label, column = prediction.
+    """
+    classes = logits.shape[1]
+    predicted = logits.argmax(axis=1)  # (N,)
+    confusion = np.zeros((classes, classes), np.int64)
+    np.add.at(confusion, (labels, predicted), 1)
+    right, count = int(np.trace(confusion)), len(labels)
+    result = {
+        "loss": float(ops.cross_entropy(logits, labels)),
+        "accuracy": right / count,
+        "interval": wilson_interval(right, count),
+        "count": count,
+        "right": right,
+        "confusion": confusion,
+    }
+    if classes >= 10:
+        higher = (logits > np.take_along_axis(logits, labels[:, None], axis=1)).sum(axis=1)  # (N,)
+        result["top5"] = float((higher < 5).mean())
+    return result
+
+
+def percent_interval(result: dict[str, Any]) -> str:
+    """Return "97.50% (95% interval 96.67 to 98.13%)"."""
+    low, high = result["interval"]
+    return f"{result['accuracy']:.2%} (95% interval {100 * low:.2f} to {high:.2%})"
+
+
+def bytes_text(size: float) -> str:
+    """Return a size in bytes for people: "1.5 MB", in powers of 1000."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 999.5:
+            return f"{size:.0f} {unit}" if unit == "B" or size >= 99.5 else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"

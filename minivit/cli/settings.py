@@ -1,0 +1,277 @@
+"""Settings of a training run: what there is, where each value comes from, and the run's config.toml.
+
+A value comes from, in rising order: its default, the named model, the data, the recipe, the file, the command line.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from minivit.errors import ConfigError, MinivitError, unknown_name
+
+
+class Setting(NamedTuple):
+    """One setting: its default says its type; ``flags`` are what it is called on the command line."""
+
+    default: Any
+    help: str
+    flags: tuple[str, ...] = ()
+    low: float | None = None
+    high: float | None = None
+    choices: tuple[str, ...] = ()
+
+
+SETTINGS: dict[str, Setting] = {
+    "data.name": Setting("digits", "data set: digits, or a NumPy archive FILE.npz", ("--data", "-d")),
+    "data.val_fraction": Setting(
+        0.1, "share of the training images held out to choose the best epoch; 0: train on all", ("--val-fraction",),
+        low=0.0, high=0.9,
+    ),
+    "data.augment": Setting("none", "random changes of training images", choices=("none", "affine")),
+    "data.degrees": Setting(12.0, "affine: largest rotation, in degrees", low=0.0, high=180.0),
+    "data.scale": Setting(0.12, "affine: largest change of size, as a share of it", low=0.0, high=1.0),
+    "data.shear": Setting(0.12, "affine: largest slant", low=0.0, high=1.0),
+    "data.shift": Setting(0.5, "affine: largest shift, in pixels", low=0.0),
+    "model.name": Setting("", "named model (minivit summary --list); by default one for the images' size",
+                          ("--model", "-m")),
+    "train.epochs": Setting(30, "passes over the training images", ("--epochs", "-e"), low=1),
+    "train.batch_size": Setting(64, "images in a batch", ("--batch-size", "-b"), low=1),
+    "train.grad_accum_steps": Setting(1, "batches whose gradients are averaged for one update",
+                                      ("--grad-accum-steps",), low=1),
+    "train.lr": Setting(1e-3, "learning rate after the warm-up", ("--lr",), low=0.0),
+    "train.schedule": Setting("cosine", "how the learning rate falls", choices=("cosine", "linear")),
+    "train.warmup_epochs": Setting(1.0, "epochs over which the learning rate rises", ("--warmup-epochs",), low=0.0),
+    "train.min_lr": Setting(0.0, "learning rate of the last step", ("--min-lr",), low=0.0),
+    "train.weight_decay": Setting(0.05, "AdamW's decoupled weight decay", ("--weight-decay",), low=0.0),
+    "train.clip_grad": Setting(1.0, "largest norm of the gradient; 0: no limit", ("--clip-grad",), low=0.0),
+    "train.smoothing": Setting(0.0, "label smoothing", ("--smoothing",), low=0.0, high=1.0),
+    "train.seed": Setting(0, "seed of weights, shuffling, augmentation and dropout", ("--seed",), low=0),
+    "train.device": Setting("auto", "auto, cpu, cuda, cuda:1, …", ("--device",)),
+    "train.threads": Setting(0, "CPU threads; 0: one for each core", ("--threads",), low=0),
+    "train.micro_batch": Setting(0, "images worked on at once; 0: what fits the cache", ("--micro-batch",), low=0),
+    "train.save_every": Setting(0, "save every so many steps, besides after each epoch", ("--save-every",), low=0),
+}  # fmt: skip
+"""All settings but the model's, which are the arguments of :class:`minivit.ViT`."""
+
+MODEL_FLAGS = {
+    "model.dropout": ("--dropout", "dropout after attention and in the MLP"),
+    "model.drop_path": ("--drop-path", "drop path of the last block; it rises linearly from 0"),
+}
+"""Settings of the model that have flags of their own."""
+
+
+class Settings(dict[str, Any]):
+    """Values by dotted key (``settings["train.lr"]``); ``origins`` says where each came from."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.origins: dict[str, str] = {}
+
+    def take(self, values: Mapping[str, Any], origin: str) -> None:
+        """Take over values, each checked. Raises ConfigError for a key, type or size that cannot be."""
+        for key, value in values.items():
+            if key not in known_settings():
+                raise _unknown(key, origin)
+            self[key] = _checked(key, value, origin)
+            self.origins[key] = origin
+
+    def table(self, name: str) -> dict[str, Any]:
+        """Return the values under ``name.``, by the rest of their keys."""
+        return {key.removeprefix(f"{name}."): v for key, v in self.items() if key.startswith(f"{name}.")}
+
+
+def _unknown(key: str, origin: str) -> MinivitError:
+    """Return the error for an unknown key; one in the wrong table, or without its table, is found by its name."""
+    names = {known.rpartition(".")[2]: known for known in known_settings()}
+    near = difflib.get_close_matches(key.rpartition(".")[2], names, n=2, cutoff=0.6)
+    meant = f"did you mean {' or '.join(names[n] for n in near)}?"
+    return ConfigError(
+        f"unknown setting {key!r} ({origin})", meant if near else f"known: {', '.join(sorted(known_settings()))}"
+    )
+
+
+@functools.cache
+def known_settings() -> dict[str, type | tuple[type, ...]]:
+    """Return the type of every setting, the model's included."""
+    import inspect
+
+    from minivit.models.vit import ViT
+
+    kinds: dict[str, type | tuple[type, ...]] = {key: type(s.default) for key, s in SETTINGS.items()}
+    named = {"int": int, "int | None": int, "float": float, "bool": bool, "str": str, "Size": (int, list)}
+    for p in list(inspect.signature(ViT).parameters.values()):
+        if p.name != "seed":  # the run's seed is the model's
+            kinds[f"model.{p.name}"] = named[p.annotation]
+    return kinds
+
+
+def _checked(key: str, value: Any, origin: str) -> Any:
+    """Return ``value`` as the setting has it."""
+    kind = known_settings()[key]
+    if kind is float and type(value) is int:
+        value = float(value)
+    if isinstance(value, tuple):
+        value = list(value)
+    allowed = kind if isinstance(kind, tuple) else (kind,)
+    if type(value) not in allowed or (isinstance(value, list) and [type(x) for x in value] != [int, int]):
+        names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", list: "[height, width]"}
+        raise ConfigError(
+            f"{key} = {value!r} ({origin}) is not {' or '.join(names[k] for k in allowed)}",
+            'text in quotes: name = "digits"' if str in allowed else f"for example --set {key}={_example(allowed)}",
+        )
+    setting = SETTINGS.get(key, Setting(None, ""))
+    high = 0.999 if key.endswith(("dropout", "drop_path")) else setting.high
+    low = 0.0 if key.endswith(("dropout", "drop_path")) else setting.low
+    if setting.choices and value not in setting.choices:
+        raise unknown_name(key, value, setting.choices)
+    if isinstance(value, int | float) and not ((low is None or value >= low) and (high is None or value <= high)):
+        limits = f"from {low:g} to {high:g}" if high is not None else f"at least {low:g}"
+        raise ConfigError(f"{key} = {value!r} ({origin}) is out of range", f"it must be {limits}")
+    return value
+
+
+def _example(kinds: tuple[type, ...]) -> str:
+    return {int: "8", float: "0.1", bool: "true"}[kinds[0]]
+
+
+# ---- resolving -------------------------------------------------------------------------------------------------------
+
+
+def resolve(typed: Mapping[str, Any], recipe: str | None = None, file: str | Path | None = None) -> Settings:
+    """Return all settings but those that the data decide: defaults < model < recipe < ``file`` < ``typed``.
+
+    ``typed`` is what the command line gives, by dotted key. Without a ``recipe`` there, the file's is used, or the one
+    called like the data set, if there is one.
+    """
+    import inspect
+
+    from minivit.models.vit import ViT
+    from minivit.models.zoo import MODELS
+    from minivit.train.recipes import RECIPES
+
+    from_file = read_toml(file) if file is not None else {}
+    in_file = from_file.pop("recipe", None)
+    asked = recipe or in_file
+    if asked is not None and asked not in RECIPES:
+        raise unknown_name("recipe", asked, RECIPES)
+    data = typed.get("data.name", from_file.get("data.name", SETTINGS["data.name"].default))
+    if asked is None and data in RECIPES:
+        asked = str(data)
+    from_recipe = _flat(RECIPES[asked]) if asked else {}
+    model = typed.get("model.name", from_file.get("model.name"))
+    if model is not None and model != from_recipe.get("model.name"):  # its sizes are for its own model
+        from_recipe = {k: v for k, v in from_recipe.items() if not k.startswith("model.")} | {"model.name": model}
+
+    settings = Settings()
+    settings.take({key: s.default for key, s in SETTINGS.items()}, "default")
+    defaults = {f"model.{p.name}": p.default for p in inspect.signature(ViT).parameters.values() if p.name != "seed"}
+    settings.take({key: value for key, value in defaults.items() if value is not None}, "default")
+    # the named model's sizes come before the recipe's, whoever names the model
+    name = model or from_recipe.get("model.name") or ""
+    if name:
+        take_model(settings, name)
+    settings.take(from_recipe, f"recipe {asked}")
+    settings.take(from_file, f"file {file}")
+    settings.take(typed, "command line")
+    settings["recipe"] = asked or ""
+    if settings["model.name"] and settings["model.name"] not in MODELS:
+        raise unknown_name("model", settings["model.name"], MODELS)
+    return settings
+
+
+def take_model(settings: Settings, name: str) -> None:
+    """Take over the sizes of a named model."""
+    from minivit.models.zoo import MODELS
+
+    if name not in MODELS:
+        raise unknown_name("model", name, MODELS)
+    settings.take({f"model.{key}": value for key, value in MODELS[name].items()}, f"model {name}")
+
+
+def fit_to_data(settings: Settings, shape: tuple[int, int, int], classes: int) -> None:
+    """Settle what the data decide: image size, channels and classes, and the model where none is named.
+
+    ``shape`` is an image's (C, H, W). Raises ConfigError where the settings ask for something else.
+    """
+    channels, height, width = shape
+    asked = {k for k, origin in settings.origins.items() if origin.startswith(("recipe", "file", "command"))}
+    if not settings["model.name"]:
+        small = {12: "vit_digits", 28: "vit_mnist"}
+        name = next((n for size, n in small.items() if max(height, width) <= size), "vit_cifar")
+        kept = {k: (settings[k], settings.origins[k]) for k in asked if k.startswith("model.") and k != "model.name"}
+        take_model(settings, name)
+        settings.take({"model.name": name}, "data")
+        for key, (value, origin) in kept.items():
+            settings.take({key: value}, origin)
+    size = height if height == width else [height, width]
+    for key, value in {"image_size": size, "in_channels": channels, "num_classes": classes}.items():
+        key = f"model.{key}"
+        given = settings[key]
+        fits = given == value or given == [value, value] or (key == "model.num_classes" and given >= value)
+        if key not in asked:
+            settings.take({key: value}, "data")
+        elif not fits:
+            raise ConfigError(
+                f"{key} = {given} ({settings.origins[key]}), but the data have {value}",
+                f"leave {key} out: the data decide it",
+            )
+
+
+def parse_assignment(text: str) -> tuple[str, Any]:
+    """Return (key, value) of ``key=value``; the value as TOML has it, or as text."""
+    import tomllib
+
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"--set {text!r} is not KEY=VALUE", "for example --set model.depth=6")
+    try:
+        return key.strip(), tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return key.strip(), value.strip()
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """Read a TOML file of settings: values by dotted key. Raises ConfigError if it cannot be read."""
+    import tomllib
+
+    try:
+        with open(path, "rb") as f:
+            return _flat(tomllib.load(f))
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror or error}", "check the path") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not TOML: {error}", "mend it, or start from a run's config.toml") from error
+
+
+def write_toml(settings: Settings) -> str:
+    """Return the settings as TOML, each with its origin as a comment."""
+    lines = [f"recipe = {_toml(settings['recipe'])}"] if settings.get("recipe") else []
+    for table in ("data", "model", "train"):
+        lines += ["", f"[{table}]"]
+        rows = [(f"{key} = {_toml(v)}", settings.origins[f"{table}.{key}"]) for key, v in settings.table(table).items()]
+        width = max(len(text) for text, _ in rows)
+        lines += [f"{text:{width}}  # {origin}" for text, origin in rows]
+    return "\n".join(lines).lstrip("\n") + "\n"
+
+
+def _toml(value: Any) -> str:
+    """Return a string, number, truth value or list of numbers as TOML, which shares JSON's spelling of them."""
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def _flat(tables: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tables.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

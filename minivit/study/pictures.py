@@ -1,0 +1,157 @@
+"""Pictures of a run, as PNG files: what the model is given, and where it looks. Arrays in; no model is known here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from os import PathLike
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from minivit.errors import ShapeError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+Colour = tuple[int, int, int]
+PAPER, INK, FAINT, RED = (255, 255, 255), (31, 35, 40), (110, 118, 129), (207, 34, 46)
+
+HEAT = np.array([(13, 8, 50), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 245, 160)], np.float64)
+"""Stops of a colour map whose lightness rises evenly from almost black over violet and orange to pale yellow."""
+
+TILE = 80  # pixels: about how large an image is shown
+GAP, MARGIN = 12, 20
+TITLE_SIZE, TEXT_SIZE = 20, 14
+LINE = TEXT_SIZE + 4
+
+
+def mosaic(
+    images: np.ndarray,
+    labels: Sequence[object],
+    path: str | PathLike[str],
+    columns: int = 10,
+    scale: int | None = None,
+    title: str = "Samples",
+) -> None:
+    """Write a grid of ``images``, uint8 (N, C, H, W) with C 1 or 3, each with its label under it.
+
+    A pixel becomes ``scale`` × ``scale`` pixels, by default as many as make an image about 80 pixels wide.
+    """
+    _check(images, labels=labels)
+    tiles = [_enlarged(image, scale) for image in images]
+    _write_sheet(path, title, tiles, [[(str(label), INK)] for label in labels], columns)
+
+
+def attention_overlay(
+    images: np.ndarray,
+    attention: np.ndarray,
+    labels: Sequence[object],
+    predictions: Sequence[object],
+    path: str | PathLike[str],
+    columns: int = 10,
+    title: str = "Where the class token looks",
+) -> None:
+    """Write ``images``, uint8 (N, C, H, W) with C 1 or 3, each above itself under a heat map of its ``attention``.
+
+    ``attention`` (N, grid_h, grid_w) is what the class token gives to each patch, at least 0. Each map is drawn from 0
+    to its own largest value. Under it stand label and prediction, marked in red where they differ.
+    """
+    from PIL import Image
+
+    _check(images, attention=attention, labels=labels, predictions=predictions)
+    tiles, captions = [], []
+    for image, weights, label, prediction in zip(images, attention, labels, predictions, strict=True):
+        plain = _enlarged(image, None)
+        tile = Image.new("RGB", (plain.width, 2 * plain.height + 3), PAPER)
+        tile.paste(plain, (0, 0))
+        tile.paste(_under_heat(plain, weights), (0, plain.height + 3))
+        tiles.append(tile)
+        captions.append([(str(label), INK), (f"read as {prediction}", FAINT if label == prediction else RED)])
+    right = sum(label == prediction for label, prediction in zip(labels, predictions, strict=True))
+    _write_sheet(path, title, tiles, captions, columns, f"{right} of {len(images)} read correctly", legend=True)
+
+
+def _check(images: np.ndarray, **others: Sequence[object] | np.ndarray) -> None:
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3) or len(images) == 0:
+        what = f"images to draw must be uint8 (N, C, H, W) with C 1 or 3, not {images.dtype} {images.shape}"
+        raise ShapeError(what, "give bytes from 0 to 255, and at least one image")
+    for name, values in others.items():
+        if len(values) != len(images):
+            raise ShapeError(f"{len(images)} images but {len(values)} {name}", "give one for each image")
+
+
+# ---- an image --------------------------------------------------------------------------------------------------------
+
+
+def _enlarged(image: np.ndarray, scale: int | None) -> Image.Image:
+    """Return an image (C, H, W) in RGB, every pixel a square of ``scale``, as sharp as the model gets it."""
+    from PIL import Image
+
+    channels, height, width = image.shape
+    scale = scale or max(1, round(TILE / max(height, width)))
+    pixels = (
+        np.broadcast_to(image.transpose(1, 2, 0), (height, width, 3)) if channels == 1 else image.transpose(1, 2, 0)
+    )
+    picture = Image.fromarray(np.ascontiguousarray(pixels))
+    return picture.resize((width * scale, height * scale), Image.Resampling.NEAREST)
+
+
+def heat(values: np.ndarray) -> np.ndarray:
+    """Return the colours, uint8 (…, 3), of ``values`` (…) in [0, 1]."""
+    stops = np.linspace(0, 1, len(HEAT))
+    return np.stack([np.interp(values, stops, HEAT[:, i]) for i in range(3)], axis=-1).round().astype(np.uint8)
+
+
+def _under_heat(picture: Image.Image, weights: np.ndarray) -> Image.Image:
+    from PIL import Image
+
+    grid = Image.fromarray(weights.astype(np.float32))
+    smooth = np.asarray(grid.resize(picture.size, Image.Resampling.BICUBIC))  # (H, W)
+    smooth = smooth.clip(0) / max(smooth.max(), np.finfo(np.float32).tiny)
+    light = np.asarray(picture.convert("L"))[:, :, None] / 255.0  # (H, W, 1)
+    mixed = heat(smooth) * (0.8 - 0.3 * light) + 255.0 * light * 0.5  # strokes stay light, their ground is coloured
+    return Image.fromarray(mixed.clip(0, 255).astype(np.uint8))
+
+
+# ---- the sheet -------------------------------------------------------------------------------------------------------
+
+
+def _write_sheet(
+    path: str | PathLike[str],
+    title: str,
+    tiles: list[Image.Image],
+    captions: list[list[tuple[str, Colour]]],
+    columns: int,
+    note: str = "",
+    legend: bool = False,
+) -> None:
+    """Write tiles of one size in a grid, each with its lines of text, under a title, a note and the heat's colours."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    columns = max(1, min(columns, len(tiles)))
+    rows = -(-len(tiles) // columns)
+    font, title_font = ImageFont.load_default(TEXT_SIZE), ImageFont.load_default(TITLE_SIZE)
+    tile_w, tile_h = tiles[0].size
+    cell_w, cell_h = tile_w + GAP, tile_h + LINE * len(captions[0]) + GAP + 2
+    top = MARGIN + TITLE_SIZE + 16 + (LINE + 6 if note or legend else 0)
+    width, height = columns * cell_w - GAP + 2 * MARGIN, top + rows * cell_h - GAP + MARGIN
+    sheet = Image.new("RGB", (width, height), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    draw.text((MARGIN, MARGIN), title, INK, title_font)
+    draw.text((MARGIN, MARGIN + TITLE_SIZE + 10), note, FAINT, font)
+    if legend:
+        x, y = width - MARGIN, MARGIN + TITLE_SIZE + 10
+        draw.text((x, y), "most", FAINT, font, anchor="ra")
+        x -= int(draw.textlength("most", font)) + 8 + 120
+        sheet.paste(Image.fromarray(np.tile(heat(np.linspace(0, 1, 120)), (12, 1, 1))), (x, y + 3))
+        draw.text((x - 8, y), "no attention", FAINT, font, anchor="ra")
+    for i, (tile, lines) in enumerate(zip(tiles, captions, strict=True)):
+        x, y = MARGIN + i % columns * cell_w, top + i // columns * cell_h
+        sheet.paste(tile, (x, y))
+        if any(colour == RED for _, colour in lines):
+            draw.rectangle((x - 3, y - 3, x + tile_w + 2, y + tile_h + 2), outline=RED, width=2)
+        for n, (text, colour) in enumerate(lines):
+            while len(text) > 2 and draw.textlength(text, font) > cell_w - 2:
+                text = text.removesuffix("…")[:-1] + "…"
+            draw.text((x + tile_w / 2, y + tile_h + 4 + n * LINE), text, colour, font, anchor="ma")
+    sheet.save(path, "PNG", optimize=True)

@@ -1,0 +1,24 @@
+"""Training: optimizers, schedules, one step, whole runs, and their checkpoints."""
+
+from minivit.train.checkpoint import Checkpoint, load_checkpoint, parameters_hash, save_checkpoint
+from minivit.train.optim import SGD, AdamW, clip_grad_norm
+from minivit.train.schedule import warmup_cosine, warmup_linear
+from minivit.train.step import TrainStep, predict_logits
+from minivit.train.trainer import Progress, Trainer, evaluate
+
+__all__ = [
+    "SGD",
+    "AdamW",
+    "Checkpoint",
+    "Progress",
+    "TrainStep",
+    "Trainer",
+    "clip_grad_norm",
+    "evaluate",
+    "load_checkpoint",
+    "parameters_hash",
+    "predict_logits",
+    "save_checkpoint",
+    "warmup_cosine",
+    "warmup_linear",
+]

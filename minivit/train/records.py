@@ -1,0 +1,83 @@
+"""What a run writes down for people: ``metrics.jsonl``, a line for each step and epoch, and ``results.csv``."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from minivit.errors import CheckpointError
+from minivit.train.checkpoint import replacing
+
+Row = dict[str, Any]
+
+
+class Records:
+    """The records in a run's folder; none if it is None. A row has at least ``epoch`` and ``step``, both from 1."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder = folder
+        self._lines: list[str] = []
+
+    def begin(self, step: int, history: Sequence[Row]) -> None:
+        """Cut the records to what was done by ``step``, ``history`` being the finished epochs.
+
+        So a run that continues from a checkpoint has no row twice.
+        """
+        if self.folder is not None:
+            with _telling(self.folder):
+                self.folder.mkdir(parents=True, exist_ok=True)
+            metrics = self.folder / "metrics.jsonl"
+            lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
+            self._replace(metrics, "".join(f"{line}\n" for line in lines if _is_done(line, step, len(history))))
+            self.write_results(history)
+
+    def log(self, row: Row) -> None:
+        """Add a line to metrics.jsonl; it waits in memory until :meth:`flush`."""
+        if self.folder is not None:
+            self._lines.append(json.dumps(row) + "\n")
+
+    def flush(self) -> None:
+        """Write the lines out: done before a checkpoint, which they must not lag behind."""
+        if self.folder is not None:
+            lines, self._lines = self._lines, []
+            with _telling(self.folder), open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as f:
+                f.writelines(lines)
+
+    def write_results(self, history: Sequence[Row]) -> None:
+        """Write results.csv, a row for each finished epoch."""
+        if self.folder is not None:
+            text = io.StringIO()
+            writer = csv.DictWriter(text, list(dict.fromkeys(key for row in history for key in row)))
+            writer.writeheader()
+            writer.writerows(history)
+            self._replace(self.folder / "results.csv", text.getvalue())
+
+    def _replace(self, path: Path, text: str) -> None:
+        with _telling(path.parent), replacing(path) as f:
+            f.write(text.encode())
+
+
+@contextlib.contextmanager
+def _telling(folder: Path) -> Iterator[None]:
+    """Turn a failure to write into one line."""
+    try:
+        yield
+    except OSError as error:
+        what = f"cannot write the records in {folder}: {error.strerror or error}"
+        raise CheckpointError(
+            what, "make room or mend the folder, then resume the run from checkpoints/last.npz"
+        ) from error
+
+
+def _is_done(line: str, step: int, epochs: int) -> bool:
+    """Tell whether a line of metrics.jsonl is about a step up to ``step`` or one of the first ``epochs`` epochs."""
+    try:
+        row = json.loads(line)
+        return row["epoch"] <= epochs or ("batch_loss" in row and row["step"] <= step)
+    except (ValueError, KeyError, TypeError):
+        return False  # cut short when the process was killed

@@ -1,0 +1,277 @@
+"""A training run: epochs of steps, evaluation, a run folder, and checkpoints from which it continues bit by bit."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from minivit import ops
+from minivit.backend import Array
+from minivit.errors import CheckpointError, ConfigError, DataError
+from minivit.nn.module import Module
+from minivit.train.checkpoint import load_checkpoint, save_checkpoint, sweep
+from minivit.train.optim import Optimizer
+from minivit.train.records import Records, Row
+from minivit.train.schedule import Schedule
+from minivit.train.step import TrainStep, predict_logits
+
+
+class Batches(Protocol):
+    """What is trained on: a :class:`minivit.data.Loader`, or whatever yields the same batches for the same epoch."""
+
+    def __len__(self) -> int:
+        """Return the number of batches in an epoch."""
+        ...
+
+    def batches(self, epoch: int, start: int = 0) -> Iterator[tuple[Array, Array]]:
+        """Yield (images, labels) of an epoch (from 0) from its batch ``start`` on."""
+        ...
+
+
+@dataclass
+class Progress:
+    """Where a run stands: what continues it exactly, besides parameters, optimizer state and seed."""
+
+    epoch: int = 0  # epochs finished
+    batches: int = 0  # batches in an epoch; 0 before training has begun
+    batch: int = 0  # batches done of the epoch under way, and over these:
+    images: int = 0
+    loss_sum: float = 0.0
+    seconds: float = 0.0
+    lr: float = 0.0  # of the last step
+    best: Row | None = None  # the row of the epoch with the highest validation accuracy
+    history: list[Row] = field(default_factory=list)  # a row for each finished epoch
+
+
+class _Stop(Exception):
+    """Raised between two steps after a signal has asked for the end."""
+
+
+class Trainer:
+    """Trains ``model`` with ``opt`` for ``epochs`` epochs; ``loss``, ``threads``, … as :class:`TrainStep` takes them.
+
+    ``schedule`` maps the number of updates made to the learning rate of the next one (default: ``opt.lr`` as it is).
+    With a ``folder`` the run keeps there
+
+    - ``checkpoints/last.npz`` after every epoch, every ``save_every`` steps, and on Ctrl-C or SIGTERM;
+    - ``checkpoints/best.npz``, the epoch with the highest validation accuracy, if there is a validation set;
+    - ``metrics.jsonl``, a line for each step and each epoch, and ``results.csv``, a row for each epoch.
+
+    ``meta`` is stored in the checkpoints, beside the model's ``config`` as ``meta["model"]`` and the run's state as
+    ``meta["train"]``. ``quiet`` shows no progress.
+    """
+
+    def __init__(
+        self,
+        model: Module,
+        opt: Optimizer,
+        *,
+        loss: Callable[..., Any] = ops.cross_entropy,
+        schedule: Schedule | None = None,
+        epochs: int = 10,
+        seed: int = 0,
+        clip_norm: float | None = None,
+        threads: int | None = None,
+        micro_batch: int | None = None,
+        folder: str | Path | None = None,
+        save_every: int | None = None,
+        meta: Mapping[str, Any] | None = None,
+        quiet: bool = False,
+    ) -> None:
+        if epochs < 1 or (save_every is not None and save_every < 1):
+            raise ConfigError(f"epochs={epochs}, save_every={save_every}", "each must be at least 1")
+        self.model, self.opt, self.schedule, self.epochs, self.seed = model, opt, schedule, epochs, seed
+        self.folder = None if folder is None else Path(folder)
+        self.save_every, self.meta, self.quiet = save_every, dict(meta or {}), quiet
+        self.step = TrainStep(model, opt, loss, threads, micro_batch, clip_norm, seed)
+        self.records = Records(self.folder)
+        self.progress = Progress()
+
+    def fit(self, train: Batches, valid: Batches | None = None) -> list[Row]:
+        """Train from where the run stands to the end of the last epoch; return the rows of all its epochs.
+
+        A row has epoch, step, lr, loss (the mean over the epoch's images as they were trained on), images_per_second,
+        seconds, and with ``valid`` valid_loss and valid_accuracy. Raises NonFiniteError before an update that would
+        spoil the parameters. In the main thread, with a folder, Ctrl-C or SIGTERM ends the run after the step under
+        way: it is saved, and SystemExit raised with code 130 or 143. A second one acts at once.
+        """
+        p = self.progress
+        if len(train) < 1 or (valid is not None and len(valid) < 1):
+            raise DataError("a loader without a batch", "give at least one image to train on, and to validate with")
+        if p.batches not in (0, len(train)):
+            raise ConfigError(
+                f"the run had {p.batches} batches in an epoch, now there are {len(train)}",
+                "continue it with the data and the batch size that it was started with",
+            )
+        self._prepare_folder()
+        p.batches = len(train)
+        with self._signals_noted() as stop_if_asked:
+            try:
+                while self.progress.epoch < self.epochs:
+                    self._train_epoch(train, valid, stop_if_asked)
+            finally:
+                self.records.flush()
+        return self.progress.history
+
+    def _train_epoch(self, train: Batches, valid: Batches | None, stop_if_asked: Callable[[], None]) -> None:
+        p = self.progress
+        with self._bar() as bar:
+            started = time.perf_counter() - p.seconds
+            for images, labels in train.batches(p.epoch, start=p.batch):
+                if self.schedule is not None:
+                    self.opt.lr = self.schedule(self.opt.steps)
+                loss = self.step(images, labels)
+                p.batch, p.images, p.lr = p.batch + 1, p.images + len(labels), self.opt.lr
+                p.loss_sum += loss * len(labels)
+                p.seconds = time.perf_counter() - started
+                row = self._row()
+                self.records.log(row | {"batch_loss": loss, "grad_norm": self.step.grad_norm})
+                bar.set_postfix_str(_describe(row), refresh=False)
+                bar.update()
+                if self.save_every and self.opt.steps % self.save_every == 0:
+                    self._save("last")
+                stop_if_asked()
+            row = self._row()
+            if valid is not None:
+                result = evaluate(self.model, valid, after_batch=stop_if_asked)
+                row |= {"valid_loss": result["loss"], "valid_accuracy": result["accuracy"]}
+            bar.set_postfix_str(_describe(row))
+        if not (self.quiet or sys.stderr.isatty()):
+            print(f"{self._title()}{_describe(row)}", file=sys.stderr, flush=True)
+        is_best = valid is not None and (p.best is None or row["valid_accuracy"] > p.best["valid_accuracy"])
+        self.progress = Progress(p.epoch + 1, p.batches, best=row if is_best else p.best, history=[*p.history, row])
+        self.records.log(row)
+        if is_best:  # before last.npz, which says that it is there
+            self._save("best")
+        self._save("last")
+        self.records.write_results(self.progress.history)
+        stop_if_asked()
+
+    def _row(self) -> Row:
+        p = self.progress
+        row = {"epoch": p.epoch + 1, "step": self.opt.steps, "lr": p.lr, "loss": p.loss_sum / p.images}
+        return row | {"images_per_second": p.images / max(p.seconds, 1e-9), "seconds": p.seconds}
+
+    def _title(self) -> str:
+        return f"epoch {self.progress.epoch + 1:{len(str(self.epochs))}}/{self.epochs}  "
+
+    def _bar(self) -> Any:
+        from tqdm import tqdm  # late: to import it takes a while
+
+        return tqdm(
+            total=self.progress.batches,
+            initial=self.progress.batch,
+            desc=self._title(),
+            bar_format="{desc}{bar} {percentage:3.0f}% {elapsed}<{remaining}{postfix}",
+            ncols=min(shutil.get_terminal_size().columns - 1, 120),  # what is last in the postfix is cut first
+            disable=self.quiet or not sys.stderr.isatty(),
+        )
+
+    # ---- saving and resuming ----
+
+    def resume(self, path: str | Path) -> None:
+        """Take over parameters, optimizer state and position of a run from its checkpoint; ``fit`` then continues it.
+
+        Model, optimizer, loaders and settings must be made as for the run's start. In the run's own folder, records of
+        what came after the checkpoint are dropped. Raises CheckpointError if the checkpoint does not fit.
+        """
+        checkpoint = load_checkpoint(path)
+        try:
+            state = dict(checkpoint.meta["train"])
+            seed = state.pop("seed")
+            progress = Progress(**state)
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{path} holds no training run", "resume from a run's last.npz") from error
+        if seed != self.seed:
+            raise CheckpointError(f"{path} was trained with seed {seed}, not {self.seed}", f"set seed={seed}")
+        self.model.load_state_dict(checkpoint.under("model"))
+        self.opt.load_state_dict(checkpoint.under("optimizer"))
+        self.progress = progress
+
+    def _save(self, name: str) -> None:
+        if self.folder is not None:
+            self.records.flush()
+            arrays = {f"model/{k}": v for k, v in self.model.state_dict().items()}
+            arrays |= {f"optimizer/{k}": v for k, v in self.opt.state_dict().items()}
+            config = {"model": self.model.config} if hasattr(self.model, "config") else {}
+            train = {"seed": self.seed, **asdict(self.progress)}
+            save_checkpoint(self._checkpoint(name), arrays, config | self.meta | {"train": train})
+
+    def _checkpoint(self, name: str) -> Path:
+        assert self.folder is not None
+        return self.folder / "checkpoints" / f"{name}.npz"
+
+    def _prepare_folder(self) -> None:
+        if self.folder is not None:
+            last = self._checkpoint("last")
+            if not self.progress.batches and last.exists():
+                remedy = f"continue it: resume({str(last)!r}), or name another folder"
+                raise ConfigError(f"{self.folder} already holds a run", remedy)
+            sweep(self.folder)
+            self.records.begin(self.opt.steps, self.progress.history)
+
+    @contextlib.contextmanager
+    def _signals_noted(self) -> Iterator[Callable[[], None]]:
+        """Note the first SIGINT or SIGTERM in this block; yield a function that ends the run if there was one."""
+        before: dict[int, Any] = {}
+        noted: list[int] = []
+
+        def restore() -> None:
+            for s, handler in before.items():
+                signal.signal(s, handler)
+
+        def note(signum: int, frame: Any) -> None:
+            noted.append(signum)
+            restore()
+
+        def stop_if_asked() -> None:
+            if noted:
+                raise _Stop
+
+        # without a folder there is nowhere to save, and Python runs handlers in the main thread only
+        if self.folder is not None and threading.current_thread() is threading.main_thread():
+            before = {s: signal.getsignal(s) or signal.SIG_DFL for s in (signal.SIGINT, signal.SIGTERM)}
+        for s in before:
+            signal.signal(s, note)
+        try:
+            yield stop_if_asked
+        except _Stop:
+            self._save("last")
+            command = f"minivit train --resume {self._checkpoint('last')}"
+            print(f"stopped and saved after step {self.opt.steps}; continue with\n  {command}", file=sys.stderr)
+            raise SystemExit(128 + noted[0]) from None  # as a shell reports a process that a signal has ended
+        finally:
+            restore()
+
+
+def evaluate(model: Module, loader: Batches, after_batch: Callable[[], None] | None = None) -> dict[str, Any]:
+    """Return loss (mean cross-entropy), accuracy, count, logits (N, K) and labels (N,) over a loader's epoch 0.
+
+    ``after_batch`` is called after each batch; what it raises ends the evaluation.
+    """
+    logits, labels = [], []
+    for images, targets in loader.batches(0):
+        logits.append(predict_logits(model, images))
+        labels.append(targets)
+        if after_batch is not None:
+            after_batch()
+    if not logits:
+        raise DataError("there is nothing to evaluate on", "give at least one image")
+    x, y = np.concatenate(logits), np.concatenate(labels)  # (N, K), (N,)
+    accuracy = float((x.argmax(axis=-1) == y).mean())
+    return {"loss": float(ops.cross_entropy(x, y)), "accuracy": accuracy, "count": len(y), "logits": x, "labels": y}
+
+
+def _describe(row: Row) -> str:
+    valid = f", valid loss {row['valid_loss']:.4f}, accuracy {row['valid_accuracy']:.2%}" if "valid_loss" in row else ""
+    return f"loss {row['loss']:.4f}{valid}, lr {row['lr']:.2e}, {row['images_per_second']:,.0f} images/s"
