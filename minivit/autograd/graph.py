@@ -222,10 +222,10 @@ def _above(order: list[Node], wanted: set[Node] | None) -> set[Node]:
 
 def unbroadcast(grad: Any, shape: tuple[int, ...]) -> Any:
     """Sum ``grad`` over the axes along which an input of ``shape`` was broadcast. Works on arrays and on Tensors."""
-    if grad.shape == shape:
-        return grad
     extra = len(grad.shape) - len(shape)
-    axes = tuple(range(extra)) + tuple(
-        i + extra for i, n in enumerate(shape) if n == 1 and grad.shape[i + extra] != 1
-    )  # fmt: skip
-    return grad.sum(axis=axes, keepdims=True).reshape(shape) if axes else grad.reshape(shape)
+    if grad.shape == shape or extra < 0:
+        return grad
+    stretched = [i + extra for i, n in enumerate(shape) if n == 1 and grad.shape[i + extra] != 1]
+    axes = (*range(extra), *stretched)
+    summed = grad.sum(axis=axes, keepdims=True) if axes else grad
+    return summed.reshape(shape) if summed.shape[extra:] == shape else summed  # else it is wrong: the caller says so

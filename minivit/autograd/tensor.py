@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -76,6 +76,9 @@ class Tensor:
 
     def __len__(self) -> int:
         return len(self.data)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self[i] for i in range(len(self)))  # type: ignore[index]  # __getitem__ is attached by minivit.ops
 
     def __repr__(self) -> str:
         graph = "" if self.node is None else ", requires_grad=True" if self.is_leaf else f", from {self.node.op.name}"

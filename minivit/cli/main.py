@@ -1,4 +1,4 @@
-"""``minivit COMMAND``: finds the command and runs it. NumPy and the rest are imported by the command that needs them."""
+"""``minivit COMMAND``: finds the command and runs it; each command imports what it needs, and only when it runs."""
 
 from __future__ import annotations
 
@@ -49,19 +49,27 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: list[str]) -> int:
-    top = Parser(prog="minivit", description="Vision Transformers in pure NumPy and CuPy, every gradient proven.")
+    width = max(map(len, COMMANDS))
+    listed = "\n".join(f"  {command:{width}}  {purpose}" for command, purpose in COMMANDS.items())
+    top = Parser(
+        prog="minivit",
+        usage="minivit COMMAND [arguments]",
+        description="Vision Transformers in pure NumPy and CuPy, every gradient proven.\n\n"
+        f"commands:\n{listed}\n\nminivit COMMAND --help says more.",
+    )
     top.add_argument("--version", action="version", version=f"minivit {__version__}")
-    commands = top.add_subparsers(title="commands", dest="command", metavar="COMMAND", parser_class=Parser)
+    commands = top.add_subparsers(dest="command", help=argparse.SUPPRESS, parser_class=Parser, prog="minivit")
     name = argv[0] if argv else "--help"
     if not name.startswith("-") and name not in COMMANDS:
         top.error(f"there is no command {name!r}" + did_you_mean(name, COMMANDS))
     for command, purpose in COMMANDS.items():
-        parser = commands.add_parser(command, help=purpose, description=f"{purpose[0].upper()}{purpose[1:]}.")
         if command == name:
+            parser = commands.add_parser(command, description=f"{purpose[0].upper()}{purpose[1:]}.")
             import_module(f"minivit.cli.{command}").add_arguments(parser)
     args = top.parse_args(argv or ["--help"])
     if args.command is None:
         top.error("which command?")
+    args.argv = argv
     code: int = import_module(f"minivit.cli.{args.command}").run(args)
     sys.stdout.flush()  # here, where a broken pipe is met
     return code
@@ -71,7 +79,9 @@ class Parser(argparse.ArgumentParser):
     """argparse with "did you mean", and errors in the form of minivit's own."""
 
     def __init__(self, **settings: object) -> None:
-        settings["formatter_class"] = lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=100)
+        settings["formatter_class"] = lambda prog: argparse.RawDescriptionHelpFormatter(
+            prog, max_help_position=30, width=100
+        )
         super().__init__(allow_abbrev=False, **settings)  # type: ignore[arg-type]
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: None = None) -> argparse.Namespace:  # type: ignore[override]

@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def read(source: str, model: ViT) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield (name, image uint8 (C, H, W)) for each image of a file. Raises DataError, before the first, if it is bad."""
+    """Yield (name, image uint8 (C, H, W)) for each image of a file; raise DataError, before the first, if it is bad."""
     import io
 
     from minivit.data import read_image

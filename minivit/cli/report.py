@@ -13,11 +13,8 @@ from minivit import ops
 def text_table(head: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
     """Return rows aligned under their headings, two spaces apart; the columns in ``right`` to the right."""
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-    lines = [
-        "  ".join(f"{cell:>{w}}" if i in right else f"{cell:{w}}" for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
-        for row in [head, *rows]
-    ]  # fmt: skip
-    return "\n".join(line.rstrip() for line in lines)
+    form = "  ".join(f"{{:{'>' if i in right else '<'}{width}}}" for i, width in enumerate(widths))
+    return "\n".join(form.format(*row).rstrip() for row in [head, *rows])
 
 
 def wilson_interval(right: int, total: int) -> tuple[float, float]:

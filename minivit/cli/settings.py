@@ -10,59 +10,10 @@ import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+from minivit.cli.options import OPTIONS, Option
 from minivit.errors import ConfigError, MinivitError, unknown_name
-
-
-class Setting(NamedTuple):
-    """One setting: its default says its type; ``flags`` are what it is called on the command line."""
-
-    default: Any
-    help: str
-    flags: tuple[str, ...] = ()
-    low: float | None = None
-    high: float | None = None
-    choices: tuple[str, ...] = ()
-
-
-SETTINGS: dict[str, Setting] = {
-    "data.name": Setting("digits", "data set: digits, or a NumPy archive FILE.npz", ("--data", "-d")),
-    "data.val_fraction": Setting(
-        0.1, "share of the training images held out to choose the best epoch; 0: train on all", ("--val-fraction",),
-        low=0.0, high=0.9,
-    ),
-    "data.augment": Setting("none", "random changes of training images", choices=("none", "affine")),
-    "data.degrees": Setting(12.0, "affine: largest rotation, in degrees", low=0.0, high=180.0),
-    "data.scale": Setting(0.12, "affine: largest change of size, as a share of it", low=0.0, high=1.0),
-    "data.shear": Setting(0.12, "affine: largest slant", low=0.0, high=1.0),
-    "data.shift": Setting(0.5, "affine: largest shift, in pixels", low=0.0),
-    "model.name": Setting("", "named model (minivit summary --list); by default one for the images' size",
-                          ("--model", "-m")),
-    "train.epochs": Setting(30, "passes over the training images", ("--epochs", "-e"), low=1),
-    "train.batch_size": Setting(64, "images in a batch", ("--batch-size", "-b"), low=1),
-    "train.grad_accum_steps": Setting(1, "batches whose gradients are averaged for one update",
-                                      ("--grad-accum-steps",), low=1),
-    "train.lr": Setting(1e-3, "learning rate after the warm-up", ("--lr",), low=0.0),
-    "train.schedule": Setting("cosine", "how the learning rate falls", choices=("cosine", "linear")),
-    "train.warmup_epochs": Setting(1.0, "epochs over which the learning rate rises", ("--warmup-epochs",), low=0.0),
-    "train.min_lr": Setting(0.0, "learning rate of the last step", ("--min-lr",), low=0.0),
-    "train.weight_decay": Setting(0.05, "AdamW's decoupled weight decay", ("--weight-decay",), low=0.0),
-    "train.clip_grad": Setting(1.0, "largest norm of the gradient; 0: no limit", ("--clip-grad",), low=0.0),
-    "train.smoothing": Setting(0.0, "label smoothing", ("--smoothing",), low=0.0, high=1.0),
-    "train.seed": Setting(0, "seed of weights, shuffling, augmentation and dropout", ("--seed",), low=0),
-    "train.device": Setting("auto", "auto, cpu, cuda, cuda:1, …", ("--device",)),
-    "train.threads": Setting(0, "CPU threads; 0: one for each core", ("--threads",), low=0),
-    "train.micro_batch": Setting(0, "images worked on at once; 0: what fits the cache", ("--micro-batch",), low=0),
-    "train.save_every": Setting(0, "save every so many steps, besides after each epoch", ("--save-every",), low=0),
-}  # fmt: skip
-"""All settings but the model's, which are the arguments of :class:`minivit.ViT`."""
-
-MODEL_FLAGS = {
-    "model.dropout": ("--dropout", "dropout after attention and in the MLP"),
-    "model.drop_path": ("--drop-path", "drop path of the last block; it rises linearly from 0"),
-}
-"""Settings of the model that have flags of their own."""
 
 
 class Settings(dict[str, Any]):
@@ -102,9 +53,16 @@ def known_settings() -> dict[str, type | tuple[type, ...]]:
 
     from minivit.models.vit import ViT
 
-    kinds: dict[str, type | tuple[type, ...]] = {key: type(s.default) for key, s in SETTINGS.items()}
-    named = {"int": int, "int | None": int, "float": float, "bool": bool, "str": str, "Size": (int, list)}
-    for p in list(inspect.signature(ViT).parameters.values()):
+    kinds: dict[str, type | tuple[type, ...]] = {key: type(s.default) for key, s in OPTIONS.items()}
+    named: dict[str, type | tuple[type, ...]] = {
+        "int": int,
+        "int | None": int,
+        "float": float,
+        "bool": bool,
+        "str": str,
+        "Size": (int, list),
+    }
+    for p in inspect.signature(ViT).parameters.values():
         if p.name != "seed":  # the run's seed is the model's
             kinds[f"model.{p.name}"] = named[p.annotation]
     return kinds
@@ -124,7 +82,7 @@ def _checked(key: str, value: Any, origin: str) -> Any:
             f"{key} = {value!r} ({origin}) is not {' or '.join(names[k] for k in allowed)}",
             'text in quotes: name = "digits"' if str in allowed else f"for example --set {key}={_example(allowed)}",
         )
-    setting = SETTINGS.get(key, Setting(None, ""))
+    setting = OPTIONS.get(key, Option(None, ""))
     high = 0.999 if key.endswith(("dropout", "drop_path")) else setting.high
     low = 0.0 if key.endswith(("dropout", "drop_path")) else setting.low
     if setting.choices and value not in setting.choices:
@@ -159,7 +117,7 @@ def resolve(typed: Mapping[str, Any], recipe: str | None = None, file: str | Pat
     asked = recipe or in_file
     if asked is not None and asked not in RECIPES:
         raise unknown_name("recipe", asked, RECIPES)
-    data = typed.get("data.name", from_file.get("data.name", SETTINGS["data.name"].default))
+    data = typed.get("data.name", from_file.get("data.name", OPTIONS["data.name"].default))
     if asked is None and data in RECIPES:
         asked = str(data)
     from_recipe = _flat(RECIPES[asked]) if asked else {}
@@ -168,7 +126,7 @@ def resolve(typed: Mapping[str, Any], recipe: str | None = None, file: str | Pat
         from_recipe = {k: v for k, v in from_recipe.items() if not k.startswith("model.")} | {"model.name": model}
 
     settings = Settings()
-    settings.take({key: s.default for key, s in SETTINGS.items()}, "default")
+    settings.take({key: s.default for key, s in OPTIONS.items()}, "default")
     defaults = {f"model.{p.name}": p.default for p in inspect.signature(ViT).parameters.values() if p.name != "seed"}
     settings.take({key: value for key, value in defaults.items() if value is not None}, "default")
     # the named model's sizes come before the recipe's, whoever names the model

@@ -3,336 +3,37 @@
 from __future__ import annotations
 
 import argparse
-import os
-import platform
-import shlex
-import sys
-from functools import partial
-from itertools import count
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from minivit.cli.settings import MODEL_FLAGS, SETTINGS, Settings
+from minivit.cli.options import MODEL_FLAGS, OPTIONS
 
-if TYPE_CHECKING:
-    from minivit.data import Dataset, Loader
-    from minivit.models.vit import ViT
-    from minivit.train.trainer import Trainer
-
-TRAIN_STREAM, HOLD_OUT_STREAM = 0x7A1, 0x0FF  # streams of random numbers under the run's seed
+METAVARS = {int: "N", float: "X", str: "NAME"}
+TITLES = {"data": "data", "model": "model", "train": "training"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments: a flag for each setting that has one, and those about the run as a whole."""
+    parser.epilog = "Defaults are in parentheses; a recipe has its own. A run's config.toml says where values are from."
     parser.add_argument("source", metavar="DATA", nargs="?", help="the same as --data")
-    for key, setting in SETTINGS.items():
-        if setting.flags:
-            default = "" if setting.default in ("", 0) else f" ({setting.default:g})" if type(
-                setting.default) is float else f" ({setting.default})"  # fmt: skip
-            parser.add_argument(*setting.flags, dest=key, type=type(setting.default), metavar=key.partition(".")[2].upper(),
-                                help=setting.help + default)  # fmt: skip
+    groups = {table: parser.add_argument_group(title) for table, title in TITLES.items()}
+    for key, option in OPTIONS.items():
+        if option.flags:
+            kind, group = type(option.default), groups[key.partition(".")[0]]
+            text = f"{option.help} ({option.default})" if option.default else option.help
+            group.add_argument(*option.flags, dest=key, type=kind, metavar=METAVARS[kind], help=text)
     for key, (flag, text) in MODEL_FLAGS.items():
-        parser.add_argument(flag, dest=key, type=float, metavar="P", help=text)
+        groups["model"].add_argument(flag, dest=key, type=float, metavar="X", help=text)
     run = parser.add_argument_group("the run")
-    run.add_argument("--recipe", help="settings found good (by default the one named like the data)")
+    run.add_argument("--recipe", metavar="NAME", help="settings found good (by default the one named like the data)")
     run.add_argument("--config", metavar="FILE.toml", help="settings from a file, such as a run's config.toml")
     run.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any setting: model.depth=6")
     run.add_argument("--resume", metavar="PATH", help="continue a run: its folder, or one of its checkpoints")
     run.add_argument("--output", "-o", metavar="DIR", default="runs", help="folder for run folders (runs)")
-    run.add_argument("--name", help="name of the run folder (by default the data's, numbered)")
+    run.add_argument("--name", metavar="NAME", help="name of the run folder (by default the data's, numbered)")
     run.add_argument("--quiet", "-q", action="store_true", help="print the result only")
 
 
 def run(args: argparse.Namespace) -> int:
     """Train, test, and leave a run folder."""
-    return _resume(args) if args.resume else _start(args)
+    from minivit.cli import job
 
-
-def _start(args: argparse.Namespace) -> int:
-    from minivit.cli.settings import resolve, write_toml
-
-    job = Job(resolve(_typed(args), args.recipe, args.config), args.quiet)
-    folder = make_folder(Path(args.output), args.name, stem=job.train_data.name)
-    config = folder / "config.toml"
-    config.write_text(write_toml(job.settings), encoding="utf-8")
-    (folder / "command.txt").write_text(_command_record(job.settings["train.device"]), encoding="utf-8")
-    job.say(f"run folder  {folder}")
-    job.say(f"reproduce   minivit train --config {shlex.quote(str(config))}\n")
-    job.draw_samples(folder / "samples.png")
-    return job.run(folder)
-
-
-def _resume(args: argparse.Namespace) -> int:
-    from minivit.cli.settings import resolve
-    from minivit.errors import CheckpointError, ConfigError
-
-    given = {**_typed(args), "--recipe": args.recipe, "--config": args.config, "--name": args.name}
-    if refused := [key for key, value in given.items() if value is not None]:
-        raise ConfigError(
-            f"--resume continues a run with the settings it was started with: {refused[0]} cannot be set",
-            "leave it out, or start a new run: minivit train --config RUN/config.toml …",
-        )
-    path = Path(args.resume)
-    if path.is_dir():
-        path = path / "checkpoints" / "last.npz"
-    folder = path.parent.parent
-    if not path.is_file() or not (folder / "config.toml").is_file():
-        raise CheckpointError(f"{args.resume} is no run, nor a checkpoint of one", "give runs/NAME, or its last.npz")
-    job = Job(resolve({}, file=folder / "config.toml"), args.quiet)
-    job.say(f"run folder  {folder}\n")
-    return job.run(folder, resume=path)
-
-
-def _typed(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the settings that the command line gives, by dotted key."""
-    from minivit.cli.settings import parse_assignment
-    from minivit.errors import ConfigError
-
-    typed = {key: value for key, value in vars(args).items() if "." in key and value is not None}
-    if args.source is not None:
-        if typed.get("data.name", args.source) != args.source:
-            raise ConfigError(f"two data sets: {args.source} and --data {typed['data.name']}", "give one")
-        typed["data.name"] = args.source
-    return typed | dict(parse_assignment(text) for text in args.set)
-
-
-# ---- the run ---------------------------------------------------------------------------------------------------------
-
-
-class Job:
-    """What a run needs, made from its settings: data, model and how it is trained."""
-
-    def __init__(self, settings: Settings, quiet: bool) -> None:
-        from minivit import data
-        from minivit.backend import Key, auto_device
-        from minivit.cli.settings import fit_to_data
-        from minivit.models.vit import ViT
-
-        self.settings, self.quiet = settings, quiet
-        device, why = auto_device(settings["train.device"])
-        threads = settings["train.threads"] or len(os.sched_getaffinity(0))
-        if (path := Path(settings["data.name"])).is_file():
-            settings["data.name"] = str(path.resolve())  # the run can then be resumed from any folder
-        whole = data.load(settings["data.name"], "train")
-        fit_to_data(settings, whole.images.shape[1:], len(whole.classes))
-        # as they turned out: equal bits need the same device and threads
-        found = {"train.device": device, "train.threads": threads}
-        settings.take({key: value for key, value in found.items() if settings[key] != value}, "this machine")
-        self.train_data: Dataset = whole
-        self.valid_data: Dataset | None = None
-        if settings["data.val_fraction"] > 0:
-            key = Key(settings["train.seed"], HOLD_OUT_STREAM)
-            self.train_data, self.valid_data = whole.split_off(settings["data.val_fraction"], key)
-        config = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.table("model").items() if k != "name"}
-        self.model: ViT = ViT(**config, seed=settings["train.seed"]).to(device)
-        self.say(
-            f"device      {device}" + (f", {threads} threads" if device == "cpu" else "") + (f" ({why})" if why else "")
-        )
-        self.say(f"model       {settings['model.name']}: {self.model.num_parameters():,} parameters")
-        self.say(f"data        {self._data_text(whole)}")
-        self.say(f"training    {self._training_text()}")
-
-    def say(self, text: str) -> None:
-        """Print, unless the run is quiet."""
-        if not self.quiet:
-            print(text, flush=True)
-
-    def _data_text(self, whole: Dataset) -> str:
-        channels, height, width = whole.images.shape[1:]
-        held = f", {len(self.valid_data):,} held out to validate with" if self.valid_data is not None else ""
-        return (
-            f"{whole.name}: {len(self.train_data):,} images to train on{held}; "
-            f"{height} × {width} pixels, {channels} channel{'s' * (channels > 1)}, {len(whole.classes)} classes"
-        )
-
-    def _training_text(self) -> str:
-        s, loader = self.settings, self.loader()
-        recipe = f"recipe {s['recipe']}: " if s["recipe"] else ""
-        return f"{recipe}{s['train.epochs']} epochs of {len(loader)} steps, AdamW, learning rate {s['train.lr']:g}"
-
-    def loader(self) -> Loader:
-        """Return the training batches: the batch size times the batches that make up an update."""
-        from minivit.backend import Key
-        from minivit.data import Affine, Loader
-
-        s = self.settings
-        strengths = {name: s[f"data.{name}"] for name in ("degrees", "scale", "shear", "shift")}
-        augment = Affine(**strengths) if s["data.augment"] == "affine" else None
-        size = s["train.batch_size"] * s["train.grad_accum_steps"]
-        return Loader(self.train_data, size, Key(s["train.seed"], TRAIN_STREAM), augment)
-
-    def held_loader(self, dataset: Dataset) -> Loader:
-        """Return batches of other images, standardised like the training images."""
-        from minivit.backend import Key
-        from minivit.data import Loader
-
-        mean, std = self.train_data.mean, self.train_data.std
-        return Loader(dataset, 512, Key(0), mean=mean, std=std, shuffle=False)
-
-    def trainer(self, folder: Path, batches: int) -> Trainer:
-        """Return the Trainer, with a fresh optimizer."""
-        from minivit import ops
-        from minivit.train import schedule
-        from minivit.train.optim import AdamW
-        from minivit.train.trainer import Trainer
-
-        s = self.settings
-        total = s["train.epochs"] * batches
-        warmup = min(round(s["train.warmup_epochs"] * batches), total // 2)  # a short run must also come down again
-        falls = {"cosine": schedule.warmup_cosine, "linear": schedule.warmup_linear}[s["train.schedule"]]
-        # accumulated batches are one batch to the loader; no more than the batch size is worked on at once
-        micro = min(s["train.micro_batch"] or s["train.batch_size"], s["train.batch_size"])
-        accumulates = s["train.micro_batch"] or s["train.grad_accum_steps"] > 1
-        meta = {
-            "name": s["model.name"],
-            "data": {
-                "name": s["data.name"],
-                "classes": list(self.train_data.classes),
-                "mean": list(self.train_data.mean),
-                "std": list(self.train_data.std),
-            },
-        }
-        return Trainer(
-            self.model,
-            AdamW(self.model.named_parameters(), lr=s["train.lr"], weight_decay=s["train.weight_decay"]),
-            loss=partial(ops.cross_entropy, smoothing=s["train.smoothing"]),
-            schedule=falls(s["train.lr"], total, warmup, s["train.min_lr"]),
-            epochs=s["train.epochs"],
-            seed=s["train.seed"],
-            clip_norm=s["train.clip_grad"] or None,
-            threads=s["train.threads"],
-            micro_batch=micro if accumulates else None,
-            folder=folder,
-            save_every=s["train.save_every"] or None,
-            meta=meta,
-            quiet=self.quiet,
-        )
-
-    def run(self, folder: Path, resume: Path | None = None) -> int:
-        """Train to the end, test and draw."""
-        loader = self.loader()
-        trainer = self.trainer(folder, len(loader))
-        if resume is not None:
-            trainer.resume(resume)
-            self.say(f"continuing at step {trainer.opt.steps} of {self.settings['train.epochs'] * len(loader)}")
-        rows = trainer.fit(loader, self.held_loader(self.valid_data) if self.valid_data is not None else None)
-        seconds = sum(row["seconds"] for row in rows)
-        self.say(f"\ntime        {seconds:.1f} s of training")
-        self._finish(folder, trainer)
-        return 0
-
-    def _finish(self, folder: Path, trainer: Trainer) -> None:
-        """Report the last weights on the test set; a run that still chooses among epochs leaves the test set alone."""
-        checkpoint = folder / "checkpoints" / "last.npz"
-        shown = self._test_data()
-        best = trainer.progress.best
-        if self.valid_data is not None and best is not None:
-            checkpoint = folder / "checkpoints" / "best.npz"
-            print(f"validation  best accuracy {best['valid_accuracy']:.2%}, after epoch {best['epoch']}")
-        elif shown is not None:
-            self._test(shown, folder, trainer)
-        shown = shown or self.valid_data or self.train_data
-        draw_attention(self.model, shown, self.held_loader(shown.subset(range(min(40, len(shown))))), folder)
-        self.say(f"pictures    {folder / 'samples.png'}, {folder / 'attention.png'}")
-        self.say(f"next        minivit eval {checkpoint}\n            minivit predict {checkpoint} IMAGE…")
-
-    def _test_data(self) -> Dataset | None:
-        from minivit import data
-        from minivit.errors import DataError
-
-        try:
-            return data.load(self.settings["data.name"], "test")
-        except DataError:  # an archive without test images
-            return None
-
-    def _test(self, test: Dataset, folder: Path, trainer: Trainer) -> None:
-        import json
-
-        from minivit.cli.report import measure, percent_interval
-        from minivit.train.trainer import evaluate
-
-        found = evaluate(self.model, self.held_loader(test))
-        result = measure(found["logits"], found["labels"])
-        print(
-            f"test        accuracy {percent_interval(result)} on {result['count']:,} images, loss {result['loss']:.4f}"
-        )
-        row = {"step": trainer.opt.steps, "epoch": trainer.progress.epoch, "test_loss": result["loss"],
-               "test_accuracy": result["accuracy"], "test_interval": result["interval"], "test_count": result["count"]}  # fmt: skip
-        with open(folder / "metrics.jsonl", "a", encoding="utf-8") as f:
-            f.write(json.dumps(row) + "\n")
-
-    def draw_samples(self, path: Path) -> None:
-        """Draw the first training images as the model will see them, with their labels."""
-        import numpy as np
-
-        from minivit.study.pictures import mosaic
-
-        loader = self.loader()
-        images, labels = next(iter(loader.batches(0)))
-        names = self.train_data.classes
-        mean, std = (np.array(x, np.float32)[:, None, None] for x in (loader.mean, loader.std))  # (C, 1, 1)
-        pixels = ((images * std + mean) * 255).round().clip(0, 255).astype(np.uint8)[:50]
-        mosaic(pixels, [names[i] for i in labels[:50]], path, title=f"Training images of {self.train_data.name}")
-
-
-def draw_attention(model: ViT, shown: Dataset, loader: Loader, folder: Path) -> None:
-    """Draw where the last block's class token looks (without one: what all patches look at), mean over the heads."""
-    import numpy as np
-
-    from minivit.autograd.graph import no_grad
-    from minivit.backend import to_device, to_numpy
-    from minivit.study.pictures import attention_overlay
-    from minivit.train.step import predict_logits
-
-    images, labels = next(iter(loader.batches(0)))
-    device = next(model.parameters()).device
-    model.eval()
-    with no_grad():
-        maps = model.attention_maps(to_device(images, device))[-1]
-    weights = to_numpy(maps.data).mean(axis=1)  # (B, heads, T, T) → (B, T, T)
-    weights = weights[:, 0, 1:] if model.pool == "cls" else weights.mean(axis=1)  # → (B, patches)
-    (height, width), (p, q) = model.patch_embed.image_size, model.patch_embed.patch_size
-    names = shown.classes
-    predicted = predict_logits(model, images).argmax(axis=1)
-    attention_overlay(
-        loader.dataset.images,
-        np.ascontiguousarray(weights).reshape(-1, height // p, width // q),
-        [names[i] for i in labels],
-        [names[i] for i in predicted],
-        folder / "attention.png",
-        title="Where the class token looks" if model.pool == "cls" else "What the patches look at, on average",
-    )
-
-
-# ---- the run folder --------------------------------------------------------------------------------------------------
-
-
-def make_folder(parent: Path, name: str | None, stem: str) -> Path:
-    """Make a folder for a run that was not there before, and return its path: a folder is never used twice."""
-    from minivit.errors import ConfigError
-
-    parent.mkdir(parents=True, exist_ok=True)
-    if name is not None:
-        try:
-            (parent / name).mkdir()
-        except FileExistsError:
-            raise ConfigError(
-                f"{parent / name} is there already", f"choose another --name, or --resume {parent / name}"
-            ) from None
-        return parent / name
-    for number in count(1):
-        try:
-            (parent / f"{stem}-{number}").mkdir()  # fails if another process was faster
-        except FileExistsError:
-            continue
-        return parent / f"{stem}-{number}"
-    raise AssertionError  # count() does not end
-
-
-def _command_record(device: str) -> str:
-    """Return what was typed and what it ran on."""
-    from minivit.cli.doctor import blas_text, cpu_text, versions
-
-    record = {"command": f"minivit {shlex.join(sys.argv[1:])}", "folder": str(Path.cwd()), "device": device}
-    record |= versions() | {"system": platform.platform(), "cpu": cpu_text(), "blas": blas_text()}
-    return "".join(f"{name:14}{text}\n" for name, text in record.items())
+    return job.resume(args) if args.resume else job.start(args)

@@ -96,19 +96,22 @@ class ViT(Module):
             x = ops.concat([cls, x], axis=1)  # (B, N, dim) → (B, 1 + N, dim)
         return self.embed_drop(x if self.pos_embed is None else x + self.pos_embed)
 
-    def features(self, images: Any, mask: Any = None) -> Any:
-        """Return all tokens after the final norm (eq. 4): (B, C, H, W) → (B, T, dim)."""
+    def features(self, images: Any, mask: Any = None, tokens: int | None = None) -> Any:
+        """Return the tokens after the final norm (eq. 4): (B, C, H, W) → (B, T, dim), or only the first ``tokens``."""
         x = self.embed(images)
         mask = attention_mask(mask, x.shape[1], x.shape[0])
-        for block in self.blocks:
+        *blocks, last = self.blocks
+        for block in blocks:
             x = block(x, mask)
-        return self.norm(x)
+        return self.norm(last(x, mask, queries=tokens))
 
     def forward(self, images: Any, mask: Any = None) -> Any:
         """Return logits (B, num_classes); ``mask`` (T, T) or (B, T, T) bool, True = may not attend."""
-        x = self.features(images, mask)
-        if self.pool != "none":
-            x = x[:, 0] if self.pool == "cls" else ops.mean(x, axis=1)  # (B, T, dim) → (B, dim)
+        if self.pool == "cls":
+            x = self.features(images, mask, tokens=1)[:, 0]  # the last block computes what is read; (B, 1, dim) → (B, dim)
+        else:
+            x = self.features(images, mask)
+            x = ops.mean(x, axis=1) if self.pool == "mean" else x  # (B, N, dim) → (B, dim)
         if self.pre_logits is not None:
             x = ops.tanh(self.pre_logits(x))
         return self.head(x)

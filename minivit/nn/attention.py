@@ -36,20 +36,32 @@ class MultiHeadAttention(Module):
         self.attention_dropout = attention_dropout
         self.drop = Dropout(dropout)
 
-    def project(self, x: Any) -> Any:
-        """Return queries, keys and values, stacked: (B, T, dim) → (3, B, heads, T, dim_head)."""
-        b, t, _ = x.shape
-        qkv = ops.reshape(self.qkv(x), (b, t, 3, self.heads, self.dim_head))  # (B, T, 3·H·d) → (B, T, 3, H, d)
-        return ops.transpose(qkv, (2, 0, 3, 1, 4))  # → (3, B, H, T, d)
+    def forward(self, x: Any, mask: Any = None, queries: int | None = None) -> Any:
+        """Return the attended tokens (B, T, dim), or of the first ``queries`` tokens only, (B, queries, dim).
 
-    def forward(self, x: Any, mask: Any = None) -> Any:
-        """Return the attended tokens (B, T, dim); ``mask`` as :func:`attention_mask` gives it."""
-        b, t, _ = x.shape
+        ``mask`` as :func:`attention_mask` gives it.
+        """
         p = self.attention_dropout if self.training else 0.0
-        key = next_key() if p > 0 else None
-        heads = ops.self_attention(self.project(x), mask, dropout=p, key=key, first_row=first_row())  # (B, H, T, d)
-        merged = ops.reshape(ops.transpose(heads, (0, 2, 1, 3)), (b, t, -1))  # → (B, T, H, d) → (B, T, H·d)
-        return self.drop(self.proj(merged))
+        drop = {"dropout": p, "key": next_key() if p > 0 else None, "first_row": first_row()}
+        if queries is None:
+            heads = ops.self_attention(self.project(x), mask, **drop)  # (3, B, H, T, d) → (B, H, T, d)
+        else:
+            one = self.heads * self.dim_head  # rows of the weight: queries, then keys and values
+            q = self.project(x[:, :queries], slice(0, one))[0]
+            kv = self.project(x, slice(one, 3 * one))
+            mask = None if mask is None else mask[..., :queries, :]
+            heads = ops.attention(q, kv[0], kv[1], mask, **drop)  # (B, H, queries, d)
+        merged = ops.transpose(heads, (0, 2, 1, 3))  # (B, H, T, d) → (B, T, H, d)
+        return self.drop(self.proj(ops.reshape(merged, (*merged.shape[:2], -1))))  # → (B, T, H·d) → (B, T, dim)
+
+    def project(self, x: Any, rows: slice | None = None) -> Any:
+        """Return queries, keys and values (or those that ``rows`` of the weight give): → (3, B, heads, T, dim_head)."""
+        weight, bias = self.qkv.weight, self.qkv.bias
+        if rows is not None:
+            weight, bias = weight[rows], None if bias is None else bias[rows]
+        b, t, _ = x.shape
+        qkv = ops.reshape(ops.linear(x, weight, bias), (b, t, -1, self.heads, self.dim_head))  # → (B, T, 3, H, d)
+        return ops.transpose(qkv, (2, 0, 3, 1, 4))  # → (3, B, H, T, d)
 
     def weights(self, x: Any, mask: Any = None) -> Any:
         """Return the attention probabilities (B, heads, T, T): row i is what token i attends to; it sums to 1."""
@@ -79,9 +91,10 @@ class EncoderBlock(Module):
         self.mlp = MLP(dim, mlp_dim, activation, dropout)
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Any, mask: Any = None) -> Any:
-        """Return the tokens after the block: (B, T, dim) → (B, T, dim)."""
-        x = x + self.drop_path(self.attn(self.norm1(x), mask))
+    def forward(self, x: Any, mask: Any = None, queries: int | None = None) -> Any:
+        """Return the tokens after the block, (B, T, dim) → (B, T, dim), or the first ``queries`` of them only."""
+        attended = self.attn(self.norm1(x), mask, queries)
+        x = (x if queries is None else x[:, :queries]) + self.drop_path(attended)
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 

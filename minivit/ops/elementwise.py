@@ -157,16 +157,16 @@ _erf_exact = np.frompyfunc(math.erf, 1, 1)  # the C library's, one element at a 
 def _erf_float32(x: np.ndarray) -> np.ndarray:
     """Return erf(x) ≈ tanh(x·p(x²)), p fitted to float32 (error at most 6e-8)."""
     z = x * x
-    p = z * _ERF_TANH[-1]
-    for c in _ERF_TANH[-2:0:-1]:
+    p = np.asarray(z * ERF_TANH[-1])  # of a 0-d x too: it is written to
+    for c in ERF_TANH[-2:0:-1]:
         p += c
         p *= z
-    p += _ERF_TANH[0]
+    p += ERF_TANH[0]
     p *= x
     return np.tanh(p, out=p)
 
 
-_ERF_TANH = (1.12837971, 0.102765481, -1.84382948e-4, -6.25720277e-4, 8.97128737e-5, -5.9857408e-6, 1.58963268e-7)
+ERF_TANH = (1.12837971, 0.102765481, -1.84382948e-4, -6.25720277e-4, 8.97128737e-5, -5.9857408e-6, 1.58963268e-7)
 
 
 def _erf_series(z: np.ndarray) -> np.ndarray:

@@ -266,6 +266,7 @@ _ROWS: dict[str, dict[str, Callable[[Draw], tuple[Any, ...]]]] = {
         "exact": lambda r: (r(2, 1, 5),),
         "exact, out to 7": lambda r: (np.linspace(-7.0, 7.0, 9), "none"),
         "tanh": lambda r: (r(2, 3, 3), "tanh"),
+        "0-d": lambda r: (r(),),
         "tanh, out to 7": lambda r: (np.linspace(-7.0, 7.0, 9), "tanh"),
     },
     # ---- normalisation, attention, losses ----

@@ -24,7 +24,7 @@ from minivit.nn.random import random_key
 from minivit.train.optim import Optimizer, gradient_norm
 
 DROP_STREAM = 0xD209  # the stream of dropout and drop path under a run's seed
-MICRO_BATCH_TOKENS = 1024  # tokens in a micro-batch at most: their activations then stay in a core's L2 cache
+MICRO_BATCH_TOKENS = 544  # tokens in a micro-batch at most: their activations then stay in a core's L2 cache
 
 
 class TrainStep:

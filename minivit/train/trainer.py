@@ -168,12 +168,14 @@ class Trainer:
     def _bar(self) -> Any:
         from tqdm import tqdm  # late: to import it takes a while
 
+        columns, rows = shutil.get_terminal_size()  # unlike tqdm's own guess never 0
         return tqdm(
             total=self.progress.batches,
             initial=self.progress.batch,
             desc=self._title(),
             bar_format="{desc}{bar} {percentage:3.0f}% {elapsed}<{remaining}{postfix}",
-            ncols=min(shutil.get_terminal_size().columns - 1, 120),  # what is last in the postfix is cut first
+            ncols=min(columns - 1, 120),  # what is last in the postfix is cut first
+            nrows=rows,
             disable=self.quiet or not sys.stderr.isatty(),
         )
 

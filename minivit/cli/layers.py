@@ -1,0 +1,220 @@
+"""What each layer of a model costs: parameters, FLOPs, and bytes kept for the backward pass."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from minivit.autograd.graph import Node, first_order
+from minivit.cli.report import bytes_text, text_table
+from minivit.errors import CheckpointError, unknown_name
+from minivit.models.vit import ViT
+from minivit.models.zoo import MODELS
+from minivit.nn.module import Module
+from minivit.train.checkpoint import load_checkpoint
+from minivit.train.step import Team
+
+
+def model_config(name: str) -> dict[str, Any]:
+    """Return all settings of a named model, or of the model in a checkpoint."""
+
+    defaults = {p.name: p.default for p in inspect.signature(ViT).parameters.values()}
+    if name in MODELS:
+        return defaults | MODELS[name]
+    if Path(name).suffix != ".npz" and not Path(name).is_file():
+        raise unknown_name("model", name, MODELS)
+    config = load_checkpoint(name).meta.get("model")
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{name} does not say which model it holds", "name the model instead")
+    return defaults | config
+
+
+def image_shape(config: dict[str, Any]) -> tuple[int, int, int]:
+    """Return (C, H, W) of the images that a model takes."""
+    size = config["image_size"]
+    height, width = (size, size) if isinstance(size, int) else size
+    return config["in_channels"], height, width
+
+
+def count_parameters(config: dict[str, Any]) -> int:
+    """Return the number of parameters of a model, without making it."""
+    channels, height, width = image_shape(config)
+    p, q = (config["patch_size"],) * 2 if isinstance(config["patch_size"], int) else config["patch_size"]
+    dim, heads = config["dim"], config["heads"]
+    inner, hidden = heads * (config["dim_head"] or dim // heads), config["mlp_dim"] or 4 * dim
+    cls, patches = config["pool"] == "cls", (height // p) * (width // q)
+    attention = 3 * inner * (dim + bool(config["qkv_bias"])) + dim * (inner + 1)
+    block = attention + hidden * (dim + 1) + dim * (hidden + 1) + 4 * dim  # and two norms
+    embedding = dim * (channels * p * q + 1) + dim * cls + (config["position"] == "learned") * (patches + cls) * dim
+    head = config["num_classes"] * (dim + 1) + (config["head"] == "mlp") * dim * (dim + 1)
+    return int(embedding + config["depth"] * block + 2 * dim + head)
+
+
+# ---- measuring -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Row:
+    """One layer: what comes out of it, and what it costs for one image."""
+
+    shape: tuple[int, ...] = ()
+    parameters: int = 0
+    flops: int = 0
+    kept: int = 0
+
+    def add(self, other: Row) -> None:
+        """Add another layer's costs."""
+        self.parameters += other.parameters
+        self.flops += other.flops
+        self.kept += other.kept
+
+
+def outline(config: dict[str, Any]) -> ViT:
+    """Return the model with three blocks at most, the first, second and last: the others are like the second."""
+    return ViT(**config | {"depth": min(config["depth"], 3)})
+
+
+def layer_of(path: str) -> str:
+    """Return the layer, a row of the table, that a parameter or module belongs to."""
+    parts = path.split(".")
+    if parts[0] == "blocks":
+        return ".".join(parts[:3])
+    return "embedding" if parts[0] in ("", "cls_token", "pos_embed", "embed_drop") else parts[0]
+
+
+def measure(model: Module, images: Any) -> dict[str, Row]:
+    """Run ``model`` on one image, recorded as in training, and return each layer's costs, in the order they run.
+
+    FLOPs are those of the matrix products, 2 for a multiplication and an addition. ``kept`` are the bytes of the arrays
+    that the graph holds for the backward pass, each counted once, at the first operation that holds it.
+    """
+    rows: dict[str, Row] = {}
+    seen: set[Node] = set()
+    counted = {id(_owner(p.data)) for p in model.parameters()} | {id(_owner(images))}
+    alive = []  # what was counted must live on, or another array could get its id
+
+    def watch(path: str, module: Module) -> None:
+        forward = module.forward
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            if path:
+                rows.setdefault(layer_of(path), Row())
+            out = forward(*args, **kwargs)
+            row = rows.setdefault(layer_of(path), Row())
+            if layer_of(path) == path or path == "embed_drop":
+                row.shape = out.shape
+            stack = [out.node] if getattr(out, "node", None) is not None else []
+            while stack:
+                node = stack.pop()
+                if node is None or node in seen or node.op is None:
+                    continue
+                seen.add(node)
+                stack.extend(node.parents)
+                row.flops += flops(node)
+                for array in _arrays((node.args, node.out, node.kept)):
+                    owner = _owner(array)
+                    if id(owner) not in counted:
+                        counted.add(id(owner))
+                        alive.append(owner)
+                        row.kept += owner.nbytes
+            return out
+
+        module.forward = watched  # type: ignore[method-assign]
+
+    modules = list(model.named_modules())
+    try:
+        for path, module in modules:
+            watch(path, module)
+        with first_order():
+            model.train()(images)
+    finally:
+        for _, module in modules:
+            vars(module).pop("forward", None)
+    for path, p in model.named_parameters():
+        rows[layer_of(path)].parameters += p.size
+    return rows
+
+
+def flops(node: Node) -> int:
+    """Return the floating-point operations of a recorded matrix product; 0 for other operations."""
+    name, out, shapes = node.op.name, math.prod(node.shape), [p.shape if p else () for p in node.parents]
+    if name == "linear":
+        return 2 * out * shapes[1][-1]  # (…, in) · (out, in)ᵀ
+    if name == "self_attention":
+        _, *lead, tokens, width = shapes[0]  # (3, B, heads, T, d): QKᵀ and PV
+        return 4 * math.prod(lead) * tokens * tokens * width
+    if name == "attention":  # q (…, T, d), k (…, S, d), v (…, S, e)
+        return 2 * out // node.shape[-1] * shapes[1][-2] * (shapes[0][-1] + shapes[2][-1])
+    return 0
+
+
+def _arrays(value: Any) -> list[Any]:
+    """Return the arrays in nested tuples, lists and single values."""
+    if isinstance(value, (tuple, list)):
+        return [array for item in value for array in _arrays(item)]
+    return [value] if isinstance(value, np.ndarray) else []
+
+
+def _owner(array: Any) -> Any:
+    """Return the array that owns the memory that a view looks at."""
+    while isinstance(array.base, np.ndarray):
+        array = array.base
+    return array
+
+
+# ---- the report ------------------------------------------------------------------------------------------------------
+
+
+def report(config: dict[str, Any], batch_size: int) -> str:
+    """Return the table of layers and the totals for training."""
+    model = outline(config)
+    rows = measure(model, np.zeros((1, *image_shape(config)), np.float32))
+    repeats = config["depth"] - len(model.blocks)
+    table, total = [], Row()
+    for name, row in rows.items():
+        total.add(row)
+        if row.parameters or row.flops or row.kept:  # not drop path where there is none
+            table.append(_cells(name.replace("blocks.2.", f"blocks.{config['depth'] - 1}."), row))
+        if name == "blocks.1.mlp" and repeats > 0:  # the blocks that were left out
+            left_out = Row(row.shape)
+            for _ in range(repeats):
+                for other, costs in rows.items():
+                    if other.startswith("blocks.1."):
+                        left_out.add(costs)
+            total.add(left_out)
+            table.append(_cells("blocks.2" + (f" … {config['depth'] - 2}" if repeats > 1 else ""), left_out))
+    table.append(_cells("total", Row((), total.parameters, total.flops, total.kept)))
+    head = ["layer", "output", "parameters", "FLOPs", "kept for backward"]
+    return text_table(head, table, right=(2, 3, 4)) + "\n\n" + _memory(total, model, batch_size)
+
+
+def _cells(name: str, row: Row) -> list[str]:
+    shape = " × ".join(map(str, row.shape[1:]))  # without the batch axis
+    return [name, shape, f"{row.parameters:,}", f"{row.flops:,}" if row.flops else "", bytes_text(row.kept)]
+
+
+def _memory(total: Row, model: ViT, batch_size: int) -> str:
+    """Return what a training step takes: on the CPU in micro-batches, on a GPU in one piece."""
+    weights = 4 * total.parameters
+    team = Team(model, None, None)
+    start, stop = team.pieces(batch_size)[0]
+    at_once = min(team.threads * (stop - start), batch_size)
+    buffers = team.threads * weights
+    sizes = {
+        "parameters": weights,
+        "gradient": weights,
+        "AdamW's state": 2 * weights,
+        f"buffers of {team.threads} threads": buffers,
+        f"kept for backward, {at_once} images at once": at_once * total.kept,
+    }
+    lines = [f"training step of {batch_size} images, float32:"]
+    lines += [f"  {name:44}{bytes_text(size):>8}" for name, size in sizes.items()]
+    lines.append(f"  {'peak on the CPU, about':44}{bytes_text(sum(sizes.values())):>8}")
+    one_piece = 5 * weights + batch_size * total.kept
+    lines.append(f"  {'peak on a GPU, in one piece, about':44}{bytes_text(one_piece):>8}")
+    return "\n".join(lines)

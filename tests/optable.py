@@ -1,0 +1,217 @@
+"""What every operation should return: references in plain NumPy and Python, written apart from the package.
+
+They are slow and plain on purpose: loops, math.erf, math.fsum. Each takes the operation's arguments (float64 arrays)
+and knows nothing of how the package computes. The rows themselves are in minivit/ops/samples.py.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from minivit.backend import uniform
+
+
+def _each(f: Callable[..., Any]) -> Callable[..., np.ndarray]:
+    """Make a function of numbers one of arrays, with broadcasting."""
+    return np.vectorize(f, otypes=[np.float64])
+
+
+def _reduced(f: Callable[[list[float]], float]) -> Callable[..., np.ndarray]:
+    """Make a function of a list of numbers a reduction over axes."""
+
+    def reduction(x: np.ndarray, axis: Any = None, keepdims: bool = False) -> np.ndarray:
+        axes = tuple(range(x.ndim)) if axis is None else (axis,) if isinstance(axis, int) else axis
+        axes = [a % x.ndim for a in axes]
+        kept = [a for a in range(x.ndim) if a not in axes]
+        rows = x.transpose(kept + axes).reshape(math.prod(x.shape[a] for a in kept), -1)
+        shape = [1 if a in axes else n for a, n in enumerate(x.shape)] if keepdims else [x.shape[a] for a in kept]
+        return np.array([f(row.tolist()) for row in rows]).reshape(shape)
+
+    return reduction
+
+
+def _mean(row: list[float]) -> float:
+    return math.fsum(row) / len(row)
+
+
+def _logsumexp(row: list[float]) -> float:
+    return max(row) + math.log(math.fsum(math.exp(x - max(row)) for x in row))
+
+
+def _var(x: np.ndarray, axis: Any = None, keepdims: bool = False, correction: int = 0) -> np.ndarray:
+    squares = _reduced(lambda row: math.fsum((v - _mean(row)) ** 2 for v in row) / (len(row) - correction))
+    return squares(x, axis, keepdims)
+
+
+def _softmax(x: np.ndarray, axis: int = -1) -> np.ndarray:
+    return _each(math.exp)(x - _reduced(_logsumexp)(x, axis, True))
+
+
+def _layer_norm(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, eps: float = 1e-6) -> np.ndarray:
+    mean, var = _reduced(_mean)(x, -1, True), _var(x, -1, True)
+    return (x - mean) / np.sqrt(var + eps) * weight + bias
+
+
+def _gelu(x: np.ndarray, approximate: str = "none") -> np.ndarray:
+    if approximate == "tanh":
+        return _each(lambda v: 0.5 * v * (1 + math.tanh(math.sqrt(2 / math.pi) * (v + 0.044715 * v**3))))(x)
+    return _each(lambda v: v * math.erfc(-v / math.sqrt(2)) / 2)(x)
+
+
+def _dropped(shape: tuple[int, ...], p: float, key: Any, first_row: int) -> np.ndarray:
+    """Return 0 or 1/(1 - p): row i is row ``first_row + i`` of a batch that starts at 0."""
+    whole = uniform(key, (first_row + shape[0], *shape[1:]))
+    return np.where(whole[first_row:] < p, 0.0, 1.0 / (1.0 - p))
+
+
+def _attention(
+    q: Any, k: Any, v: Any, mask: Any = None, scale: Any = None, dropout: float = 0.0, key: Any = None, row: int = 0
+) -> np.ndarray:  # fmt: skip
+    lead = np.broadcast_shapes(q.shape[:-2], k.shape[:-2], v.shape[:-2])
+    q, k, v = (np.broadcast_to(x, (*lead, *x.shape[-2:])) for x in (q, k, v))
+    shape = (*lead, q.shape[-2], k.shape[-2])
+    mask = np.broadcast_to(False if mask is None else mask, shape)
+    drop = _dropped(shape, dropout, key, row) if dropout else np.ones(shape)
+    out = np.zeros((*lead, q.shape[-2], v.shape[-1]))
+    for i in np.ndindex(*lead):
+        for t in range(q.shape[-2]):
+            allowed = [j for j in range(k.shape[-2]) if not mask[(*i, t, j)]]
+            scores = [math.fsum(q[(*i, t)] * k[(*i, j)]) * (scale or 1 / math.sqrt(q.shape[-1])) for j in allowed]
+            for j, score in zip(allowed, scores, strict=True):
+                out[(*i, t)] += math.exp(score - _logsumexp(scores)) * drop[(*i, t, j)] * v[(*i, j)]
+    return out
+
+
+def _cross_entropy(logits: np.ndarray, labels: np.ndarray, smoothing: float = 0.0) -> np.ndarray:
+    k = logits.shape[-1]
+    rows = logits.reshape(-1, k).tolist()
+    if labels.dtype.kind == "i":
+        targets = [[float(j == label) for j in range(k)] for label in labels.reshape(-1).tolist()]
+    else:
+        targets = labels.reshape(-1, k).tolist()
+    losses = [
+        -math.fsum(
+            (t * (1 - smoothing) + smoothing / k) * (x - _logsumexp(row)) for t, x in zip(target, row, strict=True)
+        )
+        for target, row in zip(targets, rows, strict=True)
+    ]
+    return np.array(_mean(losses))
+
+
+def _getitem(x: np.ndarray, index: Any) -> np.ndarray:
+    return np.take(x, np.arange(x.size).reshape(x.shape)[index])
+
+
+def _scatter(x: np.ndarray, index: Any, shape: tuple[int, ...]) -> np.ndarray:
+    out = np.zeros(shape)
+    places = np.arange(out.size).reshape(shape)[index]
+    for place, value in zip(np.ravel(places), np.ravel(x), strict=True):
+        out.flat[place] += value
+    return out
+
+
+def _take_along_axis(x: np.ndarray, indices: np.ndarray, axis: int = -1) -> np.ndarray:
+    out = np.zeros(indices.shape)
+    for place in np.ndindex(*indices.shape):
+        source = list(place)
+        source[axis] = indices[place]
+        out[place] = x[tuple(source)]
+    return out
+
+
+def _pad(x: np.ndarray, widths: Any, value: float = 0.0) -> np.ndarray:
+    out = np.full([a + n + b for (a, b), n in zip(widths, x.shape, strict=True)], value)
+    out[tuple(slice(a, a + n) for (a, _), n in zip(widths, x.shape, strict=True))] = x
+    return out
+
+
+def _patches(shape: tuple[int, ...], patch: tuple[int, int]) -> list[tuple[int, Any]]:
+    """Return (number, index into the images) of every patch, row by row."""
+    (p, q), (h, w) = patch, shape[2:]
+    corners = [(i, j) for i in range(0, h, p) for j in range(0, w, q)]
+    return [(n, np.s_[:, :, i : i + p, j : j + q]) for n, (i, j) in enumerate(corners)]
+
+
+def _patchify(images: np.ndarray, patch: tuple[int, int]) -> np.ndarray:
+    parts = [images[index].reshape(len(images), -1) for _, index in _patches(images.shape, patch)]
+    return np.stack(parts, axis=1)
+
+
+def _unpatchify(patches: np.ndarray, patch: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
+    images = np.zeros((len(patches), patches.shape[2] // math.prod(patch), *size))
+    for n, index in _patches(images.shape, patch):
+        images[index] = patches[:, n].reshape(images[index].shape)
+    return images
+
+
+def _linear(x: np.ndarray, weight: np.ndarray, bias: Any) -> np.ndarray:
+    return np.einsum("...i,oi->...o", x, weight) + (0.0 if bias is None else bias)
+
+
+def _sigmoid(v: float) -> float:
+    return 1 / (1 + math.exp(-v)) if v > 0 else math.exp(v) / (1 + math.exp(v))
+
+
+FORWARD: dict[str, Callable[..., Any]] = {
+    "abs": _each(math.fabs),
+    "add": _each(operator.add),
+    "attention": _attention,
+    "broadcast_to": lambda x, shape: np.zeros(shape) + x,
+    "clip": lambda x, low=None, high=None: _each(
+        lambda v: max(-math.inf if low is None else low, min(math.inf if high is None else high, v))
+    )(x),
+    "concat": lambda axis, *arrays: np.concatenate(arrays, axis),
+    "convert": lambda x, to: x,
+    "cos": _each(math.cos),
+    "cross_entropy": _cross_entropy,
+    "div": _each(operator.truediv),
+    "drop_path": lambda x, p, key, first_row=0: (
+        x * _dropped((len(x), 1), p, key, first_row).reshape(-1, *[1] * (x.ndim - 1))
+    ),
+    "dropout": lambda x, p, key, first_row=0: x * _dropped(x.shape, p, key, first_row),
+    "erf": _each(math.erf),
+    "exp": _each(math.exp),
+    "gelu": _gelu,
+    "getitem": _getitem,
+    "layer_norm": _layer_norm,
+    "linear": _linear,
+    "log": _each(math.log),
+    "log_softmax": lambda x, axis=-1: x - _reduced(_logsumexp)(x, axis, True),
+    "logsumexp": lambda x, axis=-1, keepdims=False: _reduced(_logsumexp)(x, axis, keepdims),
+    "matmul": lambda a, b: np.einsum("...ij,...jk->...ik", a, b),
+    "max": _reduced(max),
+    "maximum": _each(max),
+    "mean": _reduced(_mean),
+    "min": _reduced(min),
+    "minimum": _each(min),
+    "mul": _each(operator.mul),
+    "neg": _each(operator.neg),
+    "pad": _pad,
+    "patchify": _patchify,
+    "pow": _each(operator.pow),
+    "relu": _each(lambda v: v if v > 0 else 0.0),
+    "reshape": lambda x, shape: np.array(x.tolist()).reshape(shape),
+    "scatter": _scatter,
+    "self_attention": lambda qkv, *settings: _attention(*qkv, *settings),
+    "sigmoid": _each(_sigmoid),
+    "silu": _each(lambda v: v * _sigmoid(v)),
+    "sin": _each(math.sin),
+    "softmax": _softmax,
+    "sqrt": _each(math.sqrt),
+    "stack": lambda axis, *arrays: np.stack(arrays, axis),
+    "sub": _each(operator.sub),
+    "sum": _reduced(math.fsum),
+    "swapaxes": lambda x, i, j: np.swapaxes(x, i, j),
+    "take_along_axis": _take_along_axis,
+    "tanh": _each(math.tanh),
+    "transpose": lambda x, axes=None: np.moveaxis(x, range(x.ndim)[::-1] if axes is None else axes, range(x.ndim)),
+    "unpatchify": _unpatchify,
+    "var": _var,
+    "where": _each(lambda condition, a, b: a if condition else b),
+}
+"""Operation → its reference."""

@@ -1,0 +1,86 @@
+"""The check is checked: every operation's gradient is spoiled in many ways, and the check must refuse each of them."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+import minivit as mv
+from minivit.autograd.mutate import Verdict, check_mutants, check_op, mutants
+from minivit.autograd.op import OPS
+from minivit.errors import GradientError
+from minivit.ops.samples import SAMPLES
+
+counted: Counter[str] = Counter()
+
+
+@pytest.mark.parametrize("name", sorted(OPS))
+def test_every_mutant_is_killed(name):
+    for sample in (s for s in SAMPLES if s.op == name):
+        verdict = check_mutants(sample.function, sample.build())
+        assert not verdict.survivors, f"{sample}: the check accepts {verdict.survivors}"
+        assert verdict.killed == verdict.total
+        counted[name] += verdict.total
+    assert counted[name] >= 3
+
+
+def test_the_number_of_mutants(capsys):
+    if set(counted) != set(OPS):
+        pytest.skip("counts what the tests before it did: run the whole file")
+    fewest = min(counted, key=lambda name: counted[name])
+    with capsys.disabled():
+        print(f"\nmutants killed: {counted.total()} of {counted.total()}, in {len(counted)} operations; ", end="")
+        print(f"fewest {counted[fewest]} ({fewest})")
+    assert counted.total() > 2000
+
+
+def row(name: str, label: str):
+    return next(s for s in SAMPLES if (s.op, s.label) == (name, label))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "gradient 0 1% too large",
+        "gradient 1 zero",
+        "gradient 0 the sign flipped",
+        "gradient 0 transposed",
+        "gradient 1 shifted along the second axis",
+        "gradient 0 the cotangent itself",
+        "gradient 0 a factor √d too large",  # a missing 1/√d
+        "gradients 0 and 1 swapped",
+        "the cotangent taken for ones",
+        "gradient 2 a constant to the second order",
+        "p * (gp - sum(p * gp, -1, True)) * scale → p * (gp - sum(p * gp, -1, True)) * 1.0",
+        "gp - sum(p * gp, -1, True) → gp - 0.0",  # only the diagonal of the softmax's Jacobian
+        "gp - sum(p * gp, -1, True) → gp + sum(p * gp, -1, True)",
+        "matmul(gs, k) if needs[0] else None",  # absent: a conditional is not among the changes
+    ],
+)
+def test_attention_has_the_mutants_that_it_should(change):
+    sample = row("attention", "no leading axes")
+    found = [m for description, m in mutants(sample.function, sample.build()) if change in description]
+    assert len(found) == (0 if change.startswith("matmul") else 1)
+    for mutated in found:
+        with mutated, pytest.raises(GradientError):
+            check_op(sample.function, sample.build())
+    check_op(sample.function, sample.build())  # and the operation is itself again
+
+
+def test_a_missing_sum_over_broadcast_axes_is_a_mutant():
+    sample = row("add", "broadcast both ways")
+    descriptions = [d for d, _ in mutants(sample.function, sample.build())]
+    assert {f"add: gradient {i} not summed where broadcast" for i in (0, 1)} <= set(descriptions)
+
+
+def test_what_changes_nothing_is_not_counted():
+    x = mv.tensor(np.zeros((1, 1)))  # nothing to transpose, to shift or to sum; g · cos 0 is g
+    assert check_mutants(OPS["neg"], [x.data]).total < check_mutants(OPS["neg"], [np.ones((3, 3))]).total
+
+
+def test_a_blind_check_would_be_found_out(monkeypatch):
+    monkeypatch.setattr("minivit.autograd.mutate.check_op", lambda op, args, seed: None)  # accepts everything
+    verdict = check_mutants(OPS["exp"], [np.ones(3)])
+    assert isinstance(verdict, Verdict) and verdict.killed == 0 and len(verdict.survivors) == verdict.total > 3

@@ -1,0 +1,521 @@
+"""Every operation on every sample of the table, held against references, layouts, dtypes and devices."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+import minivit as mv
+from minivit import ops
+from minivit.autograd.mutate import check_op
+from minivit.autograd.op import OPS
+from minivit.backend import Key, is_array, normal, to_device, to_numpy
+from minivit.errors import ConfigError, DataError, DeviceError, DTypeError, ShapeError
+from minivit.ops.samples import SAMPLES, Sample
+from tests.optable import FORWARD
+
+rows = pytest.mark.parametrize("sample", SAMPLES, ids=str)
+fused = pytest.mark.parametrize("sample", [s for s in SAMPLES if s.function.reference], ids=str)
+
+
+def places(sample: Sample, args: Any) -> list[int]:
+    """Return the positions of the differentiable arrays."""
+    return [i for i in sample.function.input_positions(args) if i < len(args) and is_array(args[i])]
+
+
+def mapped(f: Any, x: Any) -> Any:
+    """Return x with f applied to every array in it."""
+    if is_array(x):
+        return f(x)
+    return type(x)(mapped(f, y) for y in x) if type(x) in (list, tuple) else x
+
+
+def flat(x: Any) -> list[Any]:
+    """Return the arrays in x."""
+    if is_array(x):
+        return [x]
+    return [a for y in x for a in flat(y)] if isinstance(x, list | tuple) else []
+
+
+def strided(a: np.ndarray) -> np.ndarray:
+    """Return a copy of ``a`` in every second element of Fortran-ordered memory, the last axis backwards."""
+    big = np.full([2 * n for n in a.shape], np.nan if a.dtype.kind == "f" else 0).astype(a.dtype)
+    view = np.require(big, requirements="F")[(..., *[slice(None, None, 2)] * a.ndim)]
+    view = view[..., ::-1] if a.ndim else view
+    view[...] = a
+    return view
+
+
+def subsets(at: list[int]) -> list[list[int]]:
+    return [list(some) for n in range(1, len(at) + 1) for some in itertools.combinations(at, n)]
+
+
+def as_type(dtype: Any, args: Any) -> Any:
+    return mapped(lambda a: a.astype(dtype) if a.dtype.kind == "f" else a, args)
+
+
+def cotangent_for(out: Any) -> np.ndarray:
+    return np.asarray(normal(Key(5), out.shape)).astype(out.dtype)
+
+
+def backward(fn: Any, args: Any, at: list[int], cotangent: Any = None) -> tuple[mv.Tensor, list[Any]]:
+    """Return the output and the gradient of each argument ``at``, by backward()."""
+    values = list(args)
+    for i in at:
+        values[i] = mv.tensor(args[i], requires_grad=True)
+    out = fn(*values)
+    out.backward(cotangent_for(out) if cotangent is None else cotangent)
+    return out, [values[i].grad for i in at]
+
+
+def assert_near(actual: Any, expected: Any, tolerance: float = 1e-12) -> None:
+    actual, expected = np.asarray(actual), np.asarray(expected)
+    assert actual.shape == expected.shape
+    scale = max(1.0, float(np.abs(expected).max(initial=0.0)))
+    np.testing.assert_allclose(actual, expected, rtol=tolerance, atol=tolerance * scale)
+
+
+def assert_same(actual: Any, expected: Any) -> None:
+    for a, e in zip(actual, expected, strict=True):
+        np.testing.assert_array_equal(a, e, strict=True)
+
+
+# ---- the table -------------------------------------------------------------------------------------------------------
+
+
+def test_every_operation_has_rows_and_a_reference():
+    assert {s.op for s in SAMPLES} == set(OPS) == set(FORWARD)
+    assert len({str(s) for s in SAMPLES}) == len(SAMPLES)
+
+
+@rows
+def test_forward(sample):
+    args = sample.build()
+    out = sample.function(*args)
+    assert np.asarray(out).dtype == np.float64
+    assert_near(out, FORWARD[sample.op](*args), 1e-13)
+    tensor_out = sample.function(*[mv.tensor(a) if i in places(sample, args) else a for i, a in enumerate(args)])
+    assert isinstance(tensor_out, mv.Tensor)
+    assert not tensor_out.requires_grad
+    np.testing.assert_array_equal(tensor_out.data, out)
+
+
+@rows
+def test_gradients_of_order_1_and_2(sample):
+    report = check_op(sample.function, sample.build())
+    assert {c.order for c in report.checks} == {1, 2}
+    assert {c.method for c in report.checks} == {"complex"}
+    assert report.worst.error <= 1e-12
+
+
+@fused
+def test_equals_its_composed_reference(sample):
+    args = sample.build()
+    at = places(sample, args)
+    out, gradients = backward(sample.function, args, at)
+    expected, expected_gradients = backward(sample.function.reference, args, at)
+    assert_near(out.data, expected.data)
+    for g, e in zip(gradients, expected_gradients, strict=True):
+        assert_near(g, e)
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32], ids=["float64", "float32"])
+@pytest.mark.parametrize("sample", [s for s in SAMPLES if s.function._fast], ids=str)
+def test_fast_gradient_equals_the_plain_one(sample, dtype):
+    args = as_type(dtype, sample.build())
+    at = places(sample, args)
+    for some in subsets(at):
+        out, gradients = backward(sample.function, args, some)
+        for layout in (np.copy, strided):
+            given, cotangent = mapped(layout, args), layout(cotangent_for(out))
+            for a in flat([given, cotangent]):
+                a.flags.writeable = False  # a write in place raises
+            with mv.first_order():
+                fast, fast_gradients = backward(sample.function, given, some, cotangent)
+            for a, e in zip([fast.data, *fast_gradients], [out.data, *gradients], strict=True):
+                assert a.dtype == dtype
+                assert_near(a, e, 1e-12 if dtype == np.float64 else 1e-5)
+
+
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_fast_gelu_over_more_than_one_block(approximate):
+    args = [normal(Key(8), (7, 10_001)).astype(np.float32) * 3.0, approximate]
+    out, (expected,) = backward(ops.gelu, args, [0])
+    with mv.first_order():
+        fast, (actual,) = backward(ops.gelu, args, [0])
+    assert_near(fast.data, out.data, 1e-6)
+    assert_near(actual, expected, 1e-6)
+
+
+@rows
+def test_float32_stays_float32(sample):
+    args = sample.build()
+    single = as_type(np.float32, args)
+    at = places(sample, args)
+    out, gradients = backward(sample.function, single, at)
+    assert out.dtype == np.float32
+    assert np.asarray(sample.function(*single)).dtype == np.float32
+    exact = as_type(np.float64, single)  # the rounded inputs: what remains is the operation's own rounding
+    expected, expected_gradients = backward(sample.function, exact, at, cotangent_for(out).astype(np.float64))
+    largest = max(float(np.abs(args[i]).max()) for i in at)
+    for a, e in zip([out.data, *gradients], [expected.data, *expected_gradients], strict=True):
+        assert a.dtype == np.float32
+        assert_near(a, e, 2e-6 * max(1.0, largest))
+
+
+@rows
+def test_any_memory_layout(sample):
+    args = sample.build()
+    at = places(sample, args)
+    out, gradients = backward(sample.function, args, at)
+
+    odd, odd_gradients = backward(sample.function, mapped(strided, args), at, strided(cotangent_for(out)))
+    assert_near(odd.data, out.data, 1e-13)
+    for a, e in zip(odd_gradients, gradients, strict=True):
+        assert_near(a, e)
+
+    constant = np.broadcast_to(np.float64(0.7), out.shape)  # stride 0, as the gradient of a sum is
+    _, from_constant = backward(sample.function, args, at, constant)
+    _, from_full = backward(sample.function, args, at, np.full(out.shape, 0.7))
+    for a, e in zip(from_constant, from_full, strict=True):
+        assert_near(a, e)
+
+
+@rows
+def test_arguments_and_cotangent_are_left_alone(sample):
+    args = sample.build()
+    before = mapped(np.copy, args)
+    arrays = flat(args)
+    for a in arrays:
+        a.flags.writeable = False  # a write in place raises
+    out, gradients = backward(sample.function, args, places(sample, args))
+    cotangent = cotangent_for(out)
+    cotangent.flags.writeable = False
+    backward(sample.function, args, places(sample, args), cotangent)
+    assert_same(arrays, flat(before))
+    for i, g in zip(places(sample, args), gradients, strict=True):
+        assert g.flags.writeable and not np.shares_memory(g, args[i])
+        assert not any(np.shares_memory(g, other) for other in gradients if other is not g)
+
+
+@rows
+def test_a_zero_cotangent_gives_zeros(sample):
+    args = sample.build()
+    out, gradients = backward(sample.function, args, places(sample, args), None)
+    _, zeros = backward(sample.function, args, places(sample, args), np.zeros(out.shape))
+    for g, z in zip(gradients, zeros, strict=True):
+        assert_same([z + 0.0], [np.zeros_like(g)])  # -0 + 0 is 0
+
+
+@rows
+def test_twice_gives_the_same_bits(sample):
+    results = []
+    for _ in range(2):
+        out, gradients = backward(sample.function, sample.build(), places(sample, sample.build()))
+        results.append([a.tobytes() for a in [out.data, *gradients]])
+    assert results[0] == results[1]
+
+
+@rows
+def test_every_subset_of_needs(sample):
+    args = sample.build()
+    at = places(sample, args)
+    _, gradients = backward(sample.function, args, at)
+    for some in subsets(at):
+        _, partial = backward(sample.function, args, some)
+        assert_same(partial, [gradients[at.index(i)] for i in some])
+    values = [mv.tensor(a, requires_grad=True) if i in at else a for i, a in enumerate(args)]
+    out = sample.function(*values)  # all recorded, one asked for
+    for i, g in zip(at, gradients, strict=True):
+        (alone,) = mv.grad(out, [values[i]], cotangent_for(out), create_graph=True)
+        assert_near(alone.data, g)
+
+
+# ---- on a GPU, or its strict stand-in --------------------------------------------------------------------------------
+
+
+def on_cuda(sample: Sample, host_constants: bool = False) -> tuple[Any, list[Any]]:
+    """Run a sample on ``cuda`` and return the output and gradients there."""
+    args = sample.build()
+    at = places(sample, args)
+    moved = mapped(lambda a: to_device(a, "cuda"), args)
+    if host_constants:
+        moved = [m if i in at else a for i, (m, a) in enumerate(zip(moved, args, strict=True))]
+    if sample.op == "convert":
+        moved = [moved[0], "cuda:0"]
+    cotangent = to_device(cotangent_for(np.asarray(sample.function(*args))), "cuda")
+    return moved, [at, cotangent]
+
+
+def compare_with_numpy(sample: Sample, out: Any, gradients: list[Any], tolerance: float) -> None:
+    args = sample.build()
+    expected, expected_gradients = backward(sample.function, args, places(sample, args))
+    for a, e in zip([out.data, *gradients], [expected.data, *expected_gradients], strict=True):
+        assert not isinstance(a, np.ndarray)
+        assert a.dtype == e.dtype
+        assert_near(to_numpy(a), e, tolerance)
+
+
+@rows
+def test_on_the_strict_stand_in_without_a_sync(sample, strict_cupy):
+    moved, (at, cotangent) = on_cuda(sample)
+    strict_cupy.counters.reset()
+    out, gradients = backward(sample.function, moved, at, cotangent)
+    plain = sample.function(*moved)
+    if "boolean mask" not in sample.label:  # how many are chosen must be known to the host
+        assert strict_cupy.counters.syncs == 0, strict_cupy.counters.synced
+    np.testing.assert_array_equal(to_numpy(plain), to_numpy(out.data))
+    compare_with_numpy(sample, out, gradients, 1e-13)
+    compare_with_numpy(sample, *run_moved(sample, on_cuda(sample, host_constants=True)), 1e-13)
+
+
+def run_moved(sample: Sample, prepared: Any) -> tuple[Any, list[Any]]:
+    moved, (at, cotangent) = prepared
+    return backward(sample.function, moved, at, cotangent)
+
+
+@pytest.mark.gpu
+@rows
+def test_on_a_gpu(sample):
+    compare_with_numpy(sample, *run_moved(sample, on_cuda(sample)), 1e-11)
+
+
+# ---- values that the table cannot hold: ties, kinks, masks, dropout --------------------------------------------------
+
+
+def gradient(fn: Any, x: Any) -> np.ndarray:
+    """Return d(sum of fn(x))/dx."""
+    x = mv.tensor(np.asarray(x, np.float64), requires_grad=True)
+    ops.sum(fn(x)).backward()
+    return x.grad
+
+
+@pytest.mark.parametrize(
+    ("fn", "x", "expected"),
+    [
+        (ops.abs, [-2.0, 0.0, 3.0], [-1.0, 0.0, 1.0]),
+        (ops.relu, [-2.0, 0.0, 3.0], [0.0, 0.0, 1.0]),
+        (lambda x: ops.maximum(x, 1.0), [0.0, 1.0, 2.0], [0.0, 0.5, 1.0]),
+        (lambda x: ops.minimum(1.0, x), [0.0, 1.0, 2.0], [1.0, 0.5, 0.0]),
+        (lambda x: ops.clip(x, -1.0, 1.0), [-2.0, -1.0, 0.0, 1.0, 2.0], [0.0, 1.0, 1.0, 1.0, 0.0]),
+        (ops.max, [3.0, 1.0, 3.0, 3.0], [1 / 3, 0.0, 1 / 3, 1 / 3]),
+        (lambda x: ops.min(x, 1), [[1.0, 1.0], [2.0, 1.0]], [[0.5, 0.5], [0.0, 1.0]]),
+        (lambda x: x**2, [0.0, -3.0], [0.0, -6.0]),
+        (lambda x: x**0, [0.0, 2.0], [0.0, 0.0]),
+        (lambda x: x**1, [0.0, -2.0], [1.0, 1.0]),
+        (lambda x: ops.where(np.asarray(x.data) > 0, ops.sqrt(ops.maximum(x, 0.25)), 0.0), [-1.0, 4.0], [0.0, 0.25]),
+        (lambda x: ops.where([True, False], x, ops.log(np.array([1.0, -0.0]) + 1.0)), [1.0, 2.0], [1.0, 0.0]),
+    ],
+)
+def test_gradient_where_it_is_a_convention(fn, x, expected):
+    np.testing.assert_allclose(gradient(fn, x), expected, rtol=1e-15)
+
+
+def test_where_keeps_a_nan_on_its_own_side():
+    x, y = (mv.tensor(np.array([1.0, 2.0]), requires_grad=True) for _ in range(2))
+    ops.where(np.array([True, False]), x, y).backward(np.array([np.nan, 3.0]))
+    np.testing.assert_array_equal(x.grad, [np.nan, 0.0])
+    np.testing.assert_array_equal(y.grad, [0.0, 3.0])
+
+
+@pytest.mark.parametrize("fn", [ops.softmax, ops.log_softmax, ops.logsumexp], ids=lambda fn: fn.name)
+@pytest.mark.parametrize("fast", [False, True])
+def test_nothing_overflows_in_float32(fn, fast):
+    x = mv.tensor(np.array([[0.0, 1.0], [1000.0, 1001.0], [-1000.0, 3000.0]], np.float32), requires_grad=True)
+    with mv.first_order() if fast else mv.no_grad():
+        assert np.isfinite(fn(x).data).all()
+    fn(x).backward(np.ones(fn(x).shape, np.float32))
+    assert np.isfinite(x.grad).all()
+
+
+def test_rows_of_softmax_do_not_know_each_other():
+    rows = normal(Key(3), (4, 5)) + np.array([[0.0], [-800.0], [800.0], [3.0]])
+    np.testing.assert_allclose(ops.softmax(rows), [ops.softmax(row) for row in rows], rtol=1e-14)
+
+
+def test_attention_over_nothing_is_zero_and_has_no_gradient():
+    q, k, v = (mv.tensor(normal(Key(i), (2, 3, 4)), requires_grad=True) for i in range(3))
+    mask = np.zeros((3, 3), bool)
+    mask[1] = True
+    out = ops.attention(q, k, v, mask)
+    assert (out.data[:, 1] == 0).all() and (out.data[:, 0] != 0).all()
+    out.backward(np.ones(out.shape))
+    assert (q.grad[:, 1] == 0).all() and all(np.isfinite(x.grad).all() for x in (q, k, v))
+
+
+def test_a_masked_key_has_no_influence():
+    q, k, v = (normal(Key(i), (3, 4)) for i in range(3))
+    mask = np.zeros((3, 3), bool)
+    mask[:, 2] = True
+    np.testing.assert_allclose(ops.attention(q, k, v, mask), ops.attention(q, k[:2], v[:2]), rtol=1e-14)
+
+
+@pytest.mark.parametrize(
+    "drop",
+    [
+        lambda x, row: ops.dropout(x, 0.3, Key(1, 2, 3), row),
+        lambda x, row: ops.drop_path(x, 0.3, Key(1, 2, 3), row),
+        lambda x, row: ops.attention(x, x, x, None, None, 0.3, Key(1, 2, 3), row),
+    ],
+    ids=["dropout", "drop_path", "attention"],
+)
+def test_a_batch_in_pieces_is_dropped_as_the_whole(drop):
+    x = normal(Key(0), (8, 3, 5))
+    np.testing.assert_allclose(np.concatenate([drop(x[:3], 0), drop(x[3:], 3)]), drop(x, 0), rtol=1e-14)
+
+
+@pytest.mark.parametrize("fn", [ops.dropout, ops.drop_path], ids=lambda fn: fn.name)
+def test_dropout_keeps_the_mean_and_drops_its_share(fn):
+    x = np.ones((100_000, 2), np.float32)
+    out = fn(x, 0.3, Key(4))
+    assert set(np.unique(out)) == {np.float32(0), np.float32(1 / 0.7)}
+    assert abs((out == 0).mean() - 0.3) < 5 * math.sqrt(0.3 * 0.7 / 100_000)
+    assert ((out[:, 0] == out[:, 1]).all()) == (fn is ops.drop_path)
+    assert not np.array_equal(out, fn(x, 0.3, Key(4, step=1)))
+    np.testing.assert_array_equal(fn(x, 0.0, Key(4)), x)
+
+
+def test_matmul_with_vectors():
+    a, v, w = normal(Key(0), (2, 3, 5)), normal(Key(1), (5,)), normal(Key(2), (3,))
+    for left, right in [(a, v), (w, a), (v, v)]:
+        assert_near(ops.matmul(left, right), left @ right)
+        mv.check_grads(lambda x, y: x @ y, [left, right])
+
+
+def test_split_cuts_and_joins_again():
+    x = normal(Key(0), (2, 7, 3))
+    for axis, sections in [(1, [1, 4, 2]), (-2, [7]), (-1, 3), (0, 2)]:
+        np.testing.assert_array_equal(ops.concat(ops.split(x, sections, axis), axis), x)
+
+        def weighed(t: Any, axis: int = axis, sections: Any = sections) -> Any:
+            return ops.concat([part * (i + 1.0) for i, part in enumerate(ops.split(t, sections, axis))], axis)
+
+        mv.check_grads(weighed, [x])
+    np.testing.assert_array_equal(ops.split(x, [1, 4, 2], 1)[1], x[:, 1:5])
+
+
+def test_joining_mixes_arrays_and_tensors():
+    x = mv.tensor(np.ones((2, 3)), requires_grad=True)
+    for joined in (ops.concat([np.zeros((1, 3)), x, x]), ops.stack([x, np.zeros((2, 3))], axis=1)):
+        x.grad = None
+        joined.backward(np.full(joined.shape, 2.0))
+        np.testing.assert_array_equal(x.grad, np.full((2, 3), 4.0 if joined.shape == (5, 3) else 2.0))
+
+
+def test_convert_gives_the_gradient_in_the_dtype_it_came_from():
+    x = mv.tensor(np.array([1.0, 2.0], np.float32), requires_grad=True)
+    y = x.to(np.float64) * np.array([3.0, 4.0])
+    assert y.dtype == np.float64
+    y.sum().backward()
+    assert x.grad.dtype == np.float32
+    np.testing.assert_array_equal(x.grad, [3.0, 4.0])
+    assert x.astype("float16").dtype == np.float16
+
+
+def test_convert_moves_between_devices(strict_cupy):
+    x = mv.tensor(np.array([1.0, 2.0]), requires_grad=True)
+    assert (x.to("cuda:1") * 2.0).device == "cuda:1"
+    there = x.to("cuda")
+    assert there.device == "cuda:0"
+    (there * 3.0).to("cpu").sum().backward()
+    np.testing.assert_array_equal(x.grad, [3.0, 3.0])
+
+
+def test_a_patch_is_a_contiguous_block_in_the_order_of_a_convolution():
+    image = np.arange(2 * 4 * 6, dtype=np.float64).reshape(1, 2, 4, 6)
+    patches = ops.patchify(image, (2, 3))
+    np.testing.assert_array_equal(patches[0, 1], [3, 4, 5, 9, 10, 11, 27, 28, 29, 33, 34, 35])
+    np.testing.assert_array_equal(ops.unpatchify(patches, (2, 3), (4, 6)), image)
+
+
+def test_operators_and_methods_are_the_operations():
+    a, b = normal(Key(0), (3, 3)), np.exp(normal(Key(1), (3, 3)))
+    x, y = mv.tensor(a), mv.tensor(b)
+    pairs: list[tuple[Any, Any]] = [
+        (x + y, a + b), (x + b, a + b), (a + y, a + b), (1.5 + x, 1.5 + a), (x - y, a - b), (a - y, a - b),
+        (2 - x, 2 - a), (x * y, a * b), (a * y, a * b), (x / y, a / b), (a / y, a / b), (1 / y, 1 / b), (y**x, b**a),
+        (b**x, b**a), (2.0**x, 2.0**a), (x @ y, a @ b), (a @ y, a @ b), (x @ b, a @ b), (-x, -a), (abs(x), abs(a)),
+        (x[1], a[1]), (x[:, None, ::-1], a[:, None, ::-1]), (x[a > 0], a[a > 0]), (x.T, a.T), (x.transpose(), a.T),
+        (x.transpose(1, 0), a.T), (x.transpose((1, 0)), a.T), (x.swapaxes(0, 1), a.T), (x.reshape(9), a.reshape(9)),
+        (x.reshape(-1, 1), a.reshape(-1, 1)), (x.reshape((1, 9)), a.reshape(1, 9)), (x.sum(axis=0), a.sum(axis=0)),
+        (x.mean(-1, True), a.mean(-1, keepdims=True)), (x.var(0), a.var(0)), (x.max(1), a.max(1)), (x.min(), a.min()),
+        (x.exp(), np.exp(a)), (y.log(), np.log(b)), (y.sqrt(), np.sqrt(b)), (x.tanh(), np.tanh(a)),
+        (x.sin(), np.sin(a)), (x.cos(), np.cos(a)), (x.clip(-1, 1), a.clip(-1, 1)), (x.abs(), abs(a)),
+        (x.softmax(), ops.softmax(a)), (x < y, a < b), (x <= 0, a <= 0), (x > b, a > b), (x >= y, a >= b),
+    ]  # fmt: skip
+    for i, (actual, expected) in enumerate(pairs):
+        assert isinstance(actual, np.ndarray if np.asarray(expected).dtype == bool else mv.Tensor), i
+        np.testing.assert_allclose(getattr(actual, "data", actual), expected, rtol=1e-13, err_msg=str(i))
+
+
+# ---- bad input: a typed error that names the operation and says what to do -------------------------------------------
+
+X = mv.tensor(np.ones((2, 3)))
+
+BAD: dict[str, tuple[Any, type[Exception], str]] = {
+    "add, shapes": (lambda: X + np.ones((2, 4)), ShapeError, "add"),
+    "add, dtypes": (lambda: X + np.ones((2, 3), np.float32), DTypeError, "add"),
+    "add, of integers": (lambda: X + np.ones((2, 3), np.int64), DTypeError, "add"),
+    "matmul, shapes": (lambda: X @ np.ones((2, 3)), ShapeError, "matmul"),
+    "matmul, a batch": (lambda: ops.matmul(np.ones((2, 3, 4)), np.ones((3, 4, 5))), ShapeError, "matmul"),
+    "linear, shapes": (lambda: ops.linear(X, np.ones((5, 4)), None), ShapeError, "linear"),
+    "linear, bias": (lambda: ops.linear(X, np.ones((5, 3)), np.ones(4)), ShapeError, "linear"),
+    "layer_norm, weight": (lambda: ops.layer_norm(X, np.ones(4), np.ones(4)), ShapeError, "layer_norm"),
+    "sum, axis": (lambda: X.sum(axis=2), ShapeError, "sum"),
+    "softmax, axis": (lambda: ops.softmax(X, -3), ShapeError, "softmax"),
+    "reshape": (lambda: X.reshape(4, 2), ShapeError, "reshape"),
+    "transpose": (lambda: X.transpose(0, 2), ShapeError, "transpose"),
+    "broadcast_to": (lambda: ops.broadcast_to(X, (4, 3)), ShapeError, "broadcast_to"),
+    "concat": (lambda: ops.concat([X, np.ones((2, 4))]), ShapeError, "concat"),
+    "stack": (lambda: ops.stack([X, np.ones((2, 4))]), ShapeError, "stack"),
+    "split": (lambda: ops.split(X, 2, axis=1), ShapeError, "split"),
+    "split, lengths": (lambda: ops.split(X, [1, 1], axis=1), ShapeError, "split"),
+    "getitem": (lambda: X[5], ShapeError, "getitem"),
+    "getitem, axes": (lambda: X[0, 0, 0], ShapeError, "getitem"),
+    "pad": (lambda: ops.pad(X, ((1, 1), (0, 0), (0, 0))), ShapeError, "pad"),
+    "patchify": (lambda: ops.patchify(np.ones((1, 3, 8, 9)), (4, 4)), ShapeError, "patchify"),
+    "unpatchify": (lambda: ops.unpatchify(np.ones((1, 5, 48)), (4, 4), (8, 8)), ShapeError, "unpatchify"),
+    "attention": (lambda: ops.attention(X, np.ones((2, 4)), X), ShapeError, "attention"),
+    "attention, values": (lambda: ops.attention(X, X, np.ones((3, 3))), ShapeError, "attention"),
+    "attention, mask": (lambda: ops.attention(X, X, X, np.zeros((3, 3), bool)), ShapeError, "(3, 3)"),
+    "attention, no key": (lambda: ops.attention(X, X, X, dropout=0.1), ConfigError, "attention"),
+    "dropout, rate": (lambda: ops.dropout(X, 1.0, Key(0)), ConfigError, "drop"),
+    "gelu, form": (lambda: ops.gelu(X, "fast"), ConfigError, "gelu"),
+    "cross_entropy, shapes": (lambda: ops.cross_entropy(X, np.array([0, 1, 2])), ShapeError, "cross_entropy"),
+    "cross_entropy, soft": (lambda: ops.cross_entropy(X, np.ones((2, 4))), ShapeError, "cross_entropy"),
+    "cross_entropy, dtype": (lambda: ops.cross_entropy(X, np.ones((2, 3), np.float32)), DTypeError, "cross_entropy"),
+    "cross_entropy, bools": (lambda: ops.cross_entropy(X, np.ones(2, bool)), DTypeError, "cross_entropy"),
+    "cross_entropy, a large label": (lambda: ops.cross_entropy(X, np.array([0, 3])), DataError, "label 3 at row 1"),
+    "cross_entropy, a small label": (lambda: ops.cross_entropy(X, np.array([-1, 0])), DataError, "label -1 at row 0"),
+    "cross_entropy, smoothing": (lambda: ops.cross_entropy(X, np.array([0, 1]), 1.0), ConfigError, "cross_entropy"),
+    "cross_entropy, no rows": (
+        lambda: ops.cross_entropy(np.ones((0, 3)), np.ones(0, np.int64)), ShapeError, "cross_entropy"
+    ),
+    "convert, to integers": (lambda: X.to(np.int64), DTypeError, "int64"),
+    "convert, to no device": (lambda: X.to("cuda:99"), DeviceError, "cuda:99"),
+    "an unknown argument": (lambda: ops.softmax(X, dim=1), ConfigError, "softmax"),
+    "an argument too few": (lambda: ops.clip(), ConfigError, "clip"),
+    "an argument too many": (lambda: ops.exp(X, 1), ConfigError, "exp"),
+    "an argument twice": (lambda: ops.softmax(X, -1, axis=-1), ConfigError, "softmax"),
+    "a Tensor of text": (lambda: mv.tensor(np.array(["a"])), DTypeError, "<U1"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input(name):
+    fn, error, words = BAD[name]
+    with pytest.raises(error) as caught:
+        fn()
+    text = str(caught.value)
+    assert words in text.splitlines()[0]
+    assert "\n  → " in text and not text.endswith("→ ")
+
+
+def test_arrays_on_two_devices_are_refused(strict_cupy):
+    x = mv.tensor(np.ones(3))
+    with pytest.raises(DeviceError, match=r"mul: \(3,\) is on cuda:0, \(3,\) on cpu\n  → move one side"):
+        x.to("cuda") * x

@@ -1,0 +1,372 @@
+"""The trainer: what a run keeps, how it ends, and that it continues to the same bits."""
+
+from __future__ import annotations
+
+import csv
+import json
+import signal
+import sys
+import threading
+
+import numpy as np
+import pytest
+
+import minivit as mv
+from minivit import ops
+from minivit.errors import CheckpointError, ConfigError, DataError, NonFiniteError
+from minivit.train import AdamW, Trainer, evaluate, load_checkpoint, parameters_hash, predict_logits, save_checkpoint
+from minivit.train import trainer as trainer_module
+from tests.test_kill import BATCHES, EPOCHS, small_run
+
+STEPS = EPOCHS * BATCHES
+
+
+class Hooked:
+    """A loader that calls ``hook(batch)`` before it yields each batch, counted over all epochs."""
+
+    def __init__(self, loader, hook):
+        self.loader, self.hook, self.count = loader, hook, 0
+
+    def __len__(self):
+        return len(self.loader)
+
+    def batches(self, epoch, start=0):
+        for batch in self.loader.batches(epoch, start):
+            self.count += 1
+            changed = self.hook(self.count)
+            yield batch if changed is None else (changed(batch[0]), batch[1])
+
+
+class PowerCut(Exception):
+    pass
+
+
+def fail_at(batch):
+    def hook(count):
+        if count == batch:
+            raise PowerCut
+
+    return hook
+
+
+def timeless(rows):
+    return [{k: v for k, v in row.items() if "second" not in k} for row in rows]
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def results(folder):
+    with open(folder / "results.csv", newline="") as f:
+        return list(csv.DictReader(f))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An uninterrupted run: its folder, its history and its parameters' hash."""
+    folder = tmp_path_factory.mktemp("whole")
+    trainer, train, valid = small_run(folder, save_every=None, meta={"classes": ["a", "b", "c", "d"]})
+    history = trainer.fit(train, valid)
+    return folder, history, parameters_hash(trainer.model)
+
+
+# ---- what a run keeps ------------------------------------------------------------------------------------------------
+
+
+def test_it_learns_and_reports_each_epoch(whole):
+    _, history, _ = whole
+    assert [(row["epoch"], row["step"]) for row in history] == [(e, e * BATCHES) for e in range(1, EPOCHS + 1)]
+    assert history[-1]["loss"] < 0.8 * history[0]["loss"] and history[-1]["valid_accuracy"] > 0.5
+    assert history[-1]["lr"] == 0.0 and all(row["images_per_second"] > 0 for row in history)
+
+
+def test_the_records_have_a_row_for_each_step_and_epoch(whole):
+    folder, history, _ = whole
+    rows = metrics(folder)
+    steps = [row for row in rows if "batch_loss" in row]
+    assert [row["step"] for row in steps] == list(range(1, STEPS + 1))
+    assert all(row["grad_norm"] > 0 for row in steps)
+    assert [row for row in rows if "batch_loss" not in row] == history
+    assert [{k: float(v) for k, v in row.items()} for row in results(folder)] == history
+    # the epoch's loss is the mean over images, and the last batch is smaller
+    first = [row["batch_loss"] for row in steps[:BATCHES]]
+    assert history[0]["loss"] == pytest.approx((16 * sum(first[:-1]) + 4 * first[-1]) / 100)
+
+
+def test_the_checkpoints_hold_the_last_and_the_best_epoch(whole):
+    folder, history, digest = whole
+    best = max(history, key=lambda row: row["valid_accuracy"])  # the first of equals
+    checkpoint = load_checkpoint(folder / "checkpoints" / "best.npz")
+    assert checkpoint.meta["train"]["epoch"] == best["epoch"] and checkpoint.meta["train"]["best"] == best
+    model = mv.ViT(**checkpoint.meta["model"])
+    model.load_state_dict(checkpoint.under("model"))
+    assert evaluate(model, small_run(None)[2])["accuracy"] == best["valid_accuracy"]
+    last = load_checkpoint(folder / "checkpoints" / "last.npz")
+    model.load_state_dict(last.under("model"))
+    assert parameters_hash(model) == digest
+    assert last.meta["classes"] == ["a", "b", "c", "d"] and last.meta["train"]["history"] == history
+
+
+def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    trainer, train, _ = small_run(None, epochs=1)
+    (row,) = trainer.fit(train)
+    assert "valid_loss" not in row and not list(tmp_path.iterdir())
+
+
+def test_another_runs_folder_is_not_overwritten(whole):
+    folder = whole[0]
+    trainer, train, _ = small_run(None)
+    other = Trainer(trainer.model, trainer.opt, folder=folder, quiet=True)
+    with pytest.raises(ConfigError, match="already holds a run"):
+        other.fit(train)
+
+
+def test_evaluate_is_predict_logits_over_all_batches(whole):
+    trainer, _, valid = small_run(whole[0])
+    result = evaluate(trainer.model, valid)
+    images, labels = (np.concatenate(x) for x in zip(*valid.batches(0), strict=True))
+    logits = predict_logits(trainer.model, images)
+    assert result["count"] == 50 and (result["labels"] == labels).all()
+    assert np.allclose(result["logits"], logits, atol=1e-5)
+    assert result["accuracy"] == (logits.argmax(1) == labels).mean()
+    assert result["loss"] == pytest.approx(float(ops.cross_entropy(logits, labels)), rel=1e-5)
+
+
+# ---- it continues to the same bits -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("cut", "save_every"), [(2, 1), (8, 1), (8, 5), (18, 5), (STEPS, 5)])
+def test_a_run_cut_anywhere_continues_to_the_same_bits(tmp_path, whole, cut, save_every):
+    _, history, digest = whole
+    trainer, train, valid = small_run(tmp_path, save_every=save_every)
+    with pytest.raises(PowerCut):
+        trainer.fit(Hooked(train, fail_at(cut)), valid)
+    (tmp_path / "checkpoints").mkdir(exist_ok=True)
+    (tmp_path / "checkpoints" / "best.npz.tmp").write_bytes(b"half")
+    with open(tmp_path / "metrics.jsonl", "a") as f:
+        f.write(json.dumps({"epoch": 99, "step": 999, "batch_loss": 0.0}) + '\n{"epoch": 1, "st')
+    trainer, train, valid = small_run(tmp_path, save_every=save_every)  # resumes
+    assert trainer.opt.steps == max((cut - 1) // save_every * save_every, (cut - 1) // BATCHES * BATCHES)
+    resumed = trainer.fit(train, valid)
+    assert parameters_hash(trainer.model) == digest
+    assert timeless(resumed) == timeless(history)
+    assert timeless(metrics(tmp_path)) == timeless(metrics(whole[0])), "no row twice, none lost"
+    assert len(results(tmp_path)) == EPOCHS
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_a_run_cut_while_it_evaluates_evaluates_again(tmp_path, whole):
+    trainer, train, valid = small_run(tmp_path, save_every=BATCHES)
+    with pytest.raises(PowerCut):
+        trainer.fit(train, Hooked(valid, fail_at(3)))  # in the second epoch's evaluation
+    trainer, train, valid = small_run(tmp_path)
+    assert (trainer.progress.epoch, trainer.progress.batch) == (1, BATCHES)
+    assert timeless(trainer.fit(train, valid)) == timeless(whole[1])
+    assert parameters_hash(trainer.model) == whole[2]
+    assert timeless(metrics(tmp_path)) == timeless(metrics(whole[0]))
+
+
+@pytest.mark.parametrize("cut", [1, 2, 3, 4, 5])  # saves: last at step 7, best, last; last at step 14, last
+def test_a_run_cut_before_any_save_has_it_all_in_the_end(tmp_path, whole, cut, monkeypatch):
+    saves = []
+
+    def save_or_cut(*args):
+        saves.append(args)
+        if len(saves) == cut:
+            raise PowerCut
+        save_checkpoint(*args)
+
+    monkeypatch.setattr(trainer_module, "save_checkpoint", save_or_cut)
+    trainer, train, valid = small_run(tmp_path, save_every=BATCHES)
+    with pytest.raises(PowerCut):
+        trainer.fit(train, valid)
+    trainer, train, valid = small_run(tmp_path, save_every=BATCHES)
+    trainer.fit(train, valid)
+    for name in ("best", "last"):
+        ours, theirs = (load_checkpoint(folder / "checkpoints" / f"{name}.npz") for folder in (tmp_path, whole[0]))
+        assert timeless(ours.meta["train"]["history"]) == timeless(theirs.meta["train"]["history"])
+        assert all((ours.arrays[k] == array).all() for k, array in theirs.arrays.items())
+    assert timeless(metrics(tmp_path)) == timeless(metrics(whole[0]))
+
+
+def test_more_epochs_can_be_added(tmp_path):
+    trainer, train, valid = small_run(tmp_path, epochs=1)
+    trainer.fit(train, valid)
+    trainer, train, valid = small_run(tmp_path, epochs=2)
+    assert [row["epoch"] for row in trainer.fit(train, valid)] == [1, 2]
+
+
+def test_what_does_not_fit_is_refused(tmp_path, whole):
+    last = whole[0] / "checkpoints" / "last.npz"
+    trainer, train, _ = small_run(None)
+    with pytest.raises(CheckpointError, match="was trained with seed 3, not 4"):
+        Trainer(trainer.model, trainer.opt, seed=4).resume(last)
+    wide = mv.ViT(8, 2, 1, 4, dim=32, depth=2, heads=2)
+    before = parameters_hash(wide)
+    with pytest.raises(CheckpointError, match=r"in the state, \(.*\) in the model"):
+        Trainer(wide, AdamW(wide.named_parameters()), seed=3).resume(last)
+    assert parameters_hash(wide) == before
+    for meta in ({}, {"train": 5}, {"train": {"seed": 3, "epochs": 1}}):
+        save_checkpoint(tmp_path / "a.npz", {}, meta)
+        with pytest.raises(CheckpointError, match="holds no training run"):
+            trainer.resume(tmp_path / "a.npz")
+    trainer.resume(last)
+    train.batch_size = 8
+    with pytest.raises(ConfigError, match="the run had 7 batches in an epoch, now there are 13"):
+        trainer.fit(train)
+
+
+# ---- how it ends early -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def python_handlers():
+    """Python's own handlers, which a shell's background job does not have; check that they are there again after."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    signal.signal(signal.SIGINT, before)
+
+
+def raise_at(batch, number):
+    return lambda count: signal.raise_signal(number) if count == batch else None
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_lets_the_step_finish_saves_and_sets_the_exit_code(
+    tmp_path, whole, python_handlers, number, code, capsys
+):
+    trainer, train, valid = small_run(tmp_path, save_every=None)
+    with pytest.raises(SystemExit) as caught:
+        trainer.fit(Hooked(train, raise_at(10, number)), valid)
+    last = tmp_path / "checkpoints" / "last.npz"
+    assert caught.value.code == code
+    assert (
+        capsys.readouterr().err == f"stopped and saved after step 10; continue with\n  minivit train --resume {last}\n"
+    )
+    assert [row["step"] for row in metrics(tmp_path) if "batch_loss" in row] == list(range(1, 11))
+    trainer, train, valid = small_run(tmp_path)
+    assert trainer.opt.steps == 10
+    trainer.fit(train, valid)
+    assert parameters_hash(trainer.model) == whole[2]
+
+
+def test_a_signal_while_it_evaluates_does_not_wait_for_the_end(tmp_path, whole, python_handlers):
+    trainer, train, valid = small_run(tmp_path, save_every=None)
+    valid = Hooked(valid, raise_at(1, signal.SIGINT))
+    with pytest.raises(SystemExit):
+        trainer.fit(train, valid)
+    assert valid.count == 1
+    trainer, train, valid = small_run(tmp_path)
+    assert timeless(trainer.fit(train, valid)) == timeless(whole[1])
+
+
+def test_a_second_ctrl_c_leaves_at_once(tmp_path, python_handlers):
+    def twice(count):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    trainer, train, valid = small_run(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit(Hooked(train, twice), valid)
+    assert trainer.opt.steps == 0 and not list(tmp_path.rglob("*.npz*"))
+
+
+def test_without_a_folder_ctrl_c_is_pythons_own(python_handlers):
+    trainer, train, _ = small_run(None)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit(Hooked(train, raise_at(2, signal.SIGINT)))
+
+
+def test_in_another_thread_it_leaves_signals_alone(tmp_path, python_handlers):
+    trainer, train, _ = small_run(tmp_path, epochs=1)
+    seen = []
+    hook = Hooked(train, lambda count: seen.append(signal.getsignal(signal.SIGINT)))
+    thread = threading.Thread(target=trainer.fit, args=(hook,))
+    thread.start()
+    thread.join()
+    assert seen == [signal.default_int_handler] * BATCHES and trainer.progress.epoch == 1
+
+
+def test_a_nan_stops_before_the_update_and_the_last_checkpoint_stays(tmp_path, capfd):
+    digests = []
+
+    def poison(count):
+        digests.append(parameters_hash(trainer.model))
+        return (lambda images: images * np.float32(np.nan)) if count == 10 else None
+
+    trainer, train, valid = small_run(tmp_path, save_every=None)
+    with pytest.raises(NonFiniteError, match="the images"):
+        trainer.fit(Hooked(train, poison), valid)
+    assert parameters_hash(trainer.model) == digests[9] and trainer.opt.steps == 9
+    last = load_checkpoint(tmp_path / "checkpoints" / "last.npz")
+    assert last.meta["train"]["epoch"] == 1 and last.arrays["optimizer/steps"] == BATCHES
+    assert len([row for row in metrics(tmp_path) if "batch_loss" in row]) == 9
+    assert capfd.readouterr() == ("", "")
+
+
+def test_records_that_cannot_be_written_end_the_run_in_one_line(tmp_path):
+    trainer, train, _ = small_run(tmp_path)
+
+    def block(count):
+        if count == 3:
+            (tmp_path / "metrics.jsonl").unlink()
+            (tmp_path / "metrics.jsonl").mkdir()
+
+    with pytest.raises(CheckpointError, match=r"cannot write the records in .*: Is a directory") as caught:
+        trainer.fit(Hooked(train, block))
+    assert "\n" not in caught.value.what
+    assert load_checkpoint(tmp_path / "checkpoints" / "last.npz").arrays["optimizer/steps"] == 2
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match="cannot write the records"):
+        small_run(tmp_path / "file" / "run")[0].fit(train)
+
+
+@pytest.mark.parametrize("settings", [{"epochs": 0}, {"save_every": 0}])
+def test_settings_that_cannot_be_meant(settings):
+    with pytest.raises(ConfigError, match="each must be at least 1"):
+        small_run(None, **settings)
+
+
+def test_loaders_without_a_batch(tmp_path):
+    trainer, train, valid = small_run(tmp_path)
+
+    class Empty:
+        def __len__(self):
+            return 0
+
+        def batches(self, epoch, start=0):
+            return iter(())
+
+    for loaders in ((Empty(), valid), (train, Empty())):
+        with pytest.raises(DataError, match="without a batch"):
+            trainer.fit(*loaders)
+    with pytest.raises(DataError, match="nothing to evaluate on"):
+        evaluate(trainer.model, Empty())
+
+
+# ---- what it shows ---------------------------------------------------------------------------------------------------
+
+
+def test_without_a_terminal_it_prints_a_line_an_epoch(capsys):
+    trainer, train, valid = small_run(None, quiet=False, epochs=2)
+    trainer.fit(train, valid)
+    out, err = capsys.readouterr()
+    assert out == ""
+    first, second = err.splitlines()
+    assert first.startswith("epoch 1/2  loss ") and ", valid loss " in second and second.endswith("images/s")
+
+
+def test_on_a_terminal_it_keeps_one_line_an_epoch(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "80")
+    trainer, train, valid = small_run(None, quiet=False, epochs=2)
+    trainer.fit(train, valid)
+    err = capsys.readouterr().err
+    kept = [line.split("\r")[-1] for line in err.splitlines(keepends=True) if line.endswith("\n")]
+    assert [line.split()[1] for line in kept] == ["1/2", "2/2"]
+    assert all("100%" in line and "accuracy" in line and len(line) <= 80 for line in kept)
+    assert "images/s" in err
