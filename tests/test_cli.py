@@ -457,7 +457,7 @@ def test_a_stopped_run_is_resumed_to_the_same_bits(finished: Path, tmp_path: Pat
     def last(name: str) -> dict[str, np.ndarray]:
         return load_checkpoint(tmp_path / name / "checkpoints" / "last.npz").arrays
 
-    long = ["train", "--config", str(finished / "config.toml"), "--epochs", "60", "-o", str(tmp_path)]
+    long = ["train", "--config", str(finished / "config.toml"), "--epochs", "30", "-o", str(tmp_path)]
     assert main([*long, "--name", "whole", "-q"]) == 0
     code, said = stop(start(*long, "--name", "stopped", cwd=tmp_path), signal.SIGINT)
     assert code == 130

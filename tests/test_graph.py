@@ -556,7 +556,7 @@ def test_a_gradient_of_the_wrong_shape_or_dtype_is_refused(toys, wrong):
         return x + 0.0
 
     same.vjps(lambda g, out, x: wrong(g))
-    with pytest.raises(GraphError, match="the gradient of same for its input 0 is float"):
+    with pytest.raises(GraphError, match="a gradient of same is float"):
         same(leaf(2, 3)).backward(np.ones((2, 3)))
 
 

@@ -9,10 +9,14 @@ Reverse-mode differentiation: Griewank and Walther 2008, "Evaluating Derivatives
 from __future__ import annotations
 
 import contextlib
+import itertools
+import operator
 import threading
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
+
+import numpy as np
 
 from minivit.backend import Array, device_of, on_device_of
 from minivit.errors import GraphError
@@ -64,7 +68,7 @@ class Unsaved:
     def __init__(self, array: Array) -> None:
         self.shape: tuple[int, ...] = array.shape
         self.dtype = array.dtype
-        self.device = device_of(array)
+        self.device = "cpu" if type(array) is np.ndarray else device_of(array)
 
     @property
     def ndim(self) -> int:
@@ -78,6 +82,10 @@ class Unsaved:
         )
 
 
+_ages = itertools.count()  # a node is younger than its parents: sorting by age is a topological order
+_age = operator.attrgetter("age")
+
+
 class Node:
     """One recorded operation, or a leaf (``op`` None).
 
@@ -86,9 +94,10 @@ class Node:
     ``kept`` is what the fast gradient reads, if the node was recorded for it.
     """
 
-    __slots__ = ("__weakref__", "args", "dtype", "kept", "op", "out", "parents", "shape", "tensor")
+    __slots__ = ("__weakref__", "age", "args", "dtype", "kept", "op", "out", "parents", "shape", "tensor")
 
     def __init__(self, op: Any, args: Any, parents: tuple[Node | None, ...], out: Array, kept: Any = None) -> None:
+        self.age = next(_ages)
         self.op = op
         self.args = args
         self.parents = parents
@@ -134,53 +143,53 @@ def propagate(
 ) -> Iterator[tuple[Node, Any]]:
     """Walk from ``root`` to its leaves and yield (node, gradient) for every leaf, or for every ``wanted`` node.
 
-    A leaf is yielded each time a contribution to it is known, so that the caller can add it up at once and no gradient
-    waits; any other node is yielded once. Yielded arrays may be views of others: copy what is to be kept.
+    A leaf is yielded each time a contribution to it is known, so that the caller can add it up at once and none has to
+    wait; any other node is yielded once. Yielded arrays may be views of others: copy what is to be kept.
 
     Without ``wrap`` gradients are raw arrays and each node is freed when it is done. With ``wrap`` (array, node →
     Tensor) the gradients run on Tensors, are themselves recorded, and the graph stays.
     """
+    if root.op is None:
+        yield root, cotangent
+        return
     order = _from_root(root)
-    alive = _above(order, wanted)
+    alive = None if wanted is None else _above(order, wanted)
     grads: dict[Node, Any] = {root: cotangent}
     ours: set[Node] = set()  # nodes whose sum so far is an array made here, to be added to in place
     # what the gradients make must be made where the arrays are; a Tensor's operations see to that themselves
     with contextlib.nullcontext() if wrap else on_device_of(cotangent):
         for node in order:
             grad = grads.pop(node, None)
-            if grad is None or node not in alive:
+            if grad is None:
                 continue
-            ours.discard(node)
-            if node.op is None or (wanted is not None and node in wanted):
+            if wanted is not None and node in wanted:
                 yield node, grad
-                if node.op is None:
-                    continue
             if node.freed:
                 raise GraphError(
                     f"backward reached a result of {node.op.name} whose graph is already freed",
                     "run the forward pass again, add the losses up before one backward, "
                     "or use grad(..., create_graph=True), which keeps the graph",
                 )
-            needs = tuple(parent is not None and parent in alive for parent in node.parents)
+            parents = node.parents
+            needs = tuple([p is not None and (alive is None or p in alive) for p in parents])
             if not any(needs):
                 continue
-            parents = node.parents
             results = node.op.gradient(node, grad, needs, wrap)
-            name = node.op.name
             if wrap is None:
                 node.free()
             del grad
-            for i, (parent, needed) in enumerate(zip(parents, needs, strict=True)):
+            for parent, needed, part in zip(parents, needs, results, strict=True):
                 if not needed or parent is None:
                     continue
-                part = unbroadcast(results[i], parent.shape)
+                if part.shape != parent.shape:
+                    part = unbroadcast(part, parent.shape)
                 if part.shape != parent.shape or part.dtype != parent.dtype:
                     raise GraphError(
-                        f"the gradient of {name} for its input {i} is {part.dtype}{part.shape}, "
-                        f"the input is {parent.dtype}{parent.shape}",
+                        f"a gradient of {node.op.name} is {part.dtype}{part.shape}, "
+                        f"its input is {parent.dtype}{parent.shape}",
                         "mend the operation's gradient; Python scalars keep float32 as it is, NumPy scalars do not",
                     )
-                if parent.op is None and wrap is None:
+                if parent.op is None:
                     yield parent, part
                 elif parent not in grads:
                     grads[parent] = part
@@ -193,29 +202,22 @@ def propagate(
 
 
 def _from_root(root: Node) -> list[Node]:
-    """Return the nodes, each before all its parents (with an explicit stack: graphs may be thousands deep)."""
-    order: list[Node] = []
-    seen: set[Node] = set()
-    stack: list[tuple[Node, bool]] = [(root, False)]
+    """Return the recorded nodes that ``root`` was made from, latest first: each comes before its parents."""
+    seen = {root}
+    stack = [root]
     while stack:
-        node, done = stack.pop()
-        if done:
-            order.append(node)
-        elif node not in seen:
-            seen.add(node)
-            stack.append((node, True))
-            stack.extend((p, False) for p in node.parents if p is not None and p not in seen)
-    order.reverse()
-    return order
+        for parent in stack.pop().parents:
+            if parent is not None and parent.op is not None and parent not in seen:
+                seen.add(parent)
+                stack.append(parent)
+    return sorted(seen, key=_age, reverse=True)
 
 
-def _above(order: list[Node], wanted: set[Node] | None) -> set[Node]:
+def _above(order: list[Node], wanted: set[Node]) -> set[Node]:
     """Return the nodes from which a wanted node can be reached, or could before they were freed."""
-    if wanted is None:
-        return set(order)
-    alive: set[Node] = set()
+    alive = set(wanted)
     for node in reversed(order):
-        if node in wanted or node.freed or any(p in alive for p in node.parents):
+        if node.freed or any(p in alive for p in node.parents):
             alive.add(node)
     return alive
 

@@ -138,33 +138,41 @@ class Op:
     def _record(self, args: tuple[Any, ...]) -> Tensor:
         positions = self.input_positions(args)
         raw = [a.data if isinstance(a, Tensor) else a for a in args]
+        first = raw[positions[0]]
         for i in positions:
-            if isinstance(raw[i], np.generic):
-                raw[i] = raw[i].item()  # a number, not an array: it takes the Tensor's dtype
-        if len(positions) > 1:
-            self._check_alike(raw, positions)
+            # the usual case, CPU arrays of one dtype and nothing else, is seen to quickly
+            if raw[i] is not None and (type(raw[i]) is not np.ndarray or raw[i].dtype is not first.dtype):
+                self._check_alike(raw, positions)
+                break
         parents = tuple([args[i].node if isinstance(args[i], Tensor) else None for i in positions])
-        recorded = recording.enabled and any(p is not None for p in parents)
-        kept = None
-        with on_device_of(next(r for r in raw if is_array(r))):
-            if recording.first_order and self._fast is not None and isinstance(raw[positions[0]], np.ndarray):
-                out, kept = self._run(self._fast, raw)
-            else:
-                out = self._run(self.forward, raw)
+        if type(first) is np.ndarray:
+            out, kept = self._compute(raw, on_cpu=True)
+        else:
+            with on_device_of(next(a for a in raw if is_array(a))):
+                out, kept = self._compute(raw, on_cpu=isinstance(first, np.ndarray))
         if isinstance(out, np.generic):
             out = np.asarray(out)
-        if not recorded:
+        if not recording.enabled or not any(parents):
             return Tensor(out)
-        if kept is None:
-            for i in positions:
-                saved = self.names[i] in self.save if i < len(self.names) else False
-                if not saved and is_array(raw[i]):
-                    raw[i] = Unsaved(raw[i])
-            return Tensor(out, Node(self, raw, parents, out))
-        return Tensor(out, Node(self, None, parents, out, kept))
+        if kept is not None:
+            return Tensor(out, Node(self, None, parents, out, kept))
+        for i in positions:
+            saved = i < len(self.names) and self.names[i] in self.save
+            if not saved and is_array(raw[i]):
+                raw[i] = Unsaved(raw[i])
+        return Tensor(out, Node(self, raw, parents, out))
+
+    def _compute(self, raw: list[Any], on_cpu: bool) -> tuple[Any, Any]:
+        """Return the output and, of a fast twin, what its gradient reads."""
+        if recording.first_order and self._fast is not None and on_cpu:
+            return self._run(self._fast, raw)
+        return self._run(self.forward, raw), None
 
     def _check_alike(self, args: list[Any], positions: Sequence[int]) -> None:
-        """Raise unless the input arrays share a dtype and a device."""
+        """Raise unless the input arrays share a dtype and a device; make NumPy scalars plain numbers."""
+        for i in positions:
+            if isinstance(args[i], np.generic):
+                args[i] = args[i].item()  # a number, not an array: it takes the Tensor's dtype
         arrays = [(i, args[i]) for i in positions if is_array(args[i])]
         first = arrays[0][1]
         for i, a in arrays[1:]:

@@ -56,7 +56,8 @@ class MultiHeadAttention(Module):
 
     def project(self, x: Any, rows: slice | None = None) -> Any:
         """Return queries, keys and values (or those that ``rows`` of the weight give): → (3, B, heads, T, dim_head)."""
-        weight, bias = self.qkv.weight, self.qkv.bias
+        weight: Any = self.qkv.weight
+        bias: Any = self.qkv.bias
         if rows is not None:
             weight, bias = weight[rows], None if bias is None else bias[rows]
         b, t, _ = x.shape

@@ -10,7 +10,7 @@ from typing import Any
 
 RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     # The main job: the UCI digits, 8 × 8, in about a minute on two cores. Patches of a quarter of the image and pooling
-    # by the mean did better on held-out writers than small patches and a class token, and cost less.
+    # by the mean did better on held-out images than small patches and a class token, and cost less.
     "digits": {
         "data": {"name": "digits", "augment": "affine", "shift": 0.7, "val_fraction": 0.0},
         "model": {"name": "vit_digits", "patch_size": 4, "pool": "mean", "mlp_dim": 128, "drop_path": 0.1},
