@@ -208,7 +208,10 @@ class Job:
         shown = self.test_data or self.valid_data or self.train_data
         draw_attention(self.model, self.held_loader(shown.subset(range(min(40, len(shown))))), folder)
         self.say(f"pictures    {folder / 'samples.png'}, {folder / 'attention.png'}")
-        self.say(f"next        minivit eval {checkpoint}\n            minivit predict {checkpoint} IMAGE…")
+        next_steps = [f"minivit predict {checkpoint} IMAGE…"]
+        if self.test_data is not None:
+            next_steps.insert(0, f"minivit eval {checkpoint}")
+        self.say("next        " + "\n            ".join(next_steps))
 
     def _test(self, test: Dataset, folder: Path, trainer: Trainer) -> None:
         found = evaluate(self.model, self.held_loader(test))
