@@ -49,7 +49,7 @@ def device_of(array: Array) -> str:
 
 def on_device_of(array: Array) -> contextlib.AbstractContextManager[Any]:
     """Return a context in which new arrays are made on the device of ``array``."""
-    return contextlib.nullcontext() if isinstance(array, np.ndarray) else array.device
+    return contextlib.nullcontext() if array_module(array) is np else array.device
 
 
 def to_device(array: Array, device: str) -> Array:
@@ -243,7 +243,7 @@ def normal(key: Key, shape: tuple[int, ...]) -> np.ndarray:
     """
     u1 = (random_bits(key.child(0), shape) + 1.0) * 2.0**-32  # in (0, 1]: its logarithm is finite
     u2 = random_bits(key.child(1), shape) * 2.0**-32
-    return np.sqrt(-2.0 * np.log(u1)) * np.cos(2.0 * np.pi * u2)
+    return np.asarray(np.sqrt(-2.0 * np.log(u1)) * np.cos(2.0 * np.pi * u2))
 
 
 def permutation(key: Key, n: int) -> np.ndarray:

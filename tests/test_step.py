@@ -243,6 +243,32 @@ def test_predict_logits_equal_the_models_and_leave_its_mode():
     np.testing.assert_allclose(logits, model.eval()(images).numpy(), rtol=1e-5, atol=1e-6)
 
 
+SETTINGS = {"dropout": 0.2, "attention_dropout": 0.2, "embed_dropout": 0.1, "drop_path": 0.3}
+
+
+@pytest.mark.parametrize("settings", [{}, SETTINGS, {"pool": "mean", "head": "mlp"}])
+def test_a_step_on_a_gpu_waits_for_it_once(strict_cupy, settings):
+    """Through the strict stand-in: the CPU's loss and gradients, one sync (the loss), nothing brought over twice."""
+    results = []
+    for device in ("cpu", "cuda"):
+        model = disturbed(mv.ViT(**{**SMALL, "depth": 2, **settings})).to(device)
+        opt = AdamW(model.named_parameters(), lr=1e-2)
+        step = mv.TrainStep(model, opt, clip_norm=1.0)
+        images, labels = batch()
+        step(images, labels)
+        strict_cupy.counters.reset()
+        loss = step(images, labels)
+        if device == "cuda":
+            assert model.head.weight.device == "cuda:0"
+            assert strict_cupy.counters.launches > 100
+            assert strict_cupy.counters.syncs == 1, strict_cupy.counters.synced
+        results.append((loss, model.state_dict()))
+    assert results[1][0] == pytest.approx(results[0][0], rel=1e-5)
+    for name, value in results[0][1].items():
+        if not name.endswith("qkv.bias"):  # the keys' bias has no gradient but noise
+            np.testing.assert_allclose(results[1][1][name], value, atol=2e-5, err_msg=name)
+
+
 def test_a_thousand_steps_leak_nothing():
     model = mv.ViT(image_size=8, patch_size=4, in_channels=1, dim=8, depth=1, heads=2)
     step = mv.TrainStep(model, AdamW(model.named_parameters()))

@@ -82,6 +82,7 @@ def test_all_gradients_equal_pytorchs(goldens):
         ("vit_large_patch16_224", 304_326_632),
         ("vit_large_patch32_384", 306_632_680),
         ("vit_huge_patch14_224", 632_045_800),
+        ("vit_huge_patch14_518", 633_470_440),
     ],
 )
 def test_parameter_counts(name, count, monkeypatch):

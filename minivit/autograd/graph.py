@@ -156,24 +156,24 @@ def propagate(
     alive = None if wanted is None else _above(order, wanted)
     grads: dict[Node, Any] = {root: cotangent}
     ours: set[Node] = set()  # nodes whose sum so far is an array made here, to be added to in place
-    # what the gradients make must be made where the arrays are; a Tensor's operations see to that themselves
-    with contextlib.nullcontext() if wrap else on_device_of(cotangent):
-        for node in order:
-            grad = grads.pop(node, None)
-            if grad is None:
-                continue
-            if wanted is not None and node in wanted:
-                yield node, grad
-            if node.freed:
-                raise GraphError(
-                    f"backward reached a result of {node.op.name} whose graph is already freed",
-                    "run the forward pass again, add the losses up before one backward, "
-                    "or use grad(..., create_graph=True), which keeps the graph",
-                )
-            parents = node.parents
-            needs = tuple([p is not None and (alive is None or p in alive) for p in parents])
-            if not any(needs):
-                continue
+    for node in order:
+        grad = grads.pop(node, None)
+        if grad is None:
+            continue
+        if wanted is not None and node in wanted:
+            yield node, grad
+        if node.freed:
+            raise GraphError(
+                f"backward reached a result of {node.op.name} whose graph is already freed",
+                "run the forward pass again, add the losses up before one backward, "
+                "or use grad(..., create_graph=True), which keeps the graph",
+            )
+        parents = node.parents
+        needs = tuple([p is not None and (alive is None or p in alive) for p in parents])
+        if not any(needs):
+            continue
+        # what a gradient makes must be made where its arrays are; a Tensor's operations see to that themselves
+        with on_device_of(grad):
             results = node.op.gradient(node, grad, needs, wrap)
             if wrap is None:
                 node.free()

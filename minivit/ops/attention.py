@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
+
 from minivit.autograd.op import op, raw
 from minivit.backend import Array, Key, array_module, to_device
 from minivit.errors import ConfigError, ShapeError
@@ -46,19 +48,24 @@ def attention(
     ``mask`` is bool, broadcast to (…, Tq, Tk), True = may not attend; a query that may attend to nothing gets zeros.
     ``dropout`` drops entries of P, by ``key``; with several axes before Tq the first is the batch.
     """
-    check_shapes(q, k, v, dropout, key)
+    check_inputs(q, k, v, mask, dropout, key)
     p = attention_weights(q, k, _on_device(mask, q), scale)
     drop = _drop(p, dropout, key, first_row)
     return (p if drop is None else p * drop) @ v
 
 
-def check_shapes(q: Array, k: Array, v: Array, dropout: float, key: Key | None) -> None:
-    """Raise if queries, keys and values do not fit each other, or if dropout has no key."""
+def check_inputs(q: Array, k: Array, v: Array, mask: Any, dropout: float, key: Key | None) -> None:
+    """Raise if queries, keys, values and mask do not fit each other, or if dropout has no key."""
     if q.shape[-1] != k.shape[-1] or k.shape[-2] != v.shape[-2]:
         raise ShapeError(
             f"attention: queries {q.shape}, keys {k.shape}, values {v.shape}",
             "queries and keys share their last axis, keys and values the last but one",
         )
+    if mask is not None:
+        scores = (*np.broadcast_shapes(q.shape[:-2], k.shape[:-2]), q.shape[-2], k.shape[-2])
+        pairs = zip(mask.shape[::-1], scores[::-1], strict=False)
+        if len(mask.shape) > len(scores) or any(m not in (1, n) for m, n in pairs):
+            raise ShapeError(f"attention: a mask of {mask.shape} for scores of {scores}", "give one that broadcasts")
     if dropout > 0 and key is None:
         raise ConfigError("attention: dropout needs a key", "pass key=minivit.Key(seed, stream, step)")
 

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from minivit.backend import Key
-from minivit.ops import activation, attention, loss, matmul, normalize
+from minivit.ops import activation, attention, dropout, loss, matmul, normalize
 from minivit.ops.dropout import keep_scale
 from minivit.ops.elementwise import ERF_TANH
 
@@ -194,7 +194,7 @@ def _attend(
     v: np.ndarray,
     mask: Any,
     scale: float | None,
-    dropout: float,
+    p_drop: float,
     key: Key | None,
     row: int,
 ) -> Any:
@@ -210,7 +210,7 @@ def _attend(
     _softmax_rows(p, bound)
     if mask is not None:
         p[np.broadcast_to(mask, p.shape)] = 0.0  # a row that may attend to nothing is zero
-    drop = keep_scale(p, p.shape, dropout, key, row) if dropout > 0 and key is not None else None
+    drop = keep_scale(p, p.shape, p_drop, key, row) if p_drop > 0 and key is not None else None
     batch = np.broadcast_shapes(p.shape[:-2], v.shape[:-2])
     out = np.empty_like(q, shape=(*batch, q.shape[-2], v.shape[-1]))
     np.matmul(p if drop is None else p * drop, v, out=out)
@@ -232,9 +232,9 @@ def _attend_back(g: np.ndarray, kept: Any, gq: np.ndarray, gk: np.ndarray, gv: n
 
 
 @attention.attention.fast
-def _(q: Any, k: Any, v: Any, mask: Any, scale: Any, dropout: float, key: Any, first_row: int) -> Any:
-    attention.check_shapes(q, k, v, dropout, key)
-    return _attend(q, k, v, mask, scale, dropout, key, first_row)
+def _(q: Any, k: Any, v: Any, mask: Any, scale: Any, p_drop: float, key: Any, first_row: int) -> Any:
+    attention.check_inputs(q, k, v, mask, p_drop, key)
+    return _attend(q, k, v, mask, scale, p_drop, key, first_row)
 
 
 @attention.attention.fast_vjp
@@ -245,10 +245,10 @@ def _(g: np.ndarray, kept: Any, needs: Needs) -> Any:
 
 
 @attention.self_attention.fast
-def _(qkv: np.ndarray, mask: Any, scale: Any, dropout: float, key: Any, first_row: int) -> Any:
+def _(qkv: np.ndarray, mask: Any, scale: Any, p_drop: float, key: Any, first_row: int) -> Any:
     q, k, v = qkv
-    attention.check_shapes(q, k, v, dropout, key)
-    out, kept = _attend(q, k, v, mask, scale, dropout, key, first_row)
+    attention.check_inputs(q, k, v, mask, p_drop, key)
+    out, kept = _attend(q, k, v, mask, scale, p_drop, key, first_row)
     return out, (qkv, kept)
 
 
@@ -279,3 +279,17 @@ def _(logits: np.ndarray, labels: Any, smoothing: float) -> Any:
 @loss.cross_entropy.fast_vjp
 def _(g: np.ndarray, kept: np.ndarray, needs: Needs) -> Any:
     return (kept * g,)
+
+
+# ---- drop_path -------------------------------------------------------------------------------------------------------
+
+
+@dropout.drop_path.fast
+def _(x: np.ndarray, p: float, key: Key, first_row: int) -> Any:
+    scale = keep_scale(x, (x.shape[0], *[1] * (x.ndim - 1)), p, key, first_row)
+    return x * scale, scale  # a number a sample: cheaper to keep than to draw again
+
+
+@dropout.drop_path.fast_vjp
+def _(g: np.ndarray, kept: np.ndarray, needs: Needs) -> Any:
+    return (g * kept,)

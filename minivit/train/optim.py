@@ -14,6 +14,9 @@ import numpy as np
 from minivit.backend import Array, array_module, device_of, on_device_of, to_device, to_numpy
 from minivit.errors import CheckpointError, ConfigError, GraphError
 from minivit.nn.module import Parameter
+from minivit.train.schedule import warmup_cosine, warmup_linear
+
+__all__ = ["SGD", "AdamW", "Optimizer", "clip_grad_norm", "gradient_norm", "warmup_cosine", "warmup_linear"]
 
 CHUNK = 1 << 14  # numbers updated at a time on a CPU: parameter, gradient and moments of a chunk fit in the L2 cache
 
@@ -120,14 +123,13 @@ class Optimizer:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a state of :meth:`state_dict`; nothing is changed if it does not fit."""
-        expected = {
-            f"{slot}/{n}": p.shape for slot in self.slots for n, p in zip(self.names, self.parameters, strict=True)
-        }
+        shapes = [(n, p.shape) for n, p in zip(self.names, self.parameters, strict=True)]
+        expected = {f"{slot}/{n}": shape for slot in self.slots for n, shape in shapes}
         wrong = [k for k, shape in expected.items() if k not in state or tuple(np.shape(state[k])) != shape]
         wrong += [k for k in state if k not in expected and k != "steps"]
         if wrong or "steps" not in state:
             raise CheckpointError(
-                f"the optimizer state does not fit: {', '.join(wrong[:5]) or 'steps'} missing, unknown or of another shape",
+                f"the optimizer state does not fit: missing, unknown or misshapen: {', '.join(wrong[:5]) or 'steps'}",
                 "resume with the model and the optimizer that the state was saved with",
             )
         self.steps = int(state["steps"])

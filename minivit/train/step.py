@@ -49,7 +49,10 @@ class TrainStep:
         self.model, self.opt, self.loss, self.clip_norm, self.seed = model, opt, loss, clip_norm, seed
         self.grad_norm = math.nan
         self.team = Team(model, threads, micro_batch)
-        self.buffers = [_Buffer(opt) for _ in range(self.team.threads)]
+        # a flat gradient for each thread; the first thread's is the optimizer's own
+        others = [array_module(opt.flat).zeros_like(opt.flat) for _ in range(self.team.threads - 1)]
+        self.flats = [opt.grad, *others]
+        self.views = [opt.split(flat) for flat in self.flats]
 
     def __call__(self, images: Array, labels: Any) -> float:
         """Make one update and return the batch's mean loss before it.
@@ -59,20 +62,26 @@ class TrainStep:
         """
         if len(images) != len(labels):
             raise ShapeError(f"{len(images)} images, {len(labels)} labels", "give one label for each image")
-        for buffer in self.buffers:
-            buffer.empty = True
         key = Key(self.seed, DROP_STREAM, self.opt.steps)
+        place = {p.node: i for i, p in enumerate(self.opt.parameters)}
 
         def work(thread: int, start: int, stop: int) -> Any:
+            share = (stop - start) / len(images)
             with random_key(key, first_row=start), first_order():
                 logits = self.model(self.team.here(images[start:stop]))
                 loss = self.loss(logits, labels[start:stop])
-            self.buffers[thread].add_gradient(loss, share=(stop - start) / len(images))
-            return loss.data * ((stop - start) / len(images))
+            for node, part in propagate(loss.node, array_module(loss.data).full((), share, loss.dtype)):
+                if node in place:
+                    view = self.views[thread][place[node]]
+                    view += part
+            return loss.data * share
 
         with on_device_of(self.opt.flat):
+            for flat in self.flats:
+                flat[...] = 0.0
             losses = self.team.run(work, len(images))
-            self._sum_buffers()
+            for flat in self.flats[1:]:
+                self.opt.grad += flat
             norm = gradient_norm([self.opt.grad])
             # the one time that a GPU is waited for
             loss, self.grad_norm = (float(x) for x in to_numpy(array_module(norm).stack([_total(losses), norm])))
@@ -82,12 +91,6 @@ class TrainStep:
                 self.opt.grad *= self.clip_norm / (self.grad_norm + 1e-6)
             self.opt.update()
         return loss
-
-    def _sum_buffers(self) -> None:
-        used = [b.flat for b in self.buffers if not b.empty]
-        self.opt.grad[...] = used[0]
-        for flat in used[1:]:
-            self.opt.grad += flat
 
     def _non_finite(self, loss: float, images: Array, labels: Any, key: Key) -> NonFiniteError:
         place = first_non_finite(self.model, self.team.here(images), key)
@@ -100,27 +103,6 @@ class TrainStep:
             f"the first non-finite value is in {place or 'the loss itself'}",
             "nothing was updated: lower the learning rate, warm up longer, clip gradients, or look at this batch",
         )
-
-
-class _Buffer:
-    """One thread's gradients, flat; the first contribution to each parameter is written, later ones are added."""
-
-    def __init__(self, opt: Optimizer) -> None:
-        self.opt = opt
-        self.flat = array_module(opt.flat).zeros_like(opt.flat)
-        self.views = opt.split(self.flat)
-        self.empty = True
-
-    def add_gradient(self, loss: Any, share: float) -> None:
-        """Add ``share`` times the gradient of ``loss`` in every parameter."""
-        if self.empty:
-            self.flat[...] = 0.0
-            self.empty = False
-        places = {p.node: view for p, view in zip(self.opt.parameters, self.views, strict=True)}
-        for node, part in propagate(loss.node, array_module(loss.data).full((), share, loss.dtype)):
-            if node in places:
-                view = places[node]
-                view += part
 
 
 class Team:
