@@ -4,8 +4,8 @@ Arrays decide: :func:`array_module` finds the module (NumPy or CuPy) that an arr
 whichever array it gets. There is no current backend to set or to forget. CuPy is imported only when a CUDA device is
 asked for.
 
-Random numbers are counter-based: a :class:`Key` (seed, stream, step) and a position give a number, with no hidden state,
-in integer arithmetic that has the same bits on both backends.
+Random numbers are counter-based: a :class:`Key` (seed, stream, step) and a position give a number, with no hidden
+state, in integer arithmetic that has the same bits on both backends.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def cuda_status() -> str | None:
 
 
 def resolve_device(device: str) -> str:
-    """Return ``"cpu"`` or ``"cuda:N"`` for ``"cpu"``, ``"cuda"``, ``"cuda:N"``; raise DeviceError if it is not there."""
+    """Return ``"cpu"`` or ``"cuda:N"`` for any name of a device; raise DeviceError if it is not there."""
     if device == "cpu":
         return device
     kind, _, index = device.partition(":")

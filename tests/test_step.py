@@ -143,7 +143,7 @@ def test_bad_optimizers():
     with pytest.raises(GraphError, match=r"call loss\.backward"):
         opt.step()
     model.to(np.float64)
-    with pytest.raises(GraphError, match="after model.to"):
+    with pytest.raises(GraphError, match=r"after model\.to"):
         opt.update()
 
 
@@ -227,7 +227,7 @@ def test_bad_batches():
     images, labels = batch()
     with pytest.raises(ShapeError, match="7 images, 6 labels"):
         step(images, labels[:6])
-    with pytest.raises(DataError, match="label 5 .* outside"):
+    with pytest.raises(DataError, match=r"label 5 .* outside"):
         step(images, labels + 1)
     with pytest.raises(DataError, match="empty"):
         step(images[:0], labels[:0])

@@ -96,6 +96,7 @@ class Op:
     # ---- running ----
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the forward function; with a Tensor among the arguments, return a Tensor and record."""
         if kwargs or len(args) < len(self.names):
             args = self._bind(args, kwargs)
         elif self.variadic is None and len(args) > len(self.names):
@@ -175,7 +176,7 @@ class Op:
                 args[i] = args[i].item()  # a number, not an array: it takes the Tensor's dtype
         arrays = [(i, args[i]) for i in positions if is_array(args[i])]
         first = arrays[0][1]
-        for i, a in arrays[1:]:
+        for _, a in arrays[1:]:
             if a.dtype != first.dtype:
                 if {a.dtype.char, first.dtype.char} == {"d", "D"}:  # a gradient check's complex step among constants
                     for j, b in arrays:

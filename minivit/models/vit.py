@@ -24,7 +24,7 @@ class ViT(Module):
     ``drop_path`` is the last block's rate, rising linearly from 0. ``pool`` is "cls" (a class token), "mean" (over the
     patches, no class token) or "none" (logits for every patch, (B, N, num_classes)). ``position`` is "learned" or
     "none". ``head`` is "linear" or, for pre-training, "mlp" (one hidden layer with tanh). Parameters are drawn from
-    ``seed`` as the paper's reference code does and bear timm's names. ``config`` holds these settings: ``ViT(**config)``.
+    ``seed`` as the paper's reference code does and bear timm's names. ``config`` holds the settings: ``ViT(**config)``.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class ViT(Module):
     def forward(self, images: Any, mask: Any = None) -> Any:
         """Return logits (B, num_classes); ``mask`` (T, T) or (B, T, T) bool, True = may not attend."""
         if self.pool == "cls":
-            x = self.features(images, mask, tokens=1)[:, 0]  # the last block computes what is read; (B, 1, dim) → (B, dim)
+            x = self.features(images, mask, tokens=1)[:, 0]  # no more than is read: (B, 1, dim) → (B, dim)
         else:
             x = self.features(images, mask)
             x = ops.mean(x, axis=1) if self.pool == "mean" else x  # (B, N, dim) → (B, dim)

@@ -30,7 +30,9 @@ MODELS: dict[str, dict[str, Any]] = {
     for image in (224, _FINE_TUNING_SIZE.get(patch, 384))
 }
 MODELS |= {
-    "vit_digits": {"image_size": 8, "patch_size": 2, "in_channels": 1, "dim": 64, "depth": 4, "heads": 4},
+    "vit_digits": {
+        "image_size": 8, "patch_size": 4, "in_channels": 1, "dim": 64, "depth": 4, "heads": 4, "mlp_dim": 128,
+    },
     "vit_mnist": {"image_size": 28, "patch_size": 4, "in_channels": 1, "dim": 64, "depth": 6, "heads": 4},
     "vit_cifar": {"image_size": 32, "patch_size": 4, "dim": 192, "depth": 6, "heads": 3},
     # ViT-Lite-7/4 of Hassani et al. 2021, "Escaping the big data paradigm with compact transformers", arXiv 2104.05704

@@ -36,6 +36,7 @@ class Module:
         raise NotImplementedError(f"{type(self).__name__} has no forward")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call ``forward``."""
         return self.forward(*args, **kwargs)
 
     # ---- what it holds ----

@@ -1,11 +1,11 @@
 """Fast twins: raw-array forwards and gradients for NumPy arrays, used while recording for ``backward`` only.
 
-Each stands beside the plain operation of the same name and computes the same numbers; the plain text is the definition,
-the test suite holds the twin to it (``tests/test_ops.py``), and ``create_graph=True`` always uses the plain one. They are
-faster for four reasons: they work in place, on arrays of their own; they keep what the gradient wants (a derivative,
-probabilities, 1/σ) instead of computing it again; sums over rows and columns are products with a vector of ones, which
-BLAS does several times faster than ``sum``; and they skip the softmax's row maximum where a bound shows that nothing can
-overflow.
+Each stands beside the plain operation of the same name and computes the same numbers; the plain text is the
+definition, the test suite holds the twin to it (``tests/test_ops.py``), and ``create_graph=True`` always uses the
+plain one. They are faster for four reasons: they work in place, on arrays of their own; they keep what the gradient
+wants (a derivative, probabilities, 1/σ) instead of computing it again; sums over rows and columns are products with a
+vector of ones, which BLAS does several times faster than ``sum``; and they skip the softmax's row maximum where a bound
+shows that nothing can overflow.
 
 A twin's forward returns (out, kept); its gradient gets (g, kept, needs) and changes neither g nor what it did not make.
 """

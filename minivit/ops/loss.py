@@ -76,6 +76,7 @@ def _(logits: Any, labels: Any, smoothing: float = 0.0) -> Any:
 
 
 def count_rows(shape: tuple[int, ...]) -> int:
+    """Return the number of rows of logits (…, K) that the mean is over; raise ShapeError if there are none."""
     if 0 in shape or not shape:
         raise ShapeError(f"cross_entropy: logits of shape {shape} have no rows", "give at least one")
     return math.prod(shape[:-1])

@@ -7,6 +7,7 @@ bits. ``loss.backward(); opt.step()`` does the same in plain steps.
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 from collections.abc import Callable
@@ -133,7 +134,7 @@ class Team:
         rounds = -(-rows // (size * self.threads))
         count = min(rounds * self.threads, rows)
         edges = [rows * i // count for i in range(count + 1)]
-        return list(zip(edges[:-1], edges[1:], strict=True))
+        return list(itertools.pairwise(edges))
 
     def run(self, work: Callable[[int, int, int], Any], rows: int) -> list[Any]:
         """Call work(thread, start, stop) for every piece; return the results in the order of the rows."""
