@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import math
+import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -143,14 +145,10 @@ def total_memory(device: str = "cpu") -> int:
 
         with cupy.cuda.Device(int(device.removeprefix("cuda:"))) as gpu:
             return int(gpu.mem_info[1])
-    import os
-
     return os.sysconf("SC_PHYS_PAGES") * _page_size()
 
 
 def _page_size() -> int:
-    import os
-
     return os.sysconf("SC_PAGE_SIZE")
 
 
@@ -255,23 +253,35 @@ def permutation(key: Key, n: int) -> np.ndarray:
 # ---- what the array modules lack -------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def blas_threads(threads: int) -> Iterator[None]:
-    """Hold the CPU's BLAS to ``threads`` threads in this block."""
+def cpu_cores() -> int:
+    """Return the number of CPU cores that this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # macOS and Windows do not tell
+        return os.cpu_count() or 1
+
+
+def blas_threads(threads: int) -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which the CPU's BLAS is held to ``threads`` threads."""
     if threads < 1:
         raise ConfigError(f"BLAS cannot run on {threads} threads", "use at least 1")
-    from threadpoolctl import threadpool_limits
-
-    with threadpool_limits(threads, user_api="blas"):
-        yield
+    return _threadpools().limit(limits=threads, user_api="blas")
 
 
+@functools.cache
+def _threadpools() -> Any:
+    from threadpoolctl import ThreadpoolController
+
+    return ThreadpoolController()  # looks through all loaded libraries: once is enough
+
+
+@functools.cache
 def keep_freed_memory() -> bool:
     """Tell glibc's malloc to keep freed pages for the next array instead of returning them; return whether it could.
 
     A training step frees and allocates the same sizes over and over, and glibc hands large blocks back to the system
-    each time, so that every step pays for their page faults again: ×1.6 on code that makes many temporaries. Call it
-    once, before threads start. Other C libraries are left as they are.
+    each time, so that every step pays for their page faults again: ×1.6 on code that makes many temporaries. The first
+    call does it, best before threads start. Other C libraries are left as they are.
     """
     try:
         libc = ctypes.CDLL("libc.so.6")

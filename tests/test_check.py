@@ -45,7 +45,7 @@ def test_accepts_right_gradients_to_the_last_bits():
     report = mv.check_grads(lambda x, w: ops.gelu(x @ w).sum(0) * x[0, 0], [X, X.T.copy()])
     assert report.passed and report.worst.error < 1e-14
     assert [(c.name, c.order) for c in report.checks] == [
-        ("argument 0", 1), ("argument 1", 1), ("argument 0", 2), ("argument 1", 2), ("cotangent", 2),
+        ("x", 1), ("w", 1), ("x", 2), ("w", 2), ("the cotangent", 2),
     ]  # fmt: skip
     table = str(report).splitlines()
     assert len(table) == 6 and "relative error" in table[0] and "complex" in table[1] and "WRONG" not in str(report)
@@ -54,7 +54,7 @@ def test_accepts_right_gradients_to_the_last_bits():
 @pytest.mark.parametrize(("off", "method"), [(1e-9, "complex"), (1e-11, "auto"), (1e-5, "central")])
 def test_refuses_a_gradient_that_is_a_little_off(off, method):
     mv.check_grads(scaled(1.0), [X], method=method)
-    with pytest.raises(GradientError, match="wrong gradient of order 1 for argument 0"):
+    with pytest.raises(GradientError, match="wrong gradient of order 1 for x"):
         mv.check_grads(scaled(1.0 + off), [X], method=method)
 
 
@@ -144,7 +144,7 @@ def test_finds_what_is_wrong_in_the_second_order_only():
 
     kept.vjps(lambda g, out, x: g * (1.0 - raw(out) * raw(out)))  # the saved result, treated as a constant
     assert mv.check_grads(kept, [X], order=1).passed
-    with pytest.raises(GradientError, match="wrong gradient of order 2 for argument 0"):
+    with pytest.raises(GradientError, match="wrong gradient of order 2 for x"):
         mv.check_grads(kept, [X], order=2)
 
 
@@ -155,7 +155,7 @@ def test_finds_a_cotangent_treated_as_a_constant():
 
     doubled.vjps(lambda g, out, x: mv.tensor(raw(g) * 2.0) if isinstance(g, mv.Tensor) else g * 2.0)
     assert mv.check_grads(doubled, [X], order=1).passed
-    with pytest.raises(GradientError, match="order 2 for cotangent"):
+    with pytest.raises(GradientError, match="order 2 for the cotangent"):
         mv.check_grads(doubled, [X], order=2)
 
 
@@ -165,7 +165,7 @@ def test_arguments_of_every_kind():
         lambda x, y, f, n: ops.cross_entropy(x * f, n) * y,
         [mv.tensor(X.astype(np.float32)), np.float64(2.0), 0.5, labels],
     )
-    assert {c.name for c in report.checks} == {"argument 0", "argument 1", "argument 2", "cotangent"}
+    assert {c.name for c in report.checks} == {"x", "y", "f", "the cotangent"}
     assert report.passed
 
 
@@ -175,6 +175,17 @@ def test_leaves_its_arguments_alone_and_repeats_itself():
     np.testing.assert_array_equal(x.data, X)
     assert x.grad is None and first.checks == second.checks
     assert first.checks != mv.check_grads(ops.tanh, [x], seed=4).checks
+
+
+def test_arguments_bear_the_names_of_the_signature():
+    def names(fn: Any, *args: Any) -> list[str]:
+        return [c.name for c in mv.check_grads(fn, args, order=1).checks]
+
+    assert names(lambda x, *rest: x + rest[0], X, X) == ["x", "argument 1"]
+    assert names(ops.layer_norm, X, X[0], X[1]) == ["x", "weight", "bias"]
+    assert names(mv.nn.LayerNorm(4).to(np.float64), X) == ["argument 0"]  # __call__(*args, **kwargs)
+    report = mv.check_grads(lambda cotangent: cotangent * cotangent, [X])
+    assert [(c.name, c.order) for c in report.checks] == [("cotangent", 1), ("cotangent", 2), ("the cotangent", 2)]
 
 
 def test_refuses_what_it_cannot_check():

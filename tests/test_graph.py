@@ -326,6 +326,17 @@ def test_tensors_of_everything():
         mv.tensor(["text"])
 
 
+def test_tensors_compare_elementwise_and_hash_by_identity():
+    x, y = mv.tensor([1.0, 2.0]), mv.tensor([1.0, 3.0])
+    np.testing.assert_array_equal(x == y, [True, False])
+    np.testing.assert_array_equal(x != y, [False, True])
+    assert not np.any(x == None)  # noqa: E711
+    twin = x.detach()
+    assert len({x, y, twin}) == 3 and {x: "x", twin: "twin"}[x] == "x"
+    parameter = mv.nn.Parameter(np.ones(2))
+    assert {parameter: 1}[parameter] == 1
+
+
 def test_detach_to_and_astype():
     x = leaf(3)
     y = x * 2.0

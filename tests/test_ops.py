@@ -445,7 +445,9 @@ def test_operators_and_methods_are_the_operations():
         (x.mean(-1, True), a.mean(-1, keepdims=True)), (x.var(0), a.var(0)), (x.max(1), a.max(1)), (x.min(), a.min()),
         (x.exp(), np.exp(a)), (y.log(), np.log(b)), (y.sqrt(), np.sqrt(b)), (x.tanh(), np.tanh(a)),
         (x.sin(), np.sin(a)), (x.cos(), np.cos(a)), (x.clip(-1, 1), a.clip(-1, 1)), (x.abs(), abs(a)),
-        (x.softmax(), ops.softmax(a)), (x < y, a < b), (x <= 0, a <= 0), (x > b, a > b), (x >= y, a >= b),
+        (x.softmax(), ops.softmax(a)),
+        (x.logsumexp(0), ops.logsumexp(a, 0)), (x == a, a == a), (x == y, a == b), (a == x, a == a), (x != y, a != b),
+        (x != 0, a != 0), (x < y, a < b), (x <= 0, a <= 0), (x > b, a > b), (x >= y, a >= b),
     ]  # fmt: skip
     for i, (actual, expected) in enumerate(pairs):
         assert isinstance(actual, np.ndarray if np.asarray(expected).dtype == bool else mv.Tensor), i

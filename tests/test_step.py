@@ -1,5 +1,6 @@
 """The training step against PyTorch's losses, against plain backward, and against itself on other threads."""
 
+import contextlib
 import gc
 import math
 
@@ -137,7 +138,7 @@ def test_clip_grad_norm():
 def test_bad_optimizers():
     with pytest.raises(ConfigError, match="no parameter"):
         AdamW([])
-    with pytest.raises(ConfigError, match="negative"):
+    with pytest.raises(ConfigError, match="at least 0"):
         AdamW(mv.ViT(**SMALL).named_parameters(), lr=-1.0)
     model, opt = make()
     with pytest.raises(GraphError, match=r"call loss\.backward"):
@@ -233,6 +234,81 @@ def test_bad_batches():
         step(images[:0], labels[:0])
     with pytest.raises(ConfigError, match="at least 1"):
         mv.TrainStep(model, opt, threads=0)
+    with pytest.raises(ConfigError, match="positive"):
+        mv.TrainStep(model, opt, clip_norm=-1.0)
+
+
+def test_a_parameter_that_the_optimizer_does_not_have():
+    model, opt = make()
+    step = mv.TrainStep(model, opt)
+    model.reset_head(5)
+    with pytest.raises(GraphError, match=r"head\.(weight|bias) requires a gradient, but the optimizer"):
+        step(*batch())
+    assert opt.steps == 0
+
+
+def test_lists_and_tensors_are_taken_too():
+    images, labels = batch()
+    losses = []
+    for x, y in ((images, labels), (mv.tensor(images), labels.tolist()), (images.tolist(), mv.tensor(labels))):
+        model, opt = make()
+        losses.append(mv.TrainStep(model, opt)(x, y))
+        assert mv.predict_logits(model, x).shape == (7, 5)
+    assert losses[0] == losses[1] == losses[2]
+
+
+def test_an_interrupt_waits_for_the_threads_and_changes_nothing(monkeypatch):
+    model, opt = make()
+    step = mv.TrainStep(model, opt, threads=2, micro_batch=1)
+    before, running = model.state_dict(), []
+    real = mv.train.step.wait
+
+    def interrupted(futures, **how):
+        if how:
+            raise KeyboardInterrupt
+        done = real(futures)
+        running.extend(f.running() for f in futures)
+        return done
+
+    monkeypatch.setattr("minivit.train.step.wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        step(*batch())
+    assert running == [False, False]
+    monkeypatch.undo()
+    assert opt.steps == 0
+    assert all((before[n] == v).all() for n, v in model.state_dict().items())
+    again, fresh = make()
+    assert step(*batch()) == mv.TrainStep(again, fresh, threads=2, micro_batch=1)(*batch())
+
+
+def test_neither_a_step_nor_a_failed_one_leaves_cycles():
+    model, opt = make()
+    step = mv.TrainStep(model, opt, threads=2, micro_batch=2)
+    images, labels = batch()
+
+    def fail():
+        with contextlib.suppress(DataError):
+            step(images, labels + 5)
+
+    for run in (lambda: step(images, labels), fail):
+        run()
+        gc.collect()
+        gc.disable()
+        try:
+            for _ in range(5):
+                run()
+            assert gc.collect() == 0
+        finally:
+            gc.enable()
+
+
+def test_small_batches_are_not_shared_out_unless_asked():
+    model, opt = make()
+    few, many = mv.TrainStep(model, opt).team, mv.TrainStep(model, opt, threads=2).team
+    assert few.threads_for(7) == 1  # 7 · 13 tokens · 16 numbers
+    assert many.threads_for(7) == 2
+    few.threads = 4
+    assert few.threads_for(100_000) == 4
 
 
 def test_predict_logits_equal_the_models_and_leave_its_mode():

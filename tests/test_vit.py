@@ -1,5 +1,7 @@
 """The model against PyTorch's numbers, against the literature's parameter counts, and against its own derivative."""
 
+import inspect
+import json
 from pathlib import Path
 
 import numpy as np
@@ -179,6 +181,45 @@ def test_reset_head_is_zero_and_drops_the_hidden_layer():
     assert mv.ViT(**model.config).state_dict().keys() == model.state_dict().keys()
 
 
+def test_config_holds_every_setting_as_plain_values():
+    sizes = {"image_size": np.int64(8), "patch_size": [4, np.int32(2)], "dim": np.int64(16), "heads": np.int64(4)}
+    model = mv.ViT(**sizes, depth=1, drop_path=np.float32(0.5), seed=np.int64(1))
+    assert list(model.config) == list(inspect.signature(mv.ViT).parameters)
+    config = json.loads(json.dumps(model.config))
+    assert config["image_size"] == 8 and config["patch_size"] == [4, 2] and config["drop_path"] == 0.5
+    again = mv.ViT(**config)
+    assert again.config == model.config
+    for name, array in again.state_dict().items():
+        np.testing.assert_array_equal(array, model.state_dict()[name])
+
+
+def test_no_images_give_no_logits():
+    none = np.zeros((0, 3, 12, 8), np.float32)
+    for settings in ({}, {"pool": "mean"}, {"dim_head": 3}):
+        model = mv.ViT(**SMALL, **settings)
+        assert model(none).shape == (0, 5)
+        with mv.first_order():
+            assert model(none).shape == (0, 5)
+
+
+def test_parameters_and_modules_in_lists_and_dicts():
+    class Mixed(mv.nn.Module):
+        def __init__(self) -> None:
+            self.scales = [mv.nn.Parameter(np.ones(2)), None, (mv.nn.Parameter(np.ones(3)),)]
+            self.heads = {"a": mv.nn.LayerNorm(2), "b": [mv.nn.Dropout(0.1)], "c": mv.nn.Parameter(np.ones(1))}
+            self.again = self.scales[0]
+            self.sizes = {"a": 1}
+
+    module = Mixed()
+    names = ["scales.0", "scales.2.0", "heads.c", "heads.a.weight", "heads.a.bias"]
+    assert [name for name, _ in module.named_parameters()] == names
+    assert [name for name, _ in module.named_modules()] == ["", "heads.a", "heads.b.0"]
+    assert not module.eval().heads["b"][0].training
+    state = {name: array + 1 for name, array in module.state_dict().items()}
+    module.to(np.float32).load_state_dict(state)
+    assert module.scales[0].data.tolist() == [2.0, 2.0] and module.scales[0].dtype == np.float32
+
+
 # ---- what others got wrong -------------------------------------------------------------------------------------------
 
 
@@ -310,7 +351,7 @@ def test_bad_settings(settings, error, says):
 def test_unknown_model_and_setting():
     with pytest.raises(ConfigError, match="did you mean 'vit_tiny_patch16_224'"):
         mv.create_model("vit_tiny_patch16_225")
-    with pytest.raises(TypeError, match="depht"):
+    with pytest.raises(ConfigError, match=r"unknown setting 'depht'\n  → did you mean 'depth'"):
         mv.create_model("vit_digits", depht=3)
     assert mv.list_models("vit_*_patch14_224") == ["vit_huge_patch14_224"]
 

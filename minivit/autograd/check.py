@@ -11,6 +11,7 @@ ones.
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -85,11 +86,11 @@ def check_grads(
     ``"auto"``: the complex step, and the central difference where ``fn`` turns out not to be analytic.
     """
     leaves: dict[str, Tensor] = {}
-    values = list(args)
+    values, names = list(args), _argument_names(fn, len(args))
     for i, a in enumerate(args):
         data = a.data if isinstance(a, Tensor) else a
         if isinstance(data, float) or (is_array(data) and data.dtype.kind == "f"):
-            values[i] = leaves[f"argument {i}"] = tensor(np.array(data, np.float64), requires_grad=True)
+            values[i] = leaves[names[i]] = tensor(np.array(data, np.float64), requires_grad=True)
     if not leaves:
         raise GraphError("check_grads: no argument holds floating numbers", "pass float arrays")
     return _check(lambda: fn(*values), leaves, order, method, seed)
@@ -107,6 +108,16 @@ def check_module(module: Any, *inputs: Any, order: int = 1, method: str = "auto"
         if p.dtype != np.float64:
             raise DTypeError(f"check_module: {name} is {p.dtype}", "check in float64: module.to(np.float64)")
     return _check(lambda: module(*inputs), leaves, order, method, seed)
+
+
+def _argument_names(fn: Callable[..., Any], count: int) -> list[str]:
+    """Return the names of ``fn``'s first ``count`` arguments; "argument i" for those without."""
+    try:
+        parameters = inspect.signature(fn).parameters.values()
+    except (TypeError, ValueError):  # a function written in C may have no signature
+        parameters = {}.values()
+    names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)][:count]
+    return names + [f"argument {i}" for i in range(len(names), count)]
 
 
 # ---- one check -------------------------------------------------------------------------------------------------------
@@ -225,7 +236,7 @@ class _Second(_First):
         output = fn()
         self.seed = tensor(normal(key.child(1), output.shape), requires_grad=True)
         self.weights = [normal(key.child(2).child(i), x.shape) for i, x in enumerate(self.inner)]
-        self.fn, self.leaves = fn, {**leaves, "cotangent": self.seed}
+        self.fn, self.leaves = fn, {**leaves, "the cotangent": self.seed}
         self.norm = float(np.sqrt(sum(float((w * w).sum()) for w in self.weights)))
         firsts = grad(output, self.inner, self.seed, create_graph=True)
         s: Any = sum((g * w).sum() for g, w in zip(firsts, self.weights, strict=True))

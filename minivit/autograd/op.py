@@ -7,6 +7,16 @@
     exp.vjps(lambda g, out, x: g * out)      # in public operations: runs on arrays, and on Tensors for second order
 
 Called with plain arrays an Op runs its function and no more; called with a Tensor among its arguments it records.
+What can be set on one:
+
+    forward    (*arguments) → out                             the function itself, on raw arrays
+    .vjp       (g, out, *arguments, needs) → one per input    the gradient, where inputs share work
+    .vjps      (g, out, *arguments) → one, for each input     the gradient, an input at a time, where they do not
+    .fast      (*arguments) → (out, kept)                     a second forward, NumPy only, under first_order()
+    .fast_vjp  (g, kept, needs) → one per input               and its gradient, on raw arrays
+    .composed  (*arguments) → out                             the same of simpler operations: what tests compare with
+
+g is the cotangent: the gradient that reaches the output. Every operation needs a vjp or vjps; the rest is extra.
 """
 
 from __future__ import annotations
@@ -15,6 +25,7 @@ import functools
 import inspect
 import types
 from collections.abc import Callable, Sequence
+from numbers import Number
 from typing import Any
 
 import numpy as np
@@ -23,6 +34,8 @@ from minivit.autograd.graph import Node, Unsaved, recording
 from minivit.autograd.tensor import Tensor
 from minivit.backend import Array, device_of, is_array, on_device_of
 from minivit.errors import ConfigError, DeviceError, DTypeError, GraphError, MinivitError, ShapeError
+
+_INPUTS_REMEDY = "give Tensors, arrays or numbers; of a list make an array: np.asarray(x, np.float32)"
 
 OPS: dict[str, Op] = {}
 """Every operation by its name; the test suite's table must have a row for each."""
@@ -129,8 +142,9 @@ class Op:
         except MinivitError:
             raise
         except (ValueError, IndexError) as error:
-            shapes = ", ".join(f"{a.dtype}{a.shape}" for a in args if is_array(a))
-            raise ShapeError(f"{self.name}({shapes}): {error}", "check the shapes and axes") from error
+            raise ShapeError(f"{self.name}({_described(args)}): {error}", "check the shapes and axes") from error
+        except (AttributeError, TypeError) as error:
+            raise DTypeError(f"{self.name}({_described(args)}): {error}", _INPUTS_REMEDY) from error
 
     def input_positions(self, args: Sequence[Any]) -> Sequence[int]:
         """Return the positions of the differentiable inputs among ``args``."""
@@ -144,6 +158,7 @@ class Op:
             # the usual case, CPU arrays of one dtype and nothing else, is seen to quickly
             if raw[i] is not None and (type(raw[i]) is not np.ndarray or raw[i].dtype is not first.dtype):
                 self._check_alike(raw, positions)
+                first = raw[positions[0]]
                 break
         parents = tuple([args[i].node if isinstance(args[i], Tensor) else None for i in positions])
         if type(first) is np.ndarray:
@@ -170,10 +185,12 @@ class Op:
         return self._run(self.forward, raw), None
 
     def _check_alike(self, args: list[Any], positions: Sequence[int]) -> None:
-        """Raise unless the input arrays share a dtype and a device; make NumPy scalars plain numbers."""
+        """Raise unless the inputs are arrays of one dtype and device, or numbers; make NumPy scalars plain numbers."""
         for i in positions:
             if isinstance(args[i], np.generic):
                 args[i] = args[i].item()  # a number, not an array: it takes the Tensor's dtype
+            if not (is_array(args[i]) or args[i] is None or isinstance(args[i], Number)):
+                raise DTypeError(f"{self.name}: an input is a {type(args[i]).__name__}", _INPUTS_REMEDY)
         arrays = [(i, args[i]) for i in positions if is_array(args[i])]
         first = arrays[0][1]
         for _, a in arrays[1:]:
@@ -223,6 +240,11 @@ class Op:
 def op(save: Sequence[str] = ()) -> Callable[[Callable[..., Any]], Op]:
     """Make a function of arrays an :class:`Op`; ``save`` names the inputs (and ``"out"``) that its gradient reads."""
     return lambda forward: Op(forward, save)
+
+
+def _described(args: Sequence[Any]) -> str:
+    """Return the arguments' dtypes and shapes, or types, for a message."""
+    return ", ".join(f"{a.dtype}{a.shape}" if is_array(a) else type(a).__name__ for a in args)
 
 
 def raw(x: Any) -> Array:

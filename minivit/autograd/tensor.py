@@ -85,11 +85,13 @@ class Tensor:
         device = "" if self.device == "cpu" else f", device={self.device!r}"
         return f"Tensor({np.array2string(to_numpy(self.data), separator=', ', prefix='Tensor(')}{device}{graph})"
 
+    __hash__ = object.__hash__  # by identity, although == compares elements: Tensors can be keys
+
     def __bool__(self) -> bool:
-        return bool(self.data)
+        return bool(self.item())
 
     def __float__(self) -> float:
-        return float(self.data)
+        return float(self.item())
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.array(self.numpy(), dtype=dtype, copy=copy)
@@ -139,12 +141,15 @@ def tensor(data: Any, dtype: Any = None, device: str | None = None, requires_gra
     if isinstance(data, Tensor):
         data = data.data
     if not (is_array(data) or isinstance(data, np.generic)):
-        data = np.asarray(data)
+        try:
+            data = np.asarray(data)
+        except ValueError as error:
+            raise ShapeError(f"tensor: {error}", "give rows of equal length") from None
         if data.dtype == np.float64:
             data = data.astype(np.float32)
     data = np.asarray(data) if isinstance(data, np.generic) else data
     if data.dtype.kind not in "fiubc":
-        raise DTypeError(f"a Tensor cannot hold {data.dtype}", "give numbers, in rows of equal length")
+        raise DTypeError(f"a Tensor cannot hold {data.dtype}", "give numbers")
     if dtype is not None:
         data = data.astype(dtype, copy=False)
     if device is not None:
@@ -166,9 +171,9 @@ def grad(
     if isinstance(inputs, Tensor):
         inputs = (inputs,)
     for i, x in enumerate(inputs):
-        if x.node is None:
+        if not isinstance(x, Tensor) or x.node is None:
             raise GraphError(
-                f"grad: input {i} of shape {x.shape} does not require a gradient",
+                f"grad: input {i} of shape {np.shape(x)} does not require a gradient",
                 "make it with requires_grad=True, before the output is computed",
             )
     root, cotangent = _start(output, grad_output, wrap=create_graph)
@@ -189,9 +194,9 @@ def grad(
 
 def _start(output: Tensor, cotangent: Any, wrap: bool = False) -> tuple[Node, Any]:
     """Return the root node and the checked cotangent, raw or (``wrap``) as a Tensor."""
-    if output.node is None:
+    if not isinstance(output, Tensor) or output.node is None:
         raise GraphError(
-            "this Tensor has no graph: nothing it was computed from requires a gradient"
+            "this result has no graph: nothing it was computed from requires a gradient"
             + ("" if recording.enabled else ", or it was computed under no_grad"),
             "make an input with requires_grad=True before the forward pass",
         )

@@ -6,14 +6,12 @@ from typing import Any
 
 from minivit import ops
 from minivit.backend import Key
-from minivit.errors import ConfigError
 from minivit.nn import init
 from minivit.nn.attention import EncoderBlock, attention_mask
 from minivit.nn.layers import Dropout, LayerNorm, Linear, PatchEmbed
 from minivit.nn.module import Module, Parameter
 from minivit.nn.random import random_key
-
-Size = int | tuple[int, int]
+from minivit.nn.settings import Size, check_settings
 
 
 class ViT(Module):
@@ -50,17 +48,15 @@ class ViT(Module):
         head: str = "linear",
         seed: int = 0,
     ) -> None:
-        self.config: dict[str, Any] = {k: v for k, v in locals().items() if k != "self" and not k.startswith("_")}
-        _choose("pool", pool, "cls", "mean", "none")
-        _choose("position", position, "learned", "none")
-        _choose("head", head, "linear", "mlp")
-        sizes = {"in_channels": in_channels, "num_classes": num_classes, "dim": dim, "depth": depth, "heads": heads}
-        for name, value in sizes.items():
-            if value < 1:
-                raise ConfigError(f"{name} is {value}", "it must be at least 1")
+        self.config = check_settings(
+            image_size=image_size, patch_size=patch_size, in_channels=in_channels, num_classes=num_classes, dim=dim,
+            depth=depth, heads=heads, mlp_dim=mlp_dim, dim_head=dim_head, qkv_bias=qkv_bias, activation=activation,
+            norm_eps=norm_eps, dropout=dropout, attention_dropout=attention_dropout, embed_dropout=embed_dropout,
+            drop_path=drop_path, pool=pool, position=position, head=head, seed=seed,
+        )  # fmt: skip
         self.dim, self.pool = dim, pool
-        with random_key(Key(seed)):
-            self.patch_embed = PatchEmbed(_pair(image_size), _pair(patch_size), in_channels, dim)
+        with random_key(Key(self.config["seed"])):
+            self.patch_embed = PatchEmbed(image_size, patch_size, in_channels, dim)
             self.cls_token = Parameter(init.zeros(1, 1, dim)) if pool == "cls" else None
             self.pos_embed = (
                 Parameter(init.normal(1, self.num_tokens, dim, std=0.02)) if position == "learned" else None
@@ -79,8 +75,8 @@ class ViT(Module):
     def reset_head(self, num_classes: int) -> None:
         """Replace the head by one linear layer of zeros, as for fine-tuning (section 3.2), and drop a hidden layer."""
         if hasattr(self, "head"):
+            self.config |= check_settings(num_classes=num_classes, head="linear")
             self.pre_logits = None
-            self.config |= {"num_classes": num_classes, "head": "linear"}
         self.head = Linear(self.dim, num_classes, weight_init=init.zeros)
 
     @property
@@ -125,12 +121,3 @@ class ViT(Module):
             maps.append(block.attn.weights(block.norm1(x), mask))
             x = block(x, mask)
         return maps
-
-
-def _pair(size: Size) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
-
-
-def _choose(name: str, value: str, *known: str) -> None:
-    if value not in known:
-        raise ConfigError(f"{name}={value!r} is not known", f"use one of {', '.join(map(repr, known))}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import inspect
 from typing import Any
 
 from minivit.errors import unknown_name
@@ -51,4 +52,8 @@ def create_model(name: str, **settings: Any) -> ViT:
     """Return a freshly initialised model by name; ``settings`` override its configuration."""
     if name not in MODELS:
         raise unknown_name("model", name, MODELS)
+    known = inspect.signature(ViT).parameters
+    for setting in settings:
+        if setting not in known:
+            raise unknown_name("setting", setting, known)
     return ViT(**{**MODELS[name], **settings})

@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from minivit import ops
-from minivit.errors import ConfigError, DTypeError, ShapeError
+from minivit.errors import ConfigError, ShapeError
 from minivit.nn import init
 from minivit.nn.layers import MLP, Dropout, DropPath, LayerNorm, Linear
 from minivit.nn.module import Module
 from minivit.nn.random import first_row, next_key
+from minivit.nn.settings import check_settings
+from minivit.ops.attention import bool_mask
 
 
 class MultiHeadAttention(Module):
@@ -24,7 +26,8 @@ class MultiHeadAttention(Module):
         attention_dropout: float = 0.0,
         dropout: float = 0.0,
     ) -> None:
-        if heads < 1 or (dim_head is None and dim % heads):
+        check_settings(dim=dim, heads=heads, dim_head=dim_head, attention_dropout=attention_dropout)
+        if dim_head is None and dim % heads:
             raise ConfigError(
                 f"dim {dim} is not divided by {heads} heads", "choose heads that divide dim, or set dim_head"
             )
@@ -52,7 +55,8 @@ class MultiHeadAttention(Module):
             mask = None if mask is None else mask[..., :queries, :]
             heads = ops.attention(q, kv[0], kv[1], mask, **drop)  # (B, H, queries, d)
         merged = ops.transpose(heads, (0, 2, 1, 3))  # (B, H, T, d) → (B, T, H, d)
-        return self.drop(self.proj(ops.reshape(merged, (*merged.shape[:2], -1))))  # → (B, T, H·d) → (B, T, dim)
+        merged = ops.reshape(merged, (*merged.shape[:2], self.heads * self.dim_head))  # → (B, T, H·d)
+        return self.drop(self.proj(merged))  # → (B, T, dim)
 
     def project(self, x: Any, rows: slice | None = None) -> Any:
         """Return queries, keys and values (or those that ``rows`` of the weight give): → (3, B, heads, T, dim_head)."""
@@ -60,8 +64,9 @@ class MultiHeadAttention(Module):
         bias: Any = self.qkv.bias
         if rows is not None:
             weight, bias = weight[rows], None if bias is None else bias[rows]
-        b, t, _ = x.shape
-        qkv = ops.reshape(ops.linear(x, weight, bias), (b, t, -1, self.heads, self.dim_head))  # → (B, T, 3, H, d)
+        n = weight.shape[0] // (self.heads * self.dim_head)
+        qkv = ops.linear(x, weight, bias)
+        qkv = ops.reshape(qkv, (*qkv.shape[:-1], n, self.heads, self.dim_head))  # (B, T, 3·H·d) → (B, T, 3, H, d)
         return ops.transpose(qkv, (2, 0, 3, 1, 4))  # → (3, B, H, T, d)
 
     def weights(self, x: Any, mask: Any = None) -> Any:
@@ -103,8 +108,7 @@ def attention_mask(mask: Any, tokens: int, batch: int) -> Any:
     """Return a mask (T, T) or (B, T, T), bool, True = may not attend, as it fits scores (B, heads, T, T)."""
     if mask is None:
         return None
-    if mask.dtype != bool:
-        raise DTypeError(f"an attention mask is bool (True = may not attend), got {mask.dtype}", "mask.astype(bool)")
+    mask = bool_mask(mask)
     if mask.shape == (tokens, tokens):
         return mask
     if mask.shape == (batch, tokens, tokens):

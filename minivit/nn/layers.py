@@ -8,10 +8,13 @@ from typing import Any
 import numpy as np
 
 from minivit import ops
+from minivit.autograd.op import raw
+from minivit.backend import is_array
 from minivit.errors import DTypeError, ShapeError, unknown_name
 from minivit.nn import init
 from minivit.nn.module import Module, Parameter
 from minivit.nn.random import first_row, next_key
+from minivit.nn.settings import Size, check_settings, pair
 
 
 class Linear(Module):
@@ -24,6 +27,7 @@ class Linear(Module):
         bias: bool = True,
         weight_init: Callable[[int, int], np.ndarray] = init.xavier_uniform,
     ) -> None:
+        check_settings(in_features=in_features, out_features=out_features)
         self.weight = Parameter(weight_init(out_features, in_features))
         self.bias = Parameter(init.zeros(out_features)) if bias else None
 
@@ -36,9 +40,9 @@ class LayerNorm(Module):
     """Normalise over the last axis, of length ``dim``; weight one, bias zero."""
 
     def __init__(self, dim: int, eps: float = 1e-6) -> None:
+        self.eps = check_settings(dim=dim, eps=eps)["eps"]
         self.weight = Parameter(init.ones(dim))
         self.bias = Parameter(init.zeros(dim))
-        self.eps = eps
 
     def forward(self, x: Any) -> Any:
         """Return the normalised x, of the same shape."""
@@ -49,7 +53,7 @@ class Dropout(Module):
     """Zero each element with probability p while training; see :func:`minivit.ops.dropout`."""
 
     def __init__(self, p: float) -> None:
-        self.p = p
+        self.p = check_settings(p=p)["p"]
 
     def forward(self, x: Any) -> Any:
         """Return x with elements dropped, or x itself in eval mode."""
@@ -60,7 +64,7 @@ class DropPath(Module):
     """Zero a sample's whole branch with probability p while training; see :func:`minivit.ops.drop_path`."""
 
     def __init__(self, p: float) -> None:
-        self.p = p
+        self.p = check_settings(p=p)["p"]
 
     def forward(self, x: Any) -> Any:
         """Return x with samples dropped, or x itself in eval mode."""
@@ -73,6 +77,7 @@ class MLP(Module):
     def __init__(self, dim: int, hidden: int, activation: str = "gelu", dropout: float = 0.0) -> None:
         if activation not in ops.ACTIVATIONS:
             raise unknown_name("activation", activation, ops.ACTIVATIONS)
+        check_settings(dim=dim, hidden=hidden)
         self.fc1 = Linear(dim, hidden)
         self.fc2 = Linear(hidden, dim)
         for layer in (self.fc1, self.fc2):
@@ -102,7 +107,9 @@ class PatchProjection(Module):
 class PatchEmbed(Module):
     """Images (B, C, H, W) → tokens (B, N, dim), one for each patch of P by Q pixels, row by row (ViT eq. 1)."""
 
-    def __init__(self, image_size: tuple[int, int], patch_size: tuple[int, int], in_channels: int, dim: int) -> None:
+    def __init__(self, image_size: Size, patch_size: Size, in_channels: int, dim: int) -> None:
+        check_settings(in_channels=in_channels, dim=dim)
+        image_size, patch_size = pair("image_size", image_size), pair("patch_size", patch_size)
         for size, patch, axis in zip(image_size, patch_size, ("height", "width"), strict=True):
             if patch < 1 or size < patch or size % patch:
                 near = sorted({max(size // patch, 1) * patch, -(-size // patch) * patch}) if patch > 0 else []
@@ -122,6 +129,9 @@ class PatchEmbed(Module):
     def forward(self, images: Any) -> Any:
         """Return the tokens (B, N, dim) of images (B, C, H, W) in the model's dtype."""
         expected = (self.in_channels, *self.image_size)
+        if not is_array(raw(images)):
+            remedy = "make an array of them: np.asarray(images, np.float32)"
+            raise DTypeError(f"the model takes images as an array or a Tensor, got a {type(images).__name__}", remedy)
         if len(images.shape) != 4 or images.shape[1:] != expected:
             raise ShapeError(
                 f"the model takes images of shape (B, {', '.join(map(str, expected))}), got {tuple(images.shape)}",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Self
 
 import numpy as np
@@ -11,6 +12,7 @@ from minivit.autograd.graph import Node
 from minivit.autograd.tensor import Tensor
 from minivit.backend import Array, device_of, to_device, to_numpy
 from minivit.errors import CheckpointError, DTypeError
+from minivit.ops.convert import device_or_dtype
 
 
 class Parameter(Tensor):
@@ -24,9 +26,10 @@ class Parameter(Tensor):
 
 
 class Module:
-    """Base of layers and models: assign Parameters and Modules (or lists of Modules) as attributes, write ``forward``.
+    """Base of layers and models: assign Parameters and Modules as attributes, write ``forward``.
 
-    A parameter's name is the path to it: ``blocks.0.attn.qkv.weight``. ``training`` says whether dropout acts.
+    They may also be in lists, tuples and dicts. A parameter's name is the path to it: ``blocks.0.attn.qkv.weight``,
+    ``heads.digits.bias``. ``training`` says whether dropout acts.
     """
 
     training = True
@@ -42,14 +45,8 @@ class Module:
     # ---- what it holds ----
 
     def children(self) -> Iterator[tuple[str, Module]]:
-        """Yield (name, module) for each direct submodule; those in a list are called ``list.0``, ``list.1``, …"""
-        for name, value in vars(self).items():
-            if isinstance(value, Module):
-                yield name, value
-            elif isinstance(value, (list, tuple)):
-                for i, item in enumerate(value):
-                    if isinstance(item, Module):
-                        yield f"{name}.{i}", item
+        """Yield (name, module) for each direct submodule."""
+        return ((name, value) for name, value in _members(vars(self)) if isinstance(value, Module))
 
     def named_modules(self, prefix: str = "") -> Iterator[tuple[str, Module]]:
         """Yield (path, module) for this module and all below it."""
@@ -61,7 +58,7 @@ class Module:
         """Yield (path, parameter), each parameter once."""
         seen: set[int] = set()
         for path, module in self.named_modules():
-            for name, value in vars(module).items():
+            for name, value in _members(vars(module)):
                 if isinstance(value, Parameter) and id(value) not in seen:
                     seen.add(id(value))
                     yield (f"{path}.{name}" if path else name), value
@@ -97,9 +94,10 @@ class Module:
 
         Gradients are forgotten. Optimizers made before keep their state for the old arrays: make them after.
         """
-        is_device = isinstance(target, str) and target.split(":")[0] in ("cpu", "cuda")
-        if not is_device and np.dtype(target).kind != "f":
-            raise DTypeError(f"a module cannot hold {np.dtype(target)}", "use np.float32 or np.float64")
+        target = device_or_dtype(target)
+        is_device = isinstance(target, str)
+        if not is_device and target.kind != "f":
+            raise DTypeError(f"a module cannot hold {target}", "use np.float32 or np.float64")
         for p in self.parameters():
             p.data = to_device(p.data, target) if is_device else p.data.astype(target, copy=False)
             p.grad = None
@@ -135,3 +133,43 @@ class Module:
         for name, p in own.items():
             if name in state:
                 p.data[...] = to_device(np.asarray(state[name], p.dtype), device_of(p.data))
+
+
+def _members(named: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield (name, value) of a mapping, and in the place of a list, tuple or dict its own: ``list.0``, ``dict.key``."""
+    for name, value in named.items():
+        if isinstance(value, (list, tuple)):
+            value = dict(enumerate(value))
+        if isinstance(value, Mapping):
+            yield from ((f"{name}.{inner}", item) for inner, item in _members(value))
+        else:
+            yield name, value
+
+
+@contextlib.contextmanager
+def watching(
+    model: Module, after: Callable[[str, Any], None], before: Callable[[str], None] | None = None
+) -> Iterator[None]:
+    """Call ``after(path, output)`` whenever a module of ``model`` has run in this block, innermost first.
+
+    ``before(path)`` is called as it begins.
+    """
+
+    def watch(path: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            if before is not None:
+                before(path)
+            out = forward(*args, **kwargs)
+            after(path, out)
+            return out
+
+        return watched
+
+    modules = list(model.named_modules())
+    try:
+        for path, module in modules:
+            vars(module)["forward"] = watch(path, module.forward)
+        yield
+    finally:
+        for _, module in modules:
+            vars(module).pop("forward", None)

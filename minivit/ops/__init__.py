@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 from minivit.autograd.op import raw
 from minivit.autograd.tensor import Tensor
+from minivit.errors import ShapeError
 from minivit.ops import fast as _fast  # noqa: F401 - attaches the fast twins to their operations
 from minivit.ops.activation import ACTIVATIONS, gelu, relu, sigmoid, silu
 from minivit.ops.attention import attention, attention_weights, self_attention
@@ -70,8 +72,14 @@ def _attach() -> None:
     def spread(op: Any) -> Any:  # x.reshape(2, 3) as well as x.reshape((2, 3))
         return lambda self, *args: op(self, args[0] if len(args) == 1 and not isinstance(args[0], int) else args)
 
-    def compared(name: str) -> Any:  # comparisons have no gradient: they give boolean arrays
-        return lambda self, other: getattr(self.data, name)(raw(other))
+    def compared(comparison: Any) -> Any:  # comparisons have no gradient: they give boolean arrays
+        def compare(self: Tensor, other: Any) -> Any:
+            try:
+                return comparison(self.data, raw(other))
+            except ValueError as error:
+                raise ShapeError(f"{comparison.__name__}: {error}", "compare shapes that broadcast") from error
+
+        return compare
 
     methods: dict[str, Any] = {
         "__add__": add, "__radd__": flipped(add), "__sub__": sub, "__rsub__": flipped(sub),
@@ -81,13 +89,14 @@ def _attach() -> None:
         "__getitem__": getitem,
         "abs": abs, "exp": exp, "log": log, "sqrt": sqrt, "tanh": tanh, "sin": sin, "cos": cos, "clip": clip,
         "sum": sum, "mean": mean, "var": var, "max": max, "min": min, "softmax": softmax,
+        "logsumexp": logsumexp,
         "reshape": spread(reshape), "swapaxes": swapaxes, "astype": convert, "to": convert,
         "transpose": lambda self, *axes: transpose(self, (axes[0] if not isinstance(axes[0], int) else axes)
                                                    if axes else None),
         "T": property(lambda self: transpose(self)),
     }  # fmt: skip
-    for name in ("__lt__", "__le__", "__gt__", "__ge__"):
-        methods[name] = compared(name)
+    for name in ("__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__"):
+        methods[name] = compared(getattr(operator, name))
     for name, method in methods.items():
         setattr(Tensor, name, method)
 

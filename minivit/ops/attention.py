@@ -9,7 +9,7 @@ import numpy as np
 
 from minivit.autograd.op import op, raw
 from minivit.backend import Array, Key, array_module, to_device
-from minivit.errors import ConfigError, ShapeError
+from minivit.errors import ConfigError, DTypeError, ShapeError
 from minivit.ops.dropout import keep_scale
 from minivit.ops.elementwise import where
 from minivit.ops.matmul import matmul
@@ -62,6 +62,7 @@ def check_inputs(q: Array, k: Array, v: Array, mask: Any, dropout: float, key: K
             "queries and keys share their last axis, keys and values the last but one",
         )
     if mask is not None:
+        mask = bool_mask(mask)
         scores = (*np.broadcast_shapes(q.shape[:-2], k.shape[:-2]), q.shape[-2], k.shape[-2])
         pairs = zip(mask.shape[::-1], scores[::-1], strict=False)
         if len(mask.shape) > len(scores) or any(m not in (1, n) for m, n in pairs):
@@ -70,8 +71,16 @@ def check_inputs(q: Array, k: Array, v: Array, mask: Any, dropout: float, key: K
         raise ConfigError("attention: dropout needs a key", "pass key=minivit.Key(seed, stream, step)")
 
 
+def bool_mask(mask: Any) -> Any:
+    """Return a mask (array, Tensor or list) as something that has a shape; raise DTypeError unless it is bool."""
+    mask = mask if hasattr(mask, "dtype") else np.asarray(mask)
+    if mask.dtype != bool:
+        raise DTypeError(f"an attention mask is bool (True = may not attend), got {mask.dtype}", "mask.astype(bool)")
+    return mask
+
+
 def _on_device(mask: Any, like: Array) -> Any:
-    if mask is None or array_module(like) is array_module(mask := raw(mask)):
+    if mask is None or array_module(like) is array_module(mask := raw(bool_mask(mask))):
         return mask
     return to_device(mask, f"cuda:{like.device.id}")
 

@@ -7,6 +7,7 @@ and can be checked with a complex step.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -156,14 +157,18 @@ _erf_exact = np.frompyfunc(math.erf, 1, 1)  # the C library's, one element at a 
 
 def _erf_float32(x: np.ndarray) -> np.ndarray:
     """Return erf(x) ≈ tanh(x·p(x²)), p fitted to float32 (error at most 6e-8)."""
-    z = x * x
-    p = np.asarray(z * ERF_TANH[-1])  # of a 0-d x too: it is written to
-    for c in ERF_TANH[-2:0:-1]:
-        p += c
-        p *= z
-    p += ERF_TANH[0]
-    p *= x
-    return np.tanh(p, out=p)
+    return tanh_of_odd(x, x * x, ERF_TANH, out=np.empty_like(x))
+
+
+def tanh_of_odd(x: np.ndarray, z: np.ndarray, coefficients: Sequence[float], out: np.ndarray) -> np.ndarray:
+    """Write tanh(x·p(z)) into ``out`` and return it; ``coefficients`` of p from the constant up, z is x²."""
+    np.multiply(z, coefficients[-1], out=out)
+    for c in coefficients[-2:0:-1]:
+        out += c
+        out *= z
+    out += coefficients[0]
+    out *= x
+    return np.tanh(out, out=out)
 
 
 ERF_TANH = (1.12837971, 0.102765481, -1.84382948e-4, -6.25720277e-4, 8.97128737e-5, -5.9857408e-6, 1.58963268e-7)

@@ -21,7 +21,7 @@ import numpy as np
 from minivit.backend import Key
 from minivit.ops import activation, attention, dropout, loss, matmul, normalize
 from minivit.ops.dropout import keep_scale
-from minivit.ops.elementwise import ERF_TANH
+from minivit.ops.elementwise import ERF_TANH, tanh_of_odd
 
 Needs = tuple[bool, ...]
 
@@ -107,13 +107,7 @@ _CDF_TANH = [c * h for c, h in zip(ERF_TANH, _HALF_POWERS, strict=True)]  # erf(
 def _gelu_block(x: np.ndarray, out: np.ndarray, slope: np.ndarray) -> None:
     """Write x·Φ(x) and its derivative Φ(x) + x·φ(x), float32."""
     z = x * x
-    np.multiply(z, _CDF_TANH[-1], out=slope)
-    for c in _CDF_TANH[-2:0:-1]:
-        slope += c
-        slope *= z
-    slope += _CDF_TANH[0]
-    slope *= x
-    np.tanh(slope, out=slope)
+    tanh_of_odd(x, z, _CDF_TANH, out=slope)  # erf(x/√2)
     slope *= 0.5
     slope += 0.5  # Φ
     np.multiply(x, slope, out=out)
@@ -203,7 +197,7 @@ def _attend(
     p = q @ k.swapaxes(-1, -2)  # (…, Tq, d) · (…, d, Tk) → (…, Tq, Tk)
     p *= scale
     # |q·k| ≤ |q|·|k| (Cauchy and Schwarz): far cheaper to look at than every score
-    bound = abs(scale) * math.sqrt(float(np.vecdot(q, q).max()) * float(np.vecdot(k, k).max()))
+    bound = abs(scale) * math.sqrt(float(np.vecdot(q, q).max(initial=0.0)) * float(np.vecdot(k, k).max(initial=0.0)))
     if mask is not None:
         p[np.broadcast_to(mask, p.shape)] = attention.FORBIDDEN
         bound = math.inf

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from minivit.autograd.op import op, raw
-from minivit.backend import Array, array_module, device_of, to_device
+from minivit.backend import Array, array_module, device_of, is_array, to_device
 from minivit.errors import ConfigError, DataError, DTypeError, ShapeError
 from minivit.ops.normalize import log_softmax, softmax
 from minivit.ops.reduce import sum
@@ -17,6 +17,9 @@ from minivit.ops.reduce import sum
 def targets(logits: Array, labels: Any, smoothing: float) -> Array:
     """Return the target distribution (…, K): labels made one-hot, and smoothed (Szegedy et al. 2015, section 7)."""
     xp, labels = array_module(logits), raw(labels)
+    if not is_array(labels):  # a list or a number; its floats, as everywhere, take the dtype of what they meet
+        labels = np.asarray(labels)
+        labels = labels.astype(logits.real.dtype) if labels.dtype.kind == "f" else labels
     classes = logits.shape[-1]
     if not 0.0 <= smoothing < 1.0:
         raise ConfigError(f"cross_entropy: smoothing {smoothing} is outside [0, 1)", "0.1 is usual")
@@ -54,8 +57,8 @@ def check_labels(labels: Array, classes: int) -> None:
 def cross_entropy(logits: Array, labels: Any, smoothing: float = 0.0) -> Array:
     """Return the mean over rows of -Σ target · log softmax(logits), a 0-d array.
 
-    logits (…, K); labels (…) of integers, or (…, K) of probabilities in the dtype of the logits. ``smoothing`` moves
-    that share of each target to all classes alike.
+    logits (…, K); labels (…) of integers, or (…, K) of probabilities in the dtype of the logits; a list will do.
+    ``smoothing`` moves that share of each target to all classes alike.
     """
     target = targets(logits, labels, smoothing)
     return (log_softmax(logits) * target).sum() / -count_rows(logits.shape)

@@ -13,15 +13,19 @@ from minivit.ops.shape import reshape, swapaxes
 
 def matmul(a: Any, b: Any) -> Any:
     """Return a @ b: (…, n, k) · (…, k, m) → (…, n, m), leading axes broadcast; a vector on either side as in NumPy."""
-    if len(a.shape) == 1 and len(b.shape) == 1:
+    if _is_vector(a) and _is_vector(b):
         return reshape(_matmul(reshape(a, (1, -1)), reshape(b, (-1, 1))), ())
-    if len(a.shape) == 1:
+    if _is_vector(a):
         product = _matmul(reshape(a, (1, -1)), b)  # (…, 1, m)
         return reshape(product, (*product.shape[:-2], product.shape[-1]))
-    if len(b.shape) == 1:
+    if _is_vector(b):
         product = _matmul(a, reshape(b, (-1, 1)))  # (…, n, 1)
         return reshape(product, product.shape[:-1])
     return _matmul(a, b)
+
+
+def _is_vector(x: Any) -> bool:
+    return getattr(x, "ndim", None) == 1  # the operation says what is wrong with a list
 
 
 @op(save=("a", "b"))

@@ -166,11 +166,10 @@ def _raw_index(index: Any) -> Any:
 
 
 def _may_repeat(index: Any) -> bool:
-    """Tell whether an index may name a place twice: only integer arrays (or lists) may."""
+    """Tell whether an index may name a place twice: all may but slices, numbers, None, Ellipsis and boolean masks."""
     parts = index if isinstance(index, tuple) else (index,)
-    return any(
-        isinstance(i, list) or (hasattr(i, "dtype") and i.dtype.kind in "iu" and len(i.shape) > 0) for i in parts
-    )
+    once = (slice, int, np.integer, type(None), type(Ellipsis))
+    return not all(isinstance(i, once) or (hasattr(i, "dtype") and i.dtype.kind == "b") for i in parts)
 
 
 # ---- patches ---------------------------------------------------------------------------------------------------------

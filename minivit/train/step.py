@@ -7,25 +7,40 @@ bits. ``loss.backward(); opt.step()`` does the same in plain steps.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import itertools
 import math
-import os
+import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from typing import Any
 
 import numpy as np
 
 from minivit import ops
-from minivit.autograd.graph import first_order, no_grad, propagate
-from minivit.backend import Array, Key, array_module, blas_threads, keep_freed_memory, on_device_of, to_device, to_numpy
-from minivit.errors import ConfigError, DataError, NonFiniteError, ShapeError
-from minivit.nn.module import Module
+from minivit.autograd.graph import Node, first_order, no_grad, propagate
+from minivit.autograd.op import raw
+from minivit.backend import (
+    Array,
+    Key,
+    array_module,
+    blas_threads,
+    cpu_cores,
+    is_array,
+    keep_freed_memory,
+    on_device_of,
+    to_device,
+    to_numpy,
+)
+from minivit.errors import ConfigError, DataError, GraphError, NonFiniteError, ShapeError
+from minivit.nn.module import Module, watching
 from minivit.nn.random import random_key
 from minivit.train.optim import Optimizer, gradient_norm
 
 DROP_STREAM = 0xD209  # the stream of dropout and drop path under a run's seed
 MICRO_BATCH_TOKENS = 544  # tokens in a micro-batch at most: their activations then stay in a core's L2 cache
+THREAD_NUMBERS = 1 << 15  # tokens · dim worth a thread of its own: with fewer, threads wait for the interpreter's lock
 
 
 class TrainStep:
@@ -47,6 +62,8 @@ class TrainStep:
         clip_norm: float | None = None,
         seed: int = 0,
     ) -> None:
+        if clip_norm is not None and not clip_norm > 0:
+            raise ConfigError(f"clip_norm={clip_norm}", "give a positive number, or None for no clipping")
         self.model, self.opt, self.loss, self.clip_norm, self.seed = model, opt, loss, clip_norm, seed
         self.grad_norm = math.nan
         self.team = Team(model, threads, micro_batch)
@@ -55,12 +72,13 @@ class TrainStep:
         self.flats = [opt.grad, *others]
         self.views = [opt.split(flat) for flat in self.flats]
 
-    def __call__(self, images: Array, labels: Any) -> float:
+    def __call__(self, images: Any, labels: Any) -> float:
         """Make one update and return the batch's mean loss before it.
 
         images (B, C, H, W) in the model's dtype, labels as the loss takes them. Raises :class:`NonFiniteError` before
         the update if the loss or the gradient is not finite.
         """
+        images, labels = as_array(images, self.opt.flat.dtype), as_array(labels)
         if len(images) != len(labels):
             raise ShapeError(f"{len(images)} images, {len(labels)} labels", "give one label for each image")
         key = Key(self.seed, DROP_STREAM, self.opt.steps)
@@ -72,9 +90,10 @@ class TrainStep:
                 logits = self.model(self.team.here(images[start:stop]))
                 loss = self.loss(logits, labels[start:stop])
             for node, part in propagate(loss.node, array_module(loss.data).full((), share, loss.dtype)):
-                if node in place:
-                    view = self.views[thread][place[node]]
-                    view += part
+                if node not in place:
+                    raise self._not_optimized(node)
+                view = self.views[thread][place[node]]
+                view += part
             return loss.data * share
 
         with on_device_of(self.opt.flat):
@@ -87,17 +106,28 @@ class TrainStep:
             # the one time that a GPU is waited for
             loss, self.grad_norm = (float(x) for x in to_numpy(array_module(norm).stack([_total(losses), norm])))
             if not (math.isfinite(loss) and math.isfinite(self.grad_norm)):
-                raise self._non_finite(loss, images, labels, key)
+                raise self._non_finite(loss, images, key)
             if self.clip_norm is not None and self.grad_norm > self.clip_norm:
                 self.opt.grad *= self.clip_norm / (self.grad_norm + 1e-6)
             self.opt.update()
         return loss
 
-    def _non_finite(self, loss: float, images: Array, labels: Any, key: Key) -> NonFiniteError:
-        place = first_non_finite(self.model, self.team.here(images), key)
+    def _not_optimized(self, node: Node) -> GraphError:
+        name = next((n for n, p in self.model.named_parameters() if p.node is node), "a Tensor outside the model")
+        return GraphError(
+            f"{name} requires a gradient, but the optimizer does not have it",
+            "make the optimizer after changing the model, or freeze it: parameter.requires_grad = False",
+        )
+
+    def _non_finite(self, loss: float, images: Array, key: Key) -> NonFiniteError:
+        places = (
+            first_non_finite(self.model, self.team.here(images[start:stop]), key, start)
+            for start, stop in self.team.pieces(len(images))
+        )
+        place = next((p for p in places if p is not None), None)
         if place is None and math.isfinite(loss):
-            bad = [n for n, g in zip(self.opt.names, self.opt.split(self.opt.grad), strict=True)
-                   if not bool(array_module(g).isfinite(g).all())]  # fmt: skip
+            named = zip(self.opt.names, self.opt.split(self.opt.grad), strict=True)
+            bad = [name for name, g in named if not bool(array_module(g).isfinite(g).all())]
             place = f"the gradient of {bad[-1]}" if bad else "the gradient's norm, which overflows"
         return NonFiniteError(
             f"step {self.opt.steps}: the loss is {loss}, the gradient's norm {self.grad_norm}; "
@@ -107,53 +137,82 @@ class TrainStep:
 
 
 class Team:
-    """Threads that share the rows of a batch, each holding BLAS to one thread; on a GPU, one thread and one piece."""
+    """Threads that share the rows of a batch, BLAS held to one thread meanwhile; on a GPU, one thread and one piece."""
 
     def __init__(self, model: Module, threads: int | None, micro_batch: int | None) -> None:
         if (threads is not None and threads < 1) or (micro_batch is not None and micro_batch < 1):
             raise ConfigError(f"threads={threads}, micro_batch={micro_batch}", "each must be at least 1, or None")
         self.device = next(model.parameters()).device
+        self.threads, self.micro_batch = 1, micro_batch
+        self.tokens: int = getattr(model, "num_tokens", 1)
+        self.numbers: int = self.tokens * getattr(model, "dim", THREAD_NUMBERS)  # of a row's activations, a layer
         if self.device == "cpu":
-            keep_freed_memory()
-            self.threads = threads or len(os.sched_getaffinity(0))
-            tokens = getattr(model, "num_tokens", 1)
-            self.micro_batch: int | None = micro_batch or max(1, MICRO_BATCH_TOKENS // tokens)
-        else:
-            self.threads, self.micro_batch = 1, micro_batch
-        self.pool = ThreadPoolExecutor(self.threads, "minivit") if self.threads > 1 else None
+            self.threads = threads or cpu_cores()
+            self.micro_batch = micro_batch or max(1, MICRO_BATCH_TOKENS // self.tokens)
+        self.all_threads = threads is not None  # asked for, whether they pay or not
+
+    @functools.cached_property
+    def pool(self) -> ThreadPoolExecutor:
+        """The threads, started when they are first needed."""
+        return ThreadPoolExecutor(self.threads, "minivit")
 
     def here(self, images: Array) -> Array:
         """Return images on the model's device."""
         return to_device(images, self.device)
 
+    def threads_for(self, rows: int) -> int:
+        """Return how many threads to work on so many rows with."""
+        return self.threads if self.all_threads else min(self.threads, max(1, rows * self.numbers // THREAD_NUMBERS))
+
     def pieces(self, rows: int) -> list[tuple[int, int]]:
         """Return the micro-batches (start, stop): of even size, and as many for every thread if there are enough."""
         if rows < 1:
             raise DataError("an empty batch", "give at least one image")
-        size = min(self.micro_batch or rows, -(-rows // self.threads))
-        rounds = -(-rows // (size * self.threads))
-        count = min(rounds * self.threads, rows)
+        threads = self.threads_for(rows)
+        size = min(self.micro_batch or rows, -(-rows // threads))
+        rounds = -(-rows // (size * threads))
+        count = min(rounds * threads, rows)
         edges = [rows * i // count for i in range(count + 1)]
         return list(itertools.pairwise(edges))
 
     def run(self, work: Callable[[int, int, int], Any], rows: int) -> list[Any]:
         """Call work(thread, start, stop) for every piece; return the results in the order of the rows."""
-        pieces = self.pieces(rows)
+        pieces, threads = self.pieces(rows), self.threads_for(rows)
         results: list[Any] = [None] * len(pieces)
+        stop = threading.Event()
 
         def share(thread: int) -> None:
-            for i in range(thread, len(pieces), self.threads):
-                results[i] = work(thread, *pieces[i])
+            with np.errstate(all="ignore"):  # what is not finite is looked for in the result
+                for i in range(thread, len(pieces), threads):
+                    if not stop.is_set():
+                        results[i] = work(thread, *pieces[i])
 
-        if self.pool is None:
-            share(0)
-            return results
-        with blas_threads(1):
-            futures = [self.pool.submit(share, t) for t in range(self.threads)]
-            wait(futures)  # all of them, before an error of one is raised: the others still use the buffers
-        for future in futures:
-            future.result()
+        if self.device == "cpu":
+            keep_freed_memory()
+        with blas_threads(1) if self.device == "cpu" else contextlib.nullcontext():
+            if threads == 1:
+                share(0)
+                return results
+            futures = [self.pool.submit(share, t) for t in range(threads)]
+            try:
+                wait(futures, return_when=FIRST_EXCEPTION)
+            finally:  # also of an interrupt: the others end with their piece, before their buffers are used again
+                stop.set()
+                wait(futures)
+            error = next((e for e in [f.exception() for f in futures] if e is not None), None)
+            del futures  # an error refers to this frame: what refers to the error here would keep both alive
+        if error is not None:
+            try:
+                raise error
+            finally:
+                del error
         return results
+
+
+def as_array(x: Any, dtype: Any = None) -> Array:
+    """Return the array of a Tensor, or an array itself; make one (of ``dtype``) of a list."""
+    x = raw(x)
+    return x if is_array(x) else np.asarray(x, dtype)
 
 
 def _total(losses: list[Any]) -> Any:
@@ -164,10 +223,11 @@ def _total(losses: list[Any]) -> Any:
 
 
 def predict_logits(
-    model: Module, images: Array, threads: int | None = None, micro_batch: int | None = None
+    model: Module, images: Any, threads: int | None = None, micro_batch: int | None = None
 ) -> np.ndarray:
     """Return the logits of images (N, C, H, W) in eval mode as one NumPy array, computed in micro-batches."""
     team = Team(model, threads, micro_batch or (None if next(model.parameters()).device == "cpu" else 256))
+    images = as_array(images, next(model.parameters()).dtype)
     training = model.training
     model.eval()
 
@@ -181,11 +241,11 @@ def predict_logits(
         model.train(training)
 
 
-def first_non_finite(model: Module, images: Array, key: Key) -> str | None:
+def first_non_finite(model: Module, images: Array, key: Key, first_row: int = 0) -> str | None:
     """Return where the first NaN or infinity of a forward pass is: the images, a parameter, or a layer's output."""
 
     def bad(x: Any) -> bool:
-        x = x.data if hasattr(x, "node") else x
+        x = raw(x)
         return not bool(array_module(x).isfinite(x).all())
 
     if bad(images):
@@ -195,24 +255,10 @@ def first_non_finite(model: Module, images: Array, key: Key) -> str | None:
             return f"the parameter {name}"
     found: list[str] = []
 
-    def watch(name: str, module: Module) -> None:
-        forward = module.forward
+    def look(path: str, out: Any) -> None:
+        if not found and bad(out):
+            found.append(f"the output of {path or type(model).__name__}")
 
-        def watched(*args: Any, **kwargs: Any) -> Any:
-            out = forward(*args, **kwargs)
-            if not found and bad(out):
-                found.append(f"the output of {name or type(module).__name__}")
-            return out
-
-        module.forward = watched  # type: ignore[method-assign]
-
-    modules = list(model.named_modules())
-    try:
-        for name, module in modules:
-            watch(name, module)
-        with no_grad(), random_key(key):
-            model(images)
-    finally:
-        for _, module in modules:
-            vars(module).pop("forward", None)
+    with watching(model, look), no_grad(), random_key(key, first_row), np.errstate(all="ignore"):
+        model(images)
     return found[0] if found else None
