@@ -286,6 +286,16 @@ def test_ctrl_c_while_saving_leaves_the_old_file_alone(path, monkeypatch):
     assert [p.name for p in path.parent.iterdir()] == ["a.npz"] and path.read_bytes() == before
 
 
+def test_windows_folders_are_not_synced(path, monkeypatch):
+    synced, folder = [], path.parent
+    monkeypatch.setattr(module.os, "fsync", synced.append)
+    module._sync_folder(folder)
+    with monkeypatch.context() as windows:
+        windows.setattr(module.os, "name", "nt")
+        module._sync_folder(folder)
+    assert len(synced) == 1
+
+
 def test_a_folder_that_is_a_file(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match="cannot save"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -23,12 +24,12 @@ from minivit.backend import Key
 from minivit.cli.layers import count_parameters, layer_of, model_config
 from minivit.cli.layers import measure as measure_layers
 from minivit.cli.main import COMMANDS, main
-from minivit.cli.options import MODEL_FLAGS, OPTIONS
-from minivit.cli.report import measure, text_table, wilson_interval
+from minivit.cli.options import MODEL_FLAGS, OPTIONS, RECIPE_NAMES
+from minivit.cli.report import measure, plural, text_table, wilson_interval
 from minivit.cli.settings import fit_to_data, known_settings, parse_assignment, resolve, write_toml
 from minivit.errors import CheckpointError, ConfigError, DataError
 from minivit.models.zoo import MODELS
-from minivit.train.checkpoint import load_checkpoint
+from minivit.train.checkpoint import load_checkpoint, save_checkpoint
 from minivit.train.recipes import RECIPES
 from minivit.train.weights import load_model
 
@@ -120,7 +121,11 @@ def test_without_a_command_there_is_help(capsys: pytest.CaptureFixture[str]) -> 
         (["trian"], "did you mean train?"),
         (["train", "--epoch", "3"], "unknown option --epoch; did you mean --epochs"),
         (["train", "--epohcs=3"], "unknown option --epohcs; did you mean --epochs or"),
-        (["train", "--epochs", "many"], "--epochs/-e: invalid int value: 'many'"),
+        (["train", "--epochs", "many"], "--epochs/-e: takes a whole number, not 'many'"),
+        (["train", "--lr", "abc"], "--lr: takes a number, not 'abc'"),
+        (["train", "--dropout", "abc"], "--dropout: takes a number, not 'abc'"),
+        (["summary", "-b", "1.5"], "--batch-size/-b: takes a whole number, not '1.5'"),
+        (["summary", "--image-size", "9"], "unknown option --image-size"),
         (["train", "digits", "more"], "'more' is one argument too many"),
         (["eval"], "required: CKPT"),
         (
@@ -155,7 +160,7 @@ def test_usage_errors_give_2_and_say_what_was_meant(
         (["train", "--set", "model.lr=3"], "did you mean train.lr"),
         (["train", "--set", "model.depth"], "is not KEY=VALUE"),
         (["train", "--set", "model.depth=2.5"], "model.depth = 2.5 (command line) is not a whole number"),
-        (["train", "--set", "model.pool=max"], "pool='max' is not known"),
+        (["train", "--set", "model.pool=max"], "pool is 'max'"),
         (["train", "--set", "data.augment=afine"], "did you mean 'affine'"),
         (["train", "--set", "model.image_size=16"], "model.image_size = 16 (command line), but the data have 8"),
         (["train", "--set", "model.num_classes=5"], "model.num_classes = 5 (command line), but the data have 10"),
@@ -173,8 +178,14 @@ def test_usage_errors_give_2_and_say_what_was_meant(
         (["summary", "vit_tinny"], "unknown model 'vit_tinny'\n  → did you mean"),
         (["summary", "--list", "resnet*"], "unknown model or pattern 'resnet*'"),
         (
-            ["summary", "--image-size", "9"],
-            "image height 9 is not divided by patch height 2\n  → use an image height of 8",
+            ["train", "--set", "model.patch_size=3"],
+            "model.patch_size = 3 (command line) does not divide the data's 8 × 8 pixels\n"
+            "  → use one that does: --set model.patch_size=N with N one of 1, 2, 4, 8",
+        ),
+        (["train", "--set", "model.patch_size=0"], "model.patch_size = 0 (command line) does not divide"),
+        (
+            ["train", "--weight-decay", "inf"],
+            "weight_decay = inf (command line) is out of range\n  → it must be finite",
         ),
         (["summary", "-b", "0"], "batch size 0"),
         (["gradcheck", "vit_base_patch16_224"], "86,567,656 parameters"),
@@ -190,6 +201,60 @@ def test_failures_give_1_with_a_remedy_and_leave_no_folder(
     assert "\n  → " in err
     assert "Traceback" not in err
     assert not list(here.iterdir())
+
+
+@pytest.fixture
+def broken(checkpoint: str, here: Path) -> Path:
+    """A folder of files that cannot be used."""
+    whole = bytearray(Path(checkpoint).read_bytes())
+    Path("cut.npz").write_bytes(whole[:-9])
+    whole[len(whole) // 2] ^= 1
+    Path("damaged.npz").write_bytes(whole)
+    Path("text.npz").write_text("hello")
+    run = here / "run" / "checkpoints"
+    run.mkdir(parents=True)
+    (run / "last.npz").write_bytes(whole)
+    (here / "run" / "config.toml").write_text('recipe = "digits"\n')
+    images, labels = np.ones((9, 8, 8), np.uint8), np.arange(9) % 3
+    np.savez("soft.npz", images=images, labels=np.ones((9, 3)))
+    np.savez("negative.npz", images=images, labels=labels - 1)
+    np.savez("beyond.npz", images=images, labels=labels, classes=np.array(["a", "b"]))
+    np.savez("fewer.npz", images=images, labels=labels[:5])
+    np.savez("empty.npz", images=images[:0], labels=labels[:0], test_images=images[:0], test_labels=labels[:0])
+    return here
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        *[([*command, "gone.npz", *more], "there is no checkpoint gone.npz")
+          for command, more in ((["eval"], []), (["predict"], ["a.png"]), (["summary"], []), (["gradcheck"], []))],
+        *[([*command, "cut.npz", *more], "cut.npz is not a usable checkpoint: it is cut short")
+          for command, more in ((["eval"], []), (["predict"], ["a.png"]), (["summary"], []), (["gradcheck"], []))],
+        *[([*command, "damaged.npz", *more], "damaged.npz is not a usable checkpoint: it is damaged, in ")
+          for command, more in ((["eval"], []), (["predict"], ["a.png"]), (["summary"], []), (["gradcheck"], []))],
+        (["eval", "text.npz"], "text.npz is not a usable checkpoint"),
+        (["train", "-q", "--resume", "run"], "last.npz is not a usable checkpoint: it is damaged"),
+        (["eval", "CKPT", "--data", "gone.npz"], "gone.npz: no such file"),
+        (["eval", "CKPT", "--data", "digit"], "unknown data set 'digit'\n  → did you mean 'digits'?"),
+        (["eval", "CKPT", "--data", "empty.npz"], "no images"),
+        (["train", "text.npz"], "text.npz: not a NumPy archive"),
+        (["train", "soft.npz"], "soft.npz: labels must be integers, not float64"),
+        (["train", "negative.npz"], "label -1 of image 0 is not a class"),
+        (["train", "beyond.npz"], "label 2 of image 2 is not a class"),
+        (["train", "fewer.npz"], "9 images but 5 labels"),
+        (["train", "empty.npz"], "no images"),
+    ],
+)  # fmt: skip
+def test_files_that_cannot_be_used_give_1_with_a_remedy(
+    args: list[str], said: str, checkpoint: str, broken: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([checkpoint if arg == "CKPT" else arg for arg in args]) == 1
+    err = capsys.readouterr().err
+    assert said in err
+    assert err.startswith("minivit: error: ")
+    assert "\n  → " in err
+    assert not (broken / "runs").exists()
 
 
 def test_a_system_error_is_no_traceback(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -309,6 +374,7 @@ def test_every_option_and_recipe_is_sound() -> None:
     assert set(OPTIONS) | set(MODEL_FLAGS) <= set(kinds)
     flags = [flag for option in OPTIONS.values() for flag in option.flags]
     assert len(flags) == len(set(flags))
+    assert set(RECIPE_NAMES) == set(RECIPES)  # --help lists them
     for name in RECIPES:
         s = resolve({}, recipe=name)
         assert s["data.val_fraction"] == 0.0  # the main job trains on all images
@@ -459,18 +525,20 @@ def test_a_stopped_run_is_resumed_to_the_same_bits(finished: Path, tmp_path: Pat
 
     long = ["train", "--config", str(finished / "config.toml"), "--epochs", "30", "-o", str(tmp_path)]
     assert main([*long, "--name", "whole", "-q"]) == 0
-    code, said = stop(start(*long, "--name", "stopped", cwd=tmp_path), signal.SIGINT)
+    code, said = stop(start(*long, "--name", "was stopped", cwd=tmp_path), signal.SIGINT)
     assert code == 130
-    command = said[said.index("minivit train --resume") :].split()
-    assert command == ["minivit", "train", "--resume", str(tmp_path / "stopped" / "checkpoints" / "last.npz")]
+    command = shlex.split(said[said.index("minivit train --resume") :])
+    assert command == ["minivit", "train", "--resume", str(tmp_path / "was stopped" / "checkpoints" / "last.npz")]
     code, out, err = minivit(*command[1:], cwd=tmp_path)
     assert code == 0, err
     assert "continuing at step " in out
-    whole, stopped = last("whole"), last("stopped")
+    whole, stopped = last("whole"), last("was stopped")
     assert all(np.array_equal(whole[name], stopped[name]) for name in whole)
-    code, out, _ = minivit("train", "--resume", "stopped", cwd=tmp_path)
+    code, out, _ = minivit("train", "--resume", "was stopped", cwd=tmp_path)
     assert code == 0
-    assert out.endswith("the run stopped is finished; to measure it: minivit eval stopped/checkpoints/last.npz\n")
+    assert out.endswith(
+        "the run was stopped is finished; to measure it: minivit eval 'was stopped/checkpoints/last.npz'\n"
+    )
 
 
 def test_sigterm_gives_143(finished: Path, tmp_path: Path) -> None:
@@ -512,6 +580,29 @@ def test_eval_refuses_data_of_another_kind(checkpoint: str, here: Path, capsys: 
     np.savez("large.npz", test_images=np.ones((12, 9, 9), np.uint8), test_labels=np.arange(12) % 10)
     assert main(["eval", checkpoint, "--data", "large.npz"]) == 1
     assert "the model takes images of shape (B, 1, 8, 8)" in capsys.readouterr().err
+    np.savez("colour.npz", test_images=np.ones((12, 3, 8, 8), np.uint8), test_labels=np.arange(12) % 10)
+    assert main(["eval", checkpoint, "--data", "colour.npz"]) == 1
+    assert "colour.npz has images of 3 channels, the model takes 1\n" in capsys.readouterr().err
+
+
+def test_a_float64_checkpoint_is_measured_and_predicts_in_float64(
+    checkpoint: str, pictures: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, meta = load_model(checkpoint)
+    model.to(np.float64)
+    for p in model.parameters():
+        p.data += 1e-12  # lost in float32
+    state = model.state_dict()
+    save_checkpoint("double.npz", {f"model/{name}": array for name, array in state.items()}, meta)
+    loaded = load_model("double.npz")[0].state_dict()
+    assert all(a.dtype == np.float64 and np.array_equal(a, state[name]) for name, a in loaded.items())
+    found = []
+    for path in (checkpoint, "double.npz"):
+        assert main(["eval", path, "--json"]) == 0
+        found.append(json.loads(capsys.readouterr().out)["loss"])
+        assert main(["predict", path, "0.png", "--format", "json"]) == 0
+        found.append(json.loads(capsys.readouterr().out)[0]["probability"])
+    assert found[:2] == pytest.approx(found[2:], rel=1e-5)
 
 
 def test_measures_by_hand() -> None:
@@ -533,6 +624,10 @@ def test_wilson_interval() -> None:
             assert -1e-9 <= end <= 1 + 1e-9
             deviation = 1.959963984540054 * abs(end * (1 - end) / total) ** 0.5
             assert abs(right / total - end) == pytest.approx(deviation, abs=1e-7)
+
+
+def test_one_is_singular() -> None:
+    assert [plural(n, "step") for n in (0, 1, 2000)] == ["0 steps", "1 step", "2,000 steps"]
 
 
 def test_text_tables_align() -> None:
@@ -600,6 +695,8 @@ def test_predict_reads_standard_input(
     [
         (np.ones((3, 9, 9), np.uint8), "holds uint8 (3, 9, 9); the model takes 1 × 8 × 8 images"),
         (np.ones((3, 8, 8)), "holds float64 (3, 8, 8)"),
+        (np.ones((0, 8, 8), np.uint8), "holds no images"),
+        (np.ones((0, 1, 8, 8), np.uint8), "holds no images"),
         (np.array(None), "cannot be read"),
     ],
 )
@@ -620,6 +717,10 @@ def test_arrays_with_channels_last(here: Path) -> None:
     np.savez("b.npz", x=images, y=images)
     with pytest.raises(DataError, match="no array 'images', but x, y"):
         read_arrays(Path("b.npz"), (3, 4, 5))
+    np.save("grey.npy", images[0, :, :, 0])
+    assert read_arrays(Path("grey.npy"), (1, 4, 5)).shape == (1, 1, 4, 5)
+    np.save("two.npy", images[..., :2])  # no usual number of channels, but the model's
+    assert read_arrays(Path("two.npy"), (2, 4, 5)).shape == (2, 2, 4, 5)
 
 
 # ---- summary ---------------------------------------------------------------------------------------------------------
@@ -684,7 +785,7 @@ def test_parameters_are_counted_without_making_the_model(name: str, settings: di
 
 def test_summary_of_a_checkpoint_and_the_list(checkpoint: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["summary", checkpoint]) == 0
-    assert "17 × 8" in capsys.readouterr().out
+    assert f"{load_model(checkpoint)[0].num_tokens} × 8" in capsys.readouterr().out
     assert main(["summary", "--list", "vit_[tsb]*_patch16_224"]) == 0
     out = capsys.readouterr().out
     assert [line.split()[-1] for line in out.splitlines()[1:]] == ["86,567,656", "22,050,664", "5,717,416"]
@@ -760,8 +861,8 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     for said in (
         "numpy",
         "blas",
-        "threads",
-        "cores",
+        " thread",
+        " core",
         "memory",
         "gpu",
         "ok    gradient of attention",

@@ -364,6 +364,19 @@ def draws(**values: float) -> np.ndarray:
     return np.array([[values.get(name, 0.0) / 2 + 0.5 for name in order]], np.float32)
 
 
+def test_augmentation_stays_in_float32(monkeypatch):
+    images, u = np.ones((2, 3, 8, 8), np.float32), np.full((2, Affine.draws), 0.3, np.float32)
+    points = []
+
+    def look(images, y, x):
+        points.extend((y, x))
+        return bilinear(images, y, x)
+
+    monkeypatch.setattr("minivit.data.augment.bilinear", look)
+    changed = Affine()(images, u)
+    assert [a.dtype for a in (changed, *points)] == [np.float32] * 3
+
+
 def test_a_whole_pixel_s_shift_moves_the_image():
     image = uniform(Key(0), (1, 1, 4, 6))
     moved = Affine(0, 0, 0, shift=2.0)(

@@ -107,7 +107,7 @@ def test_sigterm_and_sigint_save_and_end_with_their_codes(tmp_path):
             time.sleep(0.002)
         code, _, err = finish(child, number)
         assert code == expected, err
-        assert f"minivit train --resume {last}" in err
+        assert f"continue with\n  Trainer.resume({str(last)!r})\n" in err  # no command has made this run
         assert "Traceback" not in err
         seen = last.stat().st_ino
     code, out, err = finish(start_child("train", tmp_path))

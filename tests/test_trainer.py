@@ -7,6 +7,7 @@ import json
 import signal
 import sys
 import threading
+from functools import partial
 
 import numpy as np
 import pytest
@@ -14,7 +15,17 @@ import pytest
 import minivit as mv
 from minivit import ops
 from minivit.errors import CheckpointError, ConfigError, DataError, NonFiniteError
-from minivit.train import AdamW, Trainer, evaluate, load_checkpoint, parameters_hash, predict_logits, save_checkpoint
+from minivit.train import (
+    SGD,
+    AdamW,
+    Trainer,
+    evaluate,
+    load_checkpoint,
+    parameters_hash,
+    predict_logits,
+    save_checkpoint,
+    warmup_cosine,
+)
 from minivit.train import trainer as trainer_module
 from tests.test_kill import BATCHES, EPOCHS, small_run
 
@@ -108,6 +119,36 @@ def test_the_checkpoints_hold_the_last_and_the_best_epoch(whole):
     assert last.meta["classes"] == ["a", "b", "c", "d"] and last.meta["train"]["history"] == history
 
 
+def test_soft_labels_are_refused_before_the_first_epoch(tmp_path):
+    trainer, train, valid = small_run(tmp_path)
+
+    class Soft:
+        def __len__(self):
+            return len(valid)
+
+        def batches(self, epoch, start=0):
+            return ((images, np.eye(4, dtype=np.float32)[labels]) for images, labels in valid.batches(epoch, start))
+
+    with pytest.raises(DataError, match=r"a class for each image, not float32 labels of shape \(32, 4\)"):
+        trainer.fit(train, Soft())
+    assert trainer.opt.steps == 0
+    with pytest.raises(DataError, match="a class for each image"):
+        evaluate(trainer.model, Soft())
+    (row,) = small_run(None, epochs=1)[0].fit(Soft(), valid)  # to train on them is fine
+    assert row["valid_accuracy"] >= 0
+
+
+def test_a_command_to_resume_is_given_only_for_a_run_of_the_command_line(tmp_path):
+    folder = tmp_path / "my run"
+    trainer, train, _ = small_run(folder, epochs=1)
+    trainer.fit(train)
+    with pytest.raises(ConfigError, match=r"continue it: Trainer\.resume\('.*my run/checkpoints/last\.npz'\)"):
+        Trainer(trainer.model, trainer.opt, folder=folder).fit(train)
+    (folder / "config.toml").touch()
+    with pytest.raises(ConfigError, match=r"continue it: minivit train --resume '.*my run/checkpoints/last\.npz'"):
+        Trainer(trainer.model, trainer.opt, folder=folder).fit(train)
+
+
 def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     trainer, train, _ = small_run(None, epochs=1)
@@ -160,7 +201,7 @@ def test_a_run_cut_anywhere_continues_to_the_same_bits(tmp_path, whole, cut, sav
 def test_a_run_cut_while_it_evaluates_evaluates_again(tmp_path, whole):
     trainer, train, valid = small_run(tmp_path, save_every=BATCHES)
     with pytest.raises(PowerCut):
-        trainer.fit(train, Hooked(valid, fail_at(3)))  # in the second epoch's evaluation
+        trainer.fit(train, Hooked(valid, fail_at(4)))  # in the second epoch's evaluation; the first batch is a look
     trainer, train, valid = small_run(tmp_path)
     assert (trainer.progress.epoch, trainer.progress.batch) == (1, BATCHES)
     assert timeless(trainer.fit(train, valid)) == timeless(whole[1])
@@ -201,14 +242,12 @@ def test_more_epochs_can_be_added(tmp_path):
 def test_what_does_not_fit_is_refused(tmp_path, whole):
     last = whole[0] / "checkpoints" / "last.npz"
     trainer, train, _ = small_run(None)
-    with pytest.raises(CheckpointError, match="was trained with seed 3, not 4"):
-        Trainer(trainer.model, trainer.opt, seed=4).resume(last)
     wide = mv.ViT(8, 2, 1, 4, dim=32, depth=2, heads=2)
     before = parameters_hash(wide)
     with pytest.raises(CheckpointError, match=r"in the state, \(.*\) in the model"):
-        Trainer(wide, AdamW(wide.named_parameters()), seed=3).resume(last)
+        Trainer(wide, AdamW(wide.named_parameters()), schedule=trainer.schedule, seed=3, clip_norm=1.0).resume(last)
     assert parameters_hash(wide) == before
-    for meta in ({}, {"train": 5}, {"train": {"seed": 3, "epochs": 1}}):
+    for meta in ({}, {"train": 5}, {"train": {"settings": {}}}, {"train": {"settings": {"total steps": "3"}}}):
         save_checkpoint(tmp_path / "a.npz", {}, meta)
         with pytest.raises(CheckpointError, match="holds no training run"):
             trainer.resume(tmp_path / "a.npz")
@@ -216,6 +255,37 @@ def test_what_does_not_fit_is_refused(tmp_path, whole):
     train.batch_size = 8
     with pytest.raises(ConfigError, match="the run had 7 batches in an epoch, now there are 13"):
         trainer.fit(train)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"seed": 4}, "seed 3, not 4"),
+        ({"clip_norm": None}, "clip_norm 1.0, not None"),
+        ({"loss": partial(ops.cross_entropy, smoothing=0.1)}, "smoothing 0.0, not 0.1"),
+        ({"schedule": None}, "learning rates .*, not None"),
+        ({"schedule": warmup_cosine(1e-2, STEPS + 7, BATCHES)}, "learning rates .*, not .*"),
+        ({"schedule": warmup_cosine(1e-2, STEPS, BATCHES, 1e-4), "seed": 4}, "seed 3, not 4; learning rates"),
+    ],
+)
+def test_a_run_made_with_other_settings_is_refused_by_their_names(whole, settings, said):
+    trainer, *_ = small_run(None, **settings)
+    before = parameters_hash(trainer.model)
+    with pytest.raises(CheckpointError, match=f"was trained with {said}"):
+        trainer.resume(whole[0] / "checkpoints" / "last.npz")
+    assert parameters_hash(trainer.model) == before
+
+
+def test_another_optimizer_setting_or_dtype_is_refused(whole):
+    last = whole[0] / "checkpoints" / "last.npz"
+    trainer, *_ = small_run(None)
+    trainer.opt.weight_decay = 0.5
+    with pytest.raises(CheckpointError, match=r"was trained with weight decay 0\.05, not 0\.5"):
+        trainer.resume(last)
+    double = trainer.model.to(np.float64)
+    trainer = Trainer(double, AdamW(double.named_parameters()), schedule=trainer.schedule, seed=3, clip_norm=1.0)
+    with pytest.raises(CheckpointError, match="was trained with dtype float32, not float64"):
+        trainer.resume(last)
 
 
 # ---- how it ends early -----------------------------------------------------------------------------------------------
@@ -244,9 +314,8 @@ def test_a_signal_lets_the_step_finish_saves_and_sets_the_exit_code(
         trainer.fit(Hooked(train, raise_at(10, number)), valid)
     last = tmp_path / "checkpoints" / "last.npz"
     assert caught.value.code == code
-    assert (
-        capsys.readouterr().err == f"stopped and saved after step 10; continue with\n  minivit train --resume {last}\n"
-    )
+    said = f"stopped and saved after step 10; continue with\n  Trainer.resume({str(last)!r})\n"
+    assert capsys.readouterr().err == said
     assert [row["step"] for row in metrics(tmp_path) if "batch_loss" in row] == list(range(1, 11))
     trainer, train, valid = small_run(tmp_path)
     assert trainer.opt.steps == 10
@@ -256,10 +325,10 @@ def test_a_signal_lets_the_step_finish_saves_and_sets_the_exit_code(
 
 def test_a_signal_while_it_evaluates_does_not_wait_for_the_end(tmp_path, whole, python_handlers):
     trainer, train, valid = small_run(tmp_path, save_every=None)
-    valid = Hooked(valid, raise_at(1, signal.SIGINT))
+    valid = Hooked(valid, raise_at(2, signal.SIGINT))  # the first batch is a look at the labels
     with pytest.raises(SystemExit):
         trainer.fit(train, valid)
-    assert valid.count == 1
+    assert valid.count == 2 and trainer.opt.steps == BATCHES
     trainer, train, valid = small_run(tmp_path)
     assert timeless(trainer.fit(train, valid)) == timeless(whole[1])
 
@@ -346,6 +415,25 @@ def test_loaders_without_a_batch(tmp_path):
             trainer.fit(*loaders)
     with pytest.raises(DataError, match="nothing to evaluate on"):
         evaluate(trainer.model, Empty())
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        *[(lambda named, lr=lr: AdamW(named, lr), f"lr={lr}") for lr in (float("nan"), float("inf"), -1.0)],
+        (lambda named: SGD(named, float("nan")), "lr=nan"),
+        (lambda named: AdamW(named, weight_decay=float("nan")), "weight_decay=nan"),
+        *[(lambda named, m=m: SGD(named, 0.1, momentum=m), f"momentum={m}") for m in (1.0, -0.1, float("nan"))],
+        *[(lambda named, eps=eps: AdamW(named, eps=eps), f"eps={eps}") for eps in (0.0, -1e-8, float("nan"))],
+        (lambda named: AdamW(named, betas=(0.9, 1.0)), "betas="),
+        (lambda named: AdamW([p for _, p in named]), r"got a Parameter, not a pair \(name, parameter\)"),
+        (lambda named: AdamW([]), "got no parameter"),
+    ],
+)
+def test_optimizer_settings_that_cannot_be_meant(make, said):
+    with pytest.raises(ConfigError, match=said) as caught:
+        make(list(mv.create_model("vit_digits", depth=1).named_parameters()))
+    assert caught.value.remedy
 
 
 # ---- what it shows ---------------------------------------------------------------------------------------------------

@@ -104,13 +104,16 @@ def _installed(name: str) -> bool:
 
 def cpu_text() -> str:
     """Return the processor's name, and how many of its cores this process may use."""
+    from minivit.backend import cpu_cores
+    from minivit.cli.report import plural
+
     name = platform.processor() or platform.machine()
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
     except OSError:  # no /proc
         pass
-    return f"{name}, {os.cpu_count()} cores, {len(os.sched_getaffinity(0))} of them usable here"
+    return f"{name}, {plural(os.cpu_count() or 1, 'core')}, {cpu_cores()} usable here"
 
 
 def blas_text() -> str:
@@ -118,9 +121,11 @@ def blas_text() -> str:
     import numpy  # noqa: F401 - its BLAS is then loaded
     import threadpoolctl
 
+    from minivit.cli.report import plural
+
     found = [
         f"{lib['internal_api']} {lib.get('version') or '?'}, {lib.get('architecture', 'unknown')} kernels, "
-        f"{lib['num_threads']} threads"
+        f"{plural(lib['num_threads'], 'thread')}"
         for lib in threadpoolctl.threadpool_info()
         if lib["user_api"] == "blas"
     ]

@@ -25,7 +25,7 @@ def run(args: argparse.Namespace) -> int:
 
     from minivit import data
     from minivit.backend import Key, auto_device
-    from minivit.cli.report import measure
+    from minivit.cli.report import measure, plural
     from minivit.errors import DataError
     from minivit.train.trainer import evaluate
     from minivit.train.weights import load_model
@@ -39,6 +39,12 @@ def run(args: argparse.Namespace) -> int:
     if len(dataset.classes) > model.config["num_classes"]:
         raise DataError(
             f"{name} has {len(dataset.classes)} classes, the model knows {model.config['num_classes']}",
+            "evaluate on data of the kind that it was trained on",
+        )
+    channels, takes = dataset.images.shape[1], model.config["in_channels"]
+    if channels != takes:
+        raise DataError(
+            f"{name} has images of {plural(channels, 'channel')}, the model takes {takes}",
             "evaluate on data of the kind that it was trained on",
         )
     model.to(auto_device(args.device)[0])

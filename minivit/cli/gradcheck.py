@@ -6,6 +6,8 @@ import argparse
 import time
 from typing import Any
 
+from minivit.cli.main import number
+
 MOST_PARAMETERS = 20_000_000
 
 
@@ -13,8 +15,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument("model", metavar="MODEL|CKPT", nargs="?",
                         help="named model or checkpoint (by default all operations)")  # fmt: skip
-    parser.add_argument("--order", type=int, choices=(1, 2), default=2, help="2 (default): also second derivatives")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the random inputs and directions (0)")
+    parser.add_argument(
+        "--order", type=number(int), choices=(1, 2), default=2, help="2 (default): also second derivatives"
+    )
+    parser.add_argument("--seed", type=number(int), default=0, help="seed of the random inputs and directions (0)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -31,13 +35,15 @@ def check_operations(order: int, seed: int) -> int:
     from minivit.autograd.check import Check
     from minivit.autograd.mutate import check_mutants, check_op
     from minivit.backend import Key
+    from minivit.cli.report import row_format
     from minivit.errors import GradientError
     from minivit.ops.samples import SAMPLES
 
     started = time.perf_counter()
     names = list(dict.fromkeys(sample.op for sample in SAMPLES))
     orders = range(1, order + 1)
-    line = f"{{:{max(map(len, names))}}}  {{:>7}}{'  {:>7}' * order}  {{:16}}  {{:>14}}  {{}}"
+    right = (1, *range(2, 2 + order), 3 + order)
+    line = row_format([max(map(len, names)), 7, *[7] * order, 16, 14, 1], right)  # printed as they are found
     print(line.format("operation", "samples", *[f"order {o}" for o in orders], "method", "mutants killed", ""))
     worst_of_all, killed_of_all, mutants_of_all = 0.0, 0, 0
     faults: list[str] = []
@@ -84,7 +90,7 @@ def check_model(name: str, order: int, seed: int) -> int:
     from minivit.cli.layers import count_parameters, image_shape, model_config
     from minivit.errors import ConfigError
     from minivit.models.vit import ViT
-    from minivit.train.weights import load_weights
+    from minivit.train.weights import load_model
 
     config = model_config(name)
     size = count_parameters(config)
@@ -93,9 +99,7 @@ def check_model(name: str, order: int, seed: int) -> int:
             f"{name} has {size:,} parameters: checking it would take hours",
             "the same layers are in small models: check vit_digits, vit_mnist or vit_cifar",
         )
-    model = ViT(**config)
-    if name.endswith(".npz"):
-        load_weights(model, name)
+    model = load_model(name)[0] if name.endswith(".npz") else ViT(**config)
     model.to(np.float64).eval()
     for i, p in enumerate(model.parameters()):
         if not p.data.any():  # a fresh head of zeros would hide all that lies before it

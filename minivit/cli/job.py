@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import shlex
 from functools import partial
@@ -18,7 +17,7 @@ from minivit import data, ops
 from minivit.autograd.graph import no_grad
 from minivit.backend import Key, auto_device, to_device, to_numpy
 from minivit.cli.doctor import blas_text, cpu_text, versions
-from minivit.cli.report import measure, percent_interval
+from minivit.cli.report import measure, percent_interval, plural
 from minivit.cli.settings import Settings, fit_to_data, parse_assignment, resolve, write_toml
 from minivit.data import Affine, Dataset, Loader
 from minivit.errors import CheckpointError, ConfigError, DataError
@@ -27,7 +26,7 @@ from minivit.study.pictures import attention_overlay, mosaic
 from minivit.train import schedule
 from minivit.train.optim import AdamW
 from minivit.train.schedule import Schedule
-from minivit.train.step import predict_logits
+from minivit.train.step import Team, predict_logits
 from minivit.train.trainer import Trainer, evaluate
 
 TRAIN_STREAM, HOLD_OUT_STREAM = 0x7A1, 0x0FF  # streams of random numbers under the run's seed
@@ -84,16 +83,12 @@ class Job:
     def __init__(self, settings: Settings, quiet: bool) -> None:
         self.settings, self.quiet = settings, quiet
         device, why = auto_device(settings["train.device"])
-        threads = settings["train.threads"] or len(os.sched_getaffinity(0))
         if (path := Path(settings["data.name"])).is_file():
             settings["data.name"] = str(path.resolve())  # the run can then be resumed from any folder
         self.title = path.stem if path.is_file() else settings["data.name"]
         whole = data.load(settings["data.name"], "train")
         self.test_data = _test_images(whole, settings["data.name"])
         fit_to_data(settings, whole.images.shape[1:], len(whole.classes))
-        # as they turned out: equal bits need the same device and threads
-        found = {"train.device": device, "train.threads": threads}
-        settings.take({key: value for key, value in found.items() if settings[key] != value}, "this machine")
         self.train_data: Dataset = whole
         self.valid_data: Dataset | None = None
         if settings["data.val_fraction"] > 0:
@@ -104,8 +99,12 @@ class Job:
         }
         self.model: ViT = ViT(**config, seed=settings["train.seed"]).to(device)
         self.loader = self.make_loader()
+        # as they turned out: equal bits need the same device and threads
+        threads = settings["train.threads"] or Team(self.model, None, None).threads_for(self.loader.batch_size)
+        found = {"train.device": device, "train.threads": threads}
+        settings.take({key: value for key, value in found.items() if settings[key] != value}, "this machine")
         self.schedule = self.make_schedule()
-        cores = f", {threads} thread{'s' * (threads > 1)}" if device == "cpu" else ""
+        cores = f", {plural(threads, 'thread')}" if device == "cpu" else ""
         self.say(f"device      {device}{cores}" + (f" ({why})" if why else ""))
         self.say(f"model       {settings['model.name']}: {self.model.num_parameters():,} parameters")
         self.say(f"data        {self._data_text(whole)}")
@@ -122,13 +121,14 @@ class Job:
         counts = ", ".join(f"{len(part):,} {use}" for use, part in parts.items() if part is not None)
         return (
             f"{self.title}: {counts}; "
-            f"{height} × {width} pixels, {channels} channel{'s' * (channels > 1)}, {len(whole.classes)} classes"
+            f"{height} × {width} pixels, {plural(channels, 'channel')}, {len(whole.classes)} classes"
         )
 
     def _training_text(self) -> str:
         s = self.settings
         recipe = f"recipe {s['recipe']}: " if s["recipe"] else ""
-        return f"{recipe}{s['train.epochs']} epochs of {len(self.loader)} steps, AdamW, learning rate {s['train.lr']:g}"
+        epochs, steps = plural(s["train.epochs"], "epoch"), plural(len(self.loader), "step")
+        return f"{recipe}{epochs} of {steps}, AdamW, learning rate {s['train.lr']:g}"
 
     def make_loader(self) -> Loader:
         """Return the training batches: the batch size times the batches that make up an update."""
@@ -187,7 +187,7 @@ class Job:
         if resume is not None:
             trainer.resume(resume)
             if trainer.progress.epoch == trainer.epochs and (folder / "attention.png").exists():  # drawn last
-                print(f"the run {folder} is finished; to measure it: minivit eval {resume}")
+                print(f"the run {folder} is finished; to measure it: minivit eval {shlex.quote(str(resume))}")
                 return 0
             self.say(f"continuing at step {trainer.opt.steps} of {self.settings['train.epochs'] * len(self.loader)}")
         rows = trainer.fit(self.loader, self.held_loader(self.valid_data) if self.valid_data is not None else None)
@@ -208,9 +208,9 @@ class Job:
         shown = self.test_data or self.valid_data or self.train_data
         draw_attention(self.model, self.held_loader(shown.subset(range(min(40, len(shown))))), folder)
         self.say(f"pictures    {folder / 'samples.png'}, {folder / 'attention.png'}")
-        next_steps = [f"minivit predict {checkpoint} IMAGE…"]
+        next_steps = [f"minivit predict {shlex.quote(str(checkpoint))} IMAGE…"]
         if self.test_data is not None:
-            next_steps.insert(0, f"minivit eval {checkpoint}")
+            next_steps.insert(0, f"minivit eval {shlex.quote(str(checkpoint))}")
         self.say("next        " + "\n            ".join(next_steps))
 
     def _test(self, test: Dataset, folder: Path, trainer: Trainer) -> None:
@@ -285,7 +285,8 @@ def make_folder(parent: Path, name: str | None, stem: str) -> Path:
             (parent / name).mkdir()
         except FileExistsError:
             raise ConfigError(
-                f"{parent / name} is there already", f"choose another --name, or --resume {parent / name}"
+                f"{parent / name} is there already",
+                f"choose another --name, or --resume {shlex.quote(str(parent / name))}",
             ) from None
         return parent / name
     for number in count(1):

@@ -11,18 +11,17 @@ from typing import Any
 import numpy as np
 
 from minivit.autograd.graph import Node, first_order
-from minivit.cli.report import bytes_text, text_table
+from minivit.cli.report import bytes_text, plural, text_table
 from minivit.errors import CheckpointError, unknown_name
 from minivit.models.vit import ViT
 from minivit.models.zoo import MODELS
-from minivit.nn.module import Module
+from minivit.nn.module import Module, watching
 from minivit.train.checkpoint import load_checkpoint
 from minivit.train.step import Team
 
 
 def model_config(name: str) -> dict[str, Any]:
     """Return all settings of a named model, or of the model in a checkpoint."""
-
     defaults = {p.name: p.default for p in inspect.signature(ViT).parameters.values()}
     if name in MODELS:
         return defaults | MODELS[name]
@@ -98,43 +97,31 @@ def measure(model: Module, images: Any) -> dict[str, Row]:
     counted = {id(_owner(p.data)) for p in model.parameters()} | {id(_owner(images))}
     alive = []  # what was counted must live on, or another array could get its id
 
-    def watch(path: str, module: Module) -> None:
-        forward = module.forward
+    def begin(path: str) -> None:
+        if path:
+            rows.setdefault(layer_of(path), Row())
 
-        def watched(*args: Any, **kwargs: Any) -> Any:
-            if path:
-                rows.setdefault(layer_of(path), Row())
-            out = forward(*args, **kwargs)
-            row = rows.setdefault(layer_of(path), Row())
-            if layer_of(path) == path or path == "embed_drop":
-                row.shape = out.shape
-            stack = [out.node] if getattr(out, "node", None) is not None else []
-            while stack:
-                node = stack.pop()
-                if node is None or node in seen or node.op is None:
-                    continue
-                seen.add(node)
-                stack.extend(node.parents)
-                row.flops += flops(node)
-                for array in _arrays((node.args, node.out, node.kept)):
-                    owner = _owner(array)
-                    if id(owner) not in counted:
-                        counted.add(id(owner))
-                        alive.append(owner)
-                        row.kept += owner.nbytes
-            return out
+    def count(path: str, out: Any) -> None:
+        row = rows.setdefault(layer_of(path), Row())
+        if layer_of(path) == path or path == "embed_drop":
+            row.shape = out.shape
+        stack = [out.node] if getattr(out, "node", None) is not None else []
+        while stack:
+            node = stack.pop()
+            if node is None or node in seen or node.op is None:
+                continue
+            seen.add(node)
+            stack.extend(node.parents)
+            row.flops += flops(node)
+            for array in _arrays((node.args, node.out, node.kept)):
+                owner = _owner(array)
+                if id(owner) not in counted:
+                    counted.add(id(owner))
+                    alive.append(owner)
+                    row.kept += owner.nbytes
 
-        module.forward = watched  # type: ignore[method-assign]
-
-    modules = list(model.named_modules())
-    try:
-        for path, module in modules:
-            watch(path, module)
-        with first_order():
-            model.train()(images)
-    finally:
-        for _, module in modules:
-            vars(module).pop("forward", None)
+    with watching(model, count, before=begin), first_order():
+        model.train()(images)
     for path, p in model.named_parameters():
         rows[layer_of(path)].parameters += p.size
     return rows
@@ -209,10 +196,10 @@ def _memory(total: Row, model: ViT, batch_size: int) -> str:
         "parameters": weights,
         "gradient": weights,
         "AdamW's state": 2 * weights,
-        f"buffers of {team.threads} threads": buffers,
-        f"kept for backward, {at_once} images at once": at_once * total.kept,
+        f"buffers of {plural(team.threads, 'thread')}": buffers,
+        f"kept for backward, {plural(at_once, 'image')} at once": at_once * total.kept,
     }
-    lines = [f"training step of {batch_size} images, float32:"]
+    lines = [f"training step of {plural(batch_size, 'image')}, float32:"]
     lines += [f"  {name:44}{bytes_text(size):>8}" for name, size in sizes.items()]
     lines.append(f"  {'peak on the CPU, about':44}{bytes_text(sum(sizes.values())):>8}")
     one_piece = 5 * weights + batch_size * total.kept

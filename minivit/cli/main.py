@@ -115,6 +115,19 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
+def number(kind: type) -> Callable[[str], float]:
+    """Return an argument's ``type``: a number, whole if ``kind`` is int."""
+
+    def check(word: str) -> float:
+        try:
+            return kind(word)
+        except ValueError:
+            takes = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"takes {takes}, not {word!r}") from None
+
+    return check
+
+
 def one_of(kind: str, known: Sequence[str]) -> Callable[[str], str]:
     """Return an argument's ``type``: one of the known words."""
 

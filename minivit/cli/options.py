@@ -39,6 +39,9 @@ OPTIONS: dict[str, Option] = {
 }  # fmt: skip
 """All settings but the model's, which are the arguments of :class:`minivit.ViT`."""
 
+RECIPE_NAMES = ("digits",)
+"""The names in :data:`minivit.train.recipes.RECIPES`, which ``--help`` cannot wait for."""
+
 MODEL_FLAGS = {
     "model.dropout": ("--dropout", "dropout after attention and in the MLP"),
     "model.drop_path": ("--drop-path", "drop path of the last block; it rises linearly from 0"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +35,9 @@ def run(args: argparse.Namespace) -> int:
     """Print a row for each image; 3 if some could not be read."""
     import numpy as np
 
+    from minivit import ops
     from minivit.backend import auto_device
+    from minivit.data import standardize
     from minivit.errors import MinivitError
     from minivit.train.step import predict_logits
     from minivit.train.weights import load_model
@@ -52,7 +54,10 @@ def run(args: argparse.Namespace) -> int:
         except MinivitError as error:  # the others may be sound
             rows.append({"file": source, "error": f"{error.what.removeprefix(f'{source}: ')} → {error.remedy}"})
     if good:
-        probabilities = _softmax(predict_logits(model, _standardised(np.stack(good), meta)))  # (N, K)
+        recorded = meta.get("data", {})
+        images = standardize(np.stack(good), recorded.get("mean", [0.0]), recorded.get("std", [1.0]))  # (N, C, H, W)
+        dtype = next(model.parameters()).dtype
+        probabilities = ops.softmax(predict_logits(model, images.astype(dtype, copy=False)))  # (N, K)
         classes = _classes(meta, probabilities.shape[1])
         answers = iter(probabilities)
         for row in rows:
@@ -89,53 +94,34 @@ def read_arrays(path: Path, shape: tuple[int, int, int]) -> np.ndarray:
     """
     import numpy as np
 
+    from minivit.data.datasets import channels_first, read_npz, reading
     from minivit.errors import DataError
 
-    channels, height, width = shape
-    try:
-        found = np.load(path, allow_pickle=False)
-        if not isinstance(found, np.ndarray):
-            with found as archive:
-                names = [n for n in ("images", "test_images") if n in archive] or list(archive)
-                if not names or (len(archive) > 1 and names[0] not in ("images", "test_images")):
-                    raise DataError(f"{path} has no array 'images', but {', '.join(names)}", "save it as images=…")
-                found = archive[names[0]]
-    except DataError:
-        raise
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file", "check the path") from None
-    except Exception as error:  # whatever a damaged file makes NumPy raise is about the file
-        raise DataError(f"{path}: cannot be read: {error}", "save it with np.save or np.savez") from error
-    images = found
-    if channels == 1 and images.shape[-2:] == (height, width) and images.ndim in (2, 3):
-        images = images.reshape(-1, 1, height, width)  # (H, W) or (N, H, W) → (N, 1, H, W)
-    elif images.ndim == 4 and images.shape[1:] == (height, width, channels):
-        images = images.transpose(0, 3, 1, 2)  # (N, H, W, C) → (N, C, H, W)
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != shape:
+    def choose(names: Collection[str]) -> dict[str, str]:
+        known = [n for n in ("images", "test_images") if n in names]
+        if not known and len(names) != 1:
+            raise DataError(f"{path} has no array 'images', but {', '.join(names) or 'none'}", "save it as images=…")
+        return {"images": [*known, *names][0]}
+
+    if path.suffix.lower() == ".npz":
+        found = read_npz(path, choose)["images"]
+    else:
+        with reading(str(path), "save it with np.save"), open(path, "rb") as f:
+            found = np.lib.format.read_array(f, allow_pickle=False)
+    channels = shape[0]
+    images = found[None] if found.ndim == 2 else found  # (H, W) → (1, H, W)
+    images = channels_first(images, path, (channels,))
+    if len(images) == 0:
+        raise DataError(f"{path} holds no images: {found.dtype} {found.shape}", "give at least one")
+    if images.dtype != np.uint8 or images.shape[1:] != shape:
         raise DataError(
-            f"{path} holds {found.dtype} {found.shape}; the model takes {channels} × {height} × {width} images",
-            f"save np.uint8 images, 0 to 255, of shape (N, {channels}, {height}, {width})",
+            f"{path} holds {found.dtype} {found.shape}; the model takes {' × '.join(map(str, shape))} images",
+            f"save np.uint8 images, 0 to 255, of shape (N, {', '.join(map(str, shape))})",
         )
     return images
 
 
-def _standardised(images: np.ndarray, meta: dict[str, Any]) -> np.ndarray:
-    import numpy as np
-
-    mean, std = (
-        np.array(meta.get("data", {}).get(key, default), np.float32).reshape(-1, 1, 1)  # (C, 1, 1)
-        for key, default in (("mean", 0.0), ("std", 1.0))
-    )
-    return (images.astype(np.float32) / np.float32(255) - mean) / std
-
-
 # ---- answers out -----------------------------------------------------------------------------------------------------
-
-
-def _softmax(logits: np.ndarray) -> np.ndarray:
-    from minivit import ops
-
-    return ops.softmax(logits)
 
 
 def _classes(meta: dict[str, Any], number: int) -> list[str]:

@@ -12,9 +12,13 @@ from minivit import ops
 
 def text_table(head: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
     """Return rows aligned under their headings, two spaces apart; the columns in ``right`` to the right."""
-    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-    form = "  ".join(f"{{:{'>' if i in right else '<'}{width}}}" for i, width in enumerate(widths))
+    form = row_format([max(len(row[i]) for row in [head, *rows]) for i in range(len(head))], right)
     return "\n".join(form.format(*row).rstrip() for row in [head, *rows])
+
+
+def row_format(widths: Sequence[int], right: Sequence[int] = ()) -> str:
+    """Return the format string of a row with columns of these widths, two spaces apart."""
+    return "  ".join(f"{{:{'>' if i in right else '<'}{width}}}" for i, width in enumerate(widths))
 
 
 def wilson_interval(right: int, total: int) -> tuple[float, float]:
@@ -55,6 +59,11 @@ def percent_interval(result: dict[str, Any]) -> str:
     """Return "97.50% (95% interval 96.67 to 98.13%)"."""
     low, high = result["interval"]
     return f"{result['accuracy']:.2%} (95% interval {100 * low:.2f} to {high:.2%})"
+
+
+def plural(number: int, noun: str) -> str:
+    """Return "1 step" or "2,000 steps"."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
 def bytes_text(size: float) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import functools
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,8 @@ def _checked(key: str, value: Any, origin: str) -> Any:
     low = 0.0 if key.endswith(("dropout", "drop_path")) else setting.low
     if setting.choices and value not in setting.choices:
         raise unknown_name(key, value, setting.choices)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{key} = {value!r} ({origin}) is out of range", "it must be finite")
     if isinstance(value, int | float) and not ((low is None or value >= low) and (high is None or value <= high)):
         limits = f"from {low:g} to {high:g}" if high is not None else f"at least {low:g}"
         raise ConfigError(f"{key} = {value!r} ({origin}) is out of range", f"it must be {limits}")
@@ -166,6 +169,16 @@ def fit_to_data(settings: Settings, shape: tuple[int, int, int], classes: int) -
         settings.take({"model.name": name}, "data")
         for key, (value, origin) in kept.items():
             settings.take({key: value}, origin)
+    patch = settings["model.patch_size"]
+    p, q = patch if isinstance(patch, list) else (patch, patch)
+    if p < 1 or q < 1 or height % p or width % q:
+        common = math.gcd(height, width)
+        fitting = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
+        raise ConfigError(
+            f"model.patch_size = {patch} ({settings.origins['model.patch_size']}) does not divide the data's "
+            f"{height} × {width} pixels",
+            f"use one that does: --set model.patch_size=N with N one of {fitting}",
+        )
     size = height if height == width else [height, width]
     for key, value in {"image_size": size, "in_channels": channels, "num_classes": classes}.items():
         key = f"model.{key}"

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import argparse
 
+from minivit.cli.main import number
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument("model", metavar="MODEL|CKPT", nargs="?", default="vit_digits",
                         help="named model (default vit_digits), or a checkpoint's path")  # fmt: skip
     parser.add_argument("--list", metavar="PATTERN", nargs="?", const="*", help="list the named models: vit_tiny_*")
-    parser.add_argument("--batch-size", "-b", type=int, default=64, help="images in a training step (64)")
-    parser.add_argument("--image-size", type=int, help="height and width of the images, for another size")
+    parser.add_argument("--batch-size", "-b", type=number(int), default=64, help="images in a training step (64)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -21,11 +22,9 @@ def run(args: argparse.Namespace) -> int:
     from minivit.cli.layers import image_shape, model_config, report
     from minivit.errors import ConfigError
 
-    if args.batch_size < 1 or (args.image_size is not None and args.image_size < 1):
-        raise ConfigError(f"batch size {args.batch_size}, image size {args.image_size}", "each must be at least 1")
+    if args.batch_size < 1:
+        raise ConfigError(f"batch size {args.batch_size}", "it must be at least 1")
     config = model_config(args.model)
-    if args.image_size is not None:
-        config["image_size"] = args.image_size
     print(f"{args.model}, one image of {' × '.join(map(str, image_shape(config)))}\n")
     print(report(config, args.batch_size))
     return 0

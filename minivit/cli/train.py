@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from minivit.cli.options import MODEL_FLAGS, OPTIONS
+from minivit.cli.main import number
+from minivit.cli.options import MODEL_FLAGS, OPTIONS, RECIPE_NAMES
 
 METAVARS = {int: "N", float: "X", str: "NAME"}
 TITLES = {"data": "data", "model": "model", "train": "training"}
@@ -19,11 +20,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         if option.flags:
             kind, group = type(option.default), groups[key.partition(".")[0]]
             text = f"{option.help} ({option.default})" if option.default else option.help
-            group.add_argument(*option.flags, dest=key, type=kind, metavar=METAVARS[kind], help=text)
+            convert = str if kind is str else number(kind)
+            group.add_argument(*option.flags, dest=key, type=convert, metavar=METAVARS[kind], help=text)
     for key, (flag, text) in MODEL_FLAGS.items():
-        groups["model"].add_argument(flag, dest=key, type=float, metavar="X", help=text)
+        groups["model"].add_argument(flag, dest=key, type=number(float), metavar="X", help=text)
     run = parser.add_argument_group("the run")
-    run.add_argument("--recipe", metavar="NAME", help="settings found good (by default the one named like the data)")
+    recipes = f"settings found good: {', '.join(RECIPE_NAMES)} (by default the one named like the data)"
+    run.add_argument("--recipe", metavar="NAME", help=recipes)
     run.add_argument("--config", metavar="FILE.toml", help="settings from a file, such as a run's config.toml")
     run.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any setting: model.depth=6")
     run.add_argument("--resume", metavar="PATH", help="continue a run: its folder, or one of its checkpoints")

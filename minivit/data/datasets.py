@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from os import PathLike
@@ -138,7 +139,7 @@ def load(name: str | PathLike[str], split: str = "train") -> Dataset:
 def load_npz(path: str | PathLike[str], split: str) -> Dataset:
     """Load a NumPy archive: see :func:`load`. Raises DataError, with path and reason, if it cannot be used."""
     path = Path(path)
-    arrays = _read_npz(path, split)
+    arrays = read_npz(path, lambda held: _names_for(split, held, path))
     images, labels = arrays["images"], arrays["labels"]
     if labels.dtype.kind not in "iu":
         raise DataError(f"{path}: labels must be integers, not {labels.dtype}", "number the classes from 0")
@@ -152,36 +153,35 @@ def load_npz(path: str | PathLike[str], split: str) -> Dataset:
         if largest >= _MOST_CLASSES:
             raise DataError(f"{path}: label {largest} makes more than {_MOST_CLASSES:,} classes", "number them from 0")
         classes = tuple(str(i) for i in range(largest + 1))
-    return Dataset(_channels_first(images, path), labels.astype(np.int64), classes, str(path))
+    return Dataset(channels_first(images, path), labels.astype(np.int64), classes, str(path))
 
 
 _MOST_CLASSES = 1_000_000  # a label beyond it is a mistake, and naming so many classes would fill the memory
 
 
-def _read_npz(path: Path, split: str) -> dict[str, np.ndarray]:
-    """Read "images" and "labels" of a split, and "classes" and the other split's labels where the archive has them."""
-    try:
-        # opened here, because NumPy leaves a file that it has opened itself open where the archive is damaged
-        with open(path, "rb") as file:
-            if not is_zipfile(file):
-                raise DataError(f"{path}: not a NumPy archive", _NPZ_REMEDY)
-            file.seek(0)
-            with np.load(file, allow_pickle=False) as archive:
-                prefix = "" if split == "train" and "train_images" not in archive else f"{split}_"
-                wanted = {"images": f"{prefix}images", "labels": f"{prefix}labels"}
-                if missing := [name for name in wanted.values() if name not in archive]:
-                    held = ", ".join(sorted(archive)) or "nothing"
-                    what = f"{path}: no array {missing[0]!r}, needed for the split {split!r}; it holds {held}"
-                    raise DataError(what, f"save it with {wanted['images']}=… and {wanted['labels']}=…")
-                also = {name: name for name in ("train_labels", "test_labels", "classes") if name in archive}
-                arrays = {name: archive[stored] for name, stored in (also | wanted).items()}
-    except DataError:
-        raise
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file", "check the path") from None
-    except Exception as error:  # whatever a damaged file makes NumPy or zipfile raise is about the file
-        reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-        raise DataError(f"{path}: cannot be read: {reason}", _NPZ_REMEDY) from error
+def _names_for(split: str, held: Collection[str], path: Path) -> dict[str, str]:
+    """Name "images" and "labels" of a split, and "classes" and the other split's labels where the archive has them."""
+    prefix = "" if split == "train" and "train_images" not in held else f"{split}_"
+    wanted = {"images": f"{prefix}images", "labels": f"{prefix}labels"}
+    if missing := [name for name in wanted.values() if name not in held]:
+        what = f"{path}: no array {missing[0]!r}, needed for the split {split!r}; it holds"
+        remedy = f"save it with {wanted['images']}=… and {wanted['labels']}=…"
+        raise DataError(f"{what} {', '.join(sorted(held)) or 'nothing'}", remedy)
+    return {name: name for name in ("train_labels", "test_labels", "classes") if name in held} | wanted
+
+
+def read_npz(path: Path, choose: Callable[[Collection[str]], dict[str, str]]) -> dict[str, np.ndarray]:
+    """Read the arrays that ``choose`` names: it gets the names of all, and returns those to read by what to call them.
+
+    Raises DataError, with path and reason, if they cannot be read.
+    """
+    # opened here, because NumPy leaves a file that it has opened itself open where the archive is damaged
+    with reading(str(path), _NPZ_REMEDY), open(path, "rb") as file:
+        if not is_zipfile(file):
+            raise DataError(f"{path}: not a NumPy archive", _NPZ_REMEDY)
+        file.seek(0)
+        with np.load(file, allow_pickle=False) as archive:
+            arrays = {name: archive[stored] for name, stored in choose(list(archive)).items()}
     for name, array in arrays.items():
         if not isinstance(array, np.ndarray):  # NumPy gives the bytes of a file in the archive that is no array
             raise DataError(f"{path}: {name!r} is not an array", _NPZ_REMEDY)
@@ -191,15 +191,29 @@ def _read_npz(path: Path, split: str) -> dict[str, np.ndarray]:
 _NPZ_REMEDY = "make it again: np.savez_compressed('data.npz', images=images, labels=labels)"
 
 
-def _channels_first(images: np.ndarray, path: Path) -> np.ndarray:
-    """Return images as (N, C, H, W). Where both the second and the last axis could be channels, the second is taken."""
+@contextlib.contextmanager
+def reading(name: str, remedy: str) -> Iterator[None]:
+    """Turn whatever reading a missing or damaged file raises into a DataError: it is not of one kind."""
+    try:
+        yield
+    except DataError:
+        raise
+    except FileNotFoundError:
+        raise DataError(f"{name}: no such file", "check the path") from None
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        raise DataError(f"{name}: cannot be read: {reason}", remedy) from error
+
+
+def channels_first(images: np.ndarray, path: Path, channels: tuple[int, ...] = (1, 3, 4)) -> np.ndarray:
+    """Return images as (N, C, H, W), where C may be one of ``channels``; the second axis before the last one."""
     if images.ndim == 3:
         return images[:, None]  # (N, 1, H, W)
-    if images.ndim == 4 and images.shape[1] in (1, 3, 4):
+    if images.ndim == 4 and images.shape[1] in channels:
         return images
-    if images.ndim == 4 and images.shape[3] in (1, 3, 4):
+    if images.ndim == 4 and images.shape[3] in channels:
         return np.ascontiguousarray(images.transpose(0, 3, 1, 2))  # (N, H, W, C) → (N, C, H, W)
-    what = f"{path}: images of shape {images.shape} have no axis of 1, 3 or 4 channels"
+    what = f"{path}: images of shape {images.shape} have no axis of {' or '.join(map(str, channels))} channels"
     raise DataError(what, "save them as (N, H, W), (N, C, H, W) or (N, H, W, C)")
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
+from minivit.data.datasets import reading
 from minivit.errors import DataError
 
 if TYPE_CHECKING:
@@ -39,9 +40,9 @@ def read_image(source: str | PathLike[str] | BinaryIO, size: tuple[int, int], ch
     if channels not in (1, 3):
         raise DataError(f"{name}: image files are read as 1 or 3 channels, not {channels}", "pass an array instead")
     height, width = size
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's remarks on metadata, and on sizes that are refused here anyway
+    with reading(name, "check or convert the file"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's remarks on metadata, and on sizes that are refused here anyway
+        try:
             with Image.open(source, formats=FORMATS) as image:
                 _check_size(image, name)
                 image.load()
@@ -52,15 +53,8 @@ def read_image(source: str | PathLike[str] | BinaryIO, size: tuple[int, int], ch
                 shrinks = height <= picture.height and width <= picture.width
                 resampling = Image.Resampling.BOX if shrinks else Image.Resampling.BICUBIC
                 pixels = np.array(picture.resize((width, height), resampling))  # (H, W) or (H, W, 3)
-    except DataError:
-        raise
-    except FileNotFoundError:
-        raise DataError(f"{name}: no such file", "check the path") from None
-    except UnidentifiedImageError:
-        raise DataError(f"{name}: not an image, or damaged", f"known: {', '.join(FORMATS)}") from None
-    except Exception as error:  # whatever a damaged file makes Pillow raise (it is not one kind) is about the file
-        reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-        raise DataError(f"{name}: cannot be read: {reason}", "check or convert the file") from error
+        except UnidentifiedImageError:
+            raise DataError(f"{name}: not an image, or damaged", f"known: {', '.join(FORMATS)}") from None
     return np.ascontiguousarray(pixels.reshape(height, width, channels).transpose(2, 0, 1))  # (C, H, W)
 
 

@@ -113,6 +113,8 @@ def _write(f: BinaryIO, entries: Mapping[str, np.ndarray]) -> None:
 
 def _sync_folder(folder: Path) -> None:
     """Make a rename in ``folder`` last."""
+    if os.name == "nt":  # where a folder cannot be opened
+        return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

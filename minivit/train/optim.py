@@ -6,6 +6,7 @@ added, clipped and averaged in one piece, and the moments have the same layout.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -30,17 +31,26 @@ class Optimizer:
     """Base: lays the parameters out flat, collects their gradients, keeps ``slots`` arrays of state beside them.
 
     ``lr`` may be set before every step; ``steps`` counts the updates made. Parameters that do not require a gradient
-    are left out. Move or convert the model before making its optimizer, not after.
+    are left out. Move or convert the model before making its optimizer, not after. ``lr`` and the other settings are no
+    part of the state: a run that is resumed without a schedule goes on with those that its optimizer was made with.
+
+    Raises ConfigError for settings or parameters that cannot be used.
     """
 
     slots: tuple[str, ...] = ()
 
     def __init__(self, named_parameters: Iterable[tuple[str, Parameter]], lr: float, weight_decay: float) -> None:
-        named = [(n, p) for n, p in named_parameters if p.requires_grad]
+        given = list(named_parameters)
+        if wrong := [item for item in given if not isinstance(item, tuple)]:
+            raise ConfigError(
+                f"the optimizer got a {type(wrong[0]).__name__}, not a pair (name, parameter)",
+                "pass model.named_parameters()",
+            )
+        named = [(n, p) for n, p in given if p.requires_grad]
         if not named:
             raise ConfigError("the optimizer got no parameter that requires a gradient", "pass named_parameters()")
-        if lr < 0 or weight_decay < 0:
-            raise ConfigError(f"lr={lr}, weight_decay={weight_decay}", "neither may be negative")
+        if not (0.0 <= lr < math.inf and 0.0 <= weight_decay < math.inf):  # nor NaN, which compares with nothing
+            raise ConfigError(f"lr={lr}, weight_decay={weight_decay}", "each must be finite and at least 0")
         kinds = {(str(p.dtype), p.device) for _, p in named}
         if len(kinds) > 1:
             raise ConfigError(f"parameters of several kinds: {sorted(kinds)}", "convert the whole model: model.to(…)")
@@ -157,7 +167,9 @@ class AdamW(Optimizer):
     ) -> None:
         super().__init__(named_parameters, lr, weight_decay)
         if not all(0.0 <= b < 1.0 for b in betas):
-            raise ConfigError(f"betas={betas}", "each must be in [0, 1)")
+            raise ConfigError(f"betas={betas}", "each must be in [0, 1); 0.9 and 0.999 are usual")
+        if not 0.0 < eps < math.inf:
+            raise ConfigError(f"eps={eps}", "it must be positive, or the update would divide by zero; 1e-8 is usual")
         self.betas, self.eps = betas, eps
 
     def update_chunk(self, p: Array, g: Array, decay: float, *state: Array) -> None:
@@ -198,6 +210,8 @@ class SGD(Optimizer):
         weight_decay: float = 0.0,
     ) -> None:
         super().__init__(named_parameters, lr, weight_decay)
+        if not 0.0 <= momentum < 1.0:
+            raise ConfigError(f"momentum={momentum}", "it must be in [0, 1); 0.9 is usual")
         self.momentum = momentum
 
     def update_chunk(self, p: Array, g: Array, decay: float, *state: Array) -> None:

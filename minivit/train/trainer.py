@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import shlex
 import shutil
 import signal
 import sys
@@ -10,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -101,9 +104,10 @@ class Trainer:
         """Train from where the run stands to the end of the last epoch; return the rows of all its epochs.
 
         A row has epoch, step, lr, loss (the mean over the epoch's images as they were trained on), images_per_second,
-        seconds, and with ``valid`` valid_loss and valid_accuracy. Raises NonFiniteError before an update that would
-        spoil the parameters. In the main thread, with a folder, Ctrl-C or SIGTERM ends the run after the step under
-        way: it is saved, and SystemExit raised with code 130 or 143. A second one acts at once.
+        seconds, and with ``valid`` valid_loss and valid_accuracy, as :func:`evaluate` measures them. Raises
+        NonFiniteError before an update that would spoil the parameters. In the main thread, with a folder, Ctrl-C or
+        SIGTERM ends the run after the step under way: it is saved, and SystemExit raised with code 130 or 143. A second
+        one acts at once.
         """
         p = self.progress
         if len(train) < 1 or (valid is not None and len(valid) < 1):
@@ -116,6 +120,8 @@ class Trainer:
         self._prepare_folder()
         p.batches = len(train)
         with self._signals_noted() as stop_if_asked:
+            for _, labels in itertools.islice(valid.batches(0), 1) if valid is not None else ():
+                _check_labels(labels)  # here, not after an epoch
             try:
                 while self.progress.epoch < self.epochs:
                     self._train_epoch(train, valid, stop_if_asked)
@@ -184,21 +190,42 @@ class Trainer:
     def resume(self, path: str | Path) -> None:
         """Take over parameters, optimizer state and position of a run from its checkpoint; ``fit`` then continues it.
 
-        Model, optimizer, loaders and settings must be made as for the run's start. In the run's own folder, records of
-        what came after the checkpoint are dropped. Raises CheckpointError if the checkpoint does not fit.
+        Model, optimizer, loaders and settings must be made as for the run's start; only ``epochs`` may be another,
+        where the learning rates do not follow from it. Without a schedule the rate is ``opt.lr``. In the run's own
+        folder, records of what came after the checkpoint are dropped. Raises CheckpointError if the checkpoint does not
+        fit.
         """
         checkpoint = load_checkpoint(path)
         try:
             state = dict(checkpoint.meta["train"])
-            seed = state.pop("seed")
+            settings = dict(state.pop("settings"))
             progress = Progress(**state)
+            own = self._settings(settings["total steps"])
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path} holds no training run", "resume from a run's last.npz") from error
-        if seed != self.seed:
-            raise CheckpointError(f"{path} was trained with seed {seed}, not {self.seed}", f"set seed={seed}")
+        if differ := [
+            f"{name} {settings.get(name)}, not {own[name]}" for name in own if settings.get(name) != own[name]
+        ]:
+            remedy = "make model, optimizer and Trainer as for the run's start"
+            raise CheckpointError(f"{path} was trained with {'; '.join(differ)}", remedy)
         self.model.load_state_dict(checkpoint.under("model"))
         self.opt.load_state_dict(checkpoint.under("optimizer"))
         self.progress = progress
+
+    def _settings(self, total: int) -> dict[str, Any]:
+        """Return what must be equal for a resumed run to be the same; the rates at some of its ``total`` steps."""
+        loss, clip, rate = self.step.loss, self.step.clip_norm, self.schedule
+        steps = (0, total // 4, total // 2, total - 1)
+        return {
+            "dtype": str(next(self.model.parameters()).dtype),
+            "seed": self.seed,
+            "weight decay": float(self.opt.weight_decay),
+            "clip_norm": None if clip is None else float(clip),
+            "smoothing": float(loss.keywords.get("smoothing", 0.0)) if isinstance(loss, partial) else 0.0,
+            # rounded: the last bit of a cosine is not the same on every machine
+            "learning rates": None if rate is None else [f"{rate(t):.6g}" for t in steps],
+            "total steps": total,
+        }
 
     def _save(self, name: str) -> None:
         if self.folder is not None:
@@ -206,18 +233,24 @@ class Trainer:
             arrays = {f"model/{k}": v for k, v in self.model.state_dict().items()}
             arrays |= {f"optimizer/{k}": v for k, v in self.opt.state_dict().items()}
             config = {"model": self.model.config} if hasattr(self.model, "config") else {}
-            train = {"seed": self.seed, **asdict(self.progress)}
+            settings = self._settings(self.epochs * self.progress.batches)
+            train = {"settings": settings, **asdict(self.progress)}
             save_checkpoint(self._checkpoint(name), arrays, config | self.meta | {"train": train})
 
     def _checkpoint(self, name: str) -> Path:
         assert self.folder is not None
         return self.folder / "checkpoints" / f"{name}.npz"
 
+    def _how_to_resume(self) -> str:
+        """Return what continues the run: a command only if the command line has made it."""
+        last = self._checkpoint("last")
+        by_command = (last.parents[1] / "config.toml").exists()
+        return f"minivit train --resume {shlex.quote(str(last))}" if by_command else f"Trainer.resume({str(last)!r})"
+
     def _prepare_folder(self) -> None:
         if self.folder is not None:
-            last = self._checkpoint("last")
-            if not self.progress.batches and last.exists():
-                remedy = f"continue it: resume({str(last)!r}), or name another folder"
+            if not self.progress.batches and self._checkpoint("last").exists():
+                remedy = f"continue it: {self._how_to_resume()}, or name another folder"
                 raise ConfigError(f"{self.folder} already holds a run", remedy)
             sweep(self.folder)
             self.records.begin(self.opt.steps, self.progress.history)
@@ -249,8 +282,10 @@ class Trainer:
             yield stop_if_asked
         except _Stop:
             self._save("last")
-            command = f"minivit train --resume {self._checkpoint('last')}"
-            print(f"stopped and saved after step {self.opt.steps}; continue with\n  {command}", file=sys.stderr)
+            print(
+                f"stopped and saved after step {self.opt.steps}; continue with\n  {self._how_to_resume()}",
+                file=sys.stderr,
+            )
             raise SystemExit(128 + noted[0]) from None  # as a shell reports a process that a signal has ended
         finally:
             restore()
@@ -259,19 +294,31 @@ class Trainer:
 def evaluate(model: Module, loader: Batches, after_batch: Callable[[], None] | None = None) -> dict[str, Any]:
     """Return loss (mean cross-entropy), accuracy, count, logits (N, K) and labels (N,) over a loader's epoch 0.
 
-    ``after_batch`` is called after each batch; what it raises ends the evaluation.
+    The loss is the plain one, whatever was trained with, so that runs can be compared. ``after_batch`` is called after
+    each batch; what it raises ends the evaluation. Raises DataError for no images or labels that are not integers.
     """
     logits, labels = [], []
+    dtype = next(model.parameters()).dtype
     for images, targets in loader.batches(0):
-        logits.append(predict_logits(model, images))
+        _check_labels(targets)
+        logits.append(predict_logits(model, images.astype(dtype, copy=False)))
         labels.append(targets)
         if after_batch is not None:
             after_batch()
     if not logits:
         raise DataError("there is nothing to evaluate on", "give at least one image")
     x, y = np.concatenate(logits), np.concatenate(labels)  # (N, K), (N,)
+    loss = float(ops.cross_entropy(x, y))  # before the accuracy, because it checks that the shapes fit
     accuracy = float((x.argmax(axis=-1) == y).mean())
-    return {"loss": float(ops.cross_entropy(x, y)), "accuracy": accuracy, "count": len(y), "logits": x, "labels": y}
+    return {"loss": loss, "accuracy": accuracy, "count": len(y), "logits": x, "labels": y}
+
+
+def _check_labels(labels: Array) -> None:
+    if labels.dtype.kind not in "iu":
+        raise DataError(
+            f"evaluation needs a class for each image, not {labels.dtype} labels of shape {labels.shape}",
+            "give the validation images integer labels (N,): soft ones are for training",
+        )
 
 
 def _describe(row: Row) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from minivit.errors import CheckpointError
 from minivit.models.vit import ViT
 from minivit.nn.module import Module
@@ -20,14 +22,18 @@ def load_weights(model: Module, path: str | Path) -> None:
 
 
 def load_model(path: str | Path) -> tuple[ViT, dict[str, Any]]:
-    """Build the model that a checkpoint was saved from; return it, in eval mode, and the checkpoint's meta."""
+    """Build the model that a checkpoint was saved from; return it, in eval mode, and the checkpoint's meta.
+
+    It has the dtype of the stored parameters.
+    """
     checkpoint = load_checkpoint(path)
     config = checkpoint.meta.get("model")
     if not isinstance(config, dict):
         raise CheckpointError(f"{path} does not say which model it holds", "build it yourself and use load_weights")
+    state = checkpoint.under("model")
     try:
-        model = ViT(**config)
+        model = ViT(**config).to(np.result_type(*state.values()))
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: its model's settings cannot be used: {error}", "use another") from error
-    model.load_state_dict(checkpoint.under("model"))
+    model.load_state_dict(state)
     return model.eval(), checkpoint.meta
