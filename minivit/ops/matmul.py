@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from minivit.autograd.op import op
 from minivit.backend import Array
 from minivit.errors import ShapeError
@@ -36,7 +38,17 @@ def _matmul(a: Array, b: Array) -> Array:
             f"the last but one of the right, {b.shape[-2]}",
             "transpose one side?",
         )
-    return a @ b
+    return _product(a, b)
+
+
+def _product(a: Array, b: Array) -> Array:
+    """Return a @ b, without NumPy's "invalid value" warnings.
+
+    OpenBLAS's kernels compute on what happens to lie in unused lanes of their registers, throw it away, and leave the
+    processor's flag for an invalid operation set: NumPy would warn of results that have nothing wrong.
+    """
+    with np.errstate(invalid="ignore"):
+        return a @ b
 
 
 _matmul.vjps(lambda g, out, a, b: matmul(g, swapaxes(b, -1, -2)),
@@ -51,7 +63,8 @@ def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
             f"linear: an input of shape {x.shape} does not fit a weight of {weight.shape} (out, in)",
             f"give an input of shape (…, {weight.shape[1]})",
         )
-    out = x.reshape(-1, x.shape[-1]) @ weight.T  # (rows, in) → (rows, out): one product, not one a batch entry
+    # (…, in) → (rows, in) → (rows, out): one product, not one for each entry of the batch
+    out = _product(x.reshape(-1, x.shape[-1]), weight.T)
     if bias is not None:
         out += bias
     return out.reshape(*x.shape[:-1], weight.shape[0])  # (rows, out) → (…, out)
