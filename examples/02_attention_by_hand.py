@@ -20,10 +20,11 @@ import math
 import numpy as np
 
 import minivit as mv
+from minivit.backend import normal
 
 tokens, d = 5, 8
 q, k, v, d_out = (mv.Key(0, stream=i) for i in range(4))
-q, k, v, d_out = (mv.backend.normal(key, (tokens, d)) for key in (q, k, v, d_out))
+q, k, v, d_out = (normal(key, (tokens, d)) for key in (q, k, v, d_out))
 
 # ---- by hand ----
 s = q @ k.T / math.sqrt(d)  # (T, d) · (d, T) → (T, T)

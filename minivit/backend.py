@@ -96,7 +96,7 @@ def resolve_device(device: str) -> str:
     if kind != "cuda" or (index and not index.isdecimal()) or device.endswith(":"):
         raise DeviceError(f"unknown device {device!r}", "use 'cpu', 'cuda', 'cuda:1', …")
     if why_not := cuda_status():
-        raise DeviceError(f"device {device!r} is not available: {why_not}", "use --device cpu until then")
+        raise DeviceError(f"device {device!r} is not available: {why_not}", "use the device 'cpu' until then")
     import cupy
 
     count = cupy.cuda.runtime.getDeviceCount()
@@ -285,8 +285,8 @@ def keep_freed_memory() -> bool:
     """
     try:
         libc = ctypes.CDLL("libc.so.6")
-        # M_ARENA_MAX, M_MMAP_THRESHOLD, M_TRIM_THRESHOLD and M_TOP_PAD of malloc.h
-        options = ((-8, 1), (-3, 1 << 30), (-1, (1 << 31) - 1), (-2, 1 << 26))
-        return all(libc.mallopt(option, value) for option, value in options)
+        kept = libc.mallopt(-3, 1 << 30) or libc.mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD; older ones stop at 32 MiB
+        others = [libc.mallopt(-8, 1), libc.mallopt(-1, (1 << 31) - 1), libc.mallopt(-2, 1 << 26)]
+        return bool(kept and all(others))  # M_ARENA_MAX, M_TRIM_THRESHOLD and M_TOP_PAD of malloc.h
     except (OSError, AttributeError):
         return False

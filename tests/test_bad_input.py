@@ -138,3 +138,8 @@ def test_what_looks_odd_but_works():
     assert logits.grad is not None
     assert vit(image_size=np.int64(8)).config["image_size"] == 8
     assert nn.PatchEmbed(8, (4, 2), 1, 8)(IMAGES).shape == (2, 8, 8)
+
+
+def test_a_float64_number_stays_one_where_asked():
+    assert mv.tensor(0.1, dtype=np.float64).item() == 0.1
+    assert mv.tensor([0.1]).dtype == np.float32

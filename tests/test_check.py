@@ -225,3 +225,17 @@ def test_check_module_checks_every_parameter_by_name():
 def test_check_module_wants_float64():
     with pytest.raises(DTypeError, match=r"weight is float32\n  → check in float64"):
         mv.check_module(Affine(np.float32), X.astype(np.float32))
+
+
+def test_a_frozen_parameter_is_left_out():
+    layer = mv.nn.Linear(3, 2).to(np.float64)
+    layer.bias.requires_grad = False
+    assert [c.name for c in mv.check_module(layer, np.ones((2, 3))).checks] == ["weight"]
+    layer.weight.requires_grad = False
+    with pytest.raises(GraphError, match="no parameter requires"):
+        mv.check_module(layer, np.ones((2, 3)))
+
+
+def test_a_function_that_returns_no_tensor():
+    with pytest.raises(GraphError, match="returned float"):
+        mv.check_grads(lambda x: 3.0, [np.ones(3)])

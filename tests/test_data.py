@@ -21,8 +21,7 @@ from minivit.data import images as images_module
 from minivit.data.augment import bilinear
 from minivit.errors import ConfigError, DataError
 
-SHARED = Path(os.environ.get("MINIVIT_SHARED", Path(__file__).parents[2] / "shared"))
-FIXTURES = SHARED / "data" / "image-fixtures-pillow"
+FIXTURES = Path(os.environ.get("MINIVIT_IMAGE_FIXTURES", "no such folder"))  # odd files of Pillow's own test suite
 
 
 def toy(n: int = 10, channels: int = 1, height: int = 4, width: int = 5, classes: int = 3) -> Dataset:
@@ -565,7 +564,7 @@ def test_damaged_image_files_raise_nothing_else(kind):
                 assert error.what
 
 
-@pytest.mark.skipif(not FIXTURES.is_dir(), reason=f"no image fixtures in {FIXTURES}: set MINIVIT_SHARED")
+@pytest.mark.skipif(not FIXTURES.is_dir(), reason="MINIVIT_IMAGE_FIXTURES names no folder of odd image files")
 def test_odd_files_give_the_right_picture_or_a_typed_error():
     with open(FIXTURES / "MANIFEST.tsv", encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file, delimiter="\t"))

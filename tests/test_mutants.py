@@ -14,6 +14,7 @@ from minivit.errors import GradientError
 from minivit.ops.samples import SAMPLES
 
 counted: Counter[str] = Counter()
+killed: Counter[str] = Counter()
 
 
 @pytest.mark.parametrize("name", sorted(OPS))
@@ -21,9 +22,9 @@ def test_every_mutant_is_killed(name):
     for sample in (s for s in SAMPLES if s.op == name):
         verdict = check_mutants(sample.function, sample.build())
         assert not verdict.survivors, f"{sample}: the check accepts {verdict.survivors}"
-        assert verdict.killed == verdict.total
+        killed[name] += verdict.killed
         counted[name] += verdict.total
-    assert counted[name] >= 3
+    assert killed[name] == counted[name] >= 3
 
 
 def test_the_number_of_mutants(capsys):
@@ -31,7 +32,7 @@ def test_the_number_of_mutants(capsys):
         pytest.skip("counts what the tests before it did: run the whole file")
     fewest = min(counted, key=lambda name: counted[name])
     with capsys.disabled():
-        print(f"\nmutants killed: {counted.total()} of {counted.total()}, in {len(counted)} operations; ", end="")
+        print(f"\nmutants killed: {killed.total()} of {counted.total()}, in {len(counted)} operations; ", end="")
         print(f"fewest {counted[fewest]} ({fewest})")
     assert counted.total() > 2000
 
@@ -56,13 +57,12 @@ def row(name: str, label: str):
         "p * (gp - sum(p * gp, -1, True)) * scale → p * (gp - sum(p * gp, -1, True)) * 1.0",
         "gp - sum(p * gp, -1, True) → gp - 0.0",  # only the diagonal of the softmax's Jacobian
         "gp - sum(p * gp, -1, True) → gp + sum(p * gp, -1, True)",
-        "matmul(gs, k) if needs[0] else None",  # absent: a conditional is not among the changes
     ],
 )
 def test_attention_has_the_mutants_that_it_should(change):
     sample = row("attention", "no leading axes")
     found = [m for description, m in mutants(sample.function, sample.build()) if change in description]
-    assert len(found) == (0 if change.startswith("matmul") else 1)
+    assert len(found) == 1
     for mutated in found:
         with mutated, pytest.raises(GradientError):
             check_op(sample.function, sample.build())

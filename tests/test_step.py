@@ -360,3 +360,10 @@ def test_a_thousand_steps_leak_nothing():
         assert memory_in_use() - before < 2_000_000
     finally:
         gc.enable()
+
+
+def test_a_float64_model_trains_from_float32_images():
+    model = disturbed(mv.ViT(**{**SMALL, "depth": 2})).to(np.float64)
+    step = mv.TrainStep(model, AdamW(model.named_parameters()))
+    assert step(*batch()) > 0
+    assert mv.predict_logits(model, batch()[0]).dtype == np.float64

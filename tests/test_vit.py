@@ -396,3 +396,9 @@ def test_state_that_does_not_fit():
     assert all((before[k] == v).all() for k, v in model.state_dict().items())
     del state["head.weight"]
     model.load_state_dict(state, strict=False)
+
+
+def test_a_new_head_has_the_models_dtype():
+    model = mv.ViT(**SMALL).to(np.float64)
+    model.reset_head(3)
+    assert model(np.zeros((1, 3, 12, 8))).dtype == np.float64

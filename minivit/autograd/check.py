@@ -97,13 +97,15 @@ def check_grads(
 
 
 def check_module(module: Any, *inputs: Any, order: int = 1, method: str = "auto", seed: int = 0) -> GradientReport:
-    """Check the gradient of ``module(*inputs)`` in every parameter; raise GradientError if one is wrong.
+    """Check the gradient of ``module(*inputs)`` in every unfrozen parameter; raise GradientError if one is wrong.
 
     The module must be float64 (``module.to(np.float64)``) and must give equal outputs for equal inputs: call
     ``eval()``, or fix the random key inside. Parameters that are all zero, like a fresh head, hide what lies before
     them: give them other values first.
     """
-    leaves = dict(module.named_parameters())
+    leaves = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    if not leaves:
+        raise GraphError("check_module: no parameter requires a gradient", "unfreeze one: p.requires_grad = True")
     for name, p in leaves.items():
         if p.dtype != np.float64:
             raise DTypeError(f"check_module: {name} is {p.dtype}", "check in float64: module.to(np.float64)")
@@ -154,6 +156,8 @@ class _First:
     def __init__(self, fn: Callable[[], Tensor], leaves: Mapping[str, Tensor], key: Key) -> None:
         self.fn, self.leaves = fn, dict(leaves)
         output = fn()
+        if not isinstance(output, Tensor):
+            raise GraphError(f"the function to check returned {type(output).__name__}", "return one Tensor")
         self.cotangent = normal(key.child(1), output.shape)
         self.norm = float(np.linalg.norm(self.cotangent))
         self.gradients = self._gradients(output)

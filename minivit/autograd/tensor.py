@@ -145,7 +145,7 @@ def tensor(data: Any, dtype: Any = None, device: str | None = None, requires_gra
             data = np.asarray(data)
         except ValueError as error:
             raise ShapeError(f"tensor: {error}", "give rows of equal length") from None
-        if data.dtype == np.float64:
+        if data.dtype == np.float64 and dtype is None:
             data = data.astype(np.float32)
     data = np.asarray(data) if isinstance(data, np.generic) else data
     if data.dtype.kind not in "fiubc":

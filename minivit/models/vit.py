@@ -74,10 +74,13 @@ class ViT(Module):
 
     def reset_head(self, num_classes: int) -> None:
         """Replace the head by one linear layer of zeros, as for fine-tuning (section 3.2), and drop a hidden layer."""
-        if hasattr(self, "head"):
+        before = getattr(self, "head", None)
+        if before is not None:
             self.config |= check_settings(num_classes=num_classes, head="linear")
             self.pre_logits = None
         self.head = Linear(self.dim, num_classes, weight_init=init.zeros)
+        if before is not None:
+            self.head.to(before.weight.dtype).to(before.weight.device)
 
     @property
     def num_tokens(self) -> int:

@@ -70,7 +70,9 @@ class MultiHeadAttention(Module):
         return ops.transpose(qkv, (2, 0, 3, 1, 4))  # → (3, B, H, T, d)
 
     def weights(self, x: Any, mask: Any = None) -> Any:
-        """Return the attention probabilities (B, heads, T, T): row i is what token i attends to; it sums to 1."""
+        """Return the attention probabilities (B, heads, T, T): row i is what token i attends to.
+
+        It sums to 1; a row of a token that may attend to nothing is zero."""
         qkv = self.project(x)
         return ops.attention_weights(qkv[0], qkv[1], mask)
 

@@ -98,7 +98,7 @@ class Optimizer:
         for name, p, view in zip(self.names, self.parameters, self.views, strict=True):
             if p.data is not view:
                 raise GraphError(
-                    f"{name}.data was replaced after its optimizer was made",
+                    f"{name}.data was replaced after its optimizer was made: by model.to(…), or by another optimizer",
                     "make the optimizer after model.to(…); change values in place: p.data[...] = values",
                 )
         self.steps += 1

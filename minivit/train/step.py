@@ -75,8 +75,8 @@ class TrainStep:
     def __call__(self, images: Any, labels: Any) -> float:
         """Make one update and return the batch's mean loss before it.
 
-        images (B, C, H, W) in the model's dtype, labels as the loss takes them. Raises :class:`NonFiniteError` before
-        the update if the loss or the gradient is not finite.
+        images (B, C, H, W), made the model's dtype, labels as the loss takes them. Raises :class:`NonFiniteError`
+        before the update if the loss or the gradient is not finite.
         """
         images, labels = as_array(images, self.opt.flat.dtype), as_array(labels)
         if len(images) != len(labels):
@@ -210,9 +210,9 @@ class Team:
 
 
 def as_array(x: Any, dtype: Any = None) -> Array:
-    """Return the array of a Tensor, or an array itself; make one (of ``dtype``) of a list."""
-    x = raw(x)
-    return x if is_array(x) else np.asarray(x, dtype)
+    """Return the array of a Tensor, an array itself or one made of a list; floating numbers as ``dtype``, if given."""
+    x = raw(x) if is_array(raw(x)) else np.asarray(x)
+    return x.astype(dtype, copy=False) if dtype is not None and x.dtype.kind == "f" else x
 
 
 def _total(losses: list[Any]) -> Any:

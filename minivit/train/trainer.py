@@ -298,10 +298,9 @@ def evaluate(model: Module, loader: Batches, after_batch: Callable[[], None] | N
     each batch; what it raises ends the evaluation. Raises DataError for no images or labels that are not integers.
     """
     logits, labels = [], []
-    dtype = next(model.parameters()).dtype
     for images, targets in loader.batches(0):
         _check_labels(targets)
-        logits.append(predict_logits(model, images.astype(dtype, copy=False)))
+        logits.append(predict_logits(model, images))
         labels.append(targets)
         if after_batch is not None:
             after_batch()
