@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 
+from minivit.autograd.op import OPS
 from minivit.backend import cuda_status
 from tests import strict
 
@@ -16,3 +19,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason=why_not))
+
+
+@pytest.fixture
+def toys() -> Iterator[None]:
+    """Let a test define operations of its own."""
+    before = dict(OPS)
+    yield
+    OPS.clear()
+    OPS.update(before)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -16,15 +15,6 @@ from minivit.backend import Array, Key, normal
 from minivit.errors import ConfigError, DTypeError, GradientError, GraphError
 
 X = np.asarray(normal(Key(0), (3, 4)))
-
-
-@pytest.fixture
-def toys() -> Iterator[None]:
-    """Let a test define operations of its own."""
-    before = dict(OPS)
-    yield
-    OPS.clear()
-    OPS.update(before)
 
 
 def scaled(factor: Any) -> Op:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import minivit as mv
 from minivit import ops
-from minivit.autograd.op import OPS, op
+from minivit.autograd.op import op
 from minivit.backend import Array, Key, normal
 from minivit.errors import ConfigError, DTypeError, GraphError, ShapeError
 
@@ -31,15 +31,6 @@ def no_collector() -> Iterator[None]:
     gc.disable()
     yield
     gc.enable()
-
-
-@pytest.fixture
-def toys() -> Iterator[None]:
-    """Let a test define operations of its own."""
-    before = dict(OPS)
-    yield
-    OPS.clear()
-    OPS.update(before)
 
 
 # ---- the walk --------------------------------------------------------------------------------------------------------

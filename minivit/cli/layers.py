@@ -16,6 +16,7 @@ from minivit.errors import CheckpointError, unknown_name
 from minivit.models.vit import ViT
 from minivit.models.zoo import MODELS
 from minivit.nn.module import Module, watching
+from minivit.nn.settings import pair
 from minivit.train.checkpoint import load_checkpoint
 from minivit.train.step import Team
 
@@ -35,15 +36,13 @@ def model_config(name: str) -> dict[str, Any]:
 
 def image_shape(config: dict[str, Any]) -> tuple[int, int, int]:
     """Return (C, H, W) of the images that a model takes."""
-    size = config["image_size"]
-    height, width = (size, size) if isinstance(size, int) else size
-    return config["in_channels"], height, width
+    return config["in_channels"], *pair("image_size", config["image_size"])
 
 
 def count_parameters(config: dict[str, Any]) -> int:
     """Return the number of parameters of a model, without making it."""
     channels, height, width = image_shape(config)
-    p, q = (config["patch_size"],) * 2 if isinstance(config["patch_size"], int) else config["patch_size"]
+    p, q = pair("patch_size", config["patch_size"])
     dim, heads = config["dim"], config["heads"]
     inner, hidden = heads * (config["dim_head"] or dim // heads), config["mlp_dim"] or 4 * dim
     cls, patches = config["pool"] == "cls", (height // p) * (width // q)

@@ -56,8 +56,7 @@ def run(args: argparse.Namespace) -> int:
     if good:
         recorded = meta.get("data", {})
         images = standardize(np.stack(good), recorded.get("mean", [0.0]), recorded.get("std", [1.0]))  # (N, C, H, W)
-        dtype = next(model.parameters()).dtype
-        probabilities = ops.softmax(predict_logits(model, images.astype(dtype, copy=False)))  # (N, K)
+        probabilities = ops.softmax(predict_logits(model, images))  # (N, K)
         classes = _classes(meta, probabilities.shape[1])
         answers = iter(probabilities)
         for row in rows:

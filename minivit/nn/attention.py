@@ -72,7 +72,8 @@ class MultiHeadAttention(Module):
     def weights(self, x: Any, mask: Any = None) -> Any:
         """Return the attention probabilities (B, heads, T, T): row i is what token i attends to.
 
-        It sums to 1; a row of a token that may attend to nothing is zero."""
+        It sums to 1; a row of a token that may attend to nothing is zero.
+        """
         qkv = self.project(x)
         return ops.attention_weights(qkv[0], qkv[1], mask)
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from minivit.autograd.op import op, raw
-from minivit.backend import Array, Key, array_module, to_device
+from minivit.backend import Array, Key, device_of, to_device
 from minivit.errors import ConfigError, DTypeError, ShapeError
 from minivit.ops.dropout import keep_scale
 from minivit.ops.elementwise import where
@@ -80,9 +80,7 @@ def bool_mask(mask: Any) -> Any:
 
 
 def _on_device(mask: Any, like: Array) -> Any:
-    if mask is None or array_module(like) is array_module(mask := raw(bool_mask(mask))):
-        return mask
-    return to_device(mask, f"cuda:{like.device.id}")
+    return None if mask is None else to_device(raw(bool_mask(mask)), device_of(like))
 
 
 def _drop(p: Array, dropout: float, key: Key | None, first_row: int) -> Array | None:

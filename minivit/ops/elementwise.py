@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from minivit.autograd.op import op, raw
-from minivit.backend import Array, array_module, is_array, to_device
+from minivit.backend import Array, array_module, device_of, is_array, to_device
 
 # ---- arithmetic ------------------------------------------------------------------------------------------------------
 
@@ -252,7 +252,7 @@ def _here(condition: Any, *arrays: Any) -> Any:
     """Return a NumPy mask on the device of the arrays that it selects from."""
     on_gpu = next((a for a in arrays if array_module(a) is not np), None)
     if isinstance(condition, np.ndarray) and on_gpu is not None:
-        return to_device(condition, f"cuda:{on_gpu.device.id}")
+        return to_device(condition, device_of(on_gpu))
     return condition
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -67,12 +68,7 @@ def _concat(axis: int, *arrays: Array) -> Array:
 
 @_concat.vjp
 def _(g: Any, out: Any, axis: int, *arrays: Any, needs: tuple[bool, ...]) -> Any:
-    parts, start = [], 0
-    for x, needed in zip(arrays, needs, strict=True):
-        stop = start + x.shape[axis]
-        parts.append(getitem(g, _along(axis % g.ndim, slice(start, stop))) if needed else None)
-        start = stop
-    return parts
+    return split(g, [x.shape[axis] for x in arrays], axis)
 
 
 def stack(arrays: Sequence[Any], axis: int = 0) -> Any:
@@ -99,9 +95,8 @@ def split(x: Any, sections: int | Sequence[int], axis: int = 0) -> list[Any]:
         sections = [n // sections] * sections
     if sum(sections) != n:
         raise ShapeError(f"split: lengths {list(sections)} add up to {sum(sections)}, the axis has {n}", "mend them")
-    ends = np.cumsum(sections).tolist()
-    starts = [0, *ends[:-1]]
-    return [getitem(x, _along(axis % len(x.shape), slice(a, b))) for a, b in zip(starts, ends, strict=True)]
+    edges = itertools.pairwise([0, *np.cumsum(sections).tolist()])
+    return [getitem(x, _along(axis % len(x.shape), slice(a, b))) for a, b in edges]
 
 
 def _along(axis: int, index: Any) -> tuple[Any, ...]:

@@ -6,6 +6,7 @@ added, clipped and averaged in one piece, and the moments have the same layout.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -58,7 +59,7 @@ class Optimizer:
         self.lr, self.weight_decay, self.steps = lr, weight_decay, 0
         self.names = [n for n, _ in named]
         self.parameters = [p for _, p in named]
-        self.ends = np.cumsum([p.size for p in self.parameters]).tolist()
+        self.spans = list(itertools.pairwise([0, *np.cumsum([p.size for p in self.parameters]).tolist()]))
         self.decayed = sum(p.size for n, p in named if is_decayed(n, p))
         first = self.parameters[0].data
         xp = array_module(first)
@@ -72,10 +73,7 @@ class Optimizer:
 
     def split(self, flat: Array) -> list[Array]:
         """Return views of a flat array in the shapes of the parameters."""
-        starts = [0, *self.ends[:-1]]
-        return [
-            flat[a:b].reshape(p.shape) for a, b, p in zip(starts, self.ends, self.parameters, strict=True)
-        ]  # fmt: skip
+        return [flat[a:b].reshape(p.shape) for (a, b), p in zip(self.spans, self.parameters, strict=True)]
 
     def zero_grad(self) -> None:
         """Forget the parameters' gradients."""
@@ -90,8 +88,7 @@ class Optimizer:
         for p, view in zip(self.parameters, self.split(self.grad), strict=True):
             if p.grad is not None:
                 view[...] = p.grad
-        starts = [0, *self.ends[:-1]]
-        self.update([(a, b) for a, b, here in zip(starts, self.ends, present, strict=True) if here])
+        self.update([span for span, here in zip(self.spans, present, strict=True) if here])
 
     def update(self, spans: Sequence[tuple[int, int]] = ()) -> None:
         """Update from the flat gradient ``self.grad``: all of it, or the given spans."""
@@ -239,7 +236,12 @@ def clip_grad_norm(parameters: Iterable[Parameter], max_norm: float) -> float:
     if not grads:
         return 0.0
     norm = float(gradient_norm(grads))
-    if norm > max_norm:
-        for g in grads:
-            g *= max_norm / (norm + 1e-6)
+    scale_to_norm(grads, norm, max_norm)
     return norm
+
+
+def scale_to_norm(arrays: Iterable[Array], norm: float, max_norm: float) -> None:
+    """Scale arrays, whose norm together is ``norm``, in place to ``max_norm`` if that is smaller."""
+    if norm > max_norm:
+        for a in arrays:
+            a *= max_norm / (norm + 1e-6)

@@ -36,7 +36,7 @@ from minivit.backend import (
 from minivit.errors import ConfigError, DataError, GraphError, NonFiniteError, ShapeError
 from minivit.nn.module import Module, watching
 from minivit.nn.random import random_key
-from minivit.train.optim import Optimizer, gradient_norm
+from minivit.train.optim import Optimizer, gradient_norm, scale_to_norm
 
 DROP_STREAM = 0xD209  # the stream of dropout and drop path under a run's seed
 MICRO_BATCH_TOKENS = 544  # tokens in a micro-batch at most: their activations then stay in a core's L2 cache
@@ -103,12 +103,12 @@ class TrainStep:
             for flat in self.flats[1:]:
                 self.opt.grad += flat
             norm = gradient_norm([self.opt.grad])
-            # the one time that a GPU is waited for
-            loss, self.grad_norm = (float(x) for x in to_numpy(array_module(norm).stack([_total(losses), norm])))
+            both = array_module(norm).stack([sum(losses[1:], losses[0]), norm])
+            loss, self.grad_norm = (float(x) for x in to_numpy(both))  # the one time that a GPU is waited for
             if not (math.isfinite(loss) and math.isfinite(self.grad_norm)):
                 raise self._non_finite(loss, images, key)
-            if self.clip_norm is not None and self.grad_norm > self.clip_norm:
-                self.opt.grad *= self.clip_norm / (self.grad_norm + 1e-6)
+            if self.clip_norm is not None:
+                scale_to_norm([self.opt.grad], self.grad_norm, self.clip_norm)
             self.opt.update()
         return loss
 
@@ -126,7 +126,7 @@ class TrainStep:
         )
         place = next((p for p in places if p is not None), None)
         if place is None and math.isfinite(loss):
-            named = zip(self.opt.names, self.opt.split(self.opt.grad), strict=True)
+            named = zip(self.opt.names, self.views[0], strict=True)
             bad = [name for name, g in named if not bool(array_module(g).isfinite(g).all())]
             place = f"the gradient of {bad[-1]}" if bad else "the gradient's norm, which overflows"
         return NonFiniteError(
@@ -213,13 +213,6 @@ def as_array(x: Any, dtype: Any = None) -> Array:
     """Return the array of a Tensor, an array itself or one made of a list; floating numbers as ``dtype``, if given."""
     x = raw(x) if is_array(raw(x)) else np.asarray(x)
     return x.astype(dtype, copy=False) if dtype is not None and x.dtype.kind == "f" else x
-
-
-def _total(losses: list[Any]) -> Any:
-    total = losses[0]
-    for loss in losses[1:]:
-        total = total + loss
-    return total
 
 
 def predict_logits(
