@@ -157,6 +157,11 @@ def _sigmoid(v: float) -> float:
     return 1 / (1 + math.exp(-v)) if v > 0 else math.exp(v) / (1 + math.exp(v))
 
 
+def _self_attention(qkv, heads, *settings):
+    q, k, v = (np.stack(np.split(x, heads, axis=2), axis=1) for x in np.split(qkv, 3, axis=2))  # (B, H, T, d)
+    return np.concatenate(np.split(_attention(q, k, v, *settings), heads, axis=1), axis=3)[:, 0]
+
+
 FORWARD: dict[str, Callable[..., Any]] = {
     "abs": _each(math.fabs),
     "add": _each(operator.add),
@@ -197,7 +202,7 @@ FORWARD: dict[str, Callable[..., Any]] = {
     "relu": _each(lambda v: v if v > 0 else 0.0),
     "reshape": lambda x, shape: np.array(x.tolist()).reshape(shape),
     "scatter": _scatter,
-    "self_attention": lambda qkv, *settings: _attention(*qkv, *settings),
+    "self_attention": _self_attention,
     "sigmoid": _each(_sigmoid),
     "silu": _each(lambda v: v * _sigmoid(v)),
     "sin": _each(math.sin),

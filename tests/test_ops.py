@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from minivit.autograd.mutate import check_op
 from minivit.autograd.op import OPS
 from minivit.backend import Key, is_array, normal, to_device, to_numpy
 from minivit.errors import ConfigError, DataError, DeviceError, DTypeError, ShapeError
+from minivit.ops import fast
 from minivit.ops.samples import SAMPLES, Sample
 from tests.optable import FORWARD
 
@@ -149,6 +151,35 @@ def test_fast_gelu_over_more_than_one_block(approximate):
         fast, (actual,) = backward(ops.gelu, args, [0])
     assert_near(fast.data, out.data, 1e-6)
     assert_near(actual, expected, 1e-6)
+    with mv.first_order(), mv.no_grad():  # without the derivative
+        np.testing.assert_array_equal(ops.gelu(mv.tensor(args[0]), approximate).data, fast.data)
+
+
+@pytest.mark.parametrize("scores", [1, 6, 9])
+@pytest.mark.parametrize("sample", [s for s in SAMPLES if s.op in ("attention", "self_attention")], ids=str)
+def test_attention_in_blocks_of_queries_equals_the_plain_one(monkeypatch, sample, scores):
+    monkeypatch.setattr(fast, "KEPT_SCORES", scores)  # a block of one query, or of two or three
+    args = sample.build()
+    at = places(sample, args)
+    out, gradients = backward(sample.function, args, at)
+    with mv.first_order():
+        in_blocks, block_gradients = backward(sample.function, args, at)
+    for a, e in zip([in_blocks.data, *block_gradients], [out.data, *gradients], strict=True):
+        assert_near(a, e, 1e-12)
+
+
+def test_memory_of_attention_does_not_grow_with_the_square_of_the_length():
+    peaks = []
+    for tokens in (400, 800):
+        qkv = mv.tensor(normal(Key(3), (1, tokens, 3 * 2 * 8)), requires_grad=True)
+        tracemalloc.start()
+        with mv.first_order():
+            out = ops.self_attention(qkv, 2)
+        out.backward(np.ones_like(out.data))
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    one_head = 8 * 800 * 800  # bytes of its scores
+    assert peaks[1] < 1.5 * peaks[0] and peaks[1] < one_head
 
 
 @rows

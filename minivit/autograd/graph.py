@@ -132,6 +132,9 @@ def _no_tensor() -> None:
     return None
 
 
+_HERE = contextlib.nullcontext()
+
+
 # ---- the walk back ---------------------------------------------------------------------------------------------------
 
 
@@ -162,43 +165,48 @@ def propagate(
             continue
         if wanted is not None and node in wanted:
             yield node, grad
+        op, parents = node.op, node.parents
         if node.freed:
             raise GraphError(
-                f"backward reached a result of {node.op.name} whose graph is already freed",
+                f"backward reached a result of {op.name} whose graph is already freed",
                 "run the forward pass again, add the losses up before one backward, "
                 "or use grad(..., create_graph=True), which keeps the graph",
             )
-        parents = node.parents
         needs = tuple([p is not None and (alive is None or p in alive) for p in parents])
         if not any(needs):
             continue
         # what a gradient makes must be made where its arrays are; a Tensor's operations see to that themselves
-        with on_device_of(grad):
-            results = node.op.gradient(node, grad, needs, wrap)
+        with _HERE if type(grad) is np.ndarray else on_device_of(grad):
+            results = op.gradient(node, grad, needs, wrap)
             if wrap is None:
                 node.free()
             del grad
             for parent, needed, part in zip(parents, needs, results, strict=True):
                 if not needed or parent is None:
                     continue
-                if part.shape != parent.shape:
-                    part = unbroadcast(part, parent.shape)
                 if part.shape != parent.shape or part.dtype != parent.dtype:
-                    raise GraphError(
-                        f"a gradient of {node.op.name} is {part.dtype}{part.shape}, "
-                        f"its input is {parent.dtype}{parent.shape}",
-                        "mend the operation's gradient; Python scalars keep float32 as it is, NumPy scalars do not",
-                    )
+                    part = _fitting(part, parent, op)
                 if parent.op is None:
                     yield parent, part
-                elif parent not in grads:
+                elif (so_far := grads.get(parent)) is None:
                     grads[parent] = part
                 elif parent in ours:
-                    grads[parent] += part
+                    so_far += part
                 else:
-                    grads[parent] = grads[parent] + part
+                    grads[parent] = so_far + part
                     if wrap is None and part.ndim:  # NumPy's sum of two 0-d arrays is no array
                         ours.add(parent)
+
+
+def _fitting(part: Any, parent: Node, op: Any) -> Any:
+    """Return a gradient summed over what was broadcast; raise if it does not fit its input then."""
+    part = unbroadcast(part, parent.shape)
+    if part.shape != parent.shape or part.dtype != parent.dtype:
+        raise GraphError(
+            f"a gradient of {op.name} is {part.dtype}{part.shape}, its input is {parent.dtype}{parent.shape}",
+            "mend the operation's gradient; Python scalars keep float32 as it is, NumPy scalars do not",
+        )
+    return part
 
 
 def _from_root(root: Node) -> list[Node]:

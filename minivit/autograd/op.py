@@ -151,38 +151,39 @@ class Op:
         return self.inputs if self.variadic is None else [*self.inputs, *range(self.variadic, len(args))]
 
     def _record(self, args: tuple[Any, ...]) -> Tensor:
-        positions = self.input_positions(args)
+        positions = self.inputs if self.variadic is None else self.input_positions(args)
         raw = [a.data if isinstance(a, Tensor) else a for a in args]
         first = raw[positions[0]]
         for i in positions:
+            a = raw[i]
             # the usual case, CPU arrays of one dtype and nothing else, is seen to quickly
-            if raw[i] is not None and (type(raw[i]) is not np.ndarray or raw[i].dtype is not first.dtype):
+            if a is not None and (type(a) is not np.ndarray or a.dtype is not first.dtype):
                 self._check_alike(raw, positions)
-                first = raw[positions[0]]
+                first = next(a for a in raw if is_array(a))
                 break
-        parents = tuple([args[i].node if isinstance(args[i], Tensor) else None for i in positions])
+        fast = self._fast if recording.first_order and isinstance(first, np.ndarray) else None
+        kept = None
         if type(first) is np.ndarray:
-            out, kept = self._compute(raw, on_cpu=True)
+            out = self._run(fast or self.forward, raw)
         else:
-            with on_device_of(next(a for a in raw if is_array(a))):
-                out, kept = self._compute(raw, on_cpu=isinstance(first, np.ndarray))
+            with on_device_of(first):
+                out = self._run(fast or self.forward, raw)
+        if fast is not None:
+            out, kept = out
         if isinstance(out, np.generic):
             out = np.asarray(out)
-        if not recording.enabled or not any(parents):
+        if not recording.enabled:
             return Tensor(out)
-        if kept is not None:
+        parents = tuple([args[i].node if isinstance(args[i], Tensor) else None for i in positions])
+        if not any(parents):
+            return Tensor(out)
+        if fast is not None:
             return Tensor(out, Node(self, None, parents, out, kept))
         for i in positions:
             saved = i < len(self.names) and self.names[i] in self.save
             if not saved and is_array(raw[i]):
                 raw[i] = Unsaved(raw[i])
         return Tensor(out, Node(self, raw, parents, out))
-
-    def _compute(self, raw: list[Any], on_cpu: bool) -> tuple[Any, Any]:
-        """Return the output and, of a fast twin, what its gradient reads."""
-        if recording.first_order and self._fast is not None and on_cpu:
-            return self._run(self._fast, raw)
-        return self._run(self.forward, raw), None
 
     def _check_alike(self, args: list[Any], positions: Sequence[int]) -> None:
         """Raise unless the inputs are arrays of one dtype and device, or numbers; make NumPy scalars plain numbers."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from minivit.models.vit import ViT
 from minivit.models.zoo import MODELS
 from minivit.nn.module import Module, watching
 from minivit.nn.settings import pair
+from minivit.study.speed import flops
 from minivit.train.checkpoint import load_checkpoint
 from minivit.train.step import Team
 
@@ -124,19 +124,6 @@ def measure(model: Module, images: Any) -> dict[str, Row]:
     for path, p in model.named_parameters():
         rows[layer_of(path)].parameters += p.size
     return rows
-
-
-def flops(node: Node) -> int:
-    """Return the floating-point operations of a recorded matrix product; 0 for other operations."""
-    name, out, shapes = node.op.name, math.prod(node.shape), [p.shape if p else () for p in node.parents]
-    if name == "linear":
-        return 2 * out * shapes[1][-1]  # (…, in) · (out, in)ᵀ
-    if name == "self_attention":
-        _, *lead, tokens, width = shapes[0]  # (3, B, heads, T, d): QKᵀ and PV
-        return 4 * math.prod(lead) * tokens * tokens * width
-    if name == "attention":  # q (…, T, d), k (…, S, d), v (…, S, e)
-        return 2 * out // node.shape[-1] * shapes[1][-2] * (shapes[0][-1] + shapes[2][-1])
-    return 0
 
 
 def _arrays(value: Any) -> list[Any]:

@@ -16,6 +16,7 @@ COMMANDS = {
     "predict": "classify images with a checkpoint",
     "summary": "show a model's layers, sizes, FLOPs and memory",
     "gradcheck": "prove the gradients of all operations, or of a model",
+    "bench": "measure the speed of a training step, and of its operations",
     "doctor": "show what minivit runs on, and test it",
 }
 """What there is, each in ``minivit.cli.<command>``: ``add_arguments(parser)`` and ``run(args)`` → exit code."""

@@ -11,7 +11,7 @@ from minivit.nn.layers import MLP, Dropout, DropPath, LayerNorm, Linear
 from minivit.nn.module import Module
 from minivit.nn.random import first_row, next_key
 from minivit.nn.settings import check_settings
-from minivit.ops.attention import bool_mask
+from minivit.ops.attention import bool_mask, merge_heads, split_heads
 
 
 class MultiHeadAttention(Module):
@@ -47,34 +47,30 @@ class MultiHeadAttention(Module):
         p = self.attention_dropout if self.training else 0.0
         drop = {"dropout": p, "key": next_key() if p > 0 else None, "first_row": first_row()}
         if queries is None:
-            heads = ops.self_attention(self.project(x), mask, **drop)  # (3, B, H, T, d) → (B, H, T, d)
+            merged = ops.self_attention(self.project(x), self.heads, mask, **drop)  # (B, T, 3·H·d) → (B, T, H·d)
         else:
             one = self.heads * self.dim_head  # rows of the weight: queries, then keys and values
-            q = self.project(x[:, :queries], slice(0, one))[0]
-            kv = self.project(x, slice(one, 3 * one))
+            q = split_heads(self.project(x[:, :queries], slice(0, one)), 1, self.heads)[0]
+            kv = split_heads(self.project(x, slice(one, 3 * one)), 2, self.heads)
             mask = None if mask is None else mask[..., :queries, :]
             heads = ops.attention(q, kv[0], kv[1], mask, **drop)  # (B, H, queries, d)
-        merged = ops.transpose(heads, (0, 2, 1, 3))  # (B, H, T, d) → (B, T, H, d)
-        merged = ops.reshape(merged, (*merged.shape[:2], self.heads * self.dim_head))  # → (B, T, H·d)
+            merged = merge_heads(heads[None])  # → (B, queries, H·d)
         return self.drop(self.proj(merged))  # → (B, T, dim)
 
     def project(self, x: Any, rows: slice | None = None) -> Any:
-        """Return queries, keys and values (or those that ``rows`` of the weight give): → (3, B, heads, T, dim_head)."""
+        """Return a token's queries, keys and values, (B, T, 3·H·d), or those that ``rows`` of the weight give."""
         weight: Any = self.qkv.weight
         bias: Any = self.qkv.bias
         if rows is not None:
             weight, bias = weight[rows], None if bias is None else bias[rows]
-        n = weight.shape[0] // (self.heads * self.dim_head)
-        qkv = ops.linear(x, weight, bias)
-        qkv = ops.reshape(qkv, (*qkv.shape[:-1], n, self.heads, self.dim_head))  # (B, T, 3·H·d) → (B, T, 3, H, d)
-        return ops.transpose(qkv, (2, 0, 3, 1, 4))  # → (3, B, H, T, d)
+        return ops.linear(x, weight, bias)
 
     def weights(self, x: Any, mask: Any = None) -> Any:
         """Return the attention probabilities (B, heads, T, T): row i is what token i attends to.
 
         It sums to 1; a row of a token that may attend to nothing is zero.
         """
-        qkv = self.project(x)
+        qkv = split_heads(self.project(x), 3, self.heads)
         return ops.attention_weights(qkv[0], qkv[1], mask)
 
 

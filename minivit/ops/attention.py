@@ -15,7 +15,7 @@ from minivit.ops.elementwise import where
 from minivit.ops.matmul import matmul
 from minivit.ops.normalize import softmax
 from minivit.ops.reduce import sum
-from minivit.ops.shape import stack, swapaxes
+from minivit.ops.shape import reshape, stack, swapaxes, transpose
 
 FORBIDDEN = -1e30  # a score that no allowed one comes near, and yet finite: a row of them alone has no NaN
 
@@ -116,24 +116,50 @@ def _(q: Any, k: Any, v: Any, mask: Any = None, scale: float | None = None, drop
     return matmul(p if drop is None else p * drop, v)
 
 
+def split_heads(x: Any, parts: int, heads: int) -> Any:
+    """Return features (B, T, parts·heads·d) as (parts, B, heads, T, d), a view. Works on arrays and on Tensors."""
+    x = reshape(x, (*x.shape[:2], parts, heads, x.shape[2] // (parts * heads)))  # → (B, T, parts, heads, d)
+    return transpose(x, (2, 0, 3, 1, 4))
+
+
+def merge_heads(x: Any) -> Any:
+    """Return (parts, B, heads, T, d) as features (B, T, parts·heads·d): the inverse of :func:`split_heads`."""
+    x = transpose(x, (1, 3, 0, 2, 4))  # → (B, T, parts, heads, d)
+    return reshape(x, (*x.shape[:2], x.shape[2] * x.shape[3] * x.shape[4]))
+
+
 @op(save=("qkv",))
 def self_attention(
-    qkv: Array, mask: Any = None, scale: float | None = None, dropout: float = 0.0, key: Key | None = None,
+    qkv: Array, heads: int, mask: Any = None, scale: float | None = None, dropout: float = 0.0, key: Key | None = None,
     first_row: int = 0,
 ) -> Array:  # fmt: skip
-    """Return :func:`attention` of queries, keys and values stacked as qkv (3, …, T, d) → (…, T, d).
+    """Return :func:`attention` of each head of qkv (B, T, 3·heads·d), the heads merged: → (B, T, heads·d).
 
-    One input instead of three: its gradient is written in one piece, as the projection that made qkv wants it.
+    qkv holds a token's queries, then its keys, then its values, as one projection makes them: one input instead of
+    three, whose gradient is written in one piece.
     """
-    return attention.forward(*qkv, mask, scale, dropout, key, first_row)
+    check_heads(qkv, heads)
+    return merge_heads(attention.forward(*split_heads(qkv, 3, heads), mask, scale, dropout, key, first_row)[None])
+
+
+def check_heads(qkv: Array, heads: int) -> None:
+    """Raise unless qkv is (B, T, 3·heads·d)."""
+    if qkv.ndim != 3 or heads < 1 or qkv.shape[2] % (3 * heads):
+        raise ShapeError(
+            f"self_attention: {qkv.shape} does not hold queries, keys and values of {heads} heads",
+            "give (B, T, 3·heads·d)",
+        )
 
 
 @self_attention.vjp
-def _(g: Any, out: Any, qkv: Any, *settings: Any, needs: tuple[bool, ...]) -> Any:
+def _(g: Any, out: Any, qkv: Any, heads: int, *settings: Any, needs: tuple[bool, ...]) -> Any:
     assert attention._vjp is not None
-    return stack(attention._vjp(g, out, qkv[0], qkv[1], qkv[2], *settings, needs=(True, True, True)))
+    parts = split_heads(qkv, 3, heads)
+    g = split_heads(g, 1, heads)[0]
+    return merge_heads(stack(attention._vjp(g, out, parts[0], parts[1], parts[2], *settings, needs=(True, True, True))))
 
 
 @self_attention.composed
-def _(qkv: Any, *settings: Any) -> Any:
-    return attention(qkv[0], qkv[1], qkv[2], *settings)
+def _(qkv: Any, heads: int, *settings: Any) -> Any:
+    parts = split_heads(qkv, 3, heads)
+    return merge_heads(attention(parts[0], parts[1], parts[2], *settings)[None])

@@ -4,8 +4,8 @@ Each stands beside the plain operation of the same name and computes the same nu
 definition, the test suite holds the twin to it (``tests/test_ops.py``), and ``create_graph=True`` always uses the
 plain one. They are faster for four reasons: they work in place, on arrays of their own; they keep what the gradient
 wants (a derivative, probabilities, 1/σ) instead of computing it again; sums over rows and columns are products with a
-vector of ones, which BLAS does several times faster than ``sum``; and they skip the softmax's row maximum where a bound
-shows that nothing can overflow.
+vector of ones, which BLAS does several times faster than ``sum``; and they skip the softmax's row maxima where no score
+is large enough to overflow.
 
 A twin's forward returns (out, kept); its gradient gets (g, kept, needs) and changes neither g nor what it did not make.
 """
@@ -14,10 +14,13 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
+from minivit.autograd.graph import recording
+from minivit.autograd.op import raw
 from minivit.backend import Key
 from minivit.ops import activation, attention, dropout, loss, matmul, normalize
 from minivit.ops.dropout import keep_scale
@@ -37,13 +40,30 @@ def _column_sums(rows: np.ndarray) -> np.ndarray:
     return _ones(rows.shape[0], rows.dtype) @ rows
 
 
+def _row_sums(x: np.ndarray) -> np.ndarray:
+    """Return the sums of x (…, n) along its last axis, (…, 1)."""
+    n = x.shape[-1]
+    return (x.reshape(-1, n) @ _ones(n, x.dtype)).reshape(*x.shape[:-1], 1)  # one product, not one for each matrix
+
+
+def _row_dots(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Return the dot product of each row of a (…, n) with that of b, (…, 1)."""
+    if a.shape[-1] < 128:  # a call of BLAS for each short row costs more than a pass over all
+        return ((a * b) @ _ones(a.shape[-1], a.dtype))[..., None]
+    return np.vecdot(a, b)[..., None]
+
+
 # ---- linear ----------------------------------------------------------------------------------------------------------
 
 
 @matmul.linear.fast
 def _(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None) -> Any:
+    matmul.check_linear(x, weight)
     rows = x.reshape(-1, x.shape[-1])  # (…, in) → (rows, in)
-    return matmul.linear.forward(x, weight, bias), (rows, weight, x.shape)
+    out = rows @ weight.T  # → (rows, out)
+    if bias is not None:
+        out += bias
+    return out.reshape(*x.shape[:-1], weight.shape[0]), (rows, weight, x.shape)
 
 
 @matmul.linear.fast_vjp
@@ -60,25 +80,32 @@ def _(g: np.ndarray, kept: Any, needs: Needs) -> Any:
 # ---- layer_norm ------------------------------------------------------------------------------------------------------
 
 
+@functools.lru_cache(maxsize=256)
+def _means(n: int, dtype: np.dtype) -> np.ndarray:
+    means = np.full(n, 1.0 / n, dtype)
+    means.flags.writeable = False
+    return means
+
+
 @normalize.layer_norm.fast
 def _(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, eps: float) -> Any:
     n = x.shape[-1]
     rows = x.reshape(-1, n)  # (…, D) → (rows, D)
-    x_hat = rows - (rows @ (_ones(n, x.dtype) / n))[:, None]
-    rstd = np.vecdot(x_hat, x_hat)[:, None]  # (rows, 1): n·σ², and in place 1/√(σ² + eps)
-    rstd /= n
-    rstd += eps
-    np.sqrt(rstd, out=rstd)
-    np.reciprocal(rstd, out=rstd)
-    x_hat *= rstd
+    mean = _means(n, x.dtype)  # its product with a row is the row's mean
+    x_hat = rows - (rows @ mean)[:, None]
+    std = _row_dots(x_hat, x_hat)  # (rows, 1): n·σ², and in place √(σ² + eps)
+    std /= n
+    std += eps
+    np.sqrt(std, out=std)
+    x_hat /= std
     out = x_hat * weight
     out += bias
-    return out.reshape(x.shape), (x_hat, rstd, weight)
+    return out.reshape(x.shape), (x_hat, std, weight)
 
 
 @normalize.layer_norm.fast_vjp
 def _(g: np.ndarray, kept: Any, needs: Needs) -> Any:
-    x_hat, rstd, weight = kept
+    x_hat, std, weight = kept
     shape, g = g.shape, g.reshape(x_hat.shape)
     product = g * x_hat
     g_weight = _column_sums(product) if needs[1] else None
@@ -92,7 +119,7 @@ def _(g: np.ndarray, kept: Any, needs: Needs) -> Any:
     np.multiply(x_hat, along_x_hat, out=product)
     product += along_one
     gx -= product
-    gx *= rstd
+    gx /= std
     return gx.reshape(shape), g_weight, g_bias
 
 
@@ -105,12 +132,14 @@ _CDF_TANH = [c * h for c, h in zip(ERF_TANH, _HALF_POWERS, strict=True)]  # erf(
 
 
 def _gelu_block(x: np.ndarray, out: np.ndarray, slope: np.ndarray) -> None:
-    """Write x·Φ(x) and its derivative Φ(x) + x·φ(x), float32."""
+    """Write x·Φ(x) and, while recording, its derivative Φ(x) + x·φ(x), float32."""
     z = x * x
     tanh_of_odd(x, z, _CDF_TANH, out=slope)  # erf(x/√2)
     slope *= 0.5
     slope += 0.5  # Φ
     np.multiply(x, slope, out=out)
+    if not recording.enabled:
+        return
     z *= -0.5
     np.exp(z, out=z)
     z *= x
@@ -123,10 +152,12 @@ def _(x: np.ndarray, approximate: str) -> Any:
     shape, x = x.shape, np.atleast_1d(x)  # NumPy's results of 0-d arrays cannot be written to
     if approximate == "none" and x.dtype == np.float32:
         x = np.ascontiguousarray(x)
-        out, slope = np.empty_like(x), np.empty_like(x)
-        flat = x.reshape(-1), out.reshape(-1), slope.reshape(-1)
+        out, slope = np.empty_like(x), np.empty_like(x if recording.enabled else x.reshape(-1)[:BLOCK])
+        flat, flat_out, flat_slope = x.reshape(-1), out.reshape(-1), slope.reshape(-1)
         for start in range(0, x.size, BLOCK):
-            _gelu_block(*[a[start : start + BLOCK] for a in flat])
+            part = slice(start, min(start + BLOCK, x.size))
+            into = part if recording.enabled else slice(part.stop - start)  # else one block serves for all
+            _gelu_block(flat[part], flat_out[part], flat_slope[into])
         return out.reshape(shape), slope
     cdf = activation.gelu_cdf(x, approximate)
     out = x * cdf
@@ -155,12 +186,12 @@ def _(g: np.ndarray, kept: np.ndarray, needs: Needs) -> Any:
 # ---- softmax, and attention around it --------------------------------------------------------------------------------
 
 
-def _softmax_rows(scores: np.ndarray, bound: float) -> np.ndarray:
-    """Make scores (…, n) probabilities, in place; ``bound`` is a number that no \\|score\\| exceeds."""
-    if not bound < 60.0:  # else e^±60 neither overflows nor vanishes, summed or divided
+def _softmax_rows(scores: np.ndarray) -> np.ndarray:
+    """Make scores (…, n) probabilities, in place."""
+    if not (scores.max(initial=0.0) < 60.0 and scores.min(initial=0.0) > -60.0):  # else no e^x overflows or vanishes
         scores -= scores.max(axis=-1, keepdims=True)
     np.exp(scores, out=scores)
-    total = (scores @ _ones(scores.shape[-1], scores.dtype))[..., None]
+    total = _row_sums(scores)
     np.reciprocal(total, out=total)
     scores *= total
     return scores
@@ -170,65 +201,102 @@ def _softmax_rows(scores: np.ndarray, bound: float) -> np.ndarray:
 def _(x: np.ndarray, axis: int) -> Any:
     if axis % x.ndim != x.ndim - 1:
         return (out := normalize.softmax.forward(x, axis)), (out, axis)
-    out = _softmax_rows(x.copy(), math.inf)
+    out = _softmax_rows(x.copy())
     return out, (out, -1)
 
 
 @normalize.softmax.fast_vjp
 def _(g: np.ndarray, kept: Any, needs: Needs) -> Any:
     out, axis = kept
-    gx = g - (np.vecdot(g, out)[..., None] if axis == -1 else (g * out).sum(axis=axis, keepdims=True))
+    gx = g - (_row_dots(g, out) if axis == -1 else (g * out).sum(axis=axis, keepdims=True))
     gx *= out
     return (gx,)
 
 
-def _attend(
-    q: np.ndarray,
-    k: np.ndarray,
-    v: np.ndarray,
-    mask: Any,
-    scale: float | None,
-    p_drop: float,
-    key: Key | None,
-    row: int,
-) -> Any:
-    """Return O = P·V and what the gradient reads. Memory of O is laid out as that of q: heads merge without a copy."""
-    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
-    p = q @ k.swapaxes(-1, -2)  # (…, Tq, d) · (…, d, Tk) → (…, Tq, Tk)
+KEPT_SCORES = 1 << 16  # scores of a head: no more are made at once, and only if there are no more are they kept
+
+
+def _blocks(q: np.ndarray, k: np.ndarray, v: np.ndarray, first_row: int) -> Iterator[tuple[Any, slice, int]]:
+    """Yield (head, its queries, row of the random numbers) of the blocks that attention is worked off in.
+
+    Short sequences are one block of all heads, whose probabilities are kept for the gradient. Long ones go head by
+    head in blocks of queries that the gradient makes again: memory grows with their length, not with its square.
+    """
+    queries, keys = q.shape[-2], k.shape[-2]
+    if queries * keys <= KEPT_SCORES or not q.shape[:-2] == k.shape[:-2] == v.shape[:-2]:
+        yield (), slice(0, queries), first_row
+        return
+    rows = max(1, KEPT_SCORES // keys)
+    before = first_row * math.prod(q.shape[1:-1])
+    for i, head in enumerate(np.ndindex(q.shape[:-2])):
+        for a in range(0, queries, rows):
+            yield head, slice(a, min(a + rows, queries)), before + i * queries + a
+
+
+def _probabilities(
+    q: np.ndarray, k: np.ndarray, mask: np.ndarray | None, scale: float, p_drop: float, key: Key | None, row: int
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Return P = softmax(scale · Q·Kᵀ), q (…, rows, d), k (…, Tk, d) → (…, rows, Tk), and dropout's mask."""
+    p = q @ _transposed(k)  # (…, rows, d) · (…, d, Tk) → (…, rows, Tk)
     p *= scale
-    # |q·k| ≤ |q|·|k| (Cauchy and Schwarz): far cheaper to look at than every score
-    bound = abs(scale) * math.sqrt(float(np.vecdot(q, q).max(initial=0.0)) * float(np.vecdot(k, k).max(initial=0.0)))
     if mask is not None:
-        p[np.broadcast_to(mask, p.shape)] = attention.FORBIDDEN
-        bound = math.inf
-    _softmax_rows(p, bound)
+        p[mask] = attention.FORBIDDEN
+    _softmax_rows(p)
     if mask is not None:
-        p[np.broadcast_to(mask, p.shape)] = 0.0  # a row that may attend to nothing is zero
-    drop = keep_scale(p, p.shape, p_drop, key, row) if p_drop > 0 and key is not None else None
-    batch = np.broadcast_shapes(p.shape[:-2], v.shape[:-2])
-    out = np.empty_like(q, shape=(*batch, q.shape[-2], v.shape[-1]))
-    np.matmul(p if drop is None else p * drop, v, out=out)
-    return out, (q, k, v, p, drop, out, scale)
+        p[mask] = 0.0  # a row that may attend to nothing is zero
+    return p, keep_scale(p, p.shape, p_drop, key, row) if p_drop > 0 and key is not None else None
+
+
+def _transposed(x: np.ndarray) -> np.ndarray:
+    """Return x (…, T, d) as (…, d, T); a copy, for OpenBLAS is twice as fast on small matrices that lie in rows."""
+    x = x.swapaxes(-1, -2)
+    return np.ascontiguousarray(x) if x.shape[-1] < 128 else x
+
+
+def _attend(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: Any, scale: float | None, p_drop: float, key: Key | None,
+    first_row: int,
+) -> Any:  # fmt: skip
+    """Return O = P·V and what the gradient reads. Memory of O is laid out as that of q: heads merge without a copy."""
+    attention.check_inputs(q, k, v, mask, p_drop, key)
+    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
+    lead = np.broadcast_shapes(q.shape[:-2], k.shape[:-2])
+    if mask is not None:
+        mask = np.broadcast_to(raw(mask), (*lead, q.shape[-2], k.shape[-2]))
+    out = np.empty_like(q, shape=(*np.broadcast_shapes(lead, v.shape[:-2]), q.shape[-2], v.shape[-1]))
+    for head, rows, row in _blocks(q, k, v, first_row):
+        masked = None if mask is None else mask[head][..., rows, :]
+        p, drop = _probabilities(q[head][..., rows, :], k[head], masked, scale, p_drop, key, row)
+        np.matmul(p if drop is None else p * drop, v[head], out=out[head][..., rows, :])
+    made = (p, drop) if head == () and p.shape[-2] == q.shape[-2] else None
+    return out, (q, k, v, (mask, scale, p_drop, key, first_row), out, made)
 
 
 def _attend_back(g: np.ndarray, kept: Any, gq: np.ndarray, gk: np.ndarray, gv: np.ndarray) -> None:
     """Write the gradients of queries, keys and values into the given arrays."""
-    q, k, v, p, drop, out, scale = kept
-    np.matmul((p if drop is None else p * drop).swapaxes(-1, -2), g, out=gv)  # dV = Pᵀ·dO
-    gs = g @ v.swapaxes(-1, -2)  # dP = dO·Vᵀ
-    if drop is not None:
-        gs *= drop
-    gs -= np.vecdot(g, out)[..., None]  # Σ P∘dP along a row is dO·O, which is shorter
-    gs *= p
-    gs *= scale
-    np.matmul(gs, k, out=gq)  # dQ = dS·K
-    np.matmul(gs.swapaxes(-1, -2), q, out=gk)  # dK = dSᵀ·Q
+    q, k, v, (mask, scale, p_drop, key, first_row), out, made = kept
+    for head, rows, row in _blocks(q, k, v, first_row):
+        masked = None if mask is None else mask[head][..., rows, :]
+        q_rows, g_rows, out_rows = (x[head][..., rows, :] for x in (q, g, out))
+        p, drop = made or _probabilities(q_rows, k[head], masked, scale, p_drop, key, row)
+        gs = g_rows @ _transposed(v[head])  # dP = dO·Vᵀ
+        if drop is not None:
+            gs *= drop
+        gs -= _row_dots(g_rows, out_rows)  # Σ P∘dP along a row is dO·O, which is shorter
+        gs *= p
+        gs *= scale
+        np.matmul(gs, k[head], out=gq[head][..., rows, :])  # dQ = dS·K
+        sums = (gs, q_rows, gk[head]), (p if drop is None else p * drop, g_rows, gv[head])  # dK = dSᵀ·Q, dV = Pᵀ·dO
+        for left, right, total in sums:
+            if rows.start == 0:
+                np.matmul(left.swapaxes(-1, -2), right, out=total)
+            else:
+                total += left.swapaxes(-1, -2) @ right
 
 
 @attention.attention.fast
-def _(q: Any, k: Any, v: Any, mask: Any, scale: Any, p_drop: float, key: Any, first_row: int) -> Any:
-    attention.check_inputs(q, k, v, mask, p_drop, key)
-    return _attend(q, k, v, mask, scale, p_drop, key, first_row)
+def _(q: Any, k: Any, v: Any, *settings: Any) -> Any:
+    return _attend(q, k, v, *settings)
 
 
 @attention.attention.fast_vjp
@@ -239,18 +307,17 @@ def _(g: np.ndarray, kept: Any, needs: Needs) -> Any:
 
 
 @attention.self_attention.fast
-def _(qkv: np.ndarray, mask: Any, scale: Any, p_drop: float, key: Any, first_row: int) -> Any:
-    q, k, v = qkv
-    attention.check_inputs(q, k, v, mask, p_drop, key)
-    out, kept = _attend(q, k, v, mask, scale, p_drop, key, first_row)
-    return out, (qkv, kept)
+def _(qkv: np.ndarray, heads: int, *settings: Any) -> Any:
+    attention.check_heads(qkv, heads)
+    out, kept = _attend(*attention.split_heads(qkv, 3, heads), *settings)
+    return attention.merge_heads(out[None]), (qkv, heads, kept)
 
 
 @attention.self_attention.fast_vjp
 def _(g: np.ndarray, kept: Any, needs: Needs) -> Any:
-    qkv, kept = kept
-    grad = np.empty_like(qkv)  # in the memory order of qkv, so that the projection's gradient needs no copy
-    _attend_back(g, kept, *grad)
+    qkv, heads, kept = kept
+    grad = np.empty_like(qkv)  # (B, T, 3·H·d): in one piece, as the projection's gradient reads it
+    _attend_back(attention.split_heads(g, 1, heads)[0], kept, *attention.split_heads(grad, 3, heads))
     return (grad,)
 
 

@@ -58,16 +58,21 @@ _matmul.vjps(lambda g, out, a, b: matmul(g, swapaxes(b, -1, -2)),
 @op(save=("x", "weight"))
 def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
     """Return x·Wᵀ + b: x (…, in), weight (out, in) as in PyTorch, bias (out,) → (…, out)."""
-    if x.shape[-1] != weight.shape[1]:
-        raise ShapeError(
-            f"linear: an input of shape {x.shape} does not fit a weight of {weight.shape} (out, in)",
-            f"give an input of shape (…, {weight.shape[1]})",
-        )
+    check_linear(x, weight)
     # (…, in) → (rows, in) → (rows, out): one product, not one for each entry of the batch
     out = _product(x.reshape(-1, x.shape[-1]), weight.T)
     if bias is not None:
         out += bias
     return out.reshape(*x.shape[:-1], weight.shape[0])  # (rows, out) → (…, out)
+
+
+def check_linear(x: Array, weight: Array) -> None:
+    """Raise unless x (…, in) fits a weight (out, in)."""
+    if x.shape[-1] != weight.shape[1]:
+        raise ShapeError(
+            f"linear: an input of shape {x.shape} does not fit a weight of {weight.shape} (out, in)",
+            f"give an input of shape (…, {weight.shape[1]})",
+        )
 
 
 @linear.vjp

@@ -303,9 +303,9 @@ _ROWS: dict[str, dict[str, Callable[[Draw], tuple[Any, ...]]]] = {
         "dropout": lambda r: (r(2, 3, 2), r(2, 5, 2), r(2, 5, 3), None, None, 0.3, _KEY, 5),
     },
     "self_attention": {
-        "heads": lambda r: (r(3, 2, 2, 3, 2),),
-        "a mask": lambda r: (r(3, 1, 2, 3, 2), r.mask(3, 3)),
-        "a scale, dropout": lambda r: (r(3, 2, 3, 3), None, 0.3, 0.3, _KEY),
+        "heads": lambda r: (r(2, 3, 12), 2),
+        "a mask": lambda r: (r(1, 3, 12), 2, r.mask(3, 3)),
+        "a mask for each image, a scale, dropout": lambda r: (r(2, 3, 9), 1, r.mask(2, 1, 3, 3), 0.3, 0.3, _KEY, 5),
     },
     "cross_entropy": {
         "labels": lambda r: (r(5, 3), r.integers(3, 5)),

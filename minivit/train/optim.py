@@ -92,6 +92,11 @@ class Optimizer:
 
     def update(self, spans: Sequence[tuple[int, int]] = ()) -> None:
         """Update from the flat gradient ``self.grad``: all of it, or the given spans."""
+        self.begin_update()
+        self.update_spans(spans or [(0, self.flat.size)])
+
+    def begin_update(self) -> None:
+        """Count an update, whose spans :meth:`update_spans` may then make one after the other or side by side."""
         for name, p, view in zip(self.names, self.parameters, self.views, strict=True):
             if p.data is not view:
                 raise GraphError(
@@ -99,7 +104,10 @@ class Optimizer:
                     "make the optimizer after model.to(…); change values in place: p.data[...] = values",
                 )
         self.steps += 1
-        for start, stop in self._chunks(spans or [(0, self.flat.size)]):
+
+    def update_spans(self, spans: Sequence[tuple[int, int]]) -> None:
+        """Update the given spans of the flat parameters."""
+        for start, stop in self._chunks(spans):
             piece = slice(start, stop)
             decay = self.weight_decay if start < self.decayed else 0.0
             self.update_chunk(self.flat[piece], self.grad[piece], decay, *[s[piece] for s in self.state.values()])

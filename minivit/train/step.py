@@ -36,10 +36,11 @@ from minivit.backend import (
 from minivit.errors import ConfigError, DataError, GraphError, NonFiniteError, ShapeError
 from minivit.nn.module import Module, watching
 from minivit.nn.random import random_key
-from minivit.train.optim import Optimizer, gradient_norm, scale_to_norm
+from minivit.train.optim import Optimizer, scale_to_norm
 
 DROP_STREAM = 0xD209  # the stream of dropout and drop path under a run's seed
 MICRO_BATCH_TOKENS = 544  # tokens in a micro-batch at most: their activations then stay in a core's L2 cache
+SHARE_NUMBERS = 1 << 18  # numbers of a flat array worth a thread of its own
 THREAD_NUMBERS = 1 << 15  # tokens · dim worth a thread of its own: with fewer, threads wait for the interpreter's lock
 
 
@@ -83,34 +84,51 @@ class TrainStep:
             raise ShapeError(f"{len(images)} images, {len(labels)} labels", "give one label for each image")
         key = Key(self.seed, DROP_STREAM, self.opt.steps)
         place = {p.node: i for i, p in enumerate(self.opt.parameters)}
+        written: list[set[int]] = [set() for _ in self.flats]  # a thread's first part of a gradient needs no adding
 
         def work(thread: int, start: int, stop: int) -> Any:
             share = (stop - start) / len(images)
             with random_key(key, first_row=start), first_order():
                 logits = self.model(self.team.here(images[start:stop]))
                 loss = self.loss(logits, labels[start:stop])
+            views, done = self.views[thread], written[thread]
             for node, part in propagate(loss.node, array_module(loss.data).full((), share, loss.dtype)):
-                if node not in place:
+                if (i := place.get(node)) is None:
                     raise self._not_optimized(node)
-                view = self.views[thread][place[node]]
-                view += part
+                if i in done:
+                    views[i] += part
+                else:
+                    views[i][...] = part
+                    done.add(i)
             return loss.data * share
 
         with on_device_of(self.opt.flat):
-            for flat in self.flats:
-                flat[...] = 0.0
             losses = self.team.run(work, len(images))
-            for flat in self.flats[1:]:
-                self.opt.grad += flat
-            norm = gradient_norm([self.opt.grad])
-            both = array_module(norm).stack([sum(losses[1:], losses[0]), norm])
+            for views, done in zip(self.views, written, strict=True):
+                for i in set(range(len(views))) - done:
+                    views[i][...] = 0.0
+            squares = self.team.spread(self._add_up, self.opt.flat.size)
+            xp = array_module(self.opt.flat)
+            norm = xp.sqrt(sum(squares[1:], squares[0]))
+            both = xp.stack([sum(losses[1:], losses[0]), norm])
             loss, self.grad_norm = (float(x) for x in to_numpy(both))  # the one time that a GPU is waited for
             if not (math.isfinite(loss) and math.isfinite(self.grad_norm)):
                 raise self._non_finite(loss, images, key)
-            if self.clip_norm is not None:
-                scale_to_norm([self.opt.grad], self.grad_norm, self.clip_norm)
-            self.opt.update()
+            self.opt.begin_update()
+            self.team.spread(self._update, self.opt.flat.size)
         return loss
+
+    def _add_up(self, start: int, stop: int) -> Array:
+        """Add the threads' gradients up between two places; return the sum of the squares there."""
+        total = self.opt.grad[start:stop]
+        for flat in self.flats[1:]:
+            total += flat[start:stop]
+        return total @ total
+
+    def _update(self, start: int, stop: int) -> None:
+        if self.clip_norm is not None:
+            scale_to_norm([self.opt.grad[start:stop]], self.grad_norm, self.clip_norm)
+        self.opt.update_spans([(start, stop)])
 
     def _not_optimized(self, node: Node) -> GraphError:
         name = next((n for n, p in self.model.named_parameters() if p.node is node), "a Tensor outside the model")
@@ -176,8 +194,16 @@ class Team:
         return list(itertools.pairwise(edges))
 
     def run(self, work: Callable[[int, int, int], Any], rows: int) -> list[Any]:
-        """Call work(thread, start, stop) for every piece; return the results in the order of the rows."""
-        pieces, threads = self.pieces(rows), self.threads_for(rows)
+        """Call work(thread, start, stop) for every micro-batch; return the results in the order of the rows."""
+        return self._run(work, self.pieces(rows), self.threads_for(rows))
+
+    def spread(self, work: Callable[[int, int], Any], length: int) -> list[Any]:
+        """Call work(start, stop) for even shares of a flat array, one a thread; return the results in their order."""
+        threads = min(self.threads, max(1, length // SHARE_NUMBERS))
+        edges = [length * i // threads for i in range(threads + 1)]
+        return self._run(lambda thread, start, stop: work(start, stop), list(itertools.pairwise(edges)), threads)
+
+    def _run(self, work: Callable[[int, int, int], Any], pieces: list[tuple[int, int]], threads: int) -> list[Any]:
         results: list[Any] = [None] * len(pieces)
         stop = threading.Event()
 
