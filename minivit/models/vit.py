@@ -22,7 +22,9 @@ class ViT(Module):
     ``drop_path`` is the last block's rate, rising linearly from 0. ``pool`` is "cls" (a class token), "mean" (over the
     patches, no class token) or "none" (logits for every patch, (B, N, num_classes)). ``position`` is "learned" or
     "none". ``head`` is "linear" or, for pre-training, "mlp" (one hidden layer with tanh). Parameters are drawn from
-    ``seed`` as the paper's reference code does and bear timm's names. ``config`` holds the settings: ``ViT(**config)``.
+    ``seed`` as the paper's reference code does and bear timm's names. ``recompute`` trades time for memory in training:
+    blocks keep no more than their input and run again in the backward pass. ``config`` holds all settings but that one,
+    which changes no number: ``ViT(**config)``.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class ViT(Module):
         position: str = "learned",
         head: str = "linear",
         seed: int = 0,
+        recompute: bool = False,
     ) -> None:
         self.config = check_settings(
             image_size=image_size, patch_size=patch_size, in_channels=in_channels, num_classes=num_classes, dim=dim,
@@ -64,7 +67,7 @@ class ViT(Module):
             self.embed_drop = Dropout(embed_dropout)
             self.blocks = [
                 EncoderBlock(dim, heads, mlp_dim or 4 * dim, dim_head, qkv_bias, activation, norm_eps,
-                             dropout, attention_dropout, drop_path * i / max(depth - 1, 1))
+                             dropout, attention_dropout, drop_path * i / max(depth - 1, 1), recompute)
                 for i in range(depth)
             ]  # fmt: skip
             self.norm = LayerNorm(dim, norm_eps)

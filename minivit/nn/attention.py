@@ -10,6 +10,7 @@ from minivit.nn import init
 from minivit.nn.layers import MLP, Dropout, DropPath, LayerNorm, Linear
 from minivit.nn.module import Module
 from minivit.nn.random import first_row, next_key
+from minivit.nn.recompute import recompute
 from minivit.nn.settings import check_settings
 from minivit.ops.attention import bool_mask, merge_heads, split_heads
 
@@ -75,7 +76,10 @@ class MultiHeadAttention(Module):
 
 
 class EncoderBlock(Module):
-    """Pre-norm encoder block: x + attention(norm(x)), then x + MLP(norm(x)) (ViT eq. 2 and 3)."""
+    """Pre-norm encoder block: x + attention(norm(x)), then x + MLP(norm(x)) (ViT eq. 2 and 3).
+
+    With ``recompute`` it keeps no more than x while training, and runs again in the backward pass.
+    """
 
     def __init__(
         self,
@@ -89,7 +93,9 @@ class EncoderBlock(Module):
         dropout: float = 0.0,
         attention_dropout: float = 0.0,
         drop_path: float = 0.0,
+        recompute: bool = False,
     ) -> None:
+        self.recompute = recompute
         self.norm1 = LayerNorm(dim, norm_eps)
         self.attn = MultiHeadAttention(dim, heads, dim_head, qkv_bias, attention_dropout, dropout)
         self.norm2 = LayerNorm(dim, norm_eps)
@@ -98,6 +104,11 @@ class EncoderBlock(Module):
 
     def forward(self, x: Any, mask: Any = None, queries: int | None = None) -> Any:
         """Return the tokens after the block, (B, T, dim) → (B, T, dim), or the first ``queries`` of them only."""
+        if self.recompute:
+            return recompute(lambda x: self._encode(x, mask, queries), x, self.parameters())
+        return self._encode(x, mask, queries)
+
+    def _encode(self, x: Any, mask: Any, queries: int | None) -> Any:
         attended = self.attn(self.norm1(x), mask, queries)
         x = (x if queries is None else x[:, :queries]) + self.drop_path(attended)
         return x + self.drop_path(self.mlp(self.norm2(x)))

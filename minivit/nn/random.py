@@ -9,40 +9,57 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from minivit.backend import Key
 
 
-class _Draws(threading.local):
-    key = Key(0)
-    drawn = 0
-    first_row = 0
+class Draws(NamedTuple):
+    """Where a thread's drawing stands: the block's key, how many were drawn from it, the row that row 0 is."""
+
+    key: Key = Key(0)
+    drawn: int = 0
+    first_row: int = 0
 
 
-_draws = _Draws()
+class _Now(threading.local):
+    draws = Draws()
 
 
-@contextlib.contextmanager
-def random_key(key: Key, first_row: int = 0) -> Iterator[None]:
+_now = _Now()
+
+
+def random_key(key: Key, first_row: int = 0) -> contextlib.AbstractContextManager[None]:
     """Take this thread's random numbers from ``key`` in this block.
 
     ``first_row`` says that row 0 of the batches worked on here is that row of a larger batch, so that dropout gives a
     batch worked off in pieces the masks that it has as a whole.
     """
-    before = _draws.key, _draws.drawn, _draws.first_row
-    _draws.key, _draws.drawn, _draws.first_row = key, 0, first_row
+    return drawing(Draws(key, 0, first_row))
+
+
+@contextlib.contextmanager
+def drawing(state: Draws) -> Iterator[None]:
+    """Go on from ``state`` in this block: what was drawn after :func:`draws` gave it is drawn again."""
+    before, _now.draws = _now.draws, state
     try:
         yield
     finally:
-        _draws.key, _draws.drawn, _draws.first_row = before
+        _now.draws = before
+
+
+def draws() -> Draws:
+    """Return where this thread's drawing stands."""
+    return _now.draws
 
 
 def next_key() -> Key:
     """Return the next key of this thread's block."""
-    _draws.drawn += 1
-    return _draws.key.child(_draws.drawn - 1)
+    key, drawn, first_row = _now.draws
+    _now.draws = Draws(key, drawn + 1, first_row)
+    return key.child(drawn)
 
 
 def first_row() -> int:
     """Return the row of the whole batch at which this thread's piece begins."""
-    return _draws.first_row
+    return _now.draws.first_row

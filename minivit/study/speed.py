@@ -80,12 +80,16 @@ def image_flops(model: Any) -> tuple[int, int]:
     embed, parameter = model.patch_embed, next(model.parameters())
     image = Tensor(to_device(np.zeros((1, embed.in_channels, *embed.image_size), parameter.dtype), parameter.device))
     image.requires_grad = True  # all that is computed is then recorded, whatever is frozen
-    training = model.training
+    training, recompute = model.training, [block.recompute for block in model.blocks]
     try:
+        for block in model.blocks:
+            block.recompute = False  # what a block computes twice is to be seen, and counted once
         with first_order():
             out = model.train()(image)
     finally:
         model.train(training)
+        for block, before in zip(model.blocks, recompute, strict=True):
+            block.recompute = before
     below = {p.node for p in model.parameters() if p.requires_grad}  # nodes whose gradient is computed
     forward = backward = 0
     for node in _recorded(out.node):
