@@ -59,9 +59,9 @@ class _Again:
             for leaf, part in propagate(out.node, g):
                 sums[leaf] = sums[leaf] + part if leaf in sums else part
         results = []
-        for leaf, parent in zip((x.node, *node.parents[1:]), node.parents, strict=True):
-            if leaf is None or parent is None:
+        for own, parent in zip((x.node, *node.parents[1:]), node.parents, strict=True):
+            if own is None or parent is None:
                 results.append(None)
             else:  # zeros if the function does not depend on it
-                results.append(sums[leaf] if leaf in sums else array_module(g).zeros(parent.shape, parent.dtype))
+                results.append(sums[own] if own in sums else array_module(g).zeros(parent.shape, parent.dtype))
         return results
