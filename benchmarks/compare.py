@@ -1,46 +1,99 @@
-"""minivit's training step beside PyTorch's, in turns, so that a drift of the machine reaches both alike.
+"""minivit beside PyTorch and JAX, in turns, so that a drift of the machine's speed reaches all alike.
 
-    python benchmarks/compare.py [ROUNDS] [PYTHON_WITH_TORCH]
+    python benchmarks/compare.py [ROUNDS] [--python PYTHON_WITH_PEERS] [--configs digits cifar ti16 infer] [--save FILE]
 
-Prints for each configuration the medians, and the ratios of speed and memory with their spread over the rounds.
+Training steps of three configurations, and inference of one. Each measurement is a process of its own, on all cores.
+Prints a table in Markdown: medians over the rounds; minivit's speed as a ratio to the peer's in the same round, with
+the smallest and the largest; minivit's memory as a ratio to the peer's. ``--save`` draws it as SVG. A peer that the
+Python cannot run is left out.
 """
 
+from __future__ import annotations
+
+import argparse
 import re
 import statistics
 import subprocess
 import sys
 from pathlib import Path
 
+import chart  # nothing heavy: Linux counts the memory of the process that starts another into the other's peak
 from configs import CONFIGS
 
-HERE = Path(__file__).parent
+WORKLOADS = {name: (name, "train") for name in CONFIGS} | {"infer": ("cifar", "infer")}
+PEERS = {
+    "PyTorch eager": ("torch_step.py", "eager"),
+    "torch.compile": ("torch_step.py", "compile"),
+    "JAX jit": ("jax_step.py",),
+}
+
+Measured = tuple[float, float]  # images a second, peak MB
 
 
-def measure(python: str, script: str, config: str) -> tuple[float, float]:
-    """Return (images a second, peak MB) of one run in a process of its own."""
-    done = subprocess.run([python, str(HERE / script), config], capture_output=True, text=True)
-    found = re.search(r"img/s ([\d.]+)\s+rss_mb ([\d.]+)", done.stdout)
-    if found is None:
-        sys.exit(f"{script} {config} failed:\n{done.stderr[-2000:]}")
+def measure(python: str, script: str, *words: str) -> Measured:
+    """Return what one run in a process of its own measures; raise RuntimeError with the last line of its error."""
+    command = [python, str(Path(__file__).parent / script), *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    found = re.search(r"img/s ([\d.]+)  rss_mb ([\d.]+)(?:  loss ([\d.]+) to ([\d.]+))?", done.stdout)
+    if done.returncode or not found:
+        raise RuntimeError(f"{script} {' '.join(words)}: {(done.stderr.strip() or 'nothing printed').splitlines()[-1]}")
+    if found[3] and float(found[4]) >= float(found[3]):
+        raise RuntimeError(f"{script} {' '.join(words)}: does not train: {done.stdout.strip()}")
     return float(found[1]), float(found[2])
 
 
+def compare(workload: str, rounds: int, python: str, peers: dict[str, tuple[str, ...]]) -> dict[str, list[Measured]]:
+    """Return what each round measured of minivit, first, and of every peer; take out of ``peers`` who cannot run."""
+    rows: dict[str, list[Measured]] = {"minivit": [], **{peer: [] for peer in peers}}
+    for _ in range(rounds):
+        rows["minivit"].append(measure(sys.executable, "step.py", *WORKLOADS[workload]))
+        for peer, (script, *engine) in list(peers.items()):
+            try:
+                rows[peer].append(measure(python, script, *WORKLOADS[workload], *engine))
+            except RuntimeError as error:
+                print(f"{peer} is left out: {error}", flush=True)
+                del peers[peer], rows[peer]
+    return rows
+
+
+def medians(measured: list[Measured]) -> Measured:
+    speeds, memories = zip(*measured, strict=True)
+    return statistics.median(speeds), statistics.median(memories)
+
+
+def print_rows(workload: str, rows: dict[str, list[Measured]]) -> None:
+    ours = rows["minivit"]
+    for name, measured in rows.items():
+        speed, memory = medians(measured)
+        ratios = [a[0] / b[0] for a, b in zip(ours, measured, strict=True)]
+        ratio = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+        compared = f"{ratio} | {medians(ours)[1] / memory:.2f}" if measured is not ours else "|"
+        print(f"| {workload} | {name} | {speed:,.1f} | {memory:,.0f} | {compared} |", flush=True)
+
+
+def heading(workload: str) -> str:
+    name, mode = WORKLOADS[workload]
+    c = CONFIGS[name]
+    what = f"training step, batch {c.batch}" if mode == "train" else f"inference, batch {2 * c.batch}"
+    return f"{c.image}² images, patch {c.patch}, dim {c.dim}, depth {c.depth}: {what}"
+
+
 def main() -> None:
-    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 5
-    torch_python = sys.argv[2] if len(sys.argv) > 2 else sys.executable
-    print("config    minivit img/s     MB   torch img/s     MB   speed ratio (min to max)   memory ratio")
-    for config in CONFIGS:
-        ours, theirs = [], []
-        for _ in range(rounds):
-            ours.append(measure(sys.executable, "step.py", config))
-            theirs.append(measure(torch_python, "torch_step.py", config))
-        ratios = sorted(a[0] / b[0] for a, b in zip(ours, theirs, strict=True))
-        speed, memory, torch_speed, torch_memory = (
-            statistics.median(row[i] for row in rows) for rows in (ours, theirs) for i in (0, 1)
-        )
-        print(f"{config:8} {speed:14.1f} {memory:6.0f} {torch_speed:13.1f} {torch_memory:6.0f} "
-              f"{statistics.median(ratios):13.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
-              f"{memory / torch_memory:15.2f}", flush=True)  # fmt: skip
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rounds", nargs="?", type=int, default=5)
+    parser.add_argument("--python", default=sys.executable, help="a Python that has PyTorch and JAX")
+    parser.add_argument("--configs", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
+    parser.add_argument("--save", metavar="FILE.svg")
+    args = parser.parse_args()
+    peers = dict(PEERS)
+    panels = {}
+    print("| | | img/s | MB | minivit's speed ÷ its (min to max) | minivit's memory ÷ its |\n|---|---|---|---|---|---|")
+    for workload in args.configs:
+        rows = compare(workload, args.rounds, args.python, peers)
+        print_rows(workload, rows)
+        panels[heading(workload)] = {name: medians(measured) for name, measured in rows.items()}
+    if args.save:
+        chart.bars(args.save, ["images a second (more is better)", "peak memory, MB (less is better)"], panels)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,59 @@
-"""The training steps that are compared (batch, image, patch, dim, depth, heads), and how many steps are measured."""
+"""What is compared, and what every measuring script prints; it is imported by Pythons that do not have minivit."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+
+class Config(NamedTuple):
+    """A batch of square RGB images, the ViT with ten classes that they are given to, and how many steps are timed."""
+
+    batch: int
+    image: int
+    patch: int
+    dim: int
+    depth: int
+    heads: int
+    steps: int
+
 
 CONFIGS = {
-    "digits": (64, 8, 2, 64, 4, 4),
-    "cifar": (128, 32, 4, 192, 6, 3),
-    "ti16": (8, 224, 16, 192, 12, 3),
+    "digits": Config(batch=64, image=8, patch=2, dim=64, depth=4, heads=4, steps=60),
+    "cifar": Config(batch=128, image=32, patch=4, dim=192, depth=6, heads=3, steps=7),
+    "ti16": Config(batch=8, image=224, patch=16, dim=192, depth=12, heads=3, steps=7),
 }
-STEPS = {"digits": 60, "cifar": 7, "ti16": 7}
 
 
-def report(name: str, config: str, times: list[float], peak_bytes: int) -> None:
-    """Print the median speed of all but the first three steps, and the peak memory, in the form that is compared."""
-    steps = sorted(times[3:])
-    speed = CONFIGS[config][0] / steps[len(steps) // 2]
-    print(f"{name} {config}: img/s {speed:.1f}  rss_mb {peak_bytes / 2**20:.0f}")
+def arguments(description: str, **choices: list[str]) -> tuple[Config, str, argparse.Namespace]:
+    """Read the command line CONFIG [train|infer] and a word of each of ``choices``, whose first is the default.
+
+    Return the configuration, its name for the report, and all that was read. Inference has twice the batch.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("config", choices=CONFIGS)
+    for name, words in {"mode": ["train", "infer"], **choices}.items():
+        parser.add_argument(name, nargs="?", choices=words, default=words[0])
+    args = parser.parse_args()
+    config = CONFIGS[args.config]
+    return config._replace(batch=config.batch * (1 + (args.mode == "infer"))), f"{args.config} {args.mode}", args
+
+
+def time_steps(step: Callable[..., Any], images: Any, labels: Any, steps: int, warmup: int = 3) -> list[float]:
+    """Time steps as minivit.study.speed.time_steps does, which the peers' Python may not have."""
+    times = []
+    for _ in range(warmup + steps):
+        start = time.perf_counter()
+        step(images, labels)
+        times.append(time.perf_counter() - start)
+    return times[warmup:]
+
+
+def report(name: str, config: Config, times: list[float], losses: list[float], peak_bytes: int) -> None:
+    """Print the median speed and the peak memory in the form that is compared; that a step trains, its losses show."""
+    trained = f"  loss {losses[0]:.3f} to {losses[-1]:.3f}" if losses else ""
+    speed = config.batch / statistics.median(times)
+    print(f"{name}: img/s {speed:.1f}  rss_mb {peak_bytes / 2**20:.0f}{trained}")

@@ -1,11 +1,11 @@
-"""The same training step in PyTorch, eager, on all cores: ``python benchmarks/torch_step.py CONFIG``."""
+"""The same in PyTorch, on all cores: ``python benchmarks/torch_step.py CONFIG [train|infer] [eager|compile]``."""
+
+from __future__ import annotations
 
 import resource
-import sys
-import time
 
 import torch
-from configs import CONFIGS, STEPS, report
+from configs import arguments, report, time_steps
 from torch import nn
 from torch.nn import functional as F
 
@@ -41,19 +41,27 @@ class ViT(nn.Module):
 
 
 def main() -> None:
-    config = sys.argv[1]
-    batch, image, *sizes = CONFIGS[config]
-    model = ViT(image, *sizes)
-    opt = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05, fused=True)
+    config, name, args = arguments(__doc__, engine=["eager", "compile"])
+    batch, image, patch, dim, depth, heads, steps = config
+    torch.manual_seed(0)
+    model = ViT(image, patch, dim, depth, heads)
+    forward = torch.compile(model) if args.engine == "compile" else model
     images, labels = torch.randn(batch, 3, image, image), torch.randint(0, 10, (batch,))
-    times = []
-    for _ in range(3 + STEPS[config]):
-        start = time.perf_counter()
-        opt.zero_grad(set_to_none=True)
-        F.cross_entropy(model(images), labels).backward()
-        opt.step()
-        times.append(time.perf_counter() - start)
-    report("torch", config, times, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    losses: list[float] = []
+    if args.mode == "train":
+        opt = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05, fused=True)
+
+        def step(images: torch.Tensor, labels: torch.Tensor) -> None:
+            opt.zero_grad(set_to_none=True)
+            loss = F.cross_entropy(forward(images), labels)
+            loss.backward()
+            opt.step()
+            losses.append(loss.item())
+    else:
+        step = torch.inference_mode()(lambda images, labels: forward(images))
+    times = time_steps(step, images, labels, steps)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    report(f"PyTorch {args.engine} {name}", config, times, losses, peak)
 
 
 if __name__ == "__main__":

@@ -261,6 +261,16 @@ def cpu_cores() -> int:
         return os.cpu_count() or 1
 
 
+@functools.cache
+def l2_cache() -> int:
+    """Return the size of a core's second-level cache in bytes; 1 MiB where the system does not tell."""
+    try:
+        with open("/sys/devices/system/cpu/cpu0/cache/index2/size") as f:
+            return int(f.read().strip().removesuffix("K")) * 1024
+    except (OSError, ValueError):
+        return 1 << 20
+
+
 def blas_threads(threads: int) -> contextlib.AbstractContextManager[Any]:
     """Return a context in which the CPU's BLAS is held to ``threads`` threads."""
     if threads < 1:

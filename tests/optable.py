@@ -157,8 +157,9 @@ def _sigmoid(v: float) -> float:
     return 1 / (1 + math.exp(-v)) if v > 0 else math.exp(v) / (1 + math.exp(v))
 
 
-def _self_attention(qkv, heads, *settings):
+def _self_attention(qkv, heads, queries=None, *settings):
     q, k, v = (np.stack(np.split(x, heads, axis=2), axis=1) for x in np.split(qkv, 3, axis=2))  # (B, H, T, d)
+    q = q if queries is None else q[:, :, :queries]
     return np.concatenate(np.split(_attention(q, k, v, *settings), heads, axis=1), axis=3)[:, 0]
 
 

@@ -33,8 +33,8 @@ def tiny_step(**settings: Any) -> tuple[mv.TrainStep, np.ndarray, np.ndarray]:
 
 
 def products_of_a_block(tokens: int, queries: int) -> int:
-    """Multiplications of a block: keys and values of all tokens, everything else of the queries alone."""
-    return 2 * tokens * D**2 + queries * (2 * D**2 + 2 * D * M + 2 * tokens * D)
+    """Multiplications of a block: the projection of all tokens, everything after it of the queries alone."""
+    return 3 * tokens * D**2 + queries * (D**2 + 2 * D * M + 2 * tokens * D)
 
 
 @pytest.mark.parametrize(("pool", "tokens", "queries"), [("cls", 7, 1), ("mean", 6, 6)])

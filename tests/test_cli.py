@@ -734,10 +734,10 @@ def test_summary_of_the_base_model(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     total = next(line for line in out.splitlines() if line.startswith("total")).split()
     assert total[1] == "86,567,656"
-    # 11 blocks of (4 + 8) dim² per token and 2 T² dim for the attention; in the last, keys and values of all tokens and
-    # the rest of the class token only; patches and head; 2 for a multiplication and an addition
+    # 11 blocks of (4 + 8) dim² per token and 2 T² dim for the attention; in the last, the projection of all
+    # tokens and the rest of the class token only; patches and head; 2 for a multiplication and an addition
     tokens, dim = 197, 768
-    whole, last = 12 * tokens * dim**2 + 2 * tokens**2 * dim, 2 * tokens * dim**2 + 10 * dim**2 + 2 * tokens * dim
+    whole, last = 12 * tokens * dim**2 + 2 * tokens**2 * dim, 3 * tokens * dim**2 + 9 * dim**2 + 2 * tokens * dim
     flops = 2 * (11 * whole + last + 196 * dim**2 + 1000 * dim)
     assert total[2] == f"{flops:,}"
     assert "training step of 8 images" in out

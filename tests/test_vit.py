@@ -270,7 +270,7 @@ def test_full_qkv_projection():
     """Every query feature depends on every input feature: per-head (block-diagonal) projections would not."""
     layer = mv.nn.MultiHeadAttention(8, 2).to(np.float64)
     x = mv.tensor(normal(mv.Key(0), (1, 3, 8)), requires_grad=True)
-    (g,) = mv.grad(layer.project(x)[0, 1, 0], [x])  # one feature of one head's queries, for token 1
+    (g,) = mv.grad(layer.qkv(x)[0, 1, 0], [x])  # one feature of one head's queries, for token 1
     assert (np.abs(g.numpy()[0, 1]) > 0).all()
     assert not g.numpy()[0, [0, 2]].any()
 

@@ -173,7 +173,7 @@ def propagate(
                 "or use grad(..., create_graph=True), which keeps the graph",
             )
         needs = tuple([p is not None and (alive is None or p in alive) for p in parents])
-        if not any(needs):
+        if alive is not None and not any(needs):
             continue
         # what a gradient makes must be made where its arrays are; a Tensor's operations see to that themselves
         with _HERE if type(grad) is np.ndarray else on_device_of(grad):
@@ -184,7 +184,7 @@ def propagate(
             for parent, needed, part in zip(parents, needs, results, strict=True):
                 if not needed or parent is None:
                     continue
-                if part.shape != parent.shape or part.dtype != parent.dtype:
+                if part.shape != parent.shape or part.dtype is not parent.dtype:
                     part = _fitting(part, parent, op)
                 if parent.op is None:
                     yield parent, part

@@ -114,9 +114,13 @@ class Op:
             args = self._bind(args, kwargs)
         elif self.variadic is None and len(args) > len(self.names):
             raise ConfigError(f"{self.name} takes {len(self.names)} arguments, got {len(args)}", f"{self.names}")
-        for a in args:
+        arrays, plain = list(args), True
+        nodes: list[Node | None] = [None] * len(args)
+        for i, a in enumerate(args):
             if isinstance(a, Tensor):
-                return self._record(args)
+                arrays[i], nodes[i], plain = a.data, a.node, False
+        if not plain:
+            return self._record(arrays, nodes)
         first = next((a for a in args if is_array(a)), None)
         if first is None or isinstance(first, np.ndarray):
             return self._run(self.forward, args)
@@ -150,40 +154,37 @@ class Op:
         """Return the positions of the differentiable inputs among ``args``."""
         return self.inputs if self.variadic is None else [*self.inputs, *range(self.variadic, len(args))]
 
-    def _record(self, args: tuple[Any, ...]) -> Tensor:
+    def _record(self, args: list[Any], nodes: list[Node | None]) -> Tensor:
+        """Run on raw arguments; record the result, unless no input has a node."""
         positions = self.inputs if self.variadic is None else self.input_positions(args)
-        raw = [a.data if isinstance(a, Tensor) else a for a in args]
-        first = raw[positions[0]]
+        first = args[positions[0]]
         for i in positions:
-            a = raw[i]
+            a = args[i]
             # the usual case, CPU arrays of one dtype and nothing else, is seen to quickly
             if a is not None and (type(a) is not np.ndarray or a.dtype is not first.dtype):
-                self._check_alike(raw, positions)
-                first = next(a for a in raw if is_array(a))
+                self._check_alike(args, positions)
+                first = next(a for a in args if is_array(a))
                 break
         fast = self._fast if recording.first_order and isinstance(first, np.ndarray) else None
-        kept = None
         if type(first) is np.ndarray:
-            out = self._run(fast or self.forward, raw)
+            out = self._run(fast or self.forward, args)
         else:
             with on_device_of(first):
-                out = self._run(fast or self.forward, raw)
+                out = self._run(fast or self.forward, args)
+        kept = None
         if fast is not None:
             out, kept = out
         if isinstance(out, np.generic):
             out = np.asarray(out)
-        if not recording.enabled:
-            return Tensor(out)
-        parents = tuple([args[i].node if isinstance(args[i], Tensor) else None for i in positions])
-        if not any(parents):
+        parents = tuple([nodes[i] for i in positions])
+        if not (recording.enabled and any(parents)):
             return Tensor(out)
         if fast is not None:
             return Tensor(out, Node(self, None, parents, out, kept))
         for i in positions:
-            saved = i < len(self.names) and self.names[i] in self.save
-            if not saved and is_array(raw[i]):
-                raw[i] = Unsaved(raw[i])
-        return Tensor(out, Node(self, raw, parents, out))
+            if (i >= len(self.names) or self.names[i] not in self.save) and is_array(args[i]):
+                args[i] = Unsaved(args[i])
+        return Tensor(out, Node(self, args, parents, out))
 
     def _check_alike(self, args: list[Any], positions: Sequence[int]) -> None:
         """Raise unless the inputs are arrays of one dtype and device, or numbers; make NumPy scalars plain numbers."""

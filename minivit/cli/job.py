@@ -99,9 +99,11 @@ class Job:
         }
         self.model: ViT = ViT(**config, seed=settings["train.seed"]).to(device)
         self.loader = self.make_loader()
-        # as they turned out: equal bits need the same device and threads
-        threads = settings["train.threads"] or Team(self.model, None, None).threads_for(self.loader.batch_size)
-        found = {"train.device": device, "train.threads": threads}
+        # as they turned out: equal bits need the same device, threads and micro-batches
+        team, batch_size = Team(self.model, None, settings["train.micro_batch"] or None), settings["train.batch_size"]
+        threads = settings["train.threads"] or team.threads_for(self.loader.batch_size)
+        micro_batch = min(team.micro_batch or batch_size, batch_size)
+        found = {"train.device": device, "train.threads": threads, "train.micro_batch": micro_batch}
         settings.take({key: value for key, value in found.items() if settings[key] != value}, "this machine")
         self.schedule = self.make_schedule()
         cores = f", {plural(threads, 'thread')}" if device == "cpu" else ""
@@ -154,8 +156,6 @@ class Job:
     def make_trainer(self, folder: Path) -> Trainer:
         """Return the Trainer, with a fresh optimizer."""
         s = self.settings
-        # accumulated batches are one batch to the loader; no more than the batch size is then worked on at once
-        micro = s["train.micro_batch"] or (s["train.batch_size"] if s["train.grad_accum_steps"] > 1 else None)
         meta = {
             "name": s["model.name"],
             "data": {
@@ -174,7 +174,7 @@ class Job:
             seed=s["train.seed"],
             clip_norm=s["train.clip_grad"] or None,
             threads=s["train.threads"],
-            micro_batch=micro,
+            micro_batch=s["train.micro_batch"],
             folder=folder,
             save_every=s["train.save_every"] or None,
             meta=meta,

@@ -12,7 +12,7 @@ from minivit.nn.module import Module
 from minivit.nn.random import first_row, next_key
 from minivit.nn.recompute import recompute
 from minivit.nn.settings import check_settings
-from minivit.ops.attention import bool_mask, merge_heads, split_heads
+from minivit.ops.attention import bool_mask, split_heads
 
 
 class MultiHeadAttention(Module):
@@ -46,32 +46,18 @@ class MultiHeadAttention(Module):
         ``mask`` as :func:`attention_mask` gives it.
         """
         p = self.attention_dropout if self.training else 0.0
-        drop = {"dropout": p, "key": next_key() if p > 0 else None, "first_row": first_row()}
-        if queries is None:
-            merged = ops.self_attention(self.project(x), self.heads, mask, **drop)  # (B, T, 3·H·d) → (B, T, H·d)
-        else:
-            one = self.heads * self.dim_head  # rows of the weight: queries, then keys and values
-            q = split_heads(self.project(x[:, :queries], slice(0, one)), 1, self.heads)[0]
-            kv = split_heads(self.project(x, slice(one, 3 * one)), 2, self.heads)
-            mask = None if mask is None else mask[..., :queries, :]
-            heads = ops.attention(q, kv[0], kv[1], mask, **drop)  # (B, H, queries, d)
-            merged = merge_heads(heads[None])  # → (B, queries, H·d)
-        return self.drop(self.proj(merged))  # → (B, T, dim)
-
-    def project(self, x: Any, rows: slice | None = None) -> Any:
-        """Return a token's queries, keys and values, (B, T, 3·H·d), or those that ``rows`` of the weight give."""
-        weight: Any = self.qkv.weight
-        bias: Any = self.qkv.bias
-        if rows is not None:
-            weight, bias = weight[rows], None if bias is None else bias[rows]
-        return ops.linear(x, weight, bias)
+        key = next_key() if p > 0 else None
+        mask = mask if mask is None or queries is None else mask[..., :queries, :]
+        # (B, T, 3·H·d) → (B, T or queries, H·d)
+        heads = ops.self_attention(self.qkv(x), self.heads, queries, mask, None, p, key, first_row())
+        return self.drop(self.proj(heads))  # → (B, T or queries, dim)
 
     def weights(self, x: Any, mask: Any = None) -> Any:
         """Return the attention probabilities (B, heads, T, T): row i is what token i attends to.
 
         It sums to 1; a row of a token that may attend to nothing is zero.
         """
-        qkv = split_heads(self.project(x), 3, self.heads)
+        qkv = split_heads(self.qkv(x), 3, self.heads)
         return ops.attention_weights(qkv[0], qkv[1], mask)
 
 

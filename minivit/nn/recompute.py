@@ -58,7 +58,7 @@ class _Again:
         if out.node is not None:
             for leaf, part in propagate(out.node, g):
                 sums[leaf] = sums[leaf] + part if leaf in sums else part
-        results = []
+        results: list[Any] = []
         for own, parent in zip((x.node, *node.parents[1:]), node.parents, strict=True):
             if own is None or parent is None:
                 results.append(None)

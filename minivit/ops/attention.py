@@ -15,7 +15,7 @@ from minivit.ops.elementwise import where
 from minivit.ops.matmul import matmul
 from minivit.ops.normalize import softmax
 from minivit.ops.reduce import sum
-from minivit.ops.shape import reshape, stack, swapaxes, transpose
+from minivit.ops.shape import pad, stack, swapaxes
 
 FORBIDDEN = -1e30  # a score that no allowed one comes near, and yet finite: a row of them alone has no NaN
 
@@ -118,48 +118,56 @@ def _(q: Any, k: Any, v: Any, mask: Any = None, scale: float | None = None, drop
 
 def split_heads(x: Any, parts: int, heads: int) -> Any:
     """Return features (B, T, parts·heads·d) as (parts, B, heads, T, d), a view. Works on arrays and on Tensors."""
-    x = reshape(x, (*x.shape[:2], parts, heads, x.shape[2] // (parts * heads)))  # → (B, T, parts, heads, d)
-    return transpose(x, (2, 0, 3, 1, 4))
+    b, t, features = x.shape
+    return x.reshape((b, t, parts, heads, features // (parts * heads))).transpose((2, 0, 3, 1, 4))
 
 
 def merge_heads(x: Any) -> Any:
     """Return (parts, B, heads, T, d) as features (B, T, parts·heads·d): the inverse of :func:`split_heads`."""
-    x = transpose(x, (1, 3, 0, 2, 4))  # → (B, T, parts, heads, d)
-    return reshape(x, (*x.shape[:2], x.shape[2] * x.shape[3] * x.shape[4]))
+    parts, b, heads, t, d = x.shape
+    return x.transpose((1, 3, 0, 2, 4)).reshape((b, t, parts * heads * d))  # → (B, T, parts, heads, d) → (B, T, …)
 
 
 @op(save=("qkv",))
 def self_attention(
-    qkv: Array, heads: int, mask: Any = None, scale: float | None = None, dropout: float = 0.0, key: Key | None = None,
-    first_row: int = 0,
+    qkv: Array, heads: int, queries: int | None = None, mask: Any = None, scale: float | None = None,
+    dropout: float = 0.0, key: Key | None = None, first_row: int = 0,
 ) -> Array:  # fmt: skip
     """Return :func:`attention` of each head of qkv (B, T, 3·heads·d), the heads merged: → (B, T, heads·d).
 
     qkv holds a token's queries, then its keys, then its values, as one projection makes them: one input instead of
-    three, whose gradient is written in one piece.
+    three, whose gradient is written in one piece. With ``queries`` only that many first tokens attend, to all of them:
+    → (B, queries, heads·d).
     """
-    check_heads(qkv, heads)
-    return merge_heads(attention.forward(*split_heads(qkv, 3, heads), mask, scale, dropout, key, first_row)[None])
+    check_heads(qkv, heads, queries)
+    q, k, v = split_heads(qkv, 3, heads)
+    return merge_heads(attention.forward(q[..., :queries, :], k, v, mask, scale, dropout, key, first_row)[None])
 
 
-def check_heads(qkv: Array, heads: int) -> None:
-    """Raise unless qkv is (B, T, 3·heads·d)."""
+def check_heads(qkv: Array, heads: int, queries: int | None) -> None:
+    """Raise unless qkv is (B, T, 3·heads·d) and has as many queries."""
     if qkv.ndim != 3 or heads < 1 or qkv.shape[2] % (3 * heads):
         raise ShapeError(
             f"self_attention: {qkv.shape} does not hold queries, keys and values of {heads} heads",
             "give (B, T, 3·heads·d)",
         )
+    if queries is not None and not 1 <= queries <= qkv.shape[1]:
+        raise ShapeError(f"self_attention: {queries} queries of {qkv.shape[1]} tokens", "give 1 to all")
 
 
 @self_attention.vjp
-def _(g: Any, out: Any, qkv: Any, heads: int, *settings: Any, needs: tuple[bool, ...]) -> Any:
+def _(g: Any, out: Any, qkv: Any, heads: int, queries: Any, *settings: Any, needs: tuple[bool, ...]) -> Any:
     assert attention._vjp is not None
     parts = split_heads(qkv, 3, heads)
-    g = split_heads(g, 1, heads)[0]
-    return merge_heads(stack(attention._vjp(g, out, parts[0], parts[1], parts[2], *settings, needs=(True, True, True))))
+    q, k, v = parts[0], parts[1], parts[2]
+    rows = q[..., :queries, :]
+    gq, gk, gv = attention._vjp(split_heads(g, 1, heads)[0], out, rows, k, v, *settings, needs=(True, True, True))
+    if queries is not None:
+        gq = pad(gq, [(0, 0), (0, 0), (0, q.shape[2] - queries), (0, 0)])  # the others' queries were not read
+    return merge_heads(stack([gq, gk, gv]))
 
 
 @self_attention.composed
-def _(qkv: Any, heads: int, *settings: Any) -> Any:
+def _(qkv: Any, heads: int, queries: Any = None, *settings: Any) -> Any:
     parts = split_heads(qkv, 3, heads)
-    return merge_heads(attention(parts[0], parts[1], parts[2], *settings)[None])
+    return merge_heads(attention(parts[0][..., :queries, :], parts[1], parts[2], *settings)[None])

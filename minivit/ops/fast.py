@@ -48,9 +48,7 @@ def _row_sums(x: np.ndarray) -> np.ndarray:
 
 def _row_dots(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Return the dot product of each row of a (…, n) with that of b, (…, 1)."""
-    if a.shape[-1] < 128:  # a call of BLAS for each short row costs more than a pass over all
-        return ((a * b) @ _ones(a.shape[-1], a.dtype))[..., None]
-    return np.vecdot(a, b)[..., None]
+    return ((a * b) @ _ones(a.shape[-1], a.dtype))[..., None]  # np.vecdot calls BLAS for every row
 
 
 # ---- linear ----------------------------------------------------------------------------------------------------------
@@ -80,21 +78,13 @@ def _(g: np.ndarray, kept: Any, needs: Needs) -> Any:
 # ---- layer_norm ------------------------------------------------------------------------------------------------------
 
 
-@functools.lru_cache(maxsize=256)
-def _means(n: int, dtype: np.dtype) -> np.ndarray:
-    means = np.full(n, 1.0 / n, dtype)
-    means.flags.writeable = False
-    return means
-
-
 @normalize.layer_norm.fast
 def _(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, eps: float) -> Any:
     n = x.shape[-1]
     rows = x.reshape(-1, n)  # (…, D) → (rows, D)
-    mean = _means(n, x.dtype)  # its product with a row is the row's mean
+    mean = _ones(n, x.dtype) / n  # its product with a row is the row's mean
     x_hat = rows - (rows @ mean)[:, None]
-    std = _row_dots(x_hat, x_hat)  # (rows, 1): n·σ², and in place √(σ² + eps)
-    std /= n
+    std = ((x_hat * x_hat) @ mean)[:, None]  # (rows, 1): σ², and in place √(σ² + eps)
     std += eps
     np.sqrt(std, out=std)
     x_hat /= std
@@ -126,7 +116,7 @@ def _(g: np.ndarray, kept: Any, needs: Needs) -> Any:
 # ---- gelu ------------------------------------------------------------------------------------------------------------
 
 
-BLOCK = 1 << 15  # numbers that a chain of elementwise steps works on at a time: they stay in the L1 and L2 cache
+BLOCK = 1 << 18  # numbers that a chain of elementwise steps works on at a time: about a cache full, and worth a call
 _HALF_POWERS = [0.5 ** (i + 0.5) for i in range(len(ERF_TANH))]
 _CDF_TANH = [c * h for c, h in zip(ERF_TANH, _HALF_POWERS, strict=True)]  # erf(x/√2) = tanh(x·p(x²))
 
@@ -237,8 +227,8 @@ def _probabilities(
     q: np.ndarray, k: np.ndarray, mask: np.ndarray | None, scale: float, p_drop: float, key: Key | None, row: int
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Return P = softmax(scale · Q·Kᵀ), q (…, rows, d), k (…, Tk, d) → (…, rows, Tk), and dropout's mask."""
-    p = q @ _transposed(k)  # (…, rows, d) · (…, d, Tk) → (…, rows, Tk)
-    p *= scale
+    # laid out in rows: on small matrices OpenBLAS is then twice as fast
+    p = q @ np.multiply(k.swapaxes(-1, -2), scale, order="C")  # (…, rows, d) · (…, d, Tk) → (…, rows, Tk)
     if mask is not None:
         p[mask] = attention.FORBIDDEN
     _softmax_rows(p)
@@ -247,10 +237,8 @@ def _probabilities(
     return p, keep_scale(p, p.shape, p_drop, key, row) if p_drop > 0 and key is not None else None
 
 
-def _transposed(x: np.ndarray) -> np.ndarray:
-    """Return x (…, T, d) as (…, d, T); a copy, for OpenBLAS is twice as fast on small matrices that lie in rows."""
-    x = x.swapaxes(-1, -2)
-    return np.ascontiguousarray(x) if x.shape[-1] < 128 else x
+def _broadcast(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
+    return a if a == b else np.broadcast_shapes(a, b)  # which is slow
 
 
 def _attend(
@@ -260,10 +248,10 @@ def _attend(
     """Return O = P·V and what the gradient reads. Memory of O is laid out as that of q: heads merge without a copy."""
     attention.check_inputs(q, k, v, mask, p_drop, key)
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
-    lead = np.broadcast_shapes(q.shape[:-2], k.shape[:-2])
+    lead = _broadcast(q.shape[:-2], k.shape[:-2])
     if mask is not None:
         mask = np.broadcast_to(raw(mask), (*lead, q.shape[-2], k.shape[-2]))
-    out = np.empty_like(q, shape=(*np.broadcast_shapes(lead, v.shape[:-2]), q.shape[-2], v.shape[-1]))
+    out = np.empty_like(q, shape=(*_broadcast(lead, v.shape[:-2]), q.shape[-2], v.shape[-1]))
     for head, rows, row in _blocks(q, k, v, first_row):
         masked = None if mask is None else mask[head][..., rows, :]
         p, drop = _probabilities(q[head][..., rows, :], k[head], masked, scale, p_drop, key, row)
@@ -279,7 +267,7 @@ def _attend_back(g: np.ndarray, kept: Any, gq: np.ndarray, gk: np.ndarray, gv: n
         masked = None if mask is None else mask[head][..., rows, :]
         q_rows, g_rows, out_rows = (x[head][..., rows, :] for x in (q, g, out))
         p, drop = made or _probabilities(q_rows, k[head], masked, scale, p_drop, key, row)
-        gs = g_rows @ _transposed(v[head])  # dP = dO·Vᵀ
+        gs = g_rows @ np.ascontiguousarray(v[head].swapaxes(-1, -2))  # dP = dO·Vᵀ
         if drop is not None:
             gs *= drop
         gs -= _row_dots(g_rows, out_rows)  # Σ P∘dP along a row is dO·O, which is shorter
@@ -307,17 +295,21 @@ def _(g: np.ndarray, kept: Any, needs: Needs) -> Any:
 
 
 @attention.self_attention.fast
-def _(qkv: np.ndarray, heads: int, *settings: Any) -> Any:
-    attention.check_heads(qkv, heads)
-    out, kept = _attend(*attention.split_heads(qkv, 3, heads), *settings)
-    return attention.merge_heads(out[None]), (qkv, heads, kept)
+def _(qkv: np.ndarray, heads: int, queries: int | None, *settings: Any) -> Any:
+    attention.check_heads(qkv, heads, queries)
+    q, k, v = attention.split_heads(qkv, 3, heads)
+    out, kept = _attend(q[..., :queries, :], k, v, *settings)
+    return attention.merge_heads(out[None]), (qkv, heads, queries, kept)
 
 
 @attention.self_attention.fast_vjp
 def _(g: np.ndarray, kept: Any, needs: Needs) -> Any:
-    qkv, heads, kept = kept
+    qkv, heads, queries, kept = kept
     grad = np.empty_like(qkv)  # (B, T, 3·H·d): in one piece, as the projection's gradient reads it
-    _attend_back(attention.split_heads(g, 1, heads)[0], kept, *attention.split_heads(grad, 3, heads))
+    gq, gk, gv = attention.split_heads(grad, 3, heads)
+    if queries is not None:
+        gq[..., queries:, :] = 0.0
+    _attend_back(attention.split_heads(g, 1, heads)[0], kept, gq[..., :queries, :], gk, gv)
     return (grad,)
 
 

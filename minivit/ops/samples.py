@@ -304,8 +304,12 @@ _ROWS: dict[str, dict[str, Callable[[Draw], tuple[Any, ...]]]] = {
     },
     "self_attention": {
         "heads": lambda r: (r(2, 3, 12), 2),
-        "a mask": lambda r: (r(1, 3, 12), 2, r.mask(3, 3)),
-        "a mask for each image, a scale, dropout": lambda r: (r(2, 3, 9), 1, r.mask(2, 1, 3, 3), 0.3, 0.3, _KEY, 5),
+        "a mask": lambda r: (r(1, 3, 12), 2, None, r.mask(3, 3)),
+        "a mask for each image, a scale, dropout": lambda r: (
+            r(2, 3, 9), 1, None, r.mask(2, 1, 3, 3), 0.3, 0.3, _KEY, 5
+        ),
+        "a single query": lambda r: (r(2, 3, 12), 2, 1),
+        "two queries, a mask, a scale, dropout": lambda r: (r(2, 5, 6), 2, 2, r.mask(2, 5), 0.3, 0.3, _KEY, 5),
     },
     "cross_entropy": {
         "labels": lambda r: (r(5, 3), r.integers(3, 5)),

@@ -64,8 +64,8 @@ def flops(node: Node) -> int:
         return 2 * out * next(shape[-1] for shape in shapes if shape)
     if name == "matmul":  # (…, n, k) · (…, k, m)
         return 2 * out * (shapes[0][-1] if shapes[0] else shapes[1][-2])
-    if name == "self_attention":  # → (…, T, heads·d): QKᵀ and PV
-        return 4 * out * node.shape[-2]
+    if name == "self_attention":  # (B, T, 3·heads·d) → (B, T or fewer, heads·d): QKᵀ and PV
+        return 4 * out * shapes[0][-2]
     if name == "attention":  # q (…, T, d), k (…, S, d), v (…, S, e)
         return 2 * out // node.shape[-1] * shapes[1][-2] * (shapes[0][-1] + shapes[2][-1])
     return 0

@@ -29,6 +29,7 @@ from minivit.backend import (
     cpu_cores,
     is_array,
     keep_freed_memory,
+    l2_cache,
     on_device_of,
     to_device,
     to_numpy,
@@ -39,7 +40,7 @@ from minivit.nn.random import random_key
 from minivit.train.optim import Optimizer, scale_to_norm
 
 DROP_STREAM = 0xD209  # the stream of dropout and drop path under a run's seed
-MICRO_BATCH_TOKENS = 544  # tokens in a micro-batch at most: their activations then stay in a core's L2 cache
+TOKEN_BYTES = 1 << 10  # of L2 cache for each token of a micro-batch: smaller ones cost more in calls than they save
 SHARE_NUMBERS = 1 << 18  # numbers of a flat array worth a thread of its own
 THREAD_NUMBERS = 1 << 15  # tokens · dim worth a thread of its own: with fewer, threads wait for the interpreter's lock
 
@@ -166,7 +167,7 @@ class Team:
         self.numbers: int = self.tokens * getattr(model, "dim", THREAD_NUMBERS)  # of a row's activations, a layer
         if self.device == "cpu":
             self.threads = threads or cpu_cores()
-            self.micro_batch = micro_batch or max(1, MICRO_BATCH_TOKENS // self.tokens)
+            self.micro_batch = micro_batch or max(1, round(l2_cache() / (TOKEN_BYTES * self.tokens)))
         self.all_threads = threads is not None  # asked for, whether they pay or not
 
     @functools.cached_property

@@ -1,0 +1,64 @@
+"""The benchmarks run, print what they promise, and draw well-formed pictures. What they measure is not judged here."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+LINE = r"minivit digits train: img/s ([\d.]+)  rss_mb ([\d.]+)  loss ([\d.]+) to ([\d.]+)\n"
+ROW = r"^\| (\d+) \| ([\d.,]+) \| ([\d.,]+) \| ([\d,]+) \| ([\d.]+) \| (\d+)% \|$"
+
+
+@pytest.fixture
+def benchmarks(monkeypatch):
+    """Let this test import the benchmarks, and what it runs import minivit."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+
+
+def texts(path):
+    return [element.text for element in ElementTree.parse(path).iter("{http://www.w3.org/2000/svg}text")]
+
+
+def test_a_step_that_trains(benchmarks):
+    done = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / "step.py", "digits"], capture_output=True, text=True, check=True
+    )
+    speed, memory, before, after = map(float, re.fullmatch(LINE, done.stdout).groups())
+    assert speed > 0 and memory > 10
+    assert after < before / 2
+
+
+def test_comparing_leaves_out_a_peer_that_cannot_run(benchmarks, monkeypatch, capsys, tmp_path):
+    import compare
+
+    def measure(python, script, *words):
+        if script == "jax_step.py":
+            raise RuntimeError("jax_step.py: no module")
+        return {"step.py": (200.0, 50.0), "torch_step.py": (100.0, 400.0)}[script]
+
+    monkeypatch.setattr(compare, "measure", measure)
+    monkeypatch.setattr(sys, "argv", ["compare.py", "3", "--configs", "digits", "--save", str(tmp_path / "bars.svg")])
+    compare.main()
+    printed = capsys.readouterr().out
+    assert printed.count("JAX jit") == 1 and "JAX jit is left out: jax_step.py: no module" in printed
+    assert "| digits | minivit | 200.0 | 50 | | |" in printed
+    assert "| digits | PyTorch eager | 100.0 | 400 | 2.00 (2.00 to 2.00) | 0.12 |" in printed
+    assert {"minivit", "PyTorch eager", "torch.compile", "200", "400"} < set(texts(tmp_path / "bars.svg"))
+
+
+def test_scaling_of_a_tiny_step(benchmarks, monkeypatch, capsys, tmp_path):
+    import scaling
+
+    monkeypatch.setattr(scaling, "CENTRE", scaling.Point(batch=2, image=8, dim=8, depth=1, threads=1))
+    monkeypatch.setattr(scaling, "SWEEPS", {"image": ("tokens", (8, 16))})
+    monkeypatch.setattr(sys, "argv", ["scaling.py", "--save", str(tmp_path / "curves.svg")])
+    scaling.main()
+    rows = re.findall(ROW, capsys.readouterr().out, re.MULTILINE)
+    assert [row[0] for row in rows] == ["5", "17"]  # tokens
+    assert all(float(row[1].replace(",", "")) > 0 and int(row[3]) > 10 for row in rows)
+    assert {"tokens", "5", "17"} < set(texts(tmp_path / "curves.svg"))
