@@ -65,7 +65,7 @@ BAD: dict[str, tuple[Any, type[MinivitError], str]] = {
     "Linear to nothing": (lambda: nn.Linear(3, 0), ConfigError, "out_features is 0"),
     "LayerNorm of a list": (lambda: nn.LayerNorm(3)([1.0, 2.0, 3.0]), DTypeError, "layer_norm: an input is a list"),
     "attention of a list": (lambda: nn.MultiHeadAttention(4, 2)([[[1.0] * 4]]), DTypeError, "linear: an input is"),
-    "attention of one image": (lambda: nn.MultiHeadAttention(3, 1)(x), ShapeError, "transpose"),
+    "attention of one image": (lambda: nn.MultiHeadAttention(3, 1)(x), ShapeError, "of 1 heads"),
     "a block of a list": (lambda: nn.EncoderBlock(4, 2, 8)([[[1.0] * 4]]), DTypeError, "layer_norm: an input is"),
     "a rate of a layer": (lambda: nn.Dropout(1.5), ConfigError, "p is 1.5"),
     "a module to a device that is not": (lambda: nn.Linear(3, 2).to("gpu"), ConfigError, "'gpu' is neither"),

@@ -9,6 +9,7 @@ Reverse-mode differentiation: Griewank and Walther 2008, "Evaluating Derivatives
 from __future__ import annotations
 
 import contextlib
+import heapq
 import itertools
 import operator
 import threading
@@ -82,7 +83,7 @@ class Unsaved:
         )
 
 
-_ages = itertools.count()  # a node is younger than its parents: sorting by age is a topological order
+_ages = itertools.count()  # a node is younger than its parents: order by age is a topological order
 _age = operator.attrgetter("age")
 
 
@@ -155,14 +156,13 @@ def propagate(
     if root.op is None:
         yield root, cotangent
         return
-    order = _from_root(root)
-    alive = None if wanted is None else _above(order, wanted)
+    alive = None if wanted is None else _above(_from_root(root), wanted)
     grads: dict[Node, Any] = {root: cotangent}
     ours: set[Node] = set()  # nodes whose sum so far is an array made here, to be added to in place
-    for node in order:
-        grad = grads.pop(node, None)
-        if grad is None:
-            continue
+    waiting = [(-root.age, root)]  # a heap, the youngest node first: all that was made of it is then done
+    while waiting:
+        _, node = heapq.heappop(waiting)
+        grad = grads.pop(node)
         if wanted is not None and node in wanted:
             yield node, grad
         op, parents = node.op, node.parents
@@ -190,6 +190,7 @@ def propagate(
                     yield parent, part
                 elif (so_far := grads.get(parent)) is None:
                     grads[parent] = part
+                    heapq.heappush(waiting, (-parent.age, parent))
                 elif parent in ours:
                     so_far += part
                 else:

@@ -163,7 +163,7 @@ class Op:
             # the usual case, CPU arrays of one dtype and nothing else, is seen to quickly
             if a is not None and (type(a) is not np.ndarray or a.dtype is not first.dtype):
                 self._check_alike(args, positions)
-                first = next(a for a in args if is_array(a))
+                first = next((args[i] for i in positions if is_array(args[i])), first)
                 break
         fast = self._fast if recording.first_order and isinstance(first, np.ndarray) else None
         if type(first) is np.ndarray:
@@ -194,7 +194,7 @@ class Op:
             if not (is_array(args[i]) or args[i] is None or isinstance(args[i], Number)):
                 raise DTypeError(f"{self.name}: an input is a {type(args[i]).__name__}", _INPUTS_REMEDY)
         arrays = [(i, args[i]) for i in positions if is_array(args[i])]
-        first = arrays[0][1]
+        first: Any = arrays[0][1] if arrays else None
         for _, a in arrays[1:]:
             if a.dtype != first.dtype:
                 if {a.dtype.char, first.dtype.char} == {"d", "D"}:  # a gradient check's complex step among constants

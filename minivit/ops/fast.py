@@ -203,7 +203,12 @@ def _(g: np.ndarray, kept: Any, needs: Needs) -> Any:
     return (gx,)
 
 
-KEPT_SCORES = 1 << 16  # scores of a head: no more are made at once, and only if there are no more are they kept
+KEPT_SCORES = 1 << 16  # of a head: of longer sequences this many are made at a time, and none are kept
+
+
+def _is_short(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> bool:
+    """Tell whether all scores are made at once, and kept; so are those of heads that are broadcast."""
+    return q.shape[-2] * k.shape[-2] <= KEPT_SCORES or not q.shape[:-2] == k.shape[:-2] == v.shape[:-2]
 
 
 def _blocks(q: np.ndarray, k: np.ndarray, v: np.ndarray, first_row: int) -> Iterator[tuple[Any, slice, int]]:
@@ -213,7 +218,7 @@ def _blocks(q: np.ndarray, k: np.ndarray, v: np.ndarray, first_row: int) -> Iter
     head in blocks of queries that the gradient makes again: memory grows with their length, not with its square.
     """
     queries, keys = q.shape[-2], k.shape[-2]
-    if queries * keys <= KEPT_SCORES or not q.shape[:-2] == k.shape[:-2] == v.shape[:-2]:
+    if _is_short(q, k, v):
         yield (), slice(0, queries), first_row
         return
     rows = max(1, KEPT_SCORES // keys)
@@ -256,7 +261,7 @@ def _attend(
         masked = None if mask is None else mask[head][..., rows, :]
         p, drop = _probabilities(q[head][..., rows, :], k[head], masked, scale, p_drop, key, row)
         np.matmul(p if drop is None else p * drop, v[head], out=out[head][..., rows, :])
-    made = (p, drop) if head == () and p.shape[-2] == q.shape[-2] else None
+    made = (p, drop) if _is_short(q, k, v) else None
     return out, (q, k, v, (mask, scale, p_drop, key, first_row), out, made)
 
 

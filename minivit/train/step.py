@@ -40,7 +40,8 @@ from minivit.nn.random import random_key
 from minivit.train.optim import Optimizer, scale_to_norm
 
 DROP_STREAM = 0xD209  # the stream of dropout and drop path under a run's seed
-TOKEN_BYTES = 1 << 10  # of L2 cache for each token of a micro-batch: smaller ones cost more in calls than they save
+TOKENS = 1088  # in a micro-batch, for each MiB of L2 cache: with fewer, calls take longer than what they do
+KEPT_NUMBERS = 5 << 18  # tokens · dim · blocks of a micro-batch: its activations, some 20 times as many, are kept
 SHARE_NUMBERS = 1 << 18  # numbers of a flat array worth a thread of its own
 THREAD_NUMBERS = 1 << 15  # tokens · dim worth a thread of its own: with fewer, threads wait for the interpreter's lock
 
@@ -167,7 +168,9 @@ class Team:
         self.numbers: int = self.tokens * getattr(model, "dim", THREAD_NUMBERS)  # of a row's activations, a layer
         if self.device == "cpu":
             self.threads = threads or cpu_cores()
-            self.micro_batch = micro_batch or max(1, round(l2_cache() / (TOKEN_BYTES * self.tokens)))
+            fit = TOKENS * l2_cache() // 2**20 // self.tokens
+            kept = KEPT_NUMBERS // (self.numbers * max(1, len(getattr(model, "blocks", ()))))
+            self.micro_batch = micro_batch or max(1, min(fit, kept))
         self.all_threads = threads is not None  # asked for, whether they pay or not
 
     @functools.cached_property
