@@ -18,6 +18,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
@@ -148,6 +149,17 @@ def total_memory(device: str = "cpu") -> int:
     return os.sysconf("SC_PHYS_PAGES") * _page_size()
 
 
+def available_memory() -> int:
+    """Return how many bytes a process can still take before the machine, or its container, has none left."""
+    free = []
+    with contextlib.suppress(OSError, ValueError, StopIteration), open("/proc/meminfo") as f:
+        free.append(1024 * int(next(line for line in f if line.startswith("MemAvailable")).split()[1]))
+    with contextlib.suppress(OSError, ValueError):  # the limit of a container (cgroup version 2); "max" is no number
+        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
+        free.append(limit - used)
+    return min(free, default=total_memory())
+
+
 def _page_size() -> int:
     return os.sysconf("SC_PAGE_SIZE")
 
@@ -203,7 +215,17 @@ def random_bits(key: Key, shape: tuple[int, ...], *, start: int = 0, device: str
 
 def uniform(key: Key, shape: tuple[int, ...], *, start: int = 0, device: str = "cpu") -> Array:
     """Return float32 uniform numbers in [0, 1), multiples of 2⁻²⁴."""
-    return _generate(key, shape, start, device, "float32", lambda bits: (bits >> 8).astype("float32") * 2.0**-24)
+    return _generate(key, shape, start, device, "float32", _unit_interval)
+
+
+def uniform_rows(key: Key, rows: np.ndarray, width: int) -> np.ndarray:
+    """Return ``uniform(key, (n, width))[rows]``, float32 (len(rows), width), without making the other rows."""
+    places = np.uint64(width) * rows.astype(np.uint64)[:, None] + np.arange(1, width + 1, dtype=np.uint64)
+    return np.asarray(_unit_interval(_splitmix_at(np, key.bits(), places)))  # (rows, width)
+
+
+def _unit_interval(bits: Array) -> Array:
+    return (bits >> 8).astype("float32") * 2.0**-24
 
 
 def _generate(
@@ -223,7 +245,11 @@ def _generate(
 
 
 def _splitmix(xp: Any, seed: int, start: int, size: int) -> Array:
-    z = xp.arange(start + 1, start + size + 1, dtype=xp.uint64)
+    return _splitmix_at(xp, seed, xp.arange(start + 1, start + size + 1, dtype=xp.uint64))
+
+
+def _splitmix_at(xp: Any, seed: int, z: Array) -> Array:
+    """Return the uint32 bits at the places ``z``, uint64 from 1, which is written over."""
     z *= xp.uint64(_GOLDEN)
     z += xp.uint64(seed)
     z ^= z >> xp.uint64(30)

@@ -1,8 +1,36 @@
 """Data: labelled images, batches of them, augmentation, and the reading of image files. It knows nothing of models."""
 
-from minivit.data.augment import Affine
-from minivit.data.datasets import Dataset, load
+from minivit.data.augment import (
+    Affine,
+    Augment,
+    Chain,
+    Crop,
+    Flip,
+    RandomErasing,
+    RandomResizedCrop,
+)
+from minivit.data.colour import ColorJitter
+from minivit.data.datasets import Dataset, kind_of, load
 from minivit.data.images import read_image
 from minivit.data.loader import Loader, standardize
+from minivit.data.mixing import Mix
+from minivit.data.randaugment import RandAugment
 
-__all__ = ["Affine", "Dataset", "Loader", "load", "read_image", "standardize"]
+__all__ = [
+    "Affine",
+    "Augment",
+    "Chain",
+    "ColorJitter",
+    "Crop",
+    "Dataset",
+    "Flip",
+    "Loader",
+    "Mix",
+    "RandAugment",
+    "RandomErasing",
+    "RandomResizedCrop",
+    "kind_of",
+    "load",
+    "read_image",
+    "standardize",
+]

@@ -1,7 +1,8 @@
-"""Augmentation: random changes of images that leave their class as it is.
+"""Augmentation: random changes of images that leave their class as it is. Here: where the pixels go.
 
 An augmentation is a function of a batch and of random numbers that are handed to it, ``draws`` of them for each image.
-So what happens to an image depends on its own numbers only, not on the batch it is in.
+So what happens to an image depends on its own numbers only, not on the batch it is in. Changes of colour are in
+``colour.py``, RandAugment in ``randaugment.py``, and what mixes two images and their labels in ``mixing.py``.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import ClassVar, Protocol
 
 import numpy as np
 
+from minivit.backend import Key, uniform
 from minivit.errors import ConfigError
 
 
@@ -22,7 +24,113 @@ class Augment(Protocol):
         """How many random numbers an image takes."""
 
     def __call__(self, images: np.ndarray, u: np.ndarray) -> np.ndarray:
-        """Return changed ``images``, float32 (B, C, H, W) in [0, 1], given ``u``, float32 (B, draws) in [0, 1)."""
+        """Return changed ``images``, float32 (B, C, H, W) in [0, 1], given ``u``, float32 (B, draws) in [0, 1).
+
+        The images handed in stay as they are.
+        """
+
+
+@dataclass(frozen=True)
+class Chain:
+    """One augmentation after the other, each with random numbers of its own."""
+
+    steps: tuple[Augment, ...]
+
+    @property
+    def draws(self) -> int:
+        """How many random numbers an image takes: the steps' together."""
+        return sum(step.draws for step in self.steps)
+
+    def __call__(self, images: np.ndarray, u: np.ndarray) -> np.ndarray:
+        """Return ``images`` after every step: see :class:`Augment`."""
+        for step in self.steps:
+            images, u = step(images, u[:, : step.draws]), u[:, step.draws :]
+        return images
+
+
+@dataclass(frozen=True)
+class Flip:
+    """Left and right swapped, with probability ½ (Krizhevsky et al. 2012, section 4.1)."""
+
+    draws: ClassVar[int] = 1
+
+    def __call__(self, images: np.ndarray, u: np.ndarray) -> np.ndarray:
+        """Return each of ``images`` as it is or mirrored: see :class:`Augment`."""
+        changed, mirrored = images.copy(), np.flatnonzero(u[:, 0] < 0.5)
+        changed[mirrored] = images[mirrored, :, :, ::-1]
+        return changed
+
+
+@dataclass(frozen=True)
+class Crop:
+    """A shift by up to ``padding`` whole pixels along both axes, every one equally likely; what comes in is black.
+
+    It is the crop at random, of the image's own size, out of the image with ``padding`` zeros on each side (He et al.
+    2016, section 4.2, with 4 for CIFAR's 32 × 32). Raises ConfigError for a padding below 0.
+    """
+
+    padding: int
+
+    draws: ClassVar[int] = 2
+
+    def __post_init__(self) -> None:
+        if self.padding < 0:
+            raise ConfigError(f"an image cannot be padded by {self.padding} pixels", "use 0 for no change")
+
+    def __call__(self, images: np.ndarray, u: np.ndarray) -> np.ndarray:
+        """Return each of ``images`` shifted by its two numbers in ``u``: see :class:`Augment`."""
+        height, width = images.shape[2:]
+        p = self.padding
+        padded = np.pad(images, ((0, 0), (0, 0), (p, p), (p, p)))  # (B, C, H + 2p, W + 2p)
+        windows = np.lib.stride_tricks.sliding_window_view(padded, (height, width), (2, 3))  # (B, C, 2p+1, 2p+1, H, W)
+        top, left = (u * np.float32(2 * p + 1)).astype(np.int64).T
+        return np.ascontiguousarray(windows[np.arange(len(images)), :, top, left])  # (B, C, H, W)
+
+
+@dataclass(frozen=True)
+class RandomResizedCrop:
+    """A rectangle of the image at random, enlarged to the image's size (Szegedy et al. 2015, section 6).
+
+    Its area is uniform between ``min_area`` and 1, as a share of the image's; the logarithm of width / height, in
+    pixels, is uniform between those of ``ratio``'s two numbers; a side longer than the image's is cut to it. It lies
+    anywhere inside, not on whole pixels only. It never shrinks, so bilinear interpolation needs no filter before it.
+
+    Raises ConfigError for an area outside (0, 1], or ratios that are not positive, finite and in order.
+    """
+
+    min_area: float = 0.08
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+
+    draws: ClassVar[int] = 4
+
+    def __post_init__(self) -> None:
+        if not 0 < self.min_area <= 1:
+            raise ConfigError(f"a crop of {self.min_area:g} of the image", "use a share above 0, of at most 1")
+        if not 0 < self.ratio[0] <= self.ratio[1] < np.inf:
+            raise ConfigError(f"ratios {self.ratio} of width to height", "give the smallest and the largest, above 0")
+
+    def __call__(self, images: np.ndarray, u: np.ndarray) -> np.ndarray:
+        """Return of each of ``images`` the part that its four numbers in ``u`` choose: see :class:`Augment`."""
+        batch, channels, height, width = images.shape
+        u = np.ascontiguousarray(u.T)[:, :, None]  # (4, B, 1)
+        area = np.float32(self.min_area) + np.float32(1 - self.min_area) * u[0]
+        crop_h, crop_w = _sides(area * np.float32(height * width), u[1], self.ratio)  # (B, 1) each
+        crop_h, crop_w = np.minimum(crop_h, np.float32(height)), np.minimum(crop_w, np.float32(width))
+        y = (np.arange(height, dtype=np.float32) + np.float32(0.5)) * (crop_h / np.float32(height))  # (B, H)
+        x = (np.arange(width, dtype=np.float32) + np.float32(0.5)) * (crop_w / np.float32(width))  # (B, W)
+        y = y + u[2] * (np.float32(height) - crop_h) - np.float32(0.5)
+        x = x + u[3] * (np.float32(width) - crop_w) - np.float32(0.5)
+        y, x = np.clip(y, 0, height - 1), np.clip(x, 0, width - 1)  # half a pixel beyond the centres at the edge
+        y, x = np.repeat(y, width, 1), np.tile(x, (1, height))  # (B, HW)
+        return bilinear(images, y, x).reshape(batch, channels, height, width)
+
+
+def _sides(area: np.ndarray, u: np.ndarray, ratio: tuple[float, float]) -> tuple[np.ndarray, np.ndarray]:
+    """Return (height, width) of rectangles of ``area``, log(width / height) uniform between the logs of ``ratio``."""
+    low, high = np.log(np.array(ratio, np.float32))
+    root = np.exp((low + (high - low) * u) / 2)  # of width / height
+    side = np.sqrt(area)
+    return side / root, side * root
 
 
 @dataclass(frozen=True)
@@ -64,14 +172,59 @@ class Affine:
         return bilinear(images, source_y, source_x).reshape(batch, channels, height, width)
 
 
-def bilinear(images: np.ndarray, y: np.ndarray, x: np.ndarray) -> np.ndarray:
+@dataclass(frozen=True)
+class RandomErasing:
+    """A rectangle of noise over the image, with probability ``p`` (Zhong et al. 2020, algorithm 1).
+
+    Its area is uniform between the two shares ``area`` of the image's; the logarithm of width / height is uniform
+    between those of ``ratio``'s two numbers; sides are whole pixels, and cut to the image's. It lies anywhere inside.
+
+    The noise is uniform in [0, 1], a number for each pixel and channel: the paper's "random values". It comes from one
+    of the image's own numbers. Raises ConfigError for a share outside [0, 1], or numbers that are not in order.
+    """
+
+    p: float = 0.25
+    area: tuple[float, float] = (0.02, 1 / 3)
+    ratio: tuple[float, float] = (0.3, 1 / 0.3)
+
+    draws: ClassVar[int] = 6
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.p <= 1:
+            raise ConfigError(f"erasing with probability {self.p}", "use 0 to 1")
+        if not 0 <= self.area[0] <= self.area[1] <= 1:
+            raise ConfigError(f"erasing {self.area} of the image", "give the smallest and the largest share of it")
+        if not 0 < self.ratio[0] <= self.ratio[1] < np.inf:
+            raise ConfigError(f"ratios {self.ratio} of width to height", "give the smallest and the largest, above 0")
+
+    def __call__(self, images: np.ndarray, u: np.ndarray) -> np.ndarray:
+        """Return ``images``, some with a rectangle erased: see :class:`Augment`."""
+        changed, rows = images.copy(), np.flatnonzero(u[:, 0] < self.p)
+        channels, height, width = images.shape[1:]
+        u = u[rows].T  # (6, n)
+        area = np.float32(self.area[0]) + np.float32(self.area[1] - self.area[0]) * u[1]
+        box_h, box_w = _sides(area * np.float32(height * width), u[2], self.ratio)
+        box_h = np.clip(np.rint(box_h), 1, height).astype(np.int64)
+        box_w = np.clip(np.rint(box_w), 1, width).astype(np.int64)
+        top, left = (u[3] * (height - box_h + 1)).astype(np.int64), (u[4] * (width - box_w + 1)).astype(np.int64)
+        number = (u[5] * np.float32(1 << 24)).astype(np.int64)
+        for row, y, x, h, w, n in np.stack([rows, top, left, box_h, box_w, number], 1).tolist():
+            changed[row, :, y : y + h, x : x + w] = uniform(_NOISE.at(n), (channels, h, w))
+        return changed
+
+
+_NOISE = Key(0, stream=0xE2A5E)  # at a step for each of the 2²⁴ numbers that an image can have drawn
+
+
+def bilinear(images: np.ndarray, y: np.ndarray, x: np.ndarray, outside: float = 0.0) -> np.ndarray:
     """Return ``images``, float32 (B, C, H, W), at the points (``y``, ``x``), each (B, P): float32 (B, C, P).
 
     Points are in pixels, (0, 0) the centre of the first pixel; between the pixels' centres it interpolates linearly
-    along both axes, and outside the image is 0.
+    along both axes, and what lies ``outside`` has that value.
     """
     batch, channels, height, width = images.shape
-    padded = np.pad(images, ((0, 0), (0, 0), (1, 2), (1, 2))).reshape(-1)  # zeros around: no special case at an edge
+    edges = ((0, 0), (0, 0), (1, 2), (1, 2))  # no special case at an edge
+    padded = np.pad(images, edges, constant_values=outside).reshape(-1)
     row = width + 3
     y, x = np.clip(y + 1, 0, height + 1), np.clip(x + 1, 0, width + 1)  # in the padded image, hence
     top, left = np.floor(y), np.floor(x)

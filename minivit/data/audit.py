@@ -1,0 +1,219 @@
+"""Looking a data set over before it costs hours: what is in it, what is damaged, what is in it twice."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from os import PathLike
+
+import numpy as np
+
+from minivit.backend import Key, permutation
+from minivit.data.datasets import SPLITS, Dataset, kind_of, load
+from minivit.data.folder import SIZE, in_threads, list_folder
+from minivit.data.images import decode, fitted
+from minivit.errors import ConfigError, DataError
+
+SAMPLES = 100
+"""At most so many images are kept to be shown, as many of each class."""
+
+
+@dataclass(frozen=True)
+class Same:
+    """Images with exactly the same pixels: their names, and of each the split and the class."""
+
+    names: tuple[str, ...]
+    splits: tuple[str, ...]
+    classes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What is in a data set: see :func:`audit`. ``counts[split]`` are its images of each class."""
+
+    name: str
+    how: str
+    classes: tuple[str, ...]
+    counts: dict[str, list[int]]
+    sizes: dict[str, tuple[int, int]]
+    formats: dict[str, int]
+    modes: dict[str, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    measured_at: tuple[int, int]
+    same: list[Same]
+    corrupt: list[str] = field(default_factory=list)
+    several: list[str] = field(default_factory=list)
+    note: str = ""
+    samples: list[np.ndarray] = field(default_factory=list)
+    sample_labels: list[str] = field(default_factory=list)
+
+    @property
+    def duplicates(self) -> list[Same]:
+        """Images that are in one split more than once."""
+        return [same for same in self.same if len(set(same.splits)) < len(same.splits)]
+
+    @property
+    def leaked(self) -> list[Same]:
+        """Images of the split "test" that are in "train" as well: a model may know them by heart."""
+        return [same for same in self.same if len(set(same.splits)) > 1]
+
+    @property
+    def contradictions(self) -> list[Same]:
+        """Images that are in more than one class."""
+        return [same for same in self.same if len(set(same.classes)) > 1]
+
+
+def audit(name: str | PathLike[str], size: tuple[int, int] | None = None) -> Audit:
+    """Look over a data set that :func:`~minivit.data.datasets.load` knows, all its splits, or any folder of images.
+
+    ``sizes`` are (height, width), "smallest", "median" and "largest" by area; ``formats`` and ``modes`` (Pillow's)
+    count what the files are. ``corrupt`` are those that cannot be decoded, with the reasons; ``several`` hold more than
+    one picture. Images are the ``same`` if the SHA-256 of their decoded pixels is, in their own size. ``mean`` and
+    ``std`` are those of each channel of the training images / 255, which in a folder are brought to ``size`` first, by
+    default 64 × 64. A ``note`` says what is missing, such as test images, or classes to train on.
+
+    Raises DataError for what is not there, or has no images; ConfigError for a ``size`` where images have their own.
+    """
+    if kind_of(name) == "folder":
+        return _audit_folder(name, size or SIZE)
+    if size is not None:
+        raise ConfigError(f"{name}: its images have a size of their own", "give a size for folders of image files only")
+    return _audit_arrays(name)
+
+
+def _audit_arrays(name: str | PathLike[str]) -> Audit:
+    parts: dict[str, Dataset] = {"train": load(name, "train")}
+    note = ""
+    try:
+        parts["test"] = load(name, "test")
+    except DataError as error:
+        if "needed for the split" not in error.what:  # it is there, and damaged
+            raise
+        note = f"no test images: {error.what}"
+    train = parts["train"]
+    channels, height, width = train.images.shape[1:]
+    digests = [
+        (_digest(image), f"{split}[{i}]", split, data.classes[label])
+        for split, data in parts.items()
+        for i, (image, label) in enumerate(zip(data.images, data.labels, strict=True))
+    ]
+    shown = _choose(train.labels, len(train.classes))
+    mode = {1: "grey", 3: "RGB", 4: "RGBA"}.get(channels, f"{channels} channels")
+    return Audit(
+        name=str(name),
+        how="as the data set has it",
+        classes=train.classes,
+        counts={split: np.bincount(data.labels, minlength=len(data.classes)).tolist() for split, data in parts.items()},
+        sizes=dict.fromkeys(("smallest", "median", "largest"), (height, width)),
+        formats={},
+        modes={mode: sum(map(len, parts.values()))},
+        mean=train.mean,
+        std=train.std,
+        measured_at=(height, width),
+        same=_same(digests),
+        note=note,
+        samples=[train.images[i] for i in shown],
+        sample_labels=[train.classes[train.labels[i]] for i in shown],
+    )
+
+
+def _audit_folder(name: str | PathLike[str], size: tuple[int, int]) -> Audit:
+    found = list_folder(name)
+    files = [(file, split, label) for split in SPLITS for file, label in found.files[split]]  # of "train" first
+    if not files:
+        raise DataError(f"{name}: no image files", "put them into a folder for each class")
+    shown = set(_choose([label for _, label in found.files["train"]], len(found.classes)))
+    kept: dict[int, np.ndarray] = {}
+    facts: dict[int, tuple[str, str, bool, tuple[int, int]]] = {}
+    reasons, digests = {}, {}
+    sums = np.zeros((len(files), 2, 3), np.int64)
+
+    def look(i: int) -> None:
+        file, split, label = files[i]
+        try:
+            picture = decode(file, 3)
+        except DataError as error:
+            reasons[i] = error.what
+            return
+        page = np.asarray(picture.page)  # (H, W, 3)
+        facts[i] = picture.format, picture.mode, picture.animated, page.shape[:2]
+        digests[i] = _digest(page), str(file.relative_to(found.path)), split, found.classes[label]
+        if split == "train":
+            pixels = fitted(picture.page, size, "crop")
+            x = pixels.astype(np.int64)
+            sums[i] = x.sum((1, 2)), (x * x).sum((1, 2))  # (2, 3)
+            if i in shown:
+                kept[i] = pixels
+
+    in_threads(look, len(files), f"reading {name}")
+    good = sorted(facts)
+    counts = {split: [0] * len(found.classes) for split in SPLITS}
+    for i in good:
+        counts[files[i][1]][files[i][2]] += 1
+    mean, std = _moments(sums.sum(0), sum(counts["train"]) * size[0] * size[1])
+    problem = found.problem()
+    return Audit(
+        name=str(name),
+        how=found.how,
+        classes=found.classes,
+        counts=counts,
+        sizes=_sizes([facts[i][3] for i in good]),
+        formats=_counted(facts[i][0] for i in good),
+        modes=_counted(facts[i][1] for i in good),
+        mean=mean,
+        std=std,
+        measured_at=size,
+        same=_same([digests[i] for i in good]),
+        corrupt=[reasons[i].removeprefix(f"{found.path}/") for i in sorted(reasons)],
+        several=[digests[i][1] for i in good if facts[i][2]],
+        note=problem.what if problem else "",
+        samples=[kept[i] for i in sorted(kept)],
+        sample_labels=[found.classes[files[i][2]] or files[i][0].name for i in sorted(kept)],
+    )
+
+
+# ---- the parts -------------------------------------------------------------------------------------------------------
+
+
+def _digest(pixels: np.ndarray) -> bytes:
+    digest = hashlib.sha256(f"{pixels.shape}".encode())
+    digest.update(np.ascontiguousarray(pixels).data)
+    return digest.digest()
+
+
+def _same(images: Iterable[tuple[bytes, str, str, str]]) -> list[Same]:
+    """Group (digest, name, split, class) by digest; the groups of one are left out."""
+    groups: dict[bytes, list[tuple[str, str, str]]] = {}
+    for digest, *about in images:
+        groups.setdefault(digest, []).append((about[0], about[1], about[2]))
+    return [Same(*zip(*group, strict=True)) for group in groups.values() if len(group) > 1]
+
+
+def _choose(labels: Sequence[int] | np.ndarray, classes: int) -> list[int]:
+    """Choose images to show: up to ten of each class, at random, and at most :data:`SAMPLES`."""
+    labels = np.asarray(labels, np.int64)
+    order = permutation(Key(0), len(labels))
+    each = SAMPLES if classes == 1 else min(10, max(1, SAMPLES // classes))
+    chosen: Iterator[int] = (i for c in range(classes) for i in order[labels[order] == c][:each].tolist())
+    return list(chosen)[:SAMPLES]
+
+
+def _moments(sums: np.ndarray, count: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return mean and standard deviation from ``sums`` (2, C) of bytes and of their squares, ``count`` a channel."""
+    if not count:
+        return (), ()
+    mean, square = sums / count  # (C,) each
+    return tuple((mean / 255).tolist()), tuple((np.sqrt(square - mean * mean) / 255).tolist())
+
+
+def _sizes(sizes: list[tuple[int, int]]) -> dict[str, tuple[int, int]]:
+    ordered = sorted(sizes, key=lambda size: (size[0] * size[1], size))
+    named = {"smallest": 0, "median": len(ordered) // 2, "largest": -1}
+    return {name: ordered[i] for name, i in named.items()} if ordered else {}
+
+
+def _counted(words: Iterable[str]) -> dict[str, int]:
+    return dict(Counter(words).most_common())

@@ -1,0 +1,295 @@
+"""Folders of image files, a folder for each class: held in memory where they fit, else decoded when they are wanted."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import threading
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+from minivit.backend import available_memory, cpu_cores
+from minivit.data.datasets import SPLITS, Dataset, reading
+from minivit.data.images import decode, fitted, is_image
+from minivit.errors import ConfigError, DataError, unknown_name
+
+SIZE = (64, 64)
+"""The height and width that pictures are brought to unless others are asked for."""
+
+TEST_SHARE = 0.2
+"""The share of each class that is the split "test" where a folder does not part its files itself."""
+
+TEST_FOLDERS = ("test", "val", "valid")
+"""What may hold the split "test" beside ``train``; the first of them that holds classes does."""
+
+SUFFIXES = (
+    *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".bmp", ".dib", ".gif", ".webp", ".tif", ".tiff"),
+    *(".ppm", ".pgm", ".pbm", ".pnm", ".apng", ".heic", ".heif", ".avif", ".jp2", ".tga", ".ico", ".svg"),
+)
+"""A file called so is meant to be a picture: if it cannot be read as one, that is said and not passed over."""
+
+
+def load_folder(
+    path: str | PathLike[str],
+    split: str,
+    size: tuple[int, int] | None = None,
+    channels: int = 3,
+    bad: str = "stop",
+) -> Dataset:
+    """Load a folder of image files, such as ``path/train/cat/1.jpg`` and ``path/test/cat/2.jpg``.
+
+    The folders' names are the classes, in the order of the alphabet. The split "test" is ``path/test``, ``path/val`` or
+    ``path/valid``. Where there is none of them, or only ``path/cat``, ``path/dog`` and so on, a fifth of each class is
+    "test": the files whose names have a hash (SHA-256) in its lowest fifth, so that no file changes sides when others
+    come or go. Images are recognised by what they hold; hidden files and files that are no pictures are passed over.
+
+    Each becomes uint8 (channels, height, width) of ``size``, by default 64 × 64: the largest part of these proportions
+    is cut from its middle and scaled; see :func:`~minivit.data.images.read_image` for its colours. The images are held
+    in memory if they take less than a quarter of it, else decoded whenever they are asked for: :class:`ImageFiles`.
+
+    Every file is decoded once here. If some cannot be, ``bad="stop"`` raises DataError, and ``"skip"`` leaves them out
+    with a warning that lists them. Raises DataError also for a folder with fewer than two classes, or with one that has
+    no images to train on.
+    """
+    if split not in SPLITS:
+        raise unknown_name("split", split, SPLITS, error=DataError)
+    if bad not in ("stop", "skip"):
+        raise ConfigError(f"bad images can be left out or not, not {bad!r}", "use bad='stop' or 'skip'")
+    size = SIZE if size is None else size
+    if len(size) != 2 or min(size) < 1:
+        raise ConfigError(f"images cannot be of size {size}", "give (height, width), at least 1 each")
+    found = list_folder(path)
+    if problem := found.problem():
+        raise problem
+    files = ImageFiles([file for file, _ in found.files[split]], size, channels)
+    labels = np.array([label for _, label in found.files[split]], np.int64)
+    if not len(files):
+        raise DataError(f"{path}: no image files for the split {split!r}", "add some")
+    held = np.empty(files.shape, np.uint8) if files.nbytes <= available_memory() // 4 else None
+    reasons: dict[int, str] = {}
+    animated: set[int] = set()
+
+    def read(i: int) -> None:
+        try:
+            pixels, more = files.read(i)
+        except DataError as error:
+            reasons[i] = error.what
+            return
+        if more:
+            animated.add(i)
+        if held is not None:
+            held[i] = pixels
+
+    in_threads(read, len(files), f"reading {path}")
+    if reasons and bad == "stop":
+        count = f"{len(reasons):,} of {len(files):,} image files"
+        remedy = f"see all: minivit data {path}; repair or remove them, or leave them out: --bad-images skip"
+        raise DataError(f"{path}: {count} cannot be read; the first: {reasons[min(reasons)]}", remedy)
+    if reasons:
+        listed = "\n  ".join(reasons[i] for i in sorted(reasons))
+        warnings.warn(f"{path}: {len(reasons):,} image files are left out:\n  {listed}", stacklevel=2)
+    if animated:
+        first = files.paths[min(animated)]
+        what = f"{path}: {len(animated):,} files hold more than one picture, such as {first}: the first one is read"
+        warnings.warn(what, stacklevel=2)
+    good = np.array([i for i in range(len(files)) if i not in reasons], np.int64)
+    if split == "train" and (lost := set(range(len(found.classes))) - set(labels[good].tolist())):
+        what = f"{path}: no image of the class {found.classes[min(lost)]!r} can be read"
+        raise DataError(what, "repair some, or remove the class")
+    images = files.take(good) if held is None else held if len(good) == len(held) else held[good]
+    return Dataset(cast(np.ndarray, images), labels[good], found.classes, str(path))
+
+
+# ---- which files -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The image files of a folder: ``files[split]`` are (path, index into ``classes``), ``how`` says which is which."""
+
+    path: Path
+    classes: tuple[str, ...]
+    files: dict[str, list[tuple[Path, int]]]
+    how: str
+
+    def problem(self) -> DataError | None:
+        """Return why no model can be trained on this, or None."""
+        if not any(self.files.values()):
+            return DataError(f"{self.path}: no image files", "put them into a folder for each class")
+        if self.classes == ("",):
+            return DataError(f"{self.path}: the images are in no class", "put them into a folder for each class")
+        if len(self.classes) == 1:
+            what = f"{self.path}: there is only one class, {self.classes[0]!r}"
+            return DataError(what, "make a folder for each class, with images in it")
+        if without := set(range(len(self.classes))) - {label for _, label in self.files["train"]}:
+            what = f"{self.path}: the class {self.classes[min(without)]!r} has no images to train on"
+            return DataError(what, "add some, or remove its folder; of a class with few files, all may be test images")
+        return None
+
+
+def list_folder(path: str | PathLike[str]) -> Listing:
+    """Find the image files of a folder, split and class: see :func:`load_folder`. None is decoded.
+
+    Images that lie in the folder itself are all in "train", and of the one class "". Raises DataError if there is no
+    such folder, or one cannot be listed.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise DataError(f"{path}: {'not a' if path.exists() else 'no such'} folder", "check the path")
+    with reading(str(path), "check its permissions"):
+        return _list(path)
+
+
+def _list(path: Path) -> Listing:
+    train: Path
+    test: Path | None
+    train, test = path, None
+    if _subfolders(path / "train"):
+        train = path / "train"
+        test = next((path / name for name in TEST_FOLDERS if _subfolders(path / name)), None)
+    trees = [{folder.name: image_files(folder) for folder in _subfolders(root)} for root in (train, test)]
+    classes = tuple(sorted(trees[0].keys() | trees[1].keys()))
+    if not classes:
+        return Listing(path, ("",), {"train": [(file, 0) for file in image_files(path)], "test": []}, "")
+    listed = [[(file, i) for i, name in enumerate(classes) for file in tree.get(name, [])] for tree in trees]
+    if test is not None:
+        return Listing(path, classes, dict(zip(SPLITS, listed, strict=True)), f"train/ and {test.name}/")
+    parts: dict[str, list[tuple[Path, int]]] = {split: [] for split in SPLITS}
+    for file, label in listed[0]:
+        parts["test" if _is_test(file.relative_to(train)) else "train"].append((file, label))
+    return Listing(path, classes, parts, f"test: {TEST_SHARE:.0%} of each class, by a hash of the files' names")
+
+
+def _is_test(name: Path) -> bool:
+    digest = hashlib.sha256(os.fsencode(name.as_posix())).digest()
+    return int.from_bytes(digest[:8], "big") < TEST_SHARE * 2**64
+
+
+def _subfolders(path: Path | None) -> list[Path]:
+    if path is None or not path.is_dir():
+        return []
+    return sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+
+
+def image_files(folder: Path) -> list[Path]:
+    """Return the image files in a folder and in those below it, in order."""
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    found, seen = [], set()
+    for root, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        if (real := os.path.realpath(root)) in seen:  # links may lead in a circle
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        found += [Path(root, name) for name in sorted(names) if not name.startswith(".")]
+    return [file for file in found if _is_image_file(file)]
+
+
+def _is_image_file(file: Path) -> bool:
+    if file.exists() and not file.is_file():  # to open a pipe would wait for its writer for ever
+        return False
+    return file.suffix.lower() in SUFFIXES or is_image(file)
+
+
+# ---- files as an array -----------------------------------------------------------------------------------------------
+
+
+class ImageFiles:
+    """Image files as if they were an array, uint8 (N, C, H, W): what is indexed is decoded then, by several threads.
+
+    An index is an integer, a slice, or an array of integers. Raises DataError, naming the file, for one that has gone
+    or been damaged since.
+    """
+
+    dtype, ndim = np.dtype(np.uint8), 4
+
+    def __init__(self, paths: Sequence[Path], size: tuple[int, int], channels: int) -> None:
+        self.paths = paths
+        self.shape = (len(paths), channels, *size)
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that all images would take."""
+        return self.size
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        chosen = np.arange(len(self))[index]
+        out = np.empty((chosen.size, *self.shape[1:]), np.uint8)
+
+        def read(i: int) -> None:
+            out[i] = self.read(int(chosen.flat[i]))[0]
+
+        in_threads(read, chosen.size)
+        return out.reshape(*chosen.shape, *self.shape[1:])  # (n, C, H, W), or (C, H, W) for an integer
+
+    def take(self, indices: np.ndarray, axis: int = 0) -> ImageFiles:
+        """Return the files at ``indices``, in that order; none is decoded. There is no other ``axis`` than 0."""
+        return ImageFiles([self.paths[i] for i in indices], self.shape[2:], self.shape[1])
+
+    def read(self, i: int) -> tuple[np.ndarray, bool]:
+        """Decode a file: (uint8 (C, H, W), whether it holds further pictures)."""
+        picture = decode(self.paths[i], self.shape[1], at_least=self.shape[2:])
+        return fitted(picture.page, self.shape[2:], "crop"), picture.animated
+
+
+def in_threads(work: Callable[[int], None], count: int, title: str = "") -> None:
+    """Call ``work(i)`` for every i below ``count``, on a thread for each core; raise the first error that one meets.
+
+    A thread takes the next number when it is done with its last: there is no queue to fill up or to wait on. After an
+    error, or Ctrl-C, no further number is taken. A ``title`` shows a bar where it takes more than a second.
+    """
+    numbers, lock, stop = iter(range(count)), threading.Lock(), threading.Event()
+    errors: list[BaseException] = []
+    bar = _bar(title, count) if title else None
+
+    def run() -> None:
+        while not stop.is_set():
+            with lock:
+                i = next(numbers, None)
+            if i is None:
+                return
+            try:
+                work(i)
+            except BaseException as error:  # it belongs to whoever waits for the threads
+                errors.append(error)
+                stop.set()
+            if bar is not None:
+                with lock:
+                    bar.update()
+
+    threads = [threading.Thread(target=run, daemon=True) for _ in range(min(cpu_cores(), count))]
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        stop.set()
+        if bar is not None:
+            bar.close()
+    if errors:
+        raise errors[0]
+
+
+def _bar(title: str, total: int) -> Any:
+    from tqdm import tqdm  # late: to import it takes a while
+
+    return tqdm(total=total, desc=title, delay=1, leave=False, disable=None)  # None: where nobody looks

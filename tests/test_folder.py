@@ -1,0 +1,344 @@
+"""Folders of image files: which files, which split, which pixels; and files that act as an array."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from minivit.backend import Key, random_bits
+from minivit.data import Loader, load, read_image
+from minivit.data import folder as folder_module
+from minivit.data.folder import ImageFiles, in_threads, list_folder, load_folder
+from minivit.errors import ConfigError, DataError
+
+
+def picture(seed: int, height: int = 12, width: int = 16) -> Image.Image:
+    return Image.fromarray((random_bits(Key(seed), (height, width, 3)) >> 24).astype(np.uint8))
+
+
+def make(root: Path, *names: str) -> Path:
+    """Write a picture for each name; no two are the same."""
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        picture(sum(map(ord, name))).save(root / name)
+    return root
+
+
+@pytest.fixture
+def animals(tmp_path):
+    train = [f"train/{kind}/{i}.png" for kind in ("dog", "cat") for i in range(4)]
+    return make(tmp_path / "animals", *train, *(f"val/{kind}/{i}.png" for kind in ("cat", "dog") for i in (7, 8)))
+
+
+@pytest.fixture
+def lazily(monkeypatch):
+    monkeypatch.setattr(folder_module, "available_memory", lambda: 0)
+
+
+# ---- which files -----------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_of_splits(animals):
+    data = load_folder(animals, "train", (6, 8))
+    assert data.images.shape == (8, 3, 6, 8)
+    assert data.images.dtype == np.uint8
+    assert data.classes == ("cat", "dog")
+    assert data.labels.tolist() == [0] * 4 + [1] * 4
+    assert data.name == str(animals)
+    for i, name in enumerate(["cat/0.png", "cat/1.png"]):
+        assert np.array_equal(data.images[i], read_image(animals / "train" / name, (6, 8), 3, fit="crop"))
+    test = load_folder(animals, "test", (6, 8))
+    assert test.classes == data.classes
+    assert test.labels.tolist() == [0, 0, 1, 1]
+    assert np.array_equal(test.images[3], read_image(animals / "val/dog/8.png", (6, 8), 3, fit="crop"))
+
+
+@pytest.mark.parametrize("name", ["test", "val", "valid"])
+def test_the_names_of_the_other_split(animals, name):
+    if name != "val":
+        (animals / "val").rename(animals / name)
+    assert len(load_folder(animals, "test")) == 4
+    (animals / "test").mkdir(exist_ok=True)  # unlabelled images, as competitions give them, are no test set
+    make(animals, "test/1.png")
+    assert len(load_folder(animals, "test")) == 4
+
+
+def test_size_and_channels(animals):
+    assert load_folder(animals, "train").images.shape == (8, 3, 64, 64)
+    assert load_folder(animals, "train", (5, 5), channels=1).images.shape == (8, 1, 5, 5)
+    assert load(animals, "test", (6, 6), 3).images.shape == (4, 3, 6, 6)
+
+
+def test_a_split_by_key_stays_as_it_is_when_files_come_and_go(tmp_path):
+    root = tmp_path / "flat"
+    make(root, *(f"{kind}/{i:03}.png" for kind in ("cat", "dog") for i in range(100)))
+    before = list_folder(root)
+    counts = {split: np.bincount([label for _, label in files]).tolist() for split, files in before.files.items()}
+    assert all(10 <= n <= 30 for n in counts["test"])
+    assert np.array(list(counts.values())).sum(0).tolist() == [100, 100]
+    for i in range(50):
+        (root / f"cat/{i:03}.png").unlink()
+    make(root, "cat/new.png", "ant/1.png", "ant/2.png", "ant/3.png")
+    moved = root.rename(tmp_path / "elsewhere")
+    after = list_folder(moved)
+    assert after.classes == ("ant", "cat", "dog")
+    for split in ("train", "test"):
+        names = {file.relative_to(root) for file, _ in before.files[split]}
+        kept = {file.relative_to(moved) for file, _ in after.files[split]}
+        assert names & kept == {name for name in names if (moved / name).exists()}
+    assert load_folder(moved, "train").classes == load_folder(moved, "test").classes
+
+
+def test_train_alone_is_split_by_key_as_well(animals):
+    shutil.rmtree(animals / "val")
+    make(animals, *(f"train/{kind}/{i}.png" for kind in ("cat", "dog") for i in range(4, 40)))
+    train, test = (list_folder(animals).files[split] for split in ("train", "test"))
+    assert len(train) + len(test) == 80
+    assert 6 <= len(test) <= 30
+
+
+def test_train_may_be_a_class(tmp_path):
+    make(tmp_path, *(f"{kind}/{i}.png" for kind in ("train", "plane") for i in range(9)))
+    assert list_folder(tmp_path).classes == ("plane", "train")
+
+
+def test_what_is_no_image_is_passed_over(animals):
+    cats = animals / "train" / "cat"
+    (cats / "notes.txt").write_text("not a picture")
+    (cats / "Thumbs.db").write_bytes(bytes(100))
+    (cats / ".hidden.png").write_bytes(b"hidden")
+    (animals / "train" / ".git").mkdir()
+    (cats / ".cache").mkdir()
+    make(animals, "train/cat/.cache/9.png")
+    os.mkfifo(cats / "pipe.png")  # to open it would wait for ever
+    make(animals, "train/cat/deeper/still/5.png")
+    (cats / "0.png").rename(cats / "a picture without a suffix")
+    os.symlink(animals / "train", cats / "deeper" / "circle")  # which leads here again
+    found = [str(file.relative_to(cats)) for file, label in list_folder(animals).files["train"] if label == 0]
+    assert [name for name in found if "circle" not in name] == [
+        "1.png", "2.png", "3.png", "a picture without a suffix", "deeper/still/5.png",
+    ]  # fmt: skip
+    assert len(load_folder(animals, "train")) == len(list_folder(animals).files["train"])
+
+
+def test_files_count_by_content_not_by_name(animals):
+    (animals / "train/cat/0.png").unlink()
+    picture(5).save(animals / "train/cat/0.txt", "JPEG")
+    assert len(load_folder(animals, "train")) == 8
+
+
+@pytest.mark.parametrize(
+    ("names", "split", "message"),
+    [
+        ([], "train", "no image files"),
+        (["1.png", "2.png"], "train", "in no class"),
+        (["cat/1.png", "cat/2.png"], "train", "only one class, 'cat'"),
+        (
+            ["train/cat/1.png", "train/dog/1.png", "val/cat/1.png", "val/cow/1.png"],
+            "train",
+            "'cow' has no images to train",
+        ),
+        (["train/cat/1.png", "train/dog/1.png", "val/cow/1.png"], "test", "'cow' has no images to train"),
+        (["train/cat/1.png", "train/dog/1.png", "test/dog/x.txt"], "test", "no image files for the split 'test'"),
+    ],
+)
+def test_a_folder_that_cannot_be_used(tmp_path, names, split, message):
+    for name in names:
+        if name.endswith("png"):
+            make(tmp_path, name)
+        else:
+            (tmp_path / name).parent.mkdir(parents=True)
+            (tmp_path / name).write_text("text")
+    with pytest.raises(DataError, match=message) as caught:
+        load_folder(tmp_path, split)
+    assert str(tmp_path) in caught.value.what
+    assert caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"path": "no/such"}, DataError, "no such folder"),
+        ({"path": __file__}, DataError, "not a folder"),
+        ({"split": "vaild"}, DataError, "unknown split"),
+        ({"bad": "ignore"}, ConfigError, "'ignore'"),
+        ({"size": (0, 4)}, ConfigError, "size"),
+        ({"channels": 2}, DataError, "not 2"),
+    ],
+)
+def test_arguments_that_cannot_be_used(animals, arguments, error, message):
+    with pytest.raises(error, match=message):
+        load_folder(**({"path": animals, "split": "train"} | arguments))
+
+
+def test_a_class_that_only_has_test_images_is_refused_but_one_without_them_is_not(animals):
+    make(animals, "train/eel/1.png")
+    assert load_folder(animals, "test").classes == ("cat", "dog", "eel")
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="who may read everything is never refused")
+def test_a_folder_that_may_not_be_listed(animals):
+    (animals / "train/cat").chmod(0)
+    try:
+        with pytest.raises(DataError, match="Permission"):
+            load_folder(animals, "train")
+    finally:
+        (animals / "train/cat").chmod(0o700)
+
+
+# ---- files that cannot be read ---------------------------------------------------------------------------------------
+
+
+def spoil(animals: Path) -> None:
+    whole = (animals / "train/cat/1.png").read_bytes()
+    (animals / "train/cat/1.png").write_bytes(whole[: len(whole) // 2])
+    (animals / "train/dog/3.png").write_bytes(b"")
+    os.symlink("nowhere", animals / "train/dog/9.jpg")
+    (animals / "train/cat/photo.heic").write_bytes(b"a format that is not read")
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_bad_files_stop_or_are_left_out(animals, lazy, monkeypatch):
+    if lazy:
+        monkeypatch.setattr(folder_module, "available_memory", lambda: 0)
+    good = load_folder(animals, "train", (6, 8)).images[[0, 2, 3, 4, 5, 6]]
+    spoil(animals)
+    with pytest.raises(DataError, match=r"4 of 10 image files cannot be read; the first: .*cat.1.png") as caught:
+        load_folder(animals, "train", (6, 8))
+    assert "--bad-images skip" in caught.value.remedy
+    with pytest.warns(
+        UserWarning, match=r"4 image files are left out:\n  .*1.png: cannot.*\n.*heic: not.*\n.*3.png.*\n.*9.jpg: no"
+    ):
+        data = load_folder(animals, "train", (6, 8), bad="skip")
+    assert data.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert np.array_equal(data.images[:], good)
+
+
+def test_a_class_that_cannot_be_read_at_all(animals):
+    for file in (animals / "train/dog").iterdir():
+        file.write_bytes(b"")
+    with (
+        pytest.raises(DataError, match="no image of the class 'dog'"),
+        pytest.warns(UserWarning, match="4 image files"),
+    ):
+        load_folder(animals, "train", bad="skip")
+
+
+def test_an_animation_counts_with_a_warning(animals):
+    frames = [Image.new("RGB", (8, 8), (grey, 0, 0)) for grey in (10, 200)]
+    frames[0].save(animals / "train/cat/0.gif", save_all=True, append_images=frames[1:])
+    with pytest.warns(UserWarning, match=r"1 files hold more than one picture, such as .*0.gif"):
+        data = load_folder(animals, "train", (4, 4))
+    assert len(data) == 9
+    assert np.abs(data.images[0, 0].astype(int) - 10).max() <= 1
+
+
+# ---- files as an array -----------------------------------------------------------------------------------------------
+
+
+def test_a_large_folder_is_decoded_when_indexed(animals, lazily):
+    lazy = load_folder(animals, "train", (6, 8))
+    assert isinstance(lazy.images, ImageFiles)
+    whole = np.stack([read_image(path, (6, 8), 3, fit="crop") for path in lazy.images.paths])
+    index = np.array([3, 0, 3, -1])
+    for i in (slice(None), slice(2, 5), slice(None, None, -3), index, [1, 2], 4, -2, np.int64(3), slice(5, 5)):
+        found = lazy.images[i]
+        assert isinstance(found, np.ndarray)
+        assert found.shape == whole[i].shape
+        assert np.array_equal(found, whole[i])
+    for beyond in (8, -9, [0, 8]):
+        with pytest.raises(IndexError):
+            lazy.images[beyond]
+    assert (lazy.images.shape, lazy.images.size, lazy.images.dtype) == (whole.shape, whole.size, whole.dtype)
+
+
+def test_a_data_set_of_files_is_that_of_their_pixels(animals, monkeypatch):
+    held = load_folder(animals, "train", (6, 8))
+    monkeypatch.setattr(folder_module, "available_memory", lambda: 0)
+    lazy = load_folder(animals, "train", (6, 8))
+    assert (lazy.mean, lazy.std) == (held.mean, held.std)
+    parts = [data.split_off(0.25, Key(3)) for data in (lazy, held)]
+    for of_files, of_arrays in zip(*parts, strict=True):
+        assert isinstance(of_files.images, ImageFiles)  # still not decoded
+        assert np.array_equal(of_files.images[:], of_arrays.images)
+        assert of_files.labels.tolist() == of_arrays.labels.tolist()
+    batches = [list(Loader(data, 3, Key(1)).batches(0)) for data in (lazy, held)]
+    for (images, labels), (expected, expected_labels) in zip(*batches, strict=True):
+        assert np.array_equal(images, expected)
+        assert np.array_equal(labels, expected_labels)
+
+
+def test_files_that_go_or_break_after_loading(animals, lazily):
+    data = load_folder(animals, "train", (6, 8))
+    data.images.paths[2].unlink()
+    data.images.paths[5].write_bytes(b"no longer an image")
+    for index, message in (([0, 1, 2], "no such file"), ([5], "not an image")):
+        with pytest.raises(DataError, match=message) as caught:
+            data.images[index]
+        assert str(data.images.paths[index[-1]]) in caught.value.what
+    assert data.images[[0, 1, 3, 4]].shape == (4, 3, 6, 8)
+
+
+def test_an_epoch_holds_only_its_batch_in_memory(animals, lazily, monkeypatch):
+    data = load_folder(animals, "train", (6, 8))
+    decoded, read = [], ImageFiles.read
+    monkeypatch.setattr(ImageFiles, "read", lambda self, i: decoded.append(i) or read(self, i))
+    batches = Loader(data, 2, Key(0), mean=(0, 0, 0), std=(1, 1, 1)).batches(0)
+    assert decoded == []
+    next(batches)
+    assert len(decoded) <= 6  # the loader may read ahead by a batch or two
+
+
+# ---- threads ---------------------------------------------------------------------------------------------------------
+
+
+def test_threads_do_everything_once():
+    done = []
+    in_threads(done.append, 1000)
+    assert sorted(done) == list(range(1000))
+    in_threads(done.append, 0)
+    assert len(done) == 1000
+
+
+@pytest.mark.parametrize("error", [DataError("broken"), MemoryError(), KeyboardInterrupt()])
+def test_an_error_reaches_the_caller_and_stops_the_others(error):
+    begun = []
+
+    def work(i: int) -> None:
+        begun.append(i)
+        if i == 5:
+            raise error
+        time.sleep(0.001)
+
+    with pytest.raises(type(error)):
+        in_threads(work, 10_000)
+    assert len(begun) < 1000
+
+
+def test_an_interrupt_leaves_at_once_even_if_a_file_hangs(monkeypatch):
+    release, begun = threading.Event(), []
+
+    def hang(i: int) -> None:
+        begun.append(i)
+        release.wait(60)
+
+    def interrupted(self, timeout=None):
+        raise KeyboardInterrupt
+
+    before = threading.active_count()
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "join", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            in_threads(hang, 1000)
+    assert all(thread.daemon for thread in threading.enumerate() if thread is not threading.main_thread())
+    release.set()
+    while threading.active_count() > before:
+        time.sleep(0.001)
+    assert len(begun) <= folder_module.cpu_cores()  # none took a further file

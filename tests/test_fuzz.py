@@ -1,0 +1,293 @@
+"""Mutated files of every kind that minivit reads: nothing but its own errors, no hang, no crash, no memory to spare.
+
+The cases of a kind run in a child process with bounded memory, in which an alarm ends whatever hangs. A case follows
+from its number: ``python -m tests.test_fuzz KIND 1 FOLDER 17`` runs case 17 alone and leaves its file in FOLDER. The
+environment variable MINIVIT_FUZZ_CASES says how many cases there are in all.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import os
+import pickle
+import random
+import resource
+import signal
+import struct
+import subprocess
+import sys
+import time
+import traceback
+import zipfile
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from minivit.cli.settings import resolve, write_toml
+from minivit.data import load, read_image
+from minivit.errors import MinivitError
+from minivit.train.checkpoint import load_checkpoint, save_checkpoint
+from tests.test_formats import CIFAR, IDX, NAMES10, npy, pixels, python2
+from tests.test_formats import idx as idx_bytes
+
+CASES = int(os.environ.get("MINIVIT_FUZZ_CASES", "600"))
+SECONDS = 10  # a case may take
+MEMORY = 512 << 20  # bytes of addresses that a child may take beyond those it has once its modules are loaded
+
+
+# ---- mutations -------------------------------------------------------------------------------------------------------
+
+EXTREMES = [0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0xFFFF, 0x10000, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 2**63 - 1, 2**64 - 1]
+
+
+def mutate(content: bytes, donors: list[bytes], rng: random.Random) -> bytes:
+    """Return ``content`` changed in one to four places, the first bytes more often than the others."""
+    out = bytearray(content)
+    for _ in range(rng.choice((1, 1, 1, 2, 4))):
+        size = len(out)
+        at = rng.randrange(min(size, rng.choice((16, 64, 512, size))) or 1) if size else 0
+        run = rng.choice((1, 2, 4, 8, 64, 1000))
+        match rng.randrange(8):
+            case 0 if size:
+                out[at] ^= 1 << rng.randrange(8)
+            case 1:  # a field of a header
+                width = rng.choice((1, 2, 4, 8))
+                field = rng.choice(EXTREMES) & ((1 << 8 * width) - 1)
+                out[at : at + width] = field.to_bytes(width, rng.choice(("little", "big")))
+            case 2:
+                del out[at:]
+            case 3:
+                del out[at : at + run]
+            case 4:
+                out[at:at] = rng.randbytes(run)
+            case 5:  # what is there once more; a byte over and over
+                again = out[at : at + run] if rng.random() < 0.5 else out[at : at + 1] * rng.choice((10, 1000, 50_000))
+                out[at:at] = again
+            case 6:
+                out[at : at + run] = rng.randbytes(run)
+            case 7:
+                donor = rng.choice(donors)
+                start = rng.randrange(len(donor))
+                out[at : at + run * rng.randrange(2)] = donor[start : start + rng.choice((run, len(donor)))]
+    return bytes(out)
+
+
+# ---- what is read ----------------------------------------------------------------------------------------------------
+
+Change = Callable[[bytes, list[bytes], random.Random], bytes]
+
+
+@dataclass
+class Kind:
+    """Files that are read together by ``read``, one of which is changed: by ``mutate``, or by what knows its format."""
+
+    files: dict[str, bytes]
+    read: Callable[[Path], Any]
+    change: Change = mutate
+    donors: tuple[bytes, ...] = ()
+
+    def make(self, case: int, name: str, folder: Path) -> None:
+        """Write the files of a case into ``folder``."""
+        rng = random.Random(f"{name} {case}")
+        chosen = rng.choice(list(self.files))
+        content = rng.choice([self.files[chosen], *self.donors])
+        changed = rng.choice((mutate, self.change))(content, [*self.files.values(), *self.donors], rng)
+        for file, whole in self.files.items():
+            (folder / file).write_bytes(changed if file == chosen else whole)
+
+
+def saved(image: Image.Image, kind: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def npz(images: bytes) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("images.npy", images)
+        archive.writestr("labels.npy", npy("(4,)", 4))
+    return buffer.getvalue()
+
+
+def checkpoint() -> bytes:
+    path = Path("a.npz")  # which the cases write over
+    arrays = {"model/head.weight": np.ones((3, 5), np.float32), "optimizer/head.weight": np.arange(7)}
+    save_checkpoint(path, arrays, {"step": 3, "settings": {"train.lr": 0.1}})
+    return path.read_bytes()
+
+
+def sealed(body: bytes) -> bytes:
+    """Return a checkpoint whose SHA-256 is right, whatever it holds."""
+    return body + b"minivit sha256 " + hashlib.sha256(body).hexdigest().encode()
+
+
+def checked_png(content: bytes) -> bytes:
+    """Return a PNG whose chunks have the right CRC-32, as far as it has chunks."""
+    out, at = content[:8], 8
+    while at + 12 <= len(content):
+        size = int.from_bytes(content[at : at + 4], "big")
+        chunk = content[at + 4 : at + 8 + size]
+        out += content[at : at + 4] + chunk + struct.pack(">I", zlib.crc32(chunk))
+        at += 12 + size
+    return out + content[at:]
+
+
+ODD = """
+0 -1 7 1.5 -0.0 nan inf 1e999 9223372036854775808 0x10 true "" "x" "none" "a\\u0000b" "no.npz" 1979-05-27 07:32:00
+[] [8] [8,8] [8,8,8] [[8]] ["a"] [1e9,1] {} {a=1} {name="x"} [{}] "//////" "." "~" "cifar10" "imagefolder"
+"""
+ENDLESS = ["[" * 5000, "[" * 50 + "]" * 50, "{a=" * 5000, "9" * 5000, '"' + "x/" * 5000 + '"', "'" + "é" * 300 + "'"]
+
+
+def other_values(content: bytes, donors: list[bytes], rng: random.Random) -> bytes:
+    """Return a file of settings in which some values are odd ones, or values without end, or stand under other keys."""
+    lines = content.decode().splitlines()
+    for _ in range(rng.choice((1, 1, 3))):
+        at, other = rng.randrange(len(lines)), rng.choice(lines).partition("=")[0].strip("[] ")
+        value = rng.choice(ODD.split() if rng.random() < 0.9 else ENDLESS)
+        key = rng.choice((lines[at].partition("=")[0], other, "recipe", "a." * 1200 + "b"))
+        lines[at] = rng.choice((f"{key} = {value}", f"{key} = {value}", f"[{other}]"))
+    return "\n".join(lines).encode()
+
+
+def hang(folder: Path) -> None:
+    signal.setitimer(signal.ITIMER_REAL, 0.2)
+    pow(3, 1 << 40)  # inside C, where no handler of Python's runs
+
+
+def kinds() -> dict[str, Kind]:
+    arrays = zip(("images-idx3", "labels-idx1"), IDX["t10k"], strict=True)
+    idx = {f"t10k-{what}-ubyte": idx_bytes(array) for what, array in arrays}
+    data, labels = CIFAR["test_batch"]
+    records = np.column_stack([np.array(labels, np.uint8), data]).tobytes()
+    batch = {"batch_label": "testing", "labels": labels, "data": data, "filenames": ["a.png"] * 4}
+    meta = {"num_vis": 3072, "label_names": NAMES10}
+    noise, smooth = Image.fromarray(pixels(20, 24, 3)), Image.linear_gradient("L").resize((40, 30))
+    palette, deep = noise.quantize(16), Image.fromarray(pixels(9, 8).astype(np.uint16) * 257)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # its orientation
+    pngs = saved(noise, "PNG", exif=exif), saved(palette, "PNG", transparency=3), saved(deep, "PNG", transparency=0)
+    inks = saved(noise.convert("CMYK"), "JPEG")
+    jpegs = saved(noise, "JPEG", exif=exif), saved(smooth, "JPEG", progressive=True), inks
+    config = write_toml(resolve({})).encode()
+    small = (
+        b'[data]\nname = "digits"\nval_fraction = 0.2\n[model]\nimage_size = [8, 8]\n[train]\nlr = 1e-3\nepochs = 2\n'
+    )
+    array = npy("(4, 4, 4)")
+    test = lambda folder: load(folder, "test")
+    picture = lambda folder: read_image(folder / "picture", (8, 8), 3)
+    return {
+        "npz": Kind({"a.npz": npz(array)}, lambda folder: load(folder / "a.npz"),
+                    lambda content, *rest: npz(mutate(array, *rest))),
+        "checkpoint": Kind({"a.npz": checkpoint()}, lambda folder: load_checkpoint(folder / "a.npz"),
+                           lambda content, *rest: sealed(mutate(content[:-79], *rest))),
+        "idx": Kind(idx, test),
+        "idx.gz": Kind({f"{name}.gz": gzip.compress(content, mtime=0) for name, content in idx.items()}, test,
+                       lambda content, *rest: gzip.compress(mutate(gzip.decompress(content), *rest), mtime=0)),
+        "cifar": Kind({"test_batch.bin": records, "batches.meta.txt": "\n".join(NAMES10).encode()}, test),
+        "batches": Kind({"test_batch": python2(batch), "batches.meta": python2(meta)}, test,
+                        donors=tuple(pickle.dumps(batch, protocol) for protocol in (2, 4, 5))),
+        "toml": Kind({"a.toml": small}, lambda folder: resolve({}, file=folder / "a.toml"), other_values, (config,)),
+        "png": Kind({"picture": pngs[0]}, picture, lambda *given: checked_png(mutate(*given)), pngs),
+        "jpeg": Kind({"picture": jpegs[0]}, picture, donors=jpegs),
+        # what the child is to see
+        "wrong": Kind({"a": b"a"}, lambda folder: {}["a key"]),
+        "hangs": Kind({"a": b"a"}, hang),
+        "hungry": Kind({"a": b"a"}, lambda folder: np.empty(2 * MEMORY, np.uint8)),
+        "crashes": Kind({"a": b"a"}, lambda folder: os.kill(os.getpid(), signal.SIGSEGV)),
+    }  # fmt: skip
+
+
+KINDS = ["npz", "checkpoint", "idx", "idx.gz", "cifar", "batches", "toml", "png", "jpeg"]
+
+
+# ---- the child -------------------------------------------------------------------------------------------------------
+
+
+def child(name: str, cases: int, folder: Path, first: int = 0) -> int:
+    """Run the cases; return 1, having said which and why, if one raised what is not minivit's."""
+    folder.mkdir(exist_ok=True)
+    os.chdir(folder)
+    kind = kinds()[name]
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # which ends the process, even in the middle of a call into C
+    with open("/proc/self/statm") as f:
+        limit = int(f.read().split()[0]) * resource.getpagesize() + MEMORY
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    refused = wrong = 0
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start = time.perf_counter()
+    for case in range(first, first + cases):
+        kind.make(case, name, folder)
+        print(f"case {case}", flush=True)
+        signal.setitimer(signal.ITIMER_REAL, SECONDS)
+        try:
+            kind.read(folder)
+        except MinivitError as error:
+            refused += 1
+            if isinstance(error.__cause__, MemoryError) or not error.remedy:
+                wrong += 1
+                traceback.print_exc()
+        except BaseException:
+            wrong += 1
+            traceback.print_exc()
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - resident) / 1024
+    seconds = time.perf_counter() - start
+    print(f"{name}: {cases} cases, {refused} refused, {wrong} wrong, {seconds:.1f} s, {grown:.0f} MiB more at its peak")
+    return 1 if wrong else 0
+
+
+def run(name: str, cases: int, folder: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-X", "faulthandler", "-m", "tests.test_fuzz", name, str(cases), str(folder)]
+    root = Path(__file__).parent.parent
+    environment = os.environ | {
+        "OPENBLAS_NUM_THREADS": "1",
+        "PYTHONPATH": f"{root}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
+    }
+    return subprocess.run(command, capture_output=True, text=True, cwd=root, env=environment)
+
+
+# ---- the tests -------------------------------------------------------------------------------------------------------
+
+linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the child's memory is bounded on Linux")
+
+
+@linux
+@pytest.mark.parametrize("name", KINDS)
+def test_mutated_files_raise_nothing_else(name, tmp_path):
+    done = run(name, -(-CASES // len(KINDS)), tmp_path)
+    *cases, summary = done.stdout.splitlines() or [""]
+    assert done.returncode == 0, f"{cases[-1:]} … {summary}: exit status {done.returncode}\n{done.stderr[-3000:]}"
+    print(summary)
+    refused = int(summary.split(" cases, ")[1].split()[0])
+    assert len(cases) // 4 < refused, summary  # else the mutations do not get at what is read
+
+
+@linux
+@pytest.mark.parametrize(
+    ("name", "status", "message"),
+    [
+        ("wrong", 1, "KeyError: 'a key'"),
+        ("hangs", -signal.SIGALRM, ""),
+        ("hungry", 1, "MemoryError"),
+        ("crashes", -signal.SIGSEGV, "Segmentation fault"),
+    ],
+)
+def test_the_child_sees_what_is_wrong(name, status, message, tmp_path, monkeypatch):
+    done = run(name, 1, tmp_path)
+    assert done.returncode == status, done.stderr
+    assert message in done.stderr
+    assert "case 0" in done.stdout
+
+
+if __name__ == "__main__":
+    sys.exit(child(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]), *map(int, sys.argv[4:])))
