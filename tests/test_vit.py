@@ -401,3 +401,51 @@ def test_a_new_head_has_the_models_dtype():
     model = mv.ViT(**SMALL).to(np.float64)
     model.reset_head(3)
     assert model(np.zeros((1, 3, 12, 8))).dtype == np.float64
+
+
+# ---- mimetic initial weights -----------------------------------------------------------------------------------------
+
+
+def mimetic(**settings):
+    return mv.ViT(16, 4, 3, 5, **{"dim": 48, "depth": 2, "heads": 3, "weight_init": "mimetic", **settings})
+
+
+def test_mimetic_attention_starts_like_trained_attention():
+    for block in mimetic().blocks:
+        qkv, proj = (p.data.astype(np.float64) for p in (block.attn.qkv.weight, block.attn.proj.weight))
+        q, k, v = qkv.reshape(3, 3, 16, 48)  # heads, numbers of a head, dim
+        for head in range(3):  # each a best approximation of rank 16 of 0.7·Z + 0.7·I: its trace has a third and more
+            assert np.linalg.matrix_rank(q[head].T @ k[head], tol=1e-4) == 16
+            assert 0.7 / 3 < np.trace(q[head].T @ k[head]) / 48 < 0.7
+        product = proj @ v.reshape(48, 48)  # of full rank: -0.4·I + 0.4·Z
+        assert np.trace(product) / 48 == pytest.approx(-0.4, abs=0.03)
+        rest = product + 0.4 * np.eye(48)
+        assert rest.std() == pytest.approx(0.4 * 48**-0.5, rel=0.1)
+        assert np.allclose(np.linalg.norm(proj, axis=0), np.linalg.norm(v.reshape(48, 48), axis=1), rtol=1e-4)
+
+
+def test_mimetic_positions_are_sines_and_cosines_of_column_and_row():
+    model, paper = mimetic(), mimetic(weight_init="paper")
+    positions = model.pos_embed.data[0, 1:].reshape(4, 4, 4, 12)  # row, column, (sin x, cos x, sin y, cos y), wave
+    waves = 10_000.0 ** -(np.arange(12) / 11)
+    for row, column in [(0, 0), (1, 0), (0, 1), (3, 2)]:
+        expected = [np.sin(column * waves), np.cos(column * waves), np.sin(row * waves), np.cos(row * waves)]
+        np.testing.assert_allclose(positions[row, column], expected, atol=1e-6)
+    assert np.array_equal(model.pos_embed.data[0, 0], paper.pos_embed.data[0, 0])  # the class token's is no place
+    changed = {name for name, p in model.state_dict().items() if not np.array_equal(p, paper.state_dict()[name])}
+    assert changed == {"pos_embed"} | {f"blocks.{i}.attn.{n}.weight" for i in range(2) for n in ("qkv", "proj")}
+
+
+def test_mimetic_weights_follow_from_the_seed():
+    same, other = mimetic(), mimetic(seed=1)
+    for name, p in mimetic().state_dict().items():
+        assert np.array_equal(p, same.state_dict()[name])
+    assert not np.array_equal(same.blocks[0].attn.qkv.weight.data, other.blocks[0].attn.qkv.weight.data)
+    assert mimetic(position="none", pool="mean").pos_embed is None
+
+
+def test_mimetic_weights_refuse_sizes_that_they_cannot_have():
+    with pytest.raises(ConfigError, match="cannot hold sines and cosines"):
+        mimetic(dim=50, heads=2)
+    with pytest.raises(ConfigError, match="64 numbers in all, more than dim 48"):
+        mimetic(heads=2, dim_head=32)

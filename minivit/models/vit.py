@@ -22,9 +22,10 @@ class ViT(Module):
     ``drop_path`` is the last block's rate, rising linearly from 0. ``pool`` is "cls" (a class token), "mean" (over the
     patches, no class token) or "none" (logits for every patch, (B, N, num_classes)). ``position`` is "learned" or
     "none". ``head`` is "linear" or, for pre-training, "mlp" (one hidden layer with tanh). Parameters are drawn from
-    ``seed`` as the paper's reference code does and bear timm's names. ``recompute`` trades time for memory in training:
-    blocks keep no more than their input and run again in the backward pass. ``config`` holds all settings but that one,
-    which changes no number: ``ViT(**config)``.
+    ``seed`` and bear timm's names. ``weight_init`` is "paper", as the paper's reference code has it, or "mimetic",
+    which learns faster from few images: attention starts like trained attention (Trockman and Kolter 2023), positions
+    as sines and cosines. ``recompute`` trades time for memory in training: blocks keep no more than their input and run
+    again in the backward pass. ``config`` holds all settings but that one, which changes no number: ``ViT(**config)``.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class ViT(Module):
         pool: str = "cls",
         position: str = "learned",
         head: str = "linear",
+        weight_init: str = "paper",
         seed: int = 0,
         recompute: bool = False,
     ) -> None:
@@ -55,7 +57,8 @@ class ViT(Module):
             image_size=image_size, patch_size=patch_size, in_channels=in_channels, num_classes=num_classes, dim=dim,
             depth=depth, heads=heads, mlp_dim=mlp_dim, dim_head=dim_head, qkv_bias=qkv_bias, activation=activation,
             norm_eps=norm_eps, dropout=dropout, attention_dropout=attention_dropout, embed_dropout=embed_dropout,
-            drop_path=drop_path, pool=pool, position=position, head=head, seed=seed,
+            drop_path=drop_path, pool=pool, position=position, head=head,
+            weight_init=weight_init, seed=seed,
         )  # fmt: skip
         self.dim, self.pool = dim, pool
         with random_key(Key(self.config["seed"])):
@@ -74,6 +77,14 @@ class ViT(Module):
             # the hidden layer of the pre-training head; the linear head after it is all that fine-tuning keeps
             self.pre_logits = Linear(dim, dim) if head == "mlp" else None
             self.reset_head(num_classes)
+            if weight_init == "mimetic":
+                self._init_mimetic()
+
+    def _init_mimetic(self) -> None:
+        for block in self.blocks:
+            block.attn.init_mimetic()
+        if self.pos_embed is not None:
+            self.pos_embed.data[0, -self.patch_embed.num_patches :] = init.sincos_2d(self.patch_embed.grid, self.dim)
 
     def reset_head(self, num_classes: int) -> None:
         """Replace the head by one linear layer of zeros, as for fine-tuning (section 3.2), and drop a hidden layer."""

@@ -40,6 +40,16 @@ class MultiHeadAttention(Module):
         self.attention_dropout = attention_dropout
         self.drop = Dropout(dropout)
 
+    def init_mimetic(self) -> None:
+        """Draw the weights anew, as :func:`minivit.nn.init.mimetic_pair` has them."""
+        dim, width = self.proj.weight.shape[0], self.dim_head
+        weights = self.qkv.weight.data.reshape(3, self.heads * width, dim)
+        for start in range(0, self.heads * width, width):
+            query, key = init.mimetic_pair(dim, width, 0.7)  # (dim, d), (d, dim)
+            weights[0, start : start + width], weights[1, start : start + width] = query.T, key
+        value, proj = init.mimetic_pair(dim, self.heads * width, -0.4)
+        weights[2], self.proj.weight.data[...] = value.T, proj.T
+
     def forward(self, x: Any, mask: Any = None, queries: int | None = None) -> Any:
         """Return the attended tokens (B, T, dim), or of the first ``queries`` tokens only, (B, queries, dim).
 

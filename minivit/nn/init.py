@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from minivit import backend
+from minivit.errors import ConfigError
 from minivit.nn.random import next_key
 
 
@@ -32,6 +33,33 @@ def xavier_uniform(fan_out: int, fan_in: int) -> np.ndarray:
 def xavier_uniform_qkv(fan_out: int, fan_in: int) -> np.ndarray:
     """Return three Xavier-uniform matrices under each other: queries, keys and values are projections of their own."""
     return np.concatenate([xavier_uniform(fan_out // 3, fan_in) for _ in range(3)])
+
+
+def mimetic_pair(dim: int, rank: int, identity: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return A (dim, rank) and B (rank, dim), whose product is like |c|·Z + c·I, with Z normal of variance 1/dim.
+
+    Trained attention looks so: queries and keys multiply to about a positive identity, values and projection to about
+    a negative one (Trockman and Kolter 2023, "Mimetic initialization of self-attention layers", arXiv 2305.09828,
+    section 4). ``identity`` is c. A and B share the largest ``rank`` singular values evenly; ConfigError if rank > dim.
+    """
+    if rank > dim:
+        raise ConfigError(f"heads of {rank} numbers in all, more than dim {dim}", "use fewer, or the paper's weights")
+    product = abs(identity) * backend.normal(next_key(), (dim, dim)) * dim**-0.5 + identity * np.eye(dim)
+    u, s, vt = np.linalg.svd(product)
+    root = np.sqrt(s[:rank])
+    return (u[:, :rank] * root).astype(np.float32), (root[:, None] * vt[:rank]).astype(np.float32)
+
+
+def sincos_2d(grid: tuple[int, int], dim: int) -> np.ndarray:
+    """Return positions (h·w, dim): sines and cosines of a patch's column and row, at dim/4 wavelengths of 2π to 2π·10⁴.
+
+    Beyer et al. 2022, "Better plain ViT baselines for ImageNet-1k", section 2. Raises ConfigError unless 4 divides dim.
+    """
+    if dim % 4 or dim < 8:
+        raise ConfigError(f"dim {dim} cannot hold sines and cosines of two axes", "choose a multiple of 4, at least 8")
+    waves = 10_000.0 ** -np.linspace(0.0, 1.0, dim // 4)  # (dim/4,)
+    y, x = np.indices(grid).reshape(2, -1, 1)  # (h·w, 1) each
+    return np.concatenate([f(axis * waves) for axis in (x, y) for f in (np.sin, np.cos)], axis=1).astype(np.float32)
 
 
 def lecun_normal(fan_out: int, fan_in: int) -> np.ndarray:

@@ -121,10 +121,15 @@ class PatchEmbed(Module):
         self.proj = PatchProjection(dim, in_channels, patch_size)
 
     @property
+    def grid(self) -> tuple[int, int]:
+        """Patches along height and width."""
+        (h, w), (p, q) = self.image_size, self.patch_size
+        return h // p, w // q
+
+    @property
     def num_patches(self) -> int:
         """Number of tokens that an image gives."""
-        (h, w), (p, q) = self.image_size, self.patch_size
-        return (h // p) * (w // q)
+        return self.grid[0] * self.grid[1]
 
     def forward(self, images: Any) -> Any:
         """Return the tokens (B, N, dim) of images (B, C, H, W) in the model's dtype."""

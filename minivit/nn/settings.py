@@ -15,7 +15,8 @@ _COUNTS = (
     "out_features",
 )  # fmt: skip
 _RATES = ("p", "dropout", "attention_dropout", "embed_dropout", "drop_path")
-_CHOICES = {"pool": ("cls", "mean", "none"), "position": ("learned", "none"), "head": ("linear", "mlp")}
+_CHOICES = {"pool": ("cls", "mean", "none"), "position": ("learned", "none"), "head": ("linear", "mlp"),
+            "weight_init": ("paper", "mimetic")}  # fmt: skip
 
 
 def check_settings(**settings: Any) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,7 +18,16 @@ from minivit.errors import CheckpointError, ConfigError, GraphError
 from minivit.nn.module import Parameter
 from minivit.train.schedule import warmup_cosine, warmup_linear
 
-__all__ = ["SGD", "AdamW", "Optimizer", "clip_grad_norm", "gradient_norm", "warmup_cosine", "warmup_linear"]
+__all__ = [
+    "SGD",
+    "AdamW",
+    "Optimizer",
+    "clip_grad_norm",
+    "gradient_norm",
+    "layer_scales",
+    "warmup_cosine",
+    "warmup_linear",
+]
 
 CHUNK = 1 << 16  # numbers updated at a time on a CPU: few enough for the cache, enough to be worth a call
 
@@ -28,19 +37,55 @@ def is_decayed(name: str, p: Parameter) -> bool:
     return p.ndim > 1 and name.rpartition(".")[2] not in ("cls_token", "pos_embed")
 
 
+def layer_scales(names: Iterable[str], depth: int, decay: float) -> dict[str, float]:
+    """Return a factor on the learning rate for each parameter of a ViT of ``depth`` blocks, by its name.
+
+    Layer-wise decay (Clark et al. 2020, "ELECTRA", appendix B; Bao et al. 2021, "BEiT"): 1 for the head and the final
+    norm, ``decay``^(depth - i) for block i = 0 …, ``decay``^(depth + 1) for patch embedding, class token and positions.
+    What a pre-trained model has learned first, and shares most with other data, changes least. 0.65 to 0.9 is usual;
+    0 trains the head alone. Raises ConfigError for a ``decay`` outside [0, 1].
+    """
+    if not 0.0 <= decay <= 1.0:
+        raise ConfigError(f"a layer decay of {decay}", "it must be in [0, 1]; 0.75 is usual, 1 is none")
+
+    def layers_above(name: str) -> int:
+        first, *rest = name.split(".")
+        if first == "blocks":
+            return depth - int(rest[0])
+        return depth + 1 if first in ("patch_embed", "cls_token", "pos_embed") else 0
+
+    return {name: decay ** layers_above(name) for name in names}
+
+
+class Group(NamedTuple):
+    """A stretch of the flat parameters that is updated alike."""
+
+    start: int
+    stop: int
+    decayed: bool
+    scale: float  # on the learning rate
+
+
 class Optimizer:
     """Base: lays the parameters out flat, collects their gradients, keeps ``slots`` arrays of state beside them.
 
     ``lr`` may be set before every step; ``steps`` counts the updates made. Parameters that do not require a gradient
-    are left out. Move or convert the model before making its optimizer, not after. ``lr`` and the other settings are no
-    part of the state: a run that is resumed without a schedule goes on with those that its optimizer was made with.
+    are left out. Move or convert the model before making its optimizer, not after. ``lr_scales`` are factors on ``lr``
+    by parameter name, 1 where there is none: :func:`layer_scales` makes such. ``lr`` and the other settings are no part
+    of the state: a run that is resumed without a schedule goes on with those that its optimizer was made with.
 
     Raises ConfigError for settings or parameters that cannot be used.
     """
 
     slots: tuple[str, ...] = ()
 
-    def __init__(self, named_parameters: Iterable[tuple[str, Parameter]], lr: float, weight_decay: float) -> None:
+    def __init__(
+        self,
+        named_parameters: Iterable[tuple[str, Parameter]],
+        lr: float,
+        weight_decay: float,
+        lr_scales: Mapping[str, float] | None = None,
+    ) -> None:
         given = list(named_parameters)
         if wrong := [item for item in given if not isinstance(item, tuple)]:
             raise ConfigError(
@@ -55,12 +100,24 @@ class Optimizer:
         kinds = {(str(p.dtype), p.device) for _, p in named}
         if len(kinds) > 1:
             raise ConfigError(f"parameters of several kinds: {sorted(kinds)}", "convert the whole model: model.to(…)")
-        named.sort(key=lambda item: not is_decayed(*item))  # the decayed ones first, each group in its order
+        scales = {n: 1.0 for n, _ in given} | {n: float(scale) for n, scale in (lr_scales or {}).items()}
+        if unknown := scales.keys() - {n for n, _ in given}:
+            raise ConfigError(f"lr_scales for unknown parameters: {', '.join(sorted(unknown)[:5])}", "see opt.names")
+        if not all(0.0 <= scale < math.inf for scale in scales.values()):
+            raise ConfigError(f"lr_scales={lr_scales}", "each must be finite and at least 0")
+
+        def rule(item: tuple[str, Parameter]) -> tuple[bool, float]:
+            return is_decayed(*item), scales[item[0]]
+
+        named.sort(key=rule, reverse=True)  # what is updated alike lies together, in its order; the decayed ones first
         self.lr, self.weight_decay, self.steps = lr, weight_decay, 0
         self.names = [n for n, _ in named]
         self.parameters = [p for _, p in named]
         self.spans = list(itertools.pairwise([0, *np.cumsum([p.size for p in self.parameters]).tolist()]))
-        self.decayed = sum(p.size for n, p in named if is_decayed(n, p))
+        self.groups = []
+        for (decayed, scale), members in itertools.groupby(zip(named, self.spans, strict=True), lambda m: rule(m[0])):
+            spans = [span for _, span in members]
+            self.groups.append(Group(spans[0][0], spans[-1][1], decayed, scale))
         first = self.parameters[0].data
         xp = array_module(first)
         with on_device_of(first):
@@ -107,22 +164,16 @@ class Optimizer:
 
     def update_spans(self, spans: Sequence[tuple[int, int]]) -> None:
         """Update the given spans of the flat parameters."""
-        for start, stop in self._chunks(spans):
-            piece = slice(start, stop)
-            decay = self.weight_decay if start < self.decayed else 0.0
-            self.update_chunk(self.flat[piece], self.grad[piece], decay, *[s[piece] for s in self.state.values()])
+        for group in self.groups:
+            lr, decay = self.lr * group.scale, self.weight_decay if group.decayed else 0.0
+            inside = [(max(start, group.start), min(stop, group.stop)) for start, stop in spans]
+            for start, stop in chunks(self.flat, inside):
+                piece = slice(start, stop)
+                self.update_chunk(
+                    self.flat[piece], self.grad[piece], lr, decay, *[s[piece] for s in self.state.values()]
+                )
 
-    def _chunks(self, spans: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-        size = CHUNK if device_of(self.flat) == "cpu" else self.flat.size
-        for start, stop in spans:
-            for a in range(start, stop, size):
-                b = min(a + size, stop)
-                if a < self.decayed < b:  # no chunk lies on both sides
-                    yield a, self.decayed
-                    a = self.decayed
-                yield a, b
-
-    def update_chunk(self, p: Array, g: Array, decay: float, *state: Array) -> None:
+    def update_chunk(self, p: Array, g: Array, lr: float, decay: float, *state: Array) -> None:
         """Update the slice ``p`` of the parameters in place by its gradient ``g``, which is not changed."""
         raise NotImplementedError
 
@@ -138,19 +189,12 @@ class Optimizer:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a state of :meth:`state_dict`; nothing is changed if it does not fit."""
-        shapes = [(n, p.shape) for n, p in zip(self.names, self.parameters, strict=True)]
-        expected = {f"{slot}/{n}": shape for slot in self.slots for n, shape in shapes}
-        wrong = [k for k, shape in expected.items() if k not in state or tuple(np.shape(state[k])) != shape]
-        wrong += [k for k in state if k not in expected and k != "steps"]
-        if wrong or "steps" not in state:
-            raise CheckpointError(
-                f"the optimizer state does not fit: missing, unknown or misshapen: {', '.join(wrong[:5]) or 'steps'}",
-                "resume with the model and the optimizer that the state was saved with",
-            )
-        self.steps = int(state["steps"])
+        steps = np.zeros((), np.int64)
+        into = {"steps": steps}
         for slot, flat in self.state.items():
-            for n, view in zip(self.names, self.split(flat), strict=True):
-                view[...] = to_device(np.asarray(state[f"{slot}/{n}"], view.dtype), device_of(view))
+            into |= {f"{slot}/{n}": view for n, view in zip(self.names, self.split(flat), strict=True)}
+        load_arrays(into, state, "the optimizer state")
+        self.steps = int(steps)
 
 
 class AdamW(Optimizer):
@@ -169,15 +213,16 @@ class AdamW(Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.05,
+        lr_scales: Mapping[str, float] | None = None,
     ) -> None:
-        super().__init__(named_parameters, lr, weight_decay)
+        super().__init__(named_parameters, lr, weight_decay, lr_scales)
         if not all(0.0 <= b < 1.0 for b in betas):
             raise ConfigError(f"betas={betas}", "each must be in [0, 1); 0.9 and 0.999 are usual")
         if not 0.0 < eps < math.inf:
             raise ConfigError(f"eps={eps}", "it must be positive, or the update would divide by zero; 1e-8 is usual")
         self.betas, self.eps = betas, eps
 
-    def update_chunk(self, p: Array, g: Array, decay: float, *state: Array) -> None:
+    def update_chunk(self, p: Array, g: Array, lr: float, decay: float, *state: Array) -> None:
         """Update one slice."""
         m, v = state
         b1, b2 = self.betas
@@ -193,9 +238,9 @@ class AdamW(Optimizer):
         t *= (1.0 - b2**self.steps) ** -0.5
         t += self.eps
         xp.divide(m, t, out=t)
-        t *= self.lr / (1.0 - b1**self.steps)
+        t *= lr / (1.0 - b1**self.steps)
         if decay:
-            p *= 1.0 - self.lr * decay
+            p *= 1.0 - lr * decay
         p -= t
 
 
@@ -213,20 +258,42 @@ class SGD(Optimizer):
         lr: float,
         momentum: float = 0.9,
         weight_decay: float = 0.0,
+        lr_scales: Mapping[str, float] | None = None,
     ) -> None:
-        super().__init__(named_parameters, lr, weight_decay)
+        super().__init__(named_parameters, lr, weight_decay, lr_scales)
         if not 0.0 <= momentum < 1.0:
             raise ConfigError(f"momentum={momentum}", "it must be in [0, 1); 0.9 is usual")
         self.momentum = momentum
 
-    def update_chunk(self, p: Array, g: Array, decay: float, *state: Array) -> None:
+    def update_chunk(self, p: Array, g: Array, lr: float, decay: float, *state: Array) -> None:
         """Update one slice."""
         (b,) = state
         b *= self.momentum
         b += g
         if decay:
             b += decay * p
-        p -= self.lr * b
+        p -= lr * b
+
+
+def chunks(array: Array, spans: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Yield the given spans of a flat array in pieces (start, stop) to work on at a time; an empty span has none."""
+    size = CHUNK if device_of(array) == "cpu" else array.size
+    for start, stop in spans:
+        for a in range(start, stop, size):
+            yield a, min(a + size, stop)
+
+
+def load_arrays(into: Mapping[str, Array], state: Mapping[str, Any], what: str) -> None:
+    """Copy ``state`` into the arrays of the same names; raise CheckpointError, nothing changed, if it does not fit."""
+    wrong = [k for k, a in into.items() if k not in state or tuple(np.shape(state[k])) != a.shape]
+    wrong += [k for k in state if k not in into]
+    if wrong:
+        raise CheckpointError(
+            f"{what} does not fit: missing, unknown or misshapen: {', '.join(wrong[:5])}",
+            "resume with the model and the optimizer that it was saved with",
+        )
+    for k, a in into.items():
+        a[...] = to_device(np.asarray(state[k], a.dtype), device_of(a))
 
 
 def gradient_norm(arrays: Iterable[Array]) -> Array:

@@ -1,0 +1,178 @@
+"""Learning rates by parameter, against updates written out parameter by parameter; spans, order and state."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+import minivit as mv
+from minivit.backend import normal
+from minivit.errors import ConfigError
+from minivit.train import optim
+from minivit.train.optim import SGD, AdamW, is_decayed, layer_scales
+
+SMALL = {"image_size": 8, "patch_size": 4, "in_channels": 1, "num_classes": 3, "dim": 8, "depth": 2, "heads": 2}
+KINDS = {
+    "adamw": lambda model, **more: AdamW(model.named_parameters(), lr=0.01, weight_decay=0.3, **more),
+    "sgd": lambda model, **more: SGD(model.named_parameters(), lr=0.01, weight_decay=0.3, **more),
+}
+
+
+def make(kind, decay=0.5, dtype=np.float64):
+    model = mv.ViT(**SMALL).to(dtype)
+    scales = None if decay is None else layer_scales((n for n, _ in model.named_parameters()), 2, decay)
+    return model, KINDS[kind](model, lr_scales=scales)
+
+
+def gradient(opt, step):
+    """Return a gradient by name, whatever the order in the optimizer."""
+    return {n: normal(mv.Key(step, len(n)), p.shape) for n, p in zip(opt.names, opt.parameters, strict=True)}
+
+
+def give(opt, gradients):
+    for name, view in zip(opt.names, opt.split(opt.grad), strict=True):
+        view[...] = gradients[name]
+
+
+def by_hand(kind, p, grads, lr, weight_decay):
+    """Return a parameter after updates by ``grads``."""
+    p, m, v = p.copy(), 0.0, 0.0
+    for t, g in enumerate(grads, start=1):
+        if kind == "sgd":
+            m = 0.9 * m + g + weight_decay * p
+            p = p - lr * m
+        else:
+            m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
+            m_hat, v_hat = m / (1 - 0.9**t), v / (1 - 0.999**t)
+            p = (1 - lr * weight_decay) * p - lr * m_hat / (np.sqrt(v_hat) + 1e-8)
+    return p
+
+
+def test_the_scales_fall_from_the_head_to_the_patches():
+    scales = layer_scales((n for n, _ in mv.ViT(**SMALL, head="mlp").named_parameters()), 2, 0.5)
+    of = {name.rpartition(".")[0] or name: scale for name, scale in scales.items()}
+    assert of.pop("patch_embed.proj") == of.pop("cls_token") == of.pop("pos_embed") == 0.125
+    assert of.pop("head") == of.pop("pre_logits") == of.pop("norm") == 1.0
+    blocks = {name.split(".")[1]: scale for name, scale in of.items()}
+    assert blocks == {"0": 0.25, "1": 0.5} and all(name.startswith("blocks.") for name in of)
+
+
+@pytest.mark.parametrize("chunk", [5, 1 << 16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_parameter_moves_by_its_own_rate(kind, chunk, monkeypatch):
+    monkeypatch.setattr(optim, "CHUNK", chunk)
+    model, opt = make(kind)
+    before, scales = model.state_dict(), layer_scales(opt.names, 2, 0.5)
+    gradients = [gradient(opt, t) for t in range(4)]
+    for t, g in enumerate(gradients):
+        give(opt, g)
+        edges = sorted({0, 1 + t, opt.flat.size // 3, opt.flat.size})  # shares as threads have them: any
+        opt.update(list(itertools.pairwise(edges)))
+    for name, p in model.named_parameters():
+        weight_decay = 0.3 if is_decayed(name, p) else 0.0
+        expected = by_hand(kind, before[name], [g[name] for g in gradients], 0.01 * scales[name], weight_decay)
+        np.testing.assert_allclose(p.data, expected, rtol=1e-12, atol=1e-15, err_msg=name)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_plain_steps_and_missing_gradients(kind):
+    model, opt = make(kind)
+    before, gradients = model.state_dict(), gradient(opt, 1)
+    some = opt.names[::2]
+    for name, p in model.named_parameters():
+        p.grad = gradients[name] if name in some else None
+    opt.step()
+    scales = layer_scales(opt.names, 2, 0.5)
+    for name, p in model.named_parameters():
+        weight_decay = 0.3 if is_decayed(name, p) else 0.0
+        expected = by_hand(kind, before[name], [gradients[name]], 0.01 * scales[name], weight_decay)
+        np.testing.assert_allclose(p.data, expected if name in some else before[name], rtol=1e-12, err_msg=name)
+
+
+def test_the_groups_are_as_few_as_can_be_and_cover_everything():
+    model, opt = make("adamw")
+    assert [g.start for g in opt.groups] == [0, *[g.stop for g in opt.groups[:-1]]]
+    assert opt.groups[-1].stop == opt.flat.size == model.num_parameters()
+    assert [(g.decayed, g.scale) for g in opt.groups] == [(d, s) for d in (True, False) for s in (1, 0.5, 0.25, 0.125)]
+    for name, p, (start, stop) in zip(opt.names, opt.parameters, opt.spans, strict=True):
+        (group,) = [g for g in opt.groups if g.start <= start and stop <= g.stop]
+        assert group.decayed == is_decayed(name, p)
+
+
+def test_without_scales_the_decayed_ones_are_first_and_the_order_stays():
+    model, opt = make("adamw", decay=None)
+    names = [n for n, _ in model.named_parameters()]
+    decayed = [n for n, p in model.named_parameters() if is_decayed(n, p)]
+    assert opt.names == decayed + [n for n in names if n not in decayed]
+    assert [(g.decayed, g.scale) for g in opt.groups] == [(True, 1.0), (False, 1.0)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_scales_of_one_change_no_bit(kind):
+    states = []
+    for decay in (None, 1.0):
+        model, opt = make(kind, decay, np.float32)
+        for t in range(3):
+            give(opt, gradient(opt, t))
+            opt.update()
+        states.append(model.state_dict())
+    assert all((states[0][n] == states[1][n]).all() for n in states[0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_state_is_by_name_whatever_the_order(kind):
+    (a, opt_a), (b, opt_b) = make(kind, 0.5), make(kind, None)
+    assert opt_a.names != opt_b.names
+    give(opt_a, gradient(opt_a, 1))
+    opt_a.update()
+    state = opt_a.state_dict()
+    opt_b.load_state_dict(state)
+    again = opt_b.state_dict()
+    assert state.keys() == again.keys() and opt_b.steps == 1
+    assert all((state[k] == again[k]).all() for k in state)
+    b.load_state_dict(a.state_dict())
+    c, opt_c = make(kind, 0.5)  # and an optimizer like the first goes on as the first does
+    c.load_state_dict(b.state_dict())
+    opt_c.load_state_dict(again)
+    for opt in (opt_a, opt_c):
+        give(opt, gradient(opt, 2))
+        opt.update()
+    assert (opt_a.flat == opt_c.flat).all()
+
+
+def test_threads_share_the_update_of_scaled_groups():
+    images, labels = normal(mv.Key(1), (6, 1, 8, 8)), np.arange(6) % 3
+    flats = []
+    for threads in (1, 3):
+        model, opt = make("adamw")
+        step = mv.TrainStep(model, opt, threads=threads, micro_batch=2)
+        step.team.spread = lambda work, length: [work(a, b) for a, b in ((0, 100), (100, 777), (777, length))]
+        for _ in range(3):
+            step(images, labels)
+        flats.append(opt.flat)
+    np.testing.assert_allclose(flats[0], flats[1], rtol=1e-9, atol=1e-12)
+
+
+def test_a_decay_of_zero_trains_head_and_norm_only():
+    model, opt = make("sgd", 0.0)
+    before = model.state_dict()
+    give(opt, gradient(opt, 1))
+    opt.update()
+    changed = {n for n, a in model.state_dict().items() if (a != before[n]).any()}
+    assert changed == {"norm.weight", "norm.bias", "head.weight", "head.bias"}
+
+
+def test_bad_scales():
+    model = mv.ViT(**SMALL)
+    for decay in (-0.1, 1.1, float("nan")):
+        with pytest.raises(ConfigError, match="layer decay"):
+            layer_scales(["norm.bias"], 2, decay)
+    for scale in (-1.0, float("inf"), float("nan")):
+        with pytest.raises(ConfigError, match="finite and at least 0"):
+            AdamW(model.named_parameters(), lr_scales={"norm.bias": scale})
+    with pytest.raises(ConfigError, match=r"unknown parameters: norm\.bais"):
+        AdamW(model.named_parameters(), lr_scales={"norm.bais": 0.5})
+    model.norm.bias.requires_grad = False  # a frozen one may have a scale
+    assert "norm.bias" not in AdamW(model.named_parameters(), lr_scales={"norm.bias": 0.5}).names
