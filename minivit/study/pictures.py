@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from os import PathLike
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 Colour = tuple[int, int, int]
-PAPER, INK, FAINT, RED = (255, 255, 255), (31, 35, 40), (110, 118, 129), (207, 34, 46)
+PAPER, INK, FAINT, RED, BLUE = (255, 255, 255), (31, 35, 40), (110, 118, 129), (207, 34, 46), (9, 105, 218)
 
 HEAT = np.array([(13, 8, 50), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 245, 160)], np.float64)
 """Stops of a colour map whose lightness rises evenly from almost black over violet and orange to pale yellow."""
@@ -23,6 +23,7 @@ TILE = 80  # pixels: about how large an image is shown
 GAP, MARGIN = 12, 20
 TITLE_SIZE, TEXT_SIZE = 20, 14
 LINE = TEXT_SIZE + 4
+MOST_NAMED = 20  # classes of a confusion matrix whose names and counts can be read
 
 
 def mosaic(
@@ -38,7 +39,7 @@ def mosaic(
     A pixel becomes ``scale`` × ``scale`` pixels, by default as many as make an image about 80 pixels wide.
     """
     _check(images, labels=labels)
-    tiles = [_enlarged(image, scale) for image in images]
+    tiles = [enlarged(image, scale) for image in images]
     _write_sheet(path, title, tiles, [[(str(label), INK)] for label in labels], columns)
 
 
@@ -59,16 +60,91 @@ def attention_overlay(
     from PIL import Image
 
     _check(images, attention=attention, labels=labels, predictions=predictions)
-    tiles, captions = [], []
-    for image, weights, label, prediction in zip(images, attention, labels, predictions, strict=True):
-        plain = _enlarged(image, None)
+    tiles = []
+    for image, weights in zip(images, attention, strict=True):
+        plain = enlarged(image)
         tile = Image.new("RGB", (plain.width, 2 * plain.height + 3), PAPER)
         tile.paste(plain, (0, 0))
         tile.paste(_under_heat(plain, weights), (0, plain.height + 3))
         tiles.append(tile)
-        captions.append([(str(label), INK), (f"read as {prediction}", FAINT if label == prediction else RED)])
-    right = sum(label == prediction for label, prediction in zip(labels, predictions, strict=True))
-    _write_sheet(path, title, tiles, captions, columns, f"{right} of {len(images)} read correctly", legend=True)
+    captions, note = _verdicts(labels, predictions)
+    _write_sheet(path, title, tiles, captions, columns, note, legend=True)
+
+
+def predictions_picture(
+    images: np.ndarray,
+    labels: Sequence[object],
+    predictions: Sequence[object],
+    path: str | PathLike[str],
+    columns: int = 10,
+    title: str = "Predictions",
+) -> None:
+    """Write ``images``, uint8 (N, C, H, W) with C 1 or 3, with label and prediction, in red where they differ."""
+    _check(images, labels=labels, predictions=predictions)
+    captions, note = _verdicts(labels, predictions)
+    _write_sheet(path, title, [enlarged(image) for image in images], captions, columns, note)
+
+
+def _verdicts(labels: Sequence[object], predictions: Sequence[object]) -> tuple[list[list[tuple[str, Colour]]], str]:
+    """Return the lines under each image, and what they come to."""
+    pairs = list(zip(labels, predictions, strict=True))
+    right = sum(label == prediction for label, prediction in pairs)
+    captions = [[(str(a), INK), (str(b), FAINT if a == b else RED)] for a, b in pairs]
+    return captions, f"label above, prediction below: {right} of {len(pairs)} right"
+
+
+def confusion_picture(
+    confusion: np.ndarray, classes: Sequence[str], path: str | PathLike[str], title: str = "Confusion"
+) -> None:
+    """Write the matrix ``confusion`` (K, K) of counts, labels by row and predictions by column, as a heat map.
+
+    A cell's colour is its share of its row, by its square root, so that rare mistakes show: blue where right, red where
+    wrong. Up to 20 classes have their names and counts; more are numbered along the edges.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    count = len(confusion)
+    if confusion.shape != (count, count) or len(classes) != count or count == 0:
+        what = f"a confusion matrix of shape {confusion.shape} for {len(classes)} classes"
+        raise ShapeError(what, "give counts (K, K) and K names")
+    named = count <= MOST_NAMED
+    cell = 44 if named else max(1, 800 // count)
+    shares = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)  # (K, K)
+    most = np.where(np.eye(count, dtype=bool)[:, :, None], BLUE, RED)  # (K, K, 3)
+    depth = 0.75 * np.sqrt(shares)[:, :, None]  # (K, K, 1): dark ink stays readable on it
+    cells = (np.array(PAPER) * (1 - depth) + most * depth).round().astype(np.uint8)
+    heat_map = Image.fromarray(cells).resize((cell * count, cell * count), Image.Resampling.NEAREST)
+
+    font, title_font = ImageFont.load_default(TEXT_SIZE), ImageFont.load_default(TITLE_SIZE)
+    ruler = ImageDraw.Draw(heat_map)
+    shown = {i: _cut(name, 140, font) for i, name in enumerate(classes)} if named else _every(count)
+    room = int(max(ruler.textlength(text, font) for text in shown.values())) + 10  # for names, beside and above
+    left, top = MARGIN + room, MARGIN + TITLE_SIZE + 16 + LINE + 6 + room
+    sheet = Image.new("RGB", (max(left + heat_map.width + MARGIN, 420), top + heat_map.height + MARGIN), PAPER)
+    sheet.paste(heat_map, (left, top))
+    draw = ImageDraw.Draw(sheet)
+    draw.text((MARGIN, MARGIN), title, INK, title_font)
+    note = f"label by row, prediction by column: {np.trace(confusion):,} of {confusion.sum():,} right"
+    draw.text((MARGIN, MARGIN + TITLE_SIZE + 10), note, FAINT, font)
+    for i, text in shown.items():
+        middle = cell * i + cell // 2
+        draw.text((left - 8, top + middle), text, INK, font, anchor="rm")
+        upright = Image.new("L", (room, LINE), 0)
+        ImageDraw.Draw(upright).text((0, LINE // 2), text, 255, font, anchor="lm")
+        mask = upright.rotate(90, expand=True)  # reads upwards
+        sheet.paste(INK, (left + middle - LINE // 2, top - 8 - room), mask)
+    if named:
+        for (i, j), n in np.ndenumerate(confusion):
+            place = (left + cell * j + cell // 2, top + cell * i + cell // 2)
+            draw.text(place, f"{n}" if n else "·", INK if n else FAINT, font, anchor="mm")
+    draw.rectangle((left - 1, top - 1, left + heat_map.width, top + heat_map.height), outline=FAINT)
+    sheet.save(path, "PNG", optimize=True)
+
+
+def _every(count: int) -> dict[int, str]:
+    """Return about ten of ``count`` numbers, evenly spaced, as text."""
+    step = next(m * 10**e for e in range(9) for m in (1, 2, 5) if count <= 12 * m * 10**e)
+    return {i: str(i) for i in range(0, count, step)}
 
 
 def _check(images: np.ndarray, **others: Sequence[object] | np.ndarray) -> None:
@@ -83,7 +159,7 @@ def _check(images: np.ndarray, **others: Sequence[object] | np.ndarray) -> None:
 # ---- an image --------------------------------------------------------------------------------------------------------
 
 
-def _enlarged(image: np.ndarray, scale: int | None) -> Image.Image:
+def enlarged(image: np.ndarray, scale: int | None = None) -> Image.Image:
     """Return an image (C, H, W) in RGB, every pixel a square of ``scale``, as sharp as the model gets it."""
     from PIL import Image
 
@@ -151,7 +227,14 @@ def _write_sheet(
         if any(colour == RED for _, colour in lines):
             draw.rectangle((x - 3, y - 3, x + tile_w + 2, y + tile_h + 2), outline=RED, width=2)
         for n, (text, colour) in enumerate(lines):
-            while len(text) > 2 and draw.textlength(text, font) > cell_w - 2:
-                text = text.removesuffix("…")[:-1] + "…"
-            draw.text((x + tile_w / 2, y + tile_h + 4 + n * LINE), text, colour, font, anchor="ma")
+            place = (x + tile_w / 2, y + tile_h + 4 + n * LINE)
+            draw.text(place, _cut(text, cell_w - 2, font), colour, font, anchor="ma")
     sheet.save(path, "PNG", optimize=True)
+
+
+def _cut(text: str, width: float, font: Any) -> str:
+    """Return a text cut to ``width`` pixels, on one line."""
+    text = " ".join(text.split())[:200]
+    while len(text) > 2 and font.getlength(text) > width:
+        text = text.removesuffix("…")[:-1] + "…"
+    return text
