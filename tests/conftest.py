@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
+import numpy as np
 import pytest
 
+from minivit import data
 from minivit.autograd.op import OPS
 from minivit.backend import cuda_status
 from tests import strict
@@ -28,3 +31,19 @@ def toys() -> Iterator[None]:
     yield
     OPS.clear()
     OPS.update(before)
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small data set: 200 digits to train on, 60 to test with."""
+    path = tmp_path_factory.mktemp("data") / "few.npz"
+    train, test = data.load("digits"), data.load("digits", "test")
+    np.savez(path, train_images=train.images[:200], train_labels=train.labels[:200],
+             test_images=test.images[:60], test_labels=test.labels[:60])  # fmt: skip
+    return path
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

@@ -21,16 +21,18 @@ from PIL import Image
 import minivit as mv
 from minivit import data
 from minivit.backend import Key
+from minivit.cli.job import augmentation
 from minivit.cli.layers import count_parameters, layer_of, model_config
 from minivit.cli.layers import measure as measure_layers
 from minivit.cli.main import COMMANDS, main
 from minivit.cli.options import MODEL_FLAGS, OPTIONS, RECIPE_NAMES
 from minivit.cli.report import measure, plural, text_table, wilson_interval
 from minivit.cli.settings import fit_to_data, known_settings, parse_assignment, resolve, write_toml
+from minivit.data.datasets import NAMES
 from minivit.errors import CheckpointError, ConfigError, DataError
 from minivit.models.zoo import MODELS
 from minivit.train.checkpoint import load_checkpoint, save_checkpoint
-from minivit.train.recipes import RECIPES
+from minivit.train.recipes import FOR_DATA, RECIPES, full_name
 from minivit.train.weights import load_model
 
 TINY = ["--set", "model.dim=8", "--set", "model.depth=1", "--set", "model.heads=2", "--set", "model.mlp_dim=16"]
@@ -52,16 +54,6 @@ def minivit(*args: str, cwd: Path) -> tuple[int, str, str]:
 
 
 @pytest.fixture(scope="module")
-def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small data set: 200 digits to train on, 60 to test with."""
-    path = tmp_path_factory.mktemp("data") / "few.npz"
-    train, test = data.load("digits"), data.load("digits", "test")
-    np.savez(path, train_images=train.images[:200], train_labels=train.labels[:200],
-             test_images=test.images[:60], test_labels=test.labels[:60])  # fmt: skip
-    return path
-
-
-@pytest.fixture(scope="module")
 def finished(archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a finished run of a tiny model. Tests leave it as it is."""
     folder = tmp_path_factory.mktemp("finished")
@@ -72,12 +64,6 @@ def finished(archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def checkpoint(finished: Path) -> str:
     return str(finished / "checkpoints" / "last.npz")
-
-
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 # ---- help, errors, exit codes ----------------------------------------------------------------------------------------
@@ -164,7 +150,11 @@ def test_usage_errors_give_2_and_say_what_was_meant(
         (["train", "--set", "model.depth"], "is not KEY=VALUE"),
         (["train", "--set", "model.depth=2.5"], "model.depth = 2.5 (command line) is not a whole number"),
         (["train", "--set", "model.pool=max"], "pool is 'max'"),
-        (["train", "--set", "data.augment=afine"], "did you mean 'affine'"),
+        (["train", "--set", "data.crops=4"], "did you mean data.crop"),
+        (["train", "--on-nan", "skp"], "unknown train.on_nan 'skp'\n  → did you mean 'skip'"),
+        (["train", "--patience", "2"], "patience needs validation images"),
+        (["train", "--set", "model.heads=8192", "--set", "model.dim=65536"], "of memory, "),
+        (["train", "--init-from", "no.npz"], "there is no checkpoint no.npz"),
         (["train", "--set", "model.image_size=16"], "model.image_size = 16 (command line), but the data have 8"),
         (["train", "--set", "model.num_classes=5"], "model.num_classes = 5 (command line), but the data have 10"),
         (["train", "--epochs", "0"], "train.epochs = 0 (command line) is out of range\n  → it must be at least 1"),
@@ -314,11 +304,11 @@ def test_settings_rise_from_default_to_command_line(tmp_path: Path) -> None:
     file = tmp_path / "run.toml"
     file.write_text("[model]\ndepth = 3\ndim = 32\n[train]\nbatch_size = 16\nlr = 1\n")
     s = resolve({"model.depth": 2, "train.epochs": 5}, file=file)
-    recipe = RECIPES["digits"]
+    recipe = RECIPES["digits@1"]
     found = {key: (s[key], s.origins[key]) for key in s.origins}
     assert found["model.qkv_bias"] == (True, "default")
     assert found["model.in_channels"] == (1, "model vit_digits")
-    assert found["train.smoothing"] == (recipe["train"]["smoothing"], "recipe digits")
+    assert found["train.smoothing"] == (recipe["train"]["smoothing"], "recipe digits@1")
     assert found["model.dim"] == (32, f"file {file}")
     assert found["train.lr"] == (1.0, f"file {file}")
     assert isinstance(s["train.lr"], float)
@@ -346,12 +336,12 @@ def test_another_model_leaves_the_recipe_model_behind() -> None:
     s = resolve({"model.name": "vit_mnist"})
     assert {k: s[f"model.{k}"] for k in MODELS["vit_mnist"]} == MODELS["vit_mnist"]
     assert s["model.pool"] == "cls"
-    assert s["train.smoothing"] == RECIPES["digits"]["train"]["smoothing"]
+    assert s["train.smoothing"] == RECIPES["digits@1"]["train"]["smoothing"]
 
 
 @pytest.mark.parametrize(("size", "model"), [(8, "vit_digits"), (28, "vit_mnist"), (32, "vit_cifar")])
-def test_the_data_choose_what_nobody_named(size: int, model: str) -> None:
-    s = resolve({"data.name": "my.npz", "model.depth": 1})
+def test_the_data_choose_what_nobody_named(size: int, model: str, archive: Path) -> None:
+    s = resolve({"data.name": str(archive), "model.depth": 1})
     assert s["recipe"] == ""
     fit_to_data(s, (3, size, size), 4)
     chosen = [s[f"model.{k}"] for k in ("name", "image_size", "in_channels", "num_classes", "depth", "dim")]
@@ -377,10 +367,14 @@ def test_every_option_and_recipe_is_sound() -> None:
     assert set(OPTIONS) | set(MODEL_FLAGS) <= set(kinds)
     flags = [flag for option in OPTIONS.values() for flag in option.flags]
     assert len(flags) == len(set(flags))
-    assert set(RECIPE_NAMES) == set(RECIPES)  # --help lists them
+    assert set(RECIPE_NAMES) == {name.partition("@")[0] for name in RECIPES}  # --help lists them
+    assert set(FOR_DATA) <= {*NAMES, "npz", "folder"} and set(FOR_DATA.values()) <= set(RECIPE_NAMES)
     for name in RECIPES:
         s = resolve({}, recipe=name)
-        assert s["data.val_fraction"] == 0.0  # the main job trains on all images
+        assert s["data.val_fraction"] == 0.0  # it trains on all images
+        assert s["recipe"] == name == full_name(name)
+        augmentation(s.table("data"))
+    assert full_name("digits") == "digits@1"
 
 
 # ---- train -----------------------------------------------------------------------------------------------------------
@@ -388,8 +382,9 @@ def test_every_option_and_recipe_is_sound() -> None:
 
 def test_a_run_folder_holds_the_run(finished: Path, archive: Path) -> None:
     names = {str(path.relative_to(finished)) for path in finished.rglob("*") if path.is_file()}
-    assert names == {"config.toml", "command.txt", "metrics.jsonl", "results.csv", "samples.png", "attention.png",
-                     "checkpoints/last.npz"}  # fmt: skip
+    pictures = {f"{name}.png" for name in ("samples_train", "samples_valid", "attention", "predictions", "confusion")}
+    texts = {"config.toml", "command.txt", "metrics.jsonl", "results.csv", "report.html"}
+    assert names == pictures | texts | {"checkpoints/last.npz"}
     config = tomllib.loads((finished / "config.toml").read_text())
     assert config["model"]["dim"] == 8
     assert config["data"]["name"] == str(archive)
@@ -404,7 +399,7 @@ def test_a_run_folder_holds_the_run(finished: Path, archive: Path) -> None:
     assert last["test_interval"][0] < last["test_accuracy"] < last["test_interval"][1]
     assert sum("test_accuracy" in row for row in rows) == 1
     assert len((finished / "results.csv").read_text().splitlines()) == 3
-    for picture in ("samples.png", "attention.png"):
+    for picture in pictures:
         with Image.open(finished / picture) as image:
             image.load()
             assert min(image.size) > 100
@@ -414,7 +409,7 @@ def test_the_checkpoint_says_what_prediction_needs(checkpoint: str, archive: Pat
     meta = load_checkpoint(checkpoint).meta
     train = data.load(archive)
     assert meta["model"]["dim"] == 8
-    assert meta["data"] == {"name": str(archive), "classes": list("0123456789"),
+    assert meta["data"] == {"name": str(archive), "classes": list("0123456789"), "fit": "stretch",
                             "mean": list(train.mean), "std": list(train.std)}  # fmt: skip
     model, _ = load_model(checkpoint)
     other = mv.ViT(**{**model.config, "seed": 5})

@@ -27,6 +27,7 @@ from minivit.train import (
     warmup_cosine,
 )
 from minivit.train import trainer as trainer_module
+from minivit.train.weights import load_model
 from tests.test_kill import BATCHES, EPOCHS, small_run
 
 STEPS = EPOCHS * BATCHES
@@ -377,6 +378,117 @@ def test_a_nan_stops_before_the_update_and_the_last_checkpoint_stays(tmp_path, c
     assert capfd.readouterr() == ("", "")
 
 
+def nan_at(*batches):
+    return lambda count: (lambda images: images * np.float32(np.nan)) if count in batches else None
+
+
+def test_a_batch_with_a_nan_can_be_left_out(tmp_path, capsys):
+    trainer, train, valid = small_run(tmp_path, save_every=None, on_nan="skip", quiet=False)
+    history = trainer.fit(Hooked(train, nan_at(3)), valid)
+    assert trainer.opt.steps == STEPS - 1 and [row["epoch"] for row in history] == list(range(1, EPOCHS + 1))
+    left_out = [row for row in metrics(tmp_path) if "left_out" in row]
+    assert [row["step"] for row in left_out] == [2] and "the images" in left_out[0]["left_out"]
+    assert "batch 3 of epoch 1 left out" in capsys.readouterr().err
+    without, train, _ = small_run(None)  # it is as if that batch had not been there
+    pairs = [pair for i, pair in enumerate(train.batches(0)) if i != 2]
+    for images, labels in pairs:
+        without.opt.lr = without.schedule(without.opt.steps)
+        without.step(images, labels)
+    again, train, _ = small_run(None, on_nan="skip")
+    with pytest.raises(PowerCut):
+        again.fit(Hooked(train, lambda count: nan_at(3)(count) if count <= BATCHES else fail_at(count)(count)))
+    assert parameters_hash(again.model) == parameters_hash(without.model)
+
+
+def test_too_many_bad_batches_in_a_row_stop_the_run(tmp_path):
+    trainer, train, valid = small_run(tmp_path, on_nan="skip")
+    before = parameters_hash(trainer.model)
+    with pytest.raises(NonFiniteError):
+        trainer.fit(Hooked(train, lambda count: nan_at(count)(count)), valid)
+    assert parameters_hash(trainer.model) == before and trainer.opt.steps == 0
+
+
+def test_a_nan_can_roll_the_run_back_to_its_last_checkpoint(tmp_path):
+    trainer, train, valid = small_run(tmp_path, save_every=None, on_nan="rollback", ema=0.9)
+    digests = {}
+
+    def look(count):
+        digests[count] = parameters_hash(trainer.model), trainer.opt.steps
+        return nan_at(10)(count)
+
+    trainer.fit(Hooked(train, look), valid)
+    assert digests[11] == digests[BATCHES + 1] != digests[10]
+    first, train, _ = small_run(tmp_path / "new", save_every=None, on_nan="rollback")
+    with pytest.raises(NonFiniteError):  # there is no checkpoint yet
+        first.fit(Hooked(train, nan_at(3)))
+    with pytest.raises(ConfigError, match="without a folder"):
+        small_run(None, on_nan="rollback")
+
+
+def test_it_stops_when_validation_gets_no_better(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(trainer_module, "evaluate", lambda *args, **more: {"loss": 1.0, "accuracy": 0.5})
+    trainer, train, valid = small_run(tmp_path, epochs=50, schedule=None, patience=2, quiet=False)
+    history = trainer.fit(train, valid)
+    assert len(history) == 3 and trainer.progress.best["epoch"] == 1
+    assert "stopped after epoch 3: no better validation accuracy in 2 epochs" in capsys.readouterr().err
+    again, train, valid = small_run(tmp_path, epochs=50, schedule=None, patience=2)
+    assert again.fit(train, valid) == history  # the run is over
+    with pytest.raises(ConfigError, match="without validation images"):
+        small_run(None, patience=2)[0].fit(train)
+
+
+def test_its_time_can_be_limited(tmp_path):
+    trainer, train, valid = small_run(tmp_path, max_seconds=1e-9)
+    history = trainer.fit(train, valid)
+    assert len(history) == 1 and history[0]["step"] == 1 and "valid_accuracy" in history[0]
+    assert trainer.progress.stopped == "its time is up"
+    assert load_checkpoint(tmp_path / "checkpoints" / "last.npz").meta["train"]["stopped"] == "its time is up"
+
+
+def test_the_average_is_what_is_evaluated_and_kept(tmp_path):
+    trainer, train, valid = small_run(tmp_path, save_every=None, ema=0.5)
+    history = trainer.fit(train, valid)
+    with trainer.averaged():
+        digest = parameters_hash(trainer.model)
+        assert evaluate(trainer.model, valid)["accuracy"] == history[-1]["valid_accuracy"]
+    assert parameters_hash(trainer.model) != digest
+    model, _ = load_model(tmp_path / "checkpoints" / "last.npz")
+    assert parameters_hash(model) == digest
+    cut, train, valid = small_run(tmp_path / "cut", ema=0.5)
+    with pytest.raises(PowerCut):
+        cut.fit(Hooked(train, fail_at(10)), valid)
+    cut, train, valid = small_run(tmp_path / "cut", ema=0.5)
+    cut.fit(train, valid)
+    with cut.averaged():
+        assert parameters_hash(cut.model) == digest
+    with pytest.raises(CheckpointError, match=r"was trained with ema 0\.5, not None"):
+        small_run(tmp_path)
+
+
+def test_a_first_loss_far_above_a_guess_is_told(tmp_path, capsys):
+    trainer, train, _ = small_run(None, quiet=False, epochs=1)
+    trainer.model.head.weight.data[...] = 100.0 * np.sign(np.arange(trainer.model.head.weight.size) % 3 - 1.0).reshape(
+        trainer.model.head.weight.shape
+    )
+    trainer.fit(train)
+    assert "a guess among 4 classes has 1.39: look at the labels" in capsys.readouterr().err
+    trainer, train, _ = small_run(None, quiet=False, epochs=1)
+    trainer.fit(train)
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_validation_labels_beyond_the_classes_are_refused_before_the_first_epoch():
+    trainer, train, valid = small_run(None)
+
+    class Shifted(Hooked):
+        def batches(self, epoch, start=0):
+            return ((images, labels + 1) for images, labels in self.loader.batches(epoch, start))
+
+    with pytest.raises(DataError, match="label 4 at row"):
+        trainer.fit(train, Shifted(valid, None))
+    assert trainer.opt.steps == 0
+
+
 def test_records_that_cannot_be_written_end_the_run_in_one_line(tmp_path):
     trainer, train, _ = small_run(tmp_path)
 
@@ -390,13 +502,16 @@ def test_records_that_cannot_be_written_end_the_run_in_one_line(tmp_path):
     assert "\n" not in caught.value.what
     assert load_checkpoint(tmp_path / "checkpoints" / "last.npz").arrays["optimizer/steps"] == 2
     (tmp_path / "file").touch()
-    with pytest.raises(CheckpointError, match="cannot write the records"):
+    with pytest.raises(CheckpointError, match="cannot lock"):
         small_run(tmp_path / "file" / "run")[0].fit(train)
 
 
-@pytest.mark.parametrize("settings", [{"epochs": 0}, {"save_every": 0}])
+@pytest.mark.parametrize(
+    "settings",
+    [{"epochs": 0}, {"save_every": 0}, {"patience": 0}, {"max_seconds": 0.0}, {"on_nan": "weep"}, {"ema": 1.0}],
+)
 def test_settings_that_cannot_be_meant(settings):
-    with pytest.raises(ConfigError, match="each must be at least 1"):
+    with pytest.raises(ConfigError):
         small_run(None, **settings)
 
 

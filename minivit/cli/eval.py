@@ -11,7 +11,9 @@ from minivit.cli.main import one_of
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument("checkpoint", metavar="CKPT", help="checkpoint, such as runs/digits-1/checkpoints/last.npz")
-    parser.add_argument("--data", "-d", help="data set: a name, or FILE.npz (by default the one it was trained on)")
+    parser.add_argument(
+        "--data", "-d", help="data set: a name, folder or FILE.npz (by default the one it was trained on)"
+    )
     parser.add_argument(
         "--split", type=one_of("split", ("test", "train")), default="test", help="test (default) or train"
     )
@@ -35,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     name = args.data or trained_on.get("name")
     if name is None:
         raise DataError(f"{args.checkpoint} does not say what it was trained on", "name the data: --data NAME")
-    dataset = data.load(name, args.split)
+    dataset = data.load(name, args.split, model.patch_embed.image_size, model.config["in_channels"])
     if len(dataset.classes) > model.config["num_classes"]:
         raise DataError(
             f"{name} has {len(dataset.classes)} classes, the model knows {model.config['num_classes']}",

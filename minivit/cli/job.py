@@ -6,6 +6,8 @@ import argparse
 import json
 import platform
 import shlex
+import time
+from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -14,40 +16,58 @@ from typing import Any
 import numpy as np
 
 from minivit import data, ops
-from minivit.autograd.graph import no_grad
-from minivit.backend import Key, auto_device, to_device, to_numpy
+from minivit.backend import Key, auto_device, available_memory, permutation
 from minivit.cli.doctor import blas_text, cpu_text, versions
-from minivit.cli.report import measure, percent_interval, plural
+from minivit.cli.layers import count_parameters, peak_memory
+from minivit.cli.report import bytes_text, percent_interval, plural
+from minivit.cli.results import draw_batch, spread_out, write_results
 from minivit.cli.settings import Settings, fit_to_data, parse_assignment, resolve, write_toml
-from minivit.data import Affine, Dataset, Loader
+from minivit.data import (
+    Affine,
+    Augment,
+    Chain,
+    ColorJitter,
+    Crop,
+    Dataset,
+    Flip,
+    Loader,
+    Mix,
+    RandAugment,
+    RandomErasing,
+    RandomResizedCrop,
+)
 from minivit.errors import CheckpointError, ConfigError, DataError
 from minivit.models.vit import ViT
-from minivit.study.pictures import attention_overlay, mosaic
+from minivit.nn.settings import pair
 from minivit.train import schedule
-from minivit.train.optim import AdamW
+from minivit.train.optim import SGD, AdamW, Optimizer, layer_scales
 from minivit.train.schedule import Schedule
-from minivit.train.step import Team, predict_logits
-from minivit.train.trainer import Trainer, evaluate
+from minivit.train.step import Team, TrainStep
+from minivit.train.trainer import Trainer
+from minivit.train.weights import init_from, load_weights
 
 TRAIN_STREAM, HOLD_OUT_STREAM = 0x7A1, 0x0FF  # streams of random numbers under the run's seed
 
 
 def start(args: argparse.Namespace) -> int:
     """Start a run in a folder of its own."""
-    job = Job(resolve(_typed(args), args.recipe, args.config), args.quiet)
+    job = Job(resolve(typed_settings(args), args.recipe, args.config), args.quiet)
+    if args.dry_run:
+        return job.try_out()
     folder = make_folder(Path(args.output), args.name, stem=job.title)
     config = folder / "config.toml"
     config.write_text(write_toml(job.settings), encoding="utf-8")
     (folder / "command.txt").write_text(_command_record(args.argv, job.settings["train.device"]), encoding="utf-8")
     job.say(f"run folder  {folder}")
     job.say(f"reproduce   minivit train --config {shlex.quote(str(config))}\n")
-    job.draw_samples(folder / "samples.png")
+    job.draw_samples(folder)
     return job.run(folder)
 
 
 def resume(args: argparse.Namespace) -> int:
     """Continue a run where its checkpoint stands, in its folder, with its settings."""
-    given = {**_typed(args), "--recipe": args.recipe, "--config": args.config, "--name": args.name}
+    given = {**typed_settings(args), "--recipe": args.recipe, "--config": args.config, "--name": args.name}
+    given["--dry-run"] = args.dry_run or None
     if refused := [key for key, value in given.items() if value is not None]:
         raise ConfigError(
             f"--resume continues a run with the settings it was started with: {refused[0]} cannot be set",
@@ -59,12 +79,12 @@ def resume(args: argparse.Namespace) -> int:
     folder = path.parent.parent
     if not path.is_file() or not (folder / "config.toml").is_file():
         raise CheckpointError(f"{args.resume} is no run, nor a checkpoint of one", "give runs/NAME, or its last.npz")
-    job = Job(resolve({}, file=folder / "config.toml"), args.quiet)
+    job = Job(resolve({}, file=folder / "config.toml"), args.quiet, resumed=True)
     job.say(f"run folder  {folder}\n")
     return job.run(folder, resume=path)
 
 
-def _typed(args: argparse.Namespace) -> dict[str, Any]:
+def typed_settings(args: argparse.Namespace) -> dict[str, Any]:
     """Return the settings that the command line gives, by dotted key."""
     typed = {key: value for key, value in vars(args).items() if "." in key and value is not None}
     if args.source is not None:
@@ -80,24 +100,31 @@ def _typed(args: argparse.Namespace) -> dict[str, Any]:
 class Job:
     """What a run needs, made from its settings: data, model and how it is trained."""
 
-    def __init__(self, settings: Settings, quiet: bool) -> None:
+    def __init__(self, settings: Settings, quiet: bool, resumed: bool = False) -> None:
         self.settings, self.quiet = settings, quiet
         device, why = auto_device(settings["train.device"])
-        if (path := Path(settings["data.name"])).is_file():
-            settings["data.name"] = str(path.resolve())  # the run can then be resumed from any folder
-        self.title = path.stem if path.is_file() else settings["data.name"]
-        whole = data.load(settings["data.name"], "train")
-        self.test_data = _test_images(whole, settings["data.name"])
+        kind = data.kind_of(settings["data.name"])
+        paths = [settings["data.name"] != kind and "data.name", settings["train.init_from"] and "train.init_from"]
+        for key in filter(None, paths):
+            settings[key] = str(Path(settings[key]).resolve())  # the run can then be resumed from any folder
+        name = settings["data.name"]
+        self.title = Path(name).stem if kind in ("npz", "folder") else kind
+        whole = self._load("train")
+        self.test_data = self._load_test(whole)
         fit_to_data(settings, whole.images.shape[1:], len(whole.classes))
-        self.train_data: Dataset = whole
-        self.valid_data: Dataset | None = None
-        if settings["data.val_fraction"] > 0:
-            key = Key(settings["train.seed"], HOLD_OUT_STREAM)
-            self.train_data, self.valid_data = whole.split_off(settings["data.val_fraction"], key)
+        if settings["data.overfit"]:
+            settings.take(UNCHANGED, "overfit")
+        self.train_data, self.valid_data = self._divide(whole)
+        if settings["train.patience"] and self.valid_data is None:
+            raise ConfigError("patience needs validation images", "hold some out: --val-fraction 0.1")
         config: dict[str, Any] = {
             k: tuple(v) if isinstance(v, list) else v for k, v in settings.table("model").items() if k != "name"
         }
+        _check_memory(20 * count_parameters(config), device)  # float32 weights, gradients and moments, on one thread
         self.model: ViT = ViT(**config, seed=settings["train.seed"]).to(device)
+        changed: list[str] = []
+        if settings["train.init_from"] and not resumed:
+            changed = init_from(self.model, settings["train.init_from"])
         self.loader = self.make_loader()
         # as they turned out: equal bits need the same device, threads and micro-batches
         team, batch_size = Team(self.model, None, settings["train.micro_batch"] or None), settings["train.batch_size"]
@@ -105,10 +132,16 @@ class Job:
         micro_batch = min(team.micro_batch or batch_size, batch_size)
         found = {"train.device": device, "train.threads": threads, "train.micro_batch": micro_batch}
         settings.take({key: value for key, value in found.items() if settings[key] != value}, "this machine")
+        self.memory = peak_memory(self.model.config, Team(self.model, threads, micro_batch), self.loader.batch_size)
+        _check_memory(self.memory, device)
         self.schedule = self.make_schedule()
         cores = f", {plural(threads, 'thread')}" if device == "cpu" else ""
         self.say(f"device      {device}{cores}" + (f" ({why})" if why else ""))
         self.say(f"model       {settings['model.name']}: {self.model.num_parameters():,} parameters")
+        if settings["train.init_from"]:
+            self.say(f"started     from {settings['train.init_from']}")
+            for remark in changed:
+                self.say(f"            {remark}")
         self.say(f"data        {self._data_text(whole)}")
         self.say(f"training    {self._training_text()}")
 
@@ -116,6 +149,39 @@ class Job:
         """Print, unless the run is quiet."""
         if not self.quiet:
             print(text, flush=True)
+
+    def _load(self, split: str) -> Dataset:
+        """Return a split of the data; image files as the model takes them."""
+        s = self.settings
+        size = pair("model.image_size", s["model.image_size"]) if s.origins["model.image_size"] != "default" else None
+        return data.load(s["data.name"], split, size, s["model.in_channels"], s["data.bad_images"])
+
+    def _load_test(self, whole: Dataset) -> Dataset | None:
+        """Return the test images that belong to the training images, or None if an archive has none."""
+        name = self.settings["data.name"]
+        if data.kind_of(name) == "npz":
+            with np.load(name, allow_pickle=False) as archive:
+                if "test_images" not in archive:
+                    return None
+        test = self._load("test")
+        if test.images.shape[1:] != whole.images.shape[1:] or test.classes != whole.classes:
+            raise DataError(
+                f"{name}: {whole.images.shape[1:]} images of {len(whole.classes)} classes to train on, "
+                f"{test.images.shape[1:]} of {len(test.classes)} to test with",
+                "give both splits the same size and classes",
+            )
+        return test
+
+    def _divide(self, whole: Dataset) -> tuple[Dataset, Dataset | None]:
+        """Return the images to train on, and those held out to validate with."""
+        s = self.settings
+        key = Key(s["train.seed"], HOLD_OUT_STREAM)
+        if s["data.overfit"]:
+            few = whole.subset(np.sort(permutation(key, len(whole))[: s["data.overfit"]]))
+            return few, few
+        if s["data.val_fraction"] > 0:
+            return whole.split_off(s["data.val_fraction"], key)
+        return whole, None
 
     def _data_text(self, whole: Dataset) -> str:
         channels, height, width = whole.images.shape[1:]
@@ -130,15 +196,15 @@ class Job:
         s = self.settings
         recipe = f"recipe {s['recipe']}: " if s["recipe"] else ""
         epochs, steps = plural(s["train.epochs"], "epoch"), plural(len(self.loader), "step")
-        return f"{recipe}{epochs} of {steps}, AdamW, learning rate {s['train.lr']:g}"
+        optimizer = {"adamw": "AdamW", "sgd": "SGD with momentum"}[s["train.optimizer"]]
+        return f"{recipe}{epochs} of {steps}, {optimizer}, learning rate {s['train.lr']:g}"
 
     def make_loader(self) -> Loader:
         """Return the training batches: the batch size times the batches that make up an update."""
         s = self.settings
-        strengths = {name: s[f"data.{name}"] for name in ("degrees", "scale", "shear", "shift")}
-        augment = Affine(**strengths) if s["data.augment"] == "affine" else None
+        mix = Mix(s["data.mixup"], s["data.cutmix"]) if s["data.mixup"] or s["data.cutmix"] else None
         size = s["train.batch_size"] * s["train.grad_accum_steps"]
-        return Loader(self.train_data, size, Key(s["train.seed"], TRAIN_STREAM), augment)
+        return Loader(self.train_data, size, Key(s["train.seed"], TRAIN_STREAM), augmentation(s.table("data")), mix)
 
     def held_loader(self, dataset: Dataset) -> Loader:
         """Return batches of other images, standardised like the training images."""
@@ -153,6 +219,23 @@ class Job:
         falls = {"cosine": schedule.warmup_cosine, "linear": schedule.warmup_linear}[s["train.schedule"]]
         return falls(s["train.lr"], total, warmup, s["train.min_lr"])
 
+    def make_optimizer(self) -> Optimizer:
+        """Return a fresh optimizer of the model."""
+        s = self.settings
+        scales = None
+        if s["train.layer_decay"] != 1.0:
+            names = [name for name, _ in self.model.named_parameters()]
+            scales = layer_scales(names, s["model.depth"], s["train.layer_decay"])
+        settings: dict[str, Any] = {"lr": s["train.lr"], "weight_decay": s["train.weight_decay"], "lr_scales": scales}
+        if s["train.optimizer"] == "sgd":
+            return SGD(self.model.named_parameters(), momentum=s["train.momentum"], **settings)
+        return AdamW(self.model.named_parameters(), **settings)
+
+    @property
+    def loss(self) -> Callable[..., Any]:
+        """What is made small: cross-entropy, with the run's smoothing."""
+        return partial(ops.cross_entropy, smoothing=self.settings["train.smoothing"])
+
     def make_trainer(self, folder: Path) -> Trainer:
         """Return the Trainer, with a fresh optimizer."""
         s = self.settings
@@ -160,6 +243,7 @@ class Job:
             "name": s["model.name"],
             "data": {
                 "name": s["data.name"],
+                "fit": "crop" if data.kind_of(s["data.name"]) == "folder" else "stretch",  # of image files to its size
                 "classes": list(self.train_data.classes),
                 "mean": list(self.train_data.mean),
                 "std": list(self.train_data.std),
@@ -167,8 +251,8 @@ class Job:
         }
         return Trainer(
             self.model,
-            AdamW(self.model.named_parameters(), lr=s["train.lr"], weight_decay=s["train.weight_decay"]),
-            loss=partial(ops.cross_entropy, smoothing=s["train.smoothing"]),
+            self.make_optimizer(),
+            loss=self.loss,
             schedule=self.schedule,
             epochs=s["train.epochs"],
             seed=s["train.seed"],
@@ -177,16 +261,35 @@ class Job:
             micro_batch=s["train.micro_batch"],
             folder=folder,
             save_every=s["train.save_every"] or None,
+            ema=s["train.model_ema"] or None,
+            patience=s["train.patience"] or None,
+            max_seconds=60 * s["train.max_time"] or None,
+            on_nan=s["train.on_nan"],
             meta=meta,
             quiet=self.quiet,
         )
+
+    def try_out(self) -> int:
+        """Make one step, and say how long the run would take; nothing is written or kept."""
+        s = self.settings
+        step = TrainStep(self.model, self.make_optimizer(), self.loss, s["train.threads"], s["train.micro_batch"])
+        images, labels = next(iter(self.loader.batches(0)))
+        loss = step(images, labels)
+        started = time.perf_counter()
+        step(images, labels)
+        seconds = (time.perf_counter() - started) * s["train.epochs"] * len(self.loader)
+        self.say(f"memory      about {bytes_text(self.memory)} at the peak")
+        self.say(f"time        about {seconds / 60:,.1f} minutes, by one step")
+        print(f"dry run     a step works (loss {loss:.4f}, gradient norm {step.grad_norm:.3g}); nothing was written")
+        return 0
 
     def run(self, folder: Path, resume: Path | None = None) -> int:
         """Train to the end, test and draw."""
         trainer = self.make_trainer(folder)
         if resume is not None:
             trainer.resume(resume)
-            if trainer.progress.epoch == trainer.epochs and (folder / "attention.png").exists():  # drawn last
+            over = trainer.progress.stopped or trainer.progress.epoch == trainer.epochs
+            if over and (folder / "report.html").exists():  # written last
                 print(f"the run {folder} is finished; to measure it: minivit eval {shlex.quote(str(resume))}")
                 return 0
             self.say(f"continuing at step {trainer.opt.steps} of {self.settings['train.epochs'] * len(self.loader)}")
@@ -198,80 +301,88 @@ class Job:
 
     def _finish(self, folder: Path, trainer: Trainer) -> None:
         """Report the last weights on the test set; a run that still chooses among epochs leaves the test set alone."""
-        checkpoint = folder / "checkpoints" / "last.npz"
-        best = trainer.progress.best
+        checkpoint, best = folder / "checkpoints" / "last.npz", trainer.progress.best
+        shown, split = (self.test_data, "test") if self.test_data is not None else (self.train_data, "training")
         if self.valid_data is not None and best is not None:
             checkpoint = folder / "checkpoints" / "best.npz"
-            print(f"validation  best accuracy {best['valid_accuracy']:.2%}, after epoch {best['epoch']}")
-        elif self.test_data is not None:
-            self._test(self.test_data, folder, trainer)
-        shown = self.test_data or self.valid_data or self.train_data
-        draw_attention(self.model, self.held_loader(shown.subset(range(min(40, len(shown))))), folder)
-        self.say(f"pictures    {folder / 'samples.png'}, {folder / 'attention.png'}")
+            shown, split = self.valid_data, "validation"
+            overfit = self.settings["data.overfit"]
+            what = "overfit     of the training images" if overfit else "validation  best accuracy"
+            print(f"{what} {best['valid_accuracy']:.2%}, after epoch {best['epoch']}")
+        load_weights(self.model, checkpoint)  # their average, if the run keeps one
+        result = write_results(
+            self.model,
+            self.held_loader(shown),
+            folder,
+            title=f"{folder.name}: {self.settings['model.name']} on {self.title}",
+            about=f"{self.model.num_parameters():,} parameters; {self._data_text(self.train_data)}",
+            rows=trainer.progress.history,
+            split=split,
+        )
+        if split == "test":
+            _record_test(result, folder, trainer)
+        self.say(f"report      {folder / 'report.html'}")
         next_steps = [f"minivit predict {shlex.quote(str(checkpoint))} IMAGE…"]
         if self.test_data is not None:
             next_steps.insert(0, f"minivit eval {shlex.quote(str(checkpoint))}")
         self.say("next        " + "\n            ".join(next_steps))
 
-    def _test(self, test: Dataset, folder: Path, trainer: Trainer) -> None:
-        found = evaluate(self.model, self.held_loader(test))
-        result = measure(found["logits"], found["labels"])
-        print(
-            f"test        accuracy {percent_interval(result)} on {result['count']:,} images, loss {result['loss']:.4f}"
+    def draw_samples(self, folder: Path) -> None:
+        """Draw training images, and images held out, as the model will see them."""
+        title = f"Training images of {self.title}, as the model sees them"
+        draw_batch(self.loader, folder / "samples_train.png", title)
+        if (held := self.valid_data or self.test_data) is not None:
+            title = f"Images of {self.title} held out, as the model sees them"
+            draw_batch(self.held_loader(spread_out(held)), folder / "samples_valid.png", title)
+
+
+def _check_memory(needed: int, device: str) -> None:
+    if device == "cpu" and needed > (free := available_memory()):
+        raise ConfigError(
+            f"this run needs about {bytes_text(needed)} of memory, {bytes_text(free)} are free",
+            "use a smaller model or image, --threads 1, a smaller --micro-batch, or --set model.recompute=true",
         )
-        row = {"step": trainer.opt.steps, "epoch": trainer.progress.epoch}
-        row |= {f"test_{name}": result[name] for name in ("loss", "accuracy", "interval", "count")}
-        with open(folder / "metrics.jsonl", "a", encoding="utf-8") as f:
-            f.write(json.dumps(row) + "\n")
-
-    def draw_samples(self, path: Path) -> None:
-        """Draw the first training images as the model will see them, with their labels."""
-        images, labels = next(iter(self.loader.batches(0)))
-        names = self.train_data.classes
-        mean, std = (np.array(x, np.float32)[:, None, None] for x in (self.loader.mean, self.loader.std))  # (C, 1, 1)
-        pixels = ((images * std + mean) * 255).round().clip(0, 255).astype(np.uint8)[:50, :3]  # drawn without alpha
-        mosaic(pixels, [names[i] for i in labels[:50]], path, title=f"Training images of {self.title}")
 
 
-def _test_images(whole: Dataset, name: str) -> Dataset | None:
-    """Return the test images that belong to the training images, or None if an archive has none."""
-    if Path(name).is_file():
-        with np.load(name, allow_pickle=False) as archive:
-            if "test_images" not in archive:
-                return None
-    test = data.load(name, "test")
-    if test.images.shape[1:] != whole.images.shape[1:] or test.classes != whole.classes:
-        raise DataError(
-            f"{name}: {whole.images.shape[1:]} images of {len(whole.classes)} classes to train on, "
-            f"{test.images.shape[1:]} of {len(test.classes)} to test with",
-            "give both splits the same size and classes",
-        )
-    return test
+def _record_test(result: dict[str, Any], folder: Path, trainer: Trainer) -> None:
+    print(f"test        accuracy {percent_interval(result)} on {result['count']:,} images, loss {result['loss']:.4f}")
+    row = {"step": trainer.opt.steps, "epoch": trainer.progress.epoch}
+    row |= {f"test_{name}": result[name] for name in ("loss", "accuracy", "interval", "count")}
+    with open(folder / "metrics.jsonl", "a", encoding="utf-8") as f:
+        f.write(json.dumps(row) + "\n")
 
 
-def draw_attention(model: ViT, loader: Loader, folder: Path) -> None:
-    """Draw where the last block's class token looks (without one: what all patches look at), mean over the heads.
+_STRENGTHS = (
+    "resized_crop", "degrees", "scale", "shear", "shift", "jitter", "randaugment", "erasing", "mixup", "cutmix",
+)  # fmt: skip
+_RATES = ("dropout", "attention_dropout", "embed_dropout", "drop_path")
+UNCHANGED = (
+    {"data.crop": 0, "data.flip": False, "train.smoothing": 0.0}
+    | {f"data.{key}": 0.0 for key in _STRENGTHS}
+    | {f"model.{key}": 0.0 for key in _RATES}
+)
+"""Settings under which a model sees the training images as they are, and each of them whole."""
 
-    ``loader`` has one batch, in the data set's order.
-    """
-    images, labels = next(iter(loader.batches(0)))
-    device = next(model.parameters()).device
-    model.eval()
-    with no_grad():
-        maps = model.attention_maps(to_device(images, device))[-1]
-    weights = to_numpy(maps.data).mean(axis=1)  # (B, heads, T, T) → (B, T, T)
-    weights = weights[:, 0, 1:] if model.pool == "cls" else weights.mean(axis=1)  # → (B, patches)
-    (height, width), (p, q) = model.patch_embed.image_size, model.patch_embed.patch_size
-    names = loader.dataset.classes
-    predicted = predict_logits(model, images).argmax(axis=1)
-    attention_overlay(
-        loader.dataset.images[:, :3],
-        np.ascontiguousarray(weights).reshape(-1, height // p, width // q),
-        [names[i] for i in labels],
-        [names[i] for i in predicted],
-        folder / "attention.png",
-        title="Where the class token looks" if model.pool == "cls" else "What the patches look at, on average",
-    )
+
+def augmentation(s: Mapping[str, Any]) -> Augment | None:
+    """Return the random changes of training images that the data settings ``s`` ask for, in the order they are made."""
+    steps: list[Augment] = []
+    if s["resized_crop"]:
+        steps.append(RandomResizedCrop(s["resized_crop"]))
+    if s["crop"]:
+        steps.append(Crop(s["crop"]))
+    if s["flip"]:
+        steps.append(Flip())
+    affine = {name: s[name] for name in ("degrees", "scale", "shear", "shift")}
+    if any(affine.values()):
+        steps.append(Affine(**affine))
+    if s["randaugment"]:
+        steps.append(RandAugment(magnitude=s["randaugment"]))
+    if s["jitter"]:
+        steps.append(ColorJitter(s["jitter"], s["jitter"], s["jitter"]))
+    if s["erasing"]:
+        steps.append(RandomErasing(s["erasing"]))
+    return Chain(tuple(steps)) if len(steps) > 1 else steps[0] if steps else None
 
 
 # ---- the run folder --------------------------------------------------------------------------------------------------

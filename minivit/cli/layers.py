@@ -11,13 +11,13 @@ import numpy as np
 
 from minivit.autograd.graph import Node, first_order
 from minivit.cli.report import bytes_text, plural, text_table
-from minivit.errors import CheckpointError, unknown_name
+from minivit.errors import unknown_name
 from minivit.models.vit import ViT
 from minivit.models.zoo import MODELS
 from minivit.nn.module import Module, watching
 from minivit.nn.settings import pair
 from minivit.study.speed import flops
-from minivit.train.checkpoint import load_checkpoint
+from minivit.train import weights
 from minivit.train.step import Team
 
 
@@ -28,10 +28,7 @@ def model_config(name: str) -> dict[str, Any]:
         return defaults | MODELS[name]
     if Path(name).suffix != ".npz" and not Path(name).is_file():
         raise unknown_name("model", name, MODELS)
-    config = load_checkpoint(name).meta.get("model")
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{name} does not say which model it holds", "name the model instead")
-    return defaults | config
+    return weights.model_config(name)
 
 
 def image_shape(config: dict[str, Any]) -> tuple[int, int, int]:
@@ -44,7 +41,7 @@ def count_parameters(config: dict[str, Any]) -> int:
     channels, height, width = image_shape(config)
     p, q = pair("patch_size", config["patch_size"])
     dim, heads = config["dim"], config["heads"]
-    inner, hidden = heads * (config["dim_head"] or dim // heads), config["mlp_dim"] or 4 * dim
+    inner, hidden = heads * (config.get("dim_head") or dim // heads), config.get("mlp_dim") or 4 * dim
     cls, patches = config["pool"] == "cls", (height // p) * (width // q)
     attention = 3 * inner * (dim + bool(config["qkv_bias"])) + dim * (inner + 1)
     block = attention + hidden * (dim + 1) + dim * (hidden + 1) + 4 * dim  # and two norms
@@ -145,14 +142,22 @@ def _owner(array: Any) -> Any:
 
 def report(config: dict[str, Any], batch_size: int) -> str:
     """Return the table of layers and the totals for training."""
+    rows, total = _all_rows(config)
+    table = [_cells(name, row) for name, row in rows if row.parameters or row.flops or row.kept]  # not drop path at 0
+    table.append(_cells("total", Row((), total.parameters, total.flops, total.kept)))
+    head = ["layer", "output", "parameters", "FLOPs", "kept for backward"]
+    return text_table(head, table, right=(2, 3, 4)) + "\n\n" + _memory(config, total, batch_size)
+
+
+def _all_rows(config: dict[str, Any]) -> tuple[list[tuple[str, Row]], Row]:
+    """Return the table's rows, from one image's pass through an outline of the model, and their sum."""
     model = outline(config)
     rows = measure(model, np.zeros((1, *image_shape(config)), np.float32))
     repeats = config["depth"] - len(model.blocks)
     table, total = [], Row()
     for name, row in rows.items():
         total.add(row)
-        if row.parameters or row.flops or row.kept:  # not drop path where there is none
-            table.append(_cells(name.replace("blocks.2.", f"blocks.{config['depth'] - 1}."), row))
+        table.append((name.replace("blocks.2.", f"blocks.{config['depth'] - 1}."), row))
         if name == "blocks.1.mlp" and repeats > 0:  # the blocks that were left out
             left_out = Row(row.shape)
             for _ in range(repeats):
@@ -160,10 +165,8 @@ def report(config: dict[str, Any], batch_size: int) -> str:
                     if other.startswith("blocks.1."):
                         left_out.add(costs)
             total.add(left_out)
-            table.append(_cells("blocks.2" + (f" … {config['depth'] - 2}" if repeats > 1 else ""), left_out))
-    table.append(_cells("total", Row((), total.parameters, total.flops, total.kept)))
-    head = ["layer", "output", "parameters", "FLOPs", "kept for backward"]
-    return text_table(head, table, right=(2, 3, 4)) + "\n\n" + _memory(total, model, batch_size)
+            table.append(("blocks.2" + (f" … {config['depth'] - 2}" if repeats > 1 else ""), left_out))
+    return table, total
 
 
 def _cells(name: str, row: Row) -> list[str]:
@@ -171,23 +174,31 @@ def _cells(name: str, row: Row) -> list[str]:
     return [name, shape, f"{row.parameters:,}", f"{row.flops:,}" if row.flops else "", bytes_text(row.kept)]
 
 
-def _memory(total: Row, model: ViT, batch_size: int) -> str:
-    """Return what a training step takes: on the CPU in micro-batches, on a GPU in one piece."""
+def _sizes(total: Row, team: Team, batch_size: int) -> dict[str, int]:
+    """Return the bytes that a training step takes on the CPU, in micro-batches."""
     weights = 4 * total.parameters
-    team = Team(model, None, None)
     start, stop = team.pieces(batch_size)[0]
     at_once = min(team.threads * (stop - start), batch_size)
-    buffers = team.threads * weights
-    sizes = {
+    return {
         "parameters": weights,
         "gradient": weights,
         "AdamW's state": 2 * weights,
-        f"buffers of {plural(team.threads, 'thread')}": buffers,
+        f"buffers of {plural(team.threads, 'thread')}": team.threads * weights,
         f"kept for backward, {plural(at_once, 'image')} at once": at_once * total.kept,
     }
+
+
+def peak_memory(config: dict[str, Any], team: Team, batch_size: int) -> int:
+    """Return about how many bytes training a model by ``team`` takes at the most, on the CPU, besides the data."""
+    return sum(_sizes(_all_rows(config)[1], team, batch_size).values())
+
+
+def _memory(config: dict[str, Any], total: Row, batch_size: int) -> str:
+    """Return what a training step takes: on the CPU in micro-batches, on a GPU in one piece."""
+    sizes = _sizes(total, Team(outline(config), None, None), batch_size)
     lines = [f"training step of {plural(batch_size, 'image')}, float32:"]
     lines += [f"  {name:44}{bytes_text(size):>8}" for name, size in sizes.items()]
     lines.append(f"  {'peak on the CPU, about':44}{bytes_text(sum(sizes.values())):>8}")
-    one_piece = 5 * weights + batch_size * total.kept
+    one_piece = 5 * 4 * total.parameters + batch_size * total.kept
     lines.append(f"  {'peak on a GPU, in one piece, about':44}{bytes_text(one_piece):>8}")
     return "\n".join(lines)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from importlib import import_module
+from types import ModuleType
 
 from minivit import __version__
 
@@ -14,12 +16,15 @@ COMMANDS = {
     "train": "train a model; without arguments, a Vision Transformer on handwritten digits",
     "eval": "measure a checkpoint on a data set",
     "predict": "classify images with a checkpoint",
+    "data": "look a data set over before training on it, or download one",
+    "lr-find": "find a learning rate to begin with",
+    "compare": "compare runs: settings, accuracy and time",
     "summary": "show a model's layers, sizes, FLOPs and memory",
     "gradcheck": "prove the gradients of all operations, or of a model",
     "bench": "measure the speed of a training step, and of its operations",
     "doctor": "show what minivit runs on, and test it",
 }
-"""What there is, each in ``minivit.cli.<command>``: ``add_arguments(parser)`` and ``run(args)`` → exit code."""
+"""What there is, each in a module of ``minivit.cli``: ``add_arguments(parser)`` and ``run(args)`` → exit code."""
 
 OK, FAILURE, USAGE, BAD_INPUTS, INTERRUPTED = 0, 1, 2, 3, 130
 """Exit codes. SIGTERM gives 143, as a shell reports it."""
@@ -27,6 +32,7 @@ OK, FAILURE, USAGE, BAD_INPUTS, INTERRUPTED = 0, 1, 2, 3, 130
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line ``argv`` (by default the process's) and return its exit code."""
+    warnings.formatwarning = lambda message, *where: f"minivit: warning: {message}\n"  # one line, as errors have
     try:
         return _run(list(sys.argv[1:] if argv is None else argv))
     except SystemExit as stop:  # from argparse, and from a training run that a signal ended
@@ -66,14 +72,18 @@ def _run(argv: list[str]) -> int:
     for command, purpose in COMMANDS.items():
         if command == name:
             parser = commands.add_parser(command, description=f"{purpose[0].upper()}{purpose[1:]}.")
-            import_module(f"minivit.cli.{command}").add_arguments(parser)
+            _module(command).add_arguments(parser)
     args = top.parse_args(argv or ["--help"])
     if args.command is None:
         top.error("which command?")
     args.argv = argv
-    code: int = import_module(f"minivit.cli.{args.command}").run(args)
+    code: int = _module(args.command).run(args)
     sys.stdout.flush()  # here, where a broken pipe is met
     return code
+
+
+def _module(command: str) -> ModuleType:
+    return import_module(f"minivit.cli.{command.replace('-', '_')}")
 
 
 class Parser(argparse.ArgumentParser):

@@ -37,6 +37,7 @@ def run(args: argparse.Namespace) -> int:
 
     from minivit import ops
     from minivit.backend import auto_device
+    from minivit.cli.report import class_names
     from minivit.data import standardize
     from minivit.errors import MinivitError
     from minivit.train.step import predict_logits
@@ -44,20 +45,20 @@ def run(args: argparse.Namespace) -> int:
 
     model, meta = load_model(args.checkpoint)
     model.to(auto_device(args.device)[0])
+    recorded = meta.get("data", {})
     rows: list[dict[str, Any]] = []
     good: list[np.ndarray] = []
     for source in args.images:
         try:
-            for name, image in read(source, model):
+            for name, image in read(source, model, recorded.get("fit", "stretch")):
                 rows.append({"file": name})
                 good.append(image)
         except MinivitError as error:  # the others may be sound
             rows.append({"file": source, "error": f"{error.what.removeprefix(f'{source}: ')} → {error.remedy}"})
     if good:
-        recorded = meta.get("data", {})
         images = standardize(np.stack(good), recorded.get("mean", [0.0]), recorded.get("std", [1.0]))  # (N, C, H, W)
         probabilities = ops.softmax(predict_logits(model, images))  # (N, K)
-        classes = _classes(meta, probabilities.shape[1])
+        classes = class_names(recorded.get("classes") or (), probabilities.shape[1])
         answers = iter(probabilities)
         for row in rows:
             if "error" not in row:
@@ -69,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
 # ---- images in -------------------------------------------------------------------------------------------------------
 
 
-def read(source: str, model: ViT) -> Iterator[tuple[str, np.ndarray]]:
+def read(source: str, model: ViT, fit: str) -> Iterator[tuple[str, np.ndarray]]:
     """Yield (name, image uint8 (C, H, W)) for each image of a file; raise DataError, before the first, if it is bad."""
     import io
 
@@ -77,12 +78,12 @@ def read(source: str, model: ViT) -> Iterator[tuple[str, np.ndarray]]:
 
     size, channels = model.patch_embed.image_size, model.patch_embed.in_channels
     if source == "-":
-        yield "-", read_image(io.BytesIO(sys.stdin.buffer.read()), size, channels)
+        yield "-", read_image(io.BytesIO(sys.stdin.buffer.read()), size, channels, fit)
     elif Path(source).suffix.lower() in (".npy", ".npz"):
         for i, image in enumerate(read_arrays(Path(source), (channels, *size))):
             yield f"{source}[{i}]", image
     else:
-        yield source, read_image(source, size, channels)
+        yield source, read_image(source, size, channels, fit)
 
 
 def read_arrays(path: Path, shape: tuple[int, int, int]) -> np.ndarray:
@@ -93,7 +94,7 @@ def read_arrays(path: Path, shape: tuple[int, int, int]) -> np.ndarray:
     """
     import numpy as np
 
-    from minivit.data.datasets import channels_first, read_npz, reading
+    from minivit.data.datasets import channels_first, read_npy, read_npz, reading
     from minivit.errors import DataError
 
     def choose(names: Collection[str]) -> dict[str, str]:
@@ -106,7 +107,7 @@ def read_arrays(path: Path, shape: tuple[int, int, int]) -> np.ndarray:
         found = read_npz(path, choose)["images"]
     else:
         with reading(str(path), "save it with np.save"), open(path, "rb") as f:
-            found = np.lib.format.read_array(f, allow_pickle=False)
+            found = read_npy(f, path.stat().st_size)
     channels = shape[0]
     images = found[None] if found.ndim == 2 else found  # (H, W) → (1, H, W)
     images = channels_first(images, path, (channels,))
@@ -121,11 +122,6 @@ def read_arrays(path: Path, shape: tuple[int, int, int]) -> np.ndarray:
 
 
 # ---- answers out -----------------------------------------------------------------------------------------------------
-
-
-def _classes(meta: dict[str, Any], number: int) -> list[str]:
-    names = meta.get("data", {}).get("classes") or []
-    return [*map(str, names[:number]), *(str(i) for i in range(len(names), number))]
 
 
 def _answer(probabilities: np.ndarray, classes: list[str]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from minivit.cli.options import OPTIONS, Option
-from minivit.errors import ConfigError, MinivitError, unknown_name
+from minivit.errors import CheckpointError, ConfigError, MinivitError, unknown_name
 
 
 class Settings(dict[str, Any]):
@@ -107,42 +107,57 @@ def resolve(typed: Mapping[str, Any], recipe: str | None = None, file: str | Pat
     """Return all settings but those that the data decide: defaults < model < recipe < ``file`` < ``typed``.
 
     ``typed`` is what the command line gives, by dotted key. Without a ``recipe`` there, the file's is used, or the one
-    called like the data set, if there is one.
+    for the kind of data, or for fine-tuning where the run starts from a checkpoint; its model's sizes are then the
+    checkpoint's.
     """
     import inspect
 
+    from minivit.data.datasets import kind_of
     from minivit.models.vit import ViT
-    from minivit.models.zoo import MODELS
-    from minivit.train.recipes import RECIPES
+    from minivit.train.recipes import FOR_DATA, RECIPES, full_name
 
     from_file = read_toml(file) if file is not None else {}
-    in_file = from_file.pop("recipe", None)
-    asked = recipe or in_file
-    if asked is not None and asked not in RECIPES:
-        raise unknown_name("recipe", asked, RECIPES)
-    data = typed.get("data.name", from_file.get("data.name", OPTIONS["data.name"].default))
-    if asked is None and data in RECIPES:
-        asked = str(data)
+    in_file = from_file.pop("recipe", "")
+    if not isinstance(in_file, str):
+        raise ConfigError(f"recipe = {in_file!r} (file {file}) is not text", 'for example recipe = "digits"')
+    Settings().take(from_file, f"file {file}")  # checked before any of it is used
+    given = {key: option.default for key, option in OPTIONS.items()} | from_file | dict(typed)
+    start = given["train.init_from"]
+    asked = recipe or in_file or ("finetune" if start else FOR_DATA.get(kind_of(given["data.name"]), ""))
+    asked = full_name(asked) if asked else ""
     from_recipe = _flat(RECIPES[asked]) if asked else {}
     model = typed.get("model.name", from_file.get("model.name"))
-    if model is not None and model != from_recipe.get("model.name"):  # its sizes are for its own model
-        from_recipe = {k: v for k, v in from_recipe.items() if not k.startswith("model.")} | {"model.name": model}
+    if start or (model is not None and model != from_recipe.get("model.name")):  # its sizes are for its own model
+        from_recipe = {k: v for k, v in from_recipe.items() if not k.startswith("model.")}
+    name = model or from_recipe.get("model.name") or ""
 
     settings = Settings()
     settings.take({key: s.default for key, s in OPTIONS.items()}, "default")
     defaults = {f"model.{p.name}": p.default for p in inspect.signature(ViT).parameters.values() if p.name != "seed"}
     settings.take({key: value for key, value in defaults.items() if value is not None}, "default")
     # the named model's sizes come before the recipe's, whoever names the model
-    name = model or from_recipe.get("model.name") or ""
     if name:
         take_model(settings, name)
+        settings.take({"model.name": name}, f"model {name}")
+    elif start:
+        settings.take(_sizes_in(start), f"checkpoint {start}")
     settings.take(from_recipe, f"recipe {asked}")
     settings.take(from_file, f"file {file}")
     settings.take(typed, "command line")
-    settings["recipe"] = asked or ""
-    if settings["model.name"] and settings["model.name"] not in MODELS:
-        raise unknown_name("model", settings["model.name"], MODELS)
+    settings["recipe"] = asked
     return settings
+
+
+def _sizes_in(path: str) -> dict[str, Any]:
+    """Return the settings of the model in a checkpoint, but for those of its head."""
+    from minivit.train.checkpoint import load_checkpoint
+
+    meta = load_checkpoint(path).meta
+    config = meta.get("model")
+    if not isinstance(config, dict) or not isinstance(meta.get("name"), str):
+        raise CheckpointError(f"{path} does not say which model it holds", "start from a run's last.npz or best.npz")
+    sizes = {f"model.{key}": value for key, value in config.items() if key not in ("seed", "num_classes", "head")}
+    return {"model.name": meta["name"]} | {key: value for key, value in sizes.items() if value is not None}
 
 
 def take_model(settings: Settings, name: str) -> None:
@@ -209,16 +224,22 @@ def parse_assignment(text: str) -> tuple[str, Any]:
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 
+_LARGEST_FILE = 100_000  # settings take 2 kB, and a parser can be kept busy for long by a large file
+
+
 def read_toml(path: str | Path) -> dict[str, Any]:
     """Read a TOML file of settings: values by dotted key. Raises ConfigError if it cannot be read."""
     import tomllib
 
     try:
         with open(path, "rb") as f:
-            return _flat(tomllib.load(f))
+            text = f.read(_LARGEST_FILE + 1)
+        if len(text) > _LARGEST_FILE:
+            raise ConfigError(f"{path} is larger than {_LARGEST_FILE:,} bytes", "give a run's config.toml")
+        return _flat(tomllib.loads(text.decode()))
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror or error}", "check the path") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # TOML's own, UTF-8's, a number of too many digits; deep nesting
         raise ConfigError(f"{path} is not TOML: {error}", "mend it, or start from a run's config.toml") from error
 
 

@@ -12,8 +12,19 @@ TITLES = {"data": "data", "model": "model", "train": "training"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the command's arguments: a flag for each setting that has one, and those about the run as a whole."""
+    """Add the command's arguments: the settings, and what is about the run as a whole."""
     parser.epilog = "Defaults are in parentheses; a recipe has its own. A run's config.toml says where values are from."
+    add_setting_flags(parser)
+    run = parser.add_argument_group("the run")
+    run.add_argument("--resume", metavar="PATH", help="continue a run: its folder, or one of its checkpoints")
+    run.add_argument("--output", "-o", metavar="DIR", default="runs", help="folder for run folders (runs)")
+    run.add_argument("--name", metavar="NAME", help="name of the run folder (by default the data's, numbered)")
+    run.add_argument("--dry-run", action="store_true", help="make everything ready, show it, and train nothing")
+    run.add_argument("--quiet", "-q", action="store_true", help="print the result only")
+
+
+def add_setting_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that make up a run's settings: the data, a flag for each setting that has one, files."""
     parser.add_argument("source", metavar="DATA", nargs="?", help="the same as --data")
     groups = {table: parser.add_argument_group(title) for table, title in TITLES.items()}
     for key, option in OPTIONS.items():
@@ -24,15 +35,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             group.add_argument(*option.flags, dest=key, type=convert, metavar=METAVARS[kind], help=text)
     for key, (flag, text) in MODEL_FLAGS.items():
         groups["model"].add_argument(flag, dest=key, type=number(float), metavar="X", help=text)
-    run = parser.add_argument_group("the run")
-    recipes = f"settings found good: {', '.join(RECIPE_NAMES)} (by default the one named like the data)"
-    run.add_argument("--recipe", metavar="NAME", help=recipes)
-    run.add_argument("--config", metavar="FILE.toml", help="settings from a file, such as a run's config.toml")
-    run.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any setting: model.depth=6")
-    run.add_argument("--resume", metavar="PATH", help="continue a run: its folder, or one of its checkpoints")
-    run.add_argument("--output", "-o", metavar="DIR", default="runs", help="folder for run folders (runs)")
-    run.add_argument("--name", metavar="NAME", help="name of the run folder (by default the data's, numbered)")
-    run.add_argument("--quiet", "-q", action="store_true", help="print the result only")
+    files = parser.add_argument_group("settings together")
+    recipes = f"settings found good: {', '.join(RECIPE_NAMES)} (by default the one for the data)"
+    files.add_argument("--recipe", metavar="NAME", help=recipes)
+    files.add_argument("--config", metavar="FILE.toml", help="settings from a file, such as a run's config.toml")
+    files.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any setting: model.depth=6")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -2,7 +2,8 @@
 
 ``np.load(path)`` opens a checkpoint without minivit: arrays are called ``model/<parameter>``, ``optimizer/<state>`` and
 ``meta``, UTF-8 JSON as bytes. Nothing in it is run when it is read: no pickle. The SHA-256 of all bytes
-before it stands at the end, as the archive's comment, so that every flipped bit and every missing byte is found.
+before it stands at the end, as the archive's comment, so that every flipped bit and every missing byte is found; each
+array has its own CRC-32, the archive's, which tells the damaged one and which ``np.load`` checks, too.
 
 Equal content gives equal bytes: the archive carries no time.
 """
@@ -53,7 +54,8 @@ class Checkpoint:
 def save_checkpoint(path: str | Path, arrays: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
     """Write ``arrays`` and ``meta`` (what JSON can hold) to ``path``; the file is whole at every moment.
 
-    Raises CheckpointError if it cannot be written: a file that was there is then as it was.
+    Raises CheckpointError if it cannot be written: a file that was there is then as it was, or, where only its lasting
+    through a power cut is uncertain, the new one.
     """
     path = Path(path)
     text = json.dumps({"format": FORMAT, **meta}, ensure_ascii=False)
@@ -66,8 +68,8 @@ def save_checkpoint(path: str | Path, arrays: Mapping[str, Any], meta: Mapping[s
     except OSError as error:
         needed = sum(a.nbytes for a in entries.values())
         raise CheckpointError(
-            f"cannot save {path}: {error.strerror or error} ({_megabytes(needed)} needed, {_free(path)} free)",
-            "make room or name another folder; a checkpoint saved there before is as it was",
+            f"cannot save {path}: {error.strerror or error} ({needed:,} bytes needed, {_free(path)} free)",
+            "make room or name another folder; a checkpoint that was there before is whole",
         ) from error
 
 
@@ -93,9 +95,13 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def sweep(folder: str | Path) -> None:
-    """Remove what a killed process left half written in ``folder`` and below."""
+    """Remove what a killed process left half written in ``folder`` and below; CheckpointError if it cannot be."""
     for path in Path(folder).rglob(f"*{_TEMPORARY}"):
-        path.unlink(missing_ok=True)
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            what = f"cannot remove {path}, left by a process that was killed: {error.strerror or error}"
+            raise CheckpointError(what, "mend the folder, or remove the file yourself") from error
 
 
 def _write(f: BinaryIO, entries: Mapping[str, np.ndarray]) -> None:
@@ -129,7 +135,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:
-    """Read a checkpoint, all of it checked; memory stays within twice the file's size.
+    """Read a checkpoint, all of it checked; memory stays within twice the file's size, whatever sizes it declares.
 
     Raises CheckpointError, with what to do, if it is missing, damaged, cut short or no checkpoint of this version.
     """
@@ -150,7 +156,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
             arrays = _read(f, size)
         meta = json.loads(arrays.pop("meta").tobytes().decode())
         version = meta.get("format")
-    except CheckpointError:
+    except (CheckpointError, MemoryError):  # the latter is no fault of the file's
         raise
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}", "check its permissions") from error
@@ -195,11 +201,12 @@ def _first_damage(f: BinaryIO, size: int) -> str:
     try:
         with zipfile.ZipFile(f) as archive:
             for member in _members(archive, size):
-                name = member.filename.removesuffix(".npy")
-                try:
-                    archive.read(member)  # checks the CRC-32
-                except Exception:
-                    return name
+                with archive.open(member) as data:  # fails if the name, which would be told, is not the same twice
+                    try:
+                        while data.read(1 << 20):  # to the end, where the CRC-32 is compared
+                            pass
+                    except Exception:
+                        return member.filename.removesuffix(".npy")
     except Exception:  # damaged where the archive lists its members
         pass
     return "what surrounds the arrays"
@@ -229,10 +236,6 @@ def _digest(f: BinaryIO, length: int) -> bytes:
 
 def _free(path: Path) -> str:
     try:
-        return _megabytes(shutil.disk_usage(path.parent).free)
+        return f"{shutil.disk_usage(path.parent).free:,}"
     except OSError:
-        return "unknown space"
-
-
-def _megabytes(size: int) -> str:
-    return f"{size / 1e6:,.1f} MB"
+        return "an unknown number"

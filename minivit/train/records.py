@@ -6,6 +6,7 @@ import contextlib
 import csv
 import io
 import json
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,10 +30,11 @@ class Records:
         So a run that continues from a checkpoint has no row twice.
         """
         if self.folder is not None:
+            metrics = self.folder / "metrics.jsonl"
             with _telling(self.folder):
                 self.folder.mkdir(parents=True, exist_ok=True)
-            metrics = self.folder / "metrics.jsonl"
-            lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
+                # a line whose bytes are damaged is dropped like one cut short
+                lines = metrics.read_text("utf-8", errors="replace").splitlines() if metrics.exists() else []
             self._replace(metrics, "".join(f"{line}\n" for line in lines if _is_done(line, step, len(history))))
             self.write_results(history)
 
@@ -42,11 +44,13 @@ class Records:
             self._lines.append(json.dumps(row) + "\n")
 
     def flush(self) -> None:
-        """Write the lines out: done before a checkpoint, which they must not lag behind."""
+        """Write the lines out, to last: done before a checkpoint, which they must not lag behind."""
         if self.folder is not None:
             lines, self._lines = self._lines, []
             with _telling(self.folder), open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as f:
                 f.writelines(lines)
+                f.flush()
+                os.fsync(f.fileno())
 
     def write_results(self, history: Sequence[Row]) -> None:
         """Write results.csv, a row for each finished epoch."""
@@ -79,5 +83,5 @@ def _is_done(line: str, step: int, epochs: int) -> bool:
     try:
         row = json.loads(line)
         return row["epoch"] <= epochs or ("batch_loss" in row and row["step"] <= step)
-    except (ValueError, KeyError, TypeError):
-        return False  # cut short when the process was killed
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return False  # cut short when the process was killed, or damaged since

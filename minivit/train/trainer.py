@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import shlex
 import shutil
-import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -20,12 +19,16 @@ import numpy as np
 
 from minivit import ops
 from minivit.backend import Array
-from minivit.errors import CheckpointError, ConfigError, DataError
+from minivit.errors import CheckpointError, ConfigError, DataError, NonFiniteError, unknown_name
 from minivit.nn.module import Module
-from minivit.train.checkpoint import load_checkpoint, save_checkpoint, sweep
+from minivit.ops.loss import check_labels
+from minivit.train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, sweep
+from minivit.train.ema import EMA
+from minivit.train.lock import RunLock
 from minivit.train.optim import Optimizer
 from minivit.train.records import Records, Row
 from minivit.train.schedule import Schedule
+from minivit.train.signals import Stop, StopSignals
 from minivit.train.step import TrainStep, predict_logits
 
 
@@ -52,18 +55,26 @@ class Progress:
     loss_sum: float = 0.0
     seconds: float = 0.0
     lr: float = 0.0  # of the last step
+    skipped: int = 0  # batches in a row that were left out, because their loss was not finite
+    stopped: str = ""  # why the run is over before its last epoch
     best: Row | None = None  # the row of the epoch with the highest validation accuracy
     history: list[Row] = field(default_factory=list)  # a row for each finished epoch
 
 
-class _Stop(Exception):
-    """Raised between two steps after a signal has asked for the end."""
+ON_NAN = ("stop", "skip", "rollback")
+MOST_SKIPPED = 10  # batches in a row: more are no accident
 
 
 class Trainer:
     """Trains ``model`` with ``opt`` for ``epochs`` epochs; ``loss``, ``threads``, … as :class:`TrainStep` takes them.
 
     ``schedule`` maps the number of updates made to the learning rate of the next one (default: ``opt.lr`` as it is).
+    ``ema`` evaluates and keeps, beside the parameters, their :class:`~minivit.train.ema.EMA` of that decay. A run ends
+    early after ``patience`` epochs without a better validation accuracy, or ``max_seconds`` of training. A loss or
+    gradient that is not finite is met, by ``on_nan``, with "stop" (NonFiniteError), "skip" (the batch is left out) or
+    "rollback" (parameters and optimizer go back to the last checkpoint, and on with the next batch); in all three the
+    parameters are untouched by it, and ten in a row stop the run.
+
     With a ``folder`` the run keeps there
 
     - ``checkpoints/last.npz`` after every epoch, every ``save_every`` steps, and on Ctrl-C or SIGTERM;
@@ -88,14 +99,26 @@ class Trainer:
         micro_batch: int | None = None,
         folder: str | Path | None = None,
         save_every: int | None = None,
+        ema: float | None = None,
+        patience: int | None = None,
+        max_seconds: float | None = None,
+        on_nan: str = "stop",
         meta: Mapping[str, Any] | None = None,
         quiet: bool = False,
     ) -> None:
         if epochs < 1 or (save_every is not None and save_every < 1):
             raise ConfigError(f"epochs={epochs}, save_every={save_every}", "each must be at least 1")
+        if (patience is not None and patience < 1) or (max_seconds is not None and not max_seconds > 0):
+            raise ConfigError(f"patience={patience}, max_seconds={max_seconds}", "each must be positive, or None")
+        if on_nan not in ON_NAN:
+            raise unknown_name("on_nan", on_nan, ON_NAN)
+        if on_nan == "rollback" and folder is None:
+            raise ConfigError("on_nan='rollback' without a folder", "give a folder: there is no checkpoint without one")
         self.model, self.opt, self.schedule, self.epochs, self.seed = model, opt, schedule, epochs, seed
         self.folder = None if folder is None else Path(folder)
         self.save_every, self.meta, self.quiet = save_every, dict(meta or {}), quiet
+        self.patience, self.max_seconds, self.on_nan = patience, max_seconds, on_nan
+        self.ema = None if ema is None else EMA(opt, ema)
         self.step = TrainStep(model, opt, loss, threads, micro_batch, clip_norm, seed)
         self.records = Records(self.folder)
         self.progress = Progress()
@@ -105,9 +128,9 @@ class Trainer:
 
         A row has epoch, step, lr, loss (the mean over the epoch's images as they were trained on), images_per_second,
         seconds, and with ``valid`` valid_loss and valid_accuracy, as :func:`evaluate` measures them. Raises
-        NonFiniteError before an update that would spoil the parameters. In the main thread, with a folder, Ctrl-C or
-        SIGTERM ends the run after the step under way: it is saved, and SystemExit raised with code 130 or 143. A second
-        one acts at once.
+        NonFiniteError before an update that would spoil the parameters, unless ``on_nan`` says otherwise. In the main
+        thread, with a folder, Ctrl-C or SIGTERM ends the run after the step under way: it is saved, and SystemExit
+        raised with code 130 or 143. A second one acts at once.
         """
         p = self.progress
         if len(train) < 1 or (valid is not None and len(valid) < 1):
@@ -117,55 +140,118 @@ class Trainer:
                 f"the run had {p.batches} batches in an epoch, now there are {len(train)}",
                 "continue it with the data and the batch size that it was started with",
             )
-        self._prepare_folder()
-        p.batches = len(train)
-        with self._signals_noted() as stop_if_asked:
+        if self.patience is not None and valid is None:
+            raise ConfigError(f"patience={self.patience} without validation images", "give some, or no patience")
+        with self._prepared_folder(), StopSignals(self.folder is not None) as signals:  # where there is one to save in
+            p.batches = len(train)
             for _, labels in itertools.islice(valid.batches(0), 1) if valid is not None else ():
-                _check_labels(labels)  # here, not after an epoch
+                self._check_labels(labels)  # here, not after an epoch
             try:
-                while self.progress.epoch < self.epochs:
-                    self._train_epoch(train, valid, stop_if_asked)
+                while self.progress.epoch < self.epochs and not self.progress.stopped:
+                    self._train_epoch(train, valid, signals.raise_if_noted)
+            except Stop as stop:
+                self._save("last")
+                print(
+                    f"stopped and saved after step {self.opt.steps}; continue with\n  {self._how_to_resume()}",
+                    file=sys.stderr,
+                )
+                raise SystemExit(stop.code) from None
             finally:
                 self.records.flush()
         return self.progress.history
+
+    def averaged(self) -> contextlib.AbstractContextManager[Any]:
+        """Return a context in which the model has the averaged parameters, if the run averages them."""
+        return contextlib.nullcontext() if self.ema is None else self.ema.swapped()
 
     def _train_epoch(self, train: Batches, valid: Batches | None, stop_if_asked: Callable[[], None]) -> None:
         p = self.progress
         with self._bar() as bar:
             started = time.perf_counter() - p.seconds
+            before = sum(row["seconds"] for row in p.history)
             for images, labels in train.batches(p.epoch, start=p.batch):
                 if self.schedule is not None:
                     self.opt.lr = self.schedule(self.opt.steps)
-                loss = self.step(images, labels)
-                p.batch, p.images, p.lr = p.batch + 1, p.images + len(labels), self.opt.lr
-                p.loss_sum += loss * len(labels)
-                p.seconds = time.perf_counter() - started
-                row = self._row()
-                self.records.log(row | {"batch_loss": loss, "grad_norm": self.step.grad_norm})
-                bar.set_postfix_str(_describe(row), refresh=False)
+                loss = self._step(images, labels)
+                p.batch, p.lr, p.seconds = p.batch + 1, self.opt.lr, time.perf_counter() - started
+                if loss is not None:
+                    p.images, p.loss_sum = p.images + len(labels), p.loss_sum + loss * len(labels)
+                    row = self._row()
+                    self.records.log(row | {"batch_loss": loss, "grad_norm": self.step.grad_norm})
+                    bar.set_postfix_str(_describe(row), refresh=False)
                 bar.update()
                 if self.save_every and self.opt.steps % self.save_every == 0:
                     self._save("last")
                 stop_if_asked()
+                if self.max_seconds is not None and before + p.seconds >= self.max_seconds:
+                    p.stopped = "its time is up"
+                    break
             row = self._row()
             if valid is not None:
-                result = evaluate(self.model, valid, after_batch=stop_if_asked)
+                with self.averaged():
+                    result = evaluate(self.model, valid, after_batch=stop_if_asked)
                 row |= {"valid_loss": result["loss"], "valid_accuracy": result["accuracy"]}
             bar.set_postfix_str(_describe(row))
         if not (self.quiet or sys.stderr.isatty()):
             print(f"{self._title()}{_describe(row)}", file=sys.stderr, flush=True)
         is_best = valid is not None and (p.best is None or row["valid_accuracy"] > p.best["valid_accuracy"])
-        self.progress = Progress(p.epoch + 1, p.batches, best=row if is_best else p.best, history=[*p.history, row])
+        best = row if is_best else p.best
+        if self.patience is not None and best is not None and row["epoch"] - best["epoch"] >= self.patience:
+            p.stopped = p.stopped or f"no better validation accuracy in {self.patience} epochs"
+        history = [*p.history, row]
+        self.progress = Progress(
+            p.epoch + 1, p.batches, skipped=p.skipped, best=best, stopped=p.stopped, history=history
+        )
         self.records.log(row)
         if is_best:  # before last.npz, which says that it is there
             self._save("best")
         self._save("last")
         self.records.write_results(self.progress.history)
+        if p.stopped:
+            self._tell(f"stopped after epoch {row['epoch']}: {p.stopped}")
         stop_if_asked()
+
+    def _step(self, images: Array, labels: Array) -> float | None:
+        """Make a step and return its loss; None if the batch had to be left out."""
+        p, first = self.progress, self.opt.steps == 0
+        try:
+            loss = self.step(images, labels)
+        except NonFiniteError as error:
+            p.skipped += 1
+            last = self._checkpoint("last") if self.on_nan == "rollback" else None
+            if self.on_nan == "stop" or p.skipped >= MOST_SKIPPED or (last is not None and not last.exists()):
+                raise
+            if last is not None:
+                self._take_over(load_checkpoint(last))
+            self._tell(f"batch {p.batch + 1} of epoch {p.epoch + 1} left out: {error.what}")
+            self.records.log({"epoch": p.epoch + 1, "step": self.opt.steps, "left_out": error.what})
+            return None
+        p.skipped = 0
+        if self.ema is not None:
+            average = self.ema.update_spans
+            self.step.team.spread(lambda start, stop: average([(start, stop)]), self.opt.flat.size)
+        if first and (classes := self._classes()) is not None and loss > 1.5 * math.log(classes) + 0.5:
+            guess = f"a guess among {classes} classes has {math.log(classes):.2f}"
+            self._tell(f"warning: the first loss is {loss:.2f}, {guess}: look at the labels and the first weights")
+        return loss
+
+    def _classes(self) -> int | None:
+        """Return the number of the model's classes, if it says so."""
+        return getattr(self.model, "config", {}).get("num_classes")
+
+    def _check_labels(self, labels: Array) -> None:
+        _check_labels(labels)
+        if (classes := self._classes()) is not None:
+            check_labels(labels, classes)
+
+    def _tell(self, text: str) -> None:
+        """Print a remark about the run, unless it is quiet."""
+        if not self.quiet:
+            print(text, file=sys.stderr, flush=True)
 
     def _row(self) -> Row:
         p = self.progress
-        row = {"epoch": p.epoch + 1, "step": self.opt.steps, "lr": p.lr, "loss": p.loss_sum / p.images}
+        row = {"epoch": p.epoch + 1, "step": self.opt.steps, "lr": p.lr, "loss": p.loss_sum / max(p.images, 1)}
         return row | {"images_per_second": p.images / max(p.seconds, 1e-9), "seconds": p.seconds}
 
     def _title(self) -> str:
@@ -208,9 +294,15 @@ class Trainer:
         ]:
             remedy = "make model, optimizer and Trainer as for the run's start"
             raise CheckpointError(f"{path} was trained with {'; '.join(differ)}", remedy)
+        self._take_over(checkpoint)
+        self.progress = progress
+
+    def _take_over(self, checkpoint: Checkpoint) -> None:
+        """Take over parameters, their average, and the optimizer's state."""
         self.model.load_state_dict(checkpoint.under("model"))
         self.opt.load_state_dict(checkpoint.under("optimizer"))
-        self.progress = progress
+        if self.ema is not None:
+            self.ema.load_state_dict(checkpoint.under("ema"))
 
     def _settings(self, total: int) -> dict[str, Any]:
         """Return what must be equal for a resumed run to be the same; the rates at some of its ``total`` steps."""
@@ -219,6 +311,8 @@ class Trainer:
         return {
             "dtype": str(next(self.model.parameters()).dtype),
             "seed": self.seed,
+            "optimizer": type(self.opt).__name__,
+            "ema": None if self.ema is None else self.ema.decay,
             "weight decay": float(self.opt.weight_decay),
             "clip_norm": None if clip is None else float(clip),
             "smoothing": float(loss.keywords.get("smoothing", 0.0)) if isinstance(loss, partial) else 0.0,
@@ -231,6 +325,8 @@ class Trainer:
         if self.folder is not None:
             self.records.flush()
             arrays = {f"model/{k}": v for k, v in self.model.state_dict().items()}
+            if self.ema is not None:
+                arrays |= {f"ema/{k}": v for k, v in self.ema.state_dict().items()}
             arrays |= {f"optimizer/{k}": v for k, v in self.opt.state_dict().items()}
             config = {"model": self.model.config} if hasattr(self.model, "config") else {}
             settings = self._settings(self.epochs * self.progress.batches)
@@ -247,48 +343,19 @@ class Trainer:
         by_command = (last.parents[1] / "config.toml").exists()
         return f"minivit train --resume {shlex.quote(str(last))}" if by_command else f"Trainer.resume({str(last)!r})"
 
-    def _prepare_folder(self) -> None:
-        if self.folder is not None:
+    @contextlib.contextmanager
+    def _prepared_folder(self) -> Iterator[None]:
+        """Make the run's folder ready, and hold it against other processes."""
+        if self.folder is None:
+            yield
+            return
+        with RunLock(self.folder):
             if not self.progress.batches and self._checkpoint("last").exists():
                 remedy = f"continue it: {self._how_to_resume()}, or name another folder"
                 raise ConfigError(f"{self.folder} already holds a run", remedy)
             sweep(self.folder)
             self.records.begin(self.opt.steps, self.progress.history)
-
-    @contextlib.contextmanager
-    def _signals_noted(self) -> Iterator[Callable[[], None]]:
-        """Note the first SIGINT or SIGTERM in this block; yield a function that ends the run if there was one."""
-        before: dict[int, Any] = {}
-        noted: list[int] = []
-
-        def restore() -> None:
-            for s, handler in before.items():
-                signal.signal(s, handler)
-
-        def note(signum: int, frame: Any) -> None:
-            noted.append(signum)
-            restore()
-
-        def stop_if_asked() -> None:
-            if noted:
-                raise _Stop
-
-        # without a folder there is nowhere to save, and Python runs handlers in the main thread only
-        if self.folder is not None and threading.current_thread() is threading.main_thread():
-            before = {s: signal.getsignal(s) or signal.SIG_DFL for s in (signal.SIGINT, signal.SIGTERM)}
-        for s in before:
-            signal.signal(s, note)
-        try:
-            yield stop_if_asked
-        except _Stop:
-            self._save("last")
-            print(
-                f"stopped and saved after step {self.opt.steps}; continue with\n  {self._how_to_resume()}",
-                file=sys.stderr,
-            )
-            raise SystemExit(128 + noted[0]) from None  # as a shell reports a process that a signal has ended
-        finally:
-            restore()
+            yield
 
 
 def evaluate(model: Module, loader: Batches, after_batch: Callable[[], None] | None = None) -> dict[str, Any]:

@@ -1,0 +1,191 @@
+"""``minivit compare``: runs side by side: what was set otherwise, what came of it, and whether that can be chance."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    parser.epilog = "The test accuracies are compared with that of the first run."
+    parser.add_argument("first", metavar="RUN", help="run folder, such as runs/digits-1")
+    parser.add_argument("others", metavar="RUN", nargs="+", help="run folders to compare with it")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the comparison."""
+    import json
+
+    runs = [read_run(Path(folder)) for folder in (args.first, *args.others)]
+    keys = differing([run["settings"] for run in runs])
+    if args.json:
+        print(json.dumps({"runs": runs, "differ": keys, "differences": [difference(runs[0], r) for r in runs[1:]]}))
+    else:
+        print(report(runs, keys))
+    return 0
+
+
+# ---- a run folder ----------------------------------------------------------------------------------------------------
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """Return what a run folder says: ``settings`` by dotted key, and the results that there are, else None.
+
+    These are epochs, seconds, images_per_second, parameters; loss and valid_accuracy of the last epoch, best_accuracy
+    of validation with its best_epoch; test_accuracy with its 95% test_interval, test_loss and test_count.
+    """
+    from minivit.cli.settings import read_toml
+    from minivit.errors import ConfigError
+
+    if not (folder / "config.toml").is_file():
+        raise ConfigError(f"{folder} is no run folder: it has no config.toml", "give runs/NAME, as minivit train made")
+    rows = _epochs(folder / "results.csv")
+    last = rows[-1] if rows else {}
+    best = max((row for row in rows if "valid_accuracy" in row), key=lambda row: row["valid_accuracy"], default={})
+    seconds = sum(row["seconds"] for row in rows)
+    images = sum(row["images_per_second"] * row["seconds"] for row in rows)
+    test = _test(folder / "metrics.jsonl")
+    return {
+        "folder": str(folder),
+        "settings": read_toml(folder / "config.toml"),
+        "parameters": _parameters(folder / "checkpoints" / "last.npz"),
+        "epochs": len(rows),
+        "seconds": seconds,
+        "images_per_second": images / seconds if seconds else None,
+        "loss": last.get("loss"),
+        "valid_accuracy": last.get("valid_accuracy"),
+        "best_accuracy": best.get("valid_accuracy"),
+        "best_epoch": int(best["epoch"]) if best else None,
+        **{key: test.get(key) for key in ("test_accuracy", "test_interval", "test_loss", "test_count")},
+    }
+
+
+def _epochs(path: Path) -> list[dict[str, float]]:
+    """Return the rows of results.csv; a run that was ended in its first epoch has none."""
+    import csv
+
+    from minivit.errors import DataError
+
+    if not path.is_file():
+        return []
+    try:
+        with open(path, encoding="utf-8", newline="") as f:
+            rows = [{key: float(text) for key, text in row.items() if text} for row in csv.DictReader(f)]
+        _ = [(row["seconds"], row["images_per_second"], row["epoch"]) for row in rows]
+    except (ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
+        raise DataError(f"{path} is damaged: {error!r}", "resume the run, which writes it again") from error
+    return rows
+
+
+def _test(path: Path) -> dict[str, Any]:
+    """Return the last line of metrics.jsonl that is about the test set."""
+    import json
+    from contextlib import suppress
+
+    found: dict[str, Any] = {}
+    if path.is_file():
+        with open(path, encoding="utf-8", errors="replace") as f:
+            for line in f:
+                if '"test_accuracy"' in line:
+                    with suppress(ValueError, TypeError):  # cut short where the process was killed
+                        found = dict(json.loads(line))
+    return found
+
+
+def _parameters(path: Path) -> int | None:
+    from minivit.train.checkpoint import load_checkpoint
+
+    return sum(a.size for a in load_checkpoint(path).under("model").values()) if path.is_file() else None
+
+
+# ---- comparing -------------------------------------------------------------------------------------------------------
+
+
+def differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the keys that have not the same value in all, in their order; what one does not have, differs."""
+    keys = dict.fromkeys(key for s in settings for key in s)
+    return [key for key in keys if any(key not in s or s[key] != settings[0].get(key) for s in settings)]
+
+
+def difference(first: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the ``difference`` of ``other``'s test accuracy to ``first``'s, its 95% interval, and what it means.
+
+    The interval is Newcombe's hybrid of the two runs' Wilson intervals (Newcombe 1998, "Interval estimation for the
+    difference between independent proportions", Statistics in Medicine 17, method 10): with shares p in (l, u) it runs
+    from p₂ - p₁ - √((p₂ - l₂)² + (u₁ - p₁)²) to p₂ - p₁ + √((u₂ - p₂)² + (p₁ - l₁)²). It takes the test images of the
+    two for different ones; where they are the same, as they mostly are, it is wider than need be. ``beyond_chance`` is
+    None where there is nothing to compare: a run without a test accuracy, or tested on other data.
+    """
+    from math import hypot
+
+    found: dict[str, Any] = {"first": first["folder"], "other": other["folder"]}
+    same = first["settings"].get("data.name") == other["settings"].get("data.name")
+    if None in (first["test_interval"], other["test_interval"]) or not same:
+        return found | {"difference": None, "interval": None, "beyond_chance": None}
+    p, (low, high) = first["test_accuracy"], first["test_interval"]
+    q, (other_low, other_high) = other["test_accuracy"], other["test_interval"]
+    interval = [q - p - hypot(q - other_low, high - p), q - p + hypot(other_high - q, p - low)]
+    return found | {"difference": q - p, "interval": interval, "beyond_chance": interval[0] > 0 or interval[1] < 0}
+
+
+# ---- showing ---------------------------------------------------------------------------------------------------------
+
+RESULTS = {
+    "epochs": ("epochs", "{:,}"),
+    "parameters": ("parameters", "{:,}"),
+    "seconds": ("time", "{:,.1f} s"),
+    "images_per_second": ("images/s", "{:,.0f}"),
+    "loss": ("training loss", "{:.4f}"),
+    "valid_accuracy": ("validation accuracy, last", "{:.2%}"),
+    "best_accuracy": ("validation accuracy, best", "{:.2%}"),
+    "best_epoch": ("… after epoch", "{:,}"),
+    "test_loss": ("test loss", "{:.4f}"),
+    "test_accuracy": ("test accuracy", "{:.2%}"),
+    "test_interval": ("… 95% interval", "{0[0]:.2%} to {0[1]:.2%}"),
+    "test_count": ("test images", "{:,}"),
+}
+"""What a run came to: title and form of each row."""
+
+
+def report(runs: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> str:
+    """Return the comparison as text: a column for each run."""
+    from minivit.cli.report import text_table
+
+    names = [Path(run["folder"]).resolve().name for run in runs]
+    if len(set(names)) < len(names):
+        names = [run["folder"] for run in runs]
+    settings = [[f"  {key}", *(_value(run["settings"].get(key)) for run in runs)] for key in keys]
+    results = [
+        [f"  {title}", *("–" if run[key] is None else form.format(run[key]) for run in runs)]
+        for key, (title, form) in RESULTS.items()
+        if any(run[key] is not None for run in runs)
+    ]
+    blank = [""] * len(runs)
+    heads = ["settings that differ" if keys else "settings: all the same", *blank], ["results", *blank]
+    table = text_table(["", *names], [heads[0], *settings, ["", *blank], heads[1], *results], range(1, len(runs) + 1))
+    verdicts = [verdict(runs[0], other, names[0], name) for other, name in zip(runs[1:], names[1:], strict=True)]
+    note = "Chance is that of the test images (Newcombe 1998, method 10); another seed makes a difference, too."
+    return "\n".join([table, "", *verdicts, *([note] if any("points" in v for v in verdicts) else [])])
+
+
+def _value(value: Any) -> str:
+    return "–" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def verdict(first: Mapping[str, Any], other: Mapping[str, Any], first_name: str, name: str) -> str:
+    """Return whether the test accuracies of two runs differ, as a sentence."""
+    found = difference(first, other)
+    if found["difference"] is None:
+        if first["settings"].get("data.name") != other["settings"].get("data.name"):
+            return f"{name} and {first_name} were tested on other data: their accuracies cannot be compared"
+        untested = [n for run, n in ((first, first_name), (other, name)) if run["test_accuracy"] is None]
+        return f"{name} and {first_name}: no test accuracy in {' and '.join(untested)}"
+    points, (low, high) = 100 * found["difference"], found["interval"]
+    way = "above" if points >= 0 else "below"
+    chance = "beyond chance" if found["beyond_chance"] else "this can be chance"
+    interval = f"95% interval of the difference {100 * low:+.2f} to {100 * high:+.2f}"
+    return f"test accuracy of {name}: {abs(points):.2f} points {way} {first_name}'s ({interval}): {chance}"

@@ -1,0 +1,72 @@
+"""``minivit lr-find``: a learning rate to begin with, found by raising it until the loss rises too."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from minivit.cli.train import add_setting_flags
+
+ROWS = 12  # of the table
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments: the settings of a run, and where the curve goes."""
+    parser.epilog = "Trains some 100 steps with a learning rate that rises from 1e-6 to 1; no weights are kept."
+    add_setting_flags(parser)
+    parser.add_argument(
+        "--output", "-o", metavar="FILE", default="lr-find.svg", help="picture of the curve, or a folder for it"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the test; print a table and suggestions, and draw the curve."""
+    from itertools import count
+
+    from minivit.cli.job import Job, typed_settings
+    from minivit.cli.settings import resolve
+    from minivit.errors import NonFiniteError
+    from minivit.study.curves import chart, write_svg
+    from minivit.train.lr_find import lr_range_test, smoothed, suggest
+    from minivit.train.step import TrainStep
+
+    job = Job(resolve(typed_settings(args), args.recipe, args.config), quiet=False)
+    s = job.settings
+    clip, threads, micro_batch = s["train.clip_grad"] or None, s["train.threads"], s["train.micro_batch"]
+    step = TrainStep(job.model, job.make_optimizer(), job.loss, threads, micro_batch, clip, s["train.seed"])
+    points = lr_range_test(step, (batch for epoch in count() for batch in job.loader.batches(epoch)))
+    if not points:
+        raise NonFiniteError("the first loss is not finite", "look at the data: minivit data DATA")
+    smooth = smoothed([loss for _, loss in points])
+    print(f"\n{table(points, smooth)}\n")
+    found = suggest(points)
+    marks = {}
+    if found is None:
+        print("no suggestion: the loss never fell below its first value")
+    else:
+        marks = {"falls fastest": found[0], "a tenth of the lowest": found[1]}
+        print(f"suggestion  --lr {found[0]:.1e}, where the loss falls fastest")
+        print(f"cautious    --lr {found[1]:.1e}, a tenth of where it is lowest")
+    print(f"so far      --lr {s['train.lr']:.1e} ({s.origins['train.lr']})")
+    path = Path(args.output)
+    if path.is_dir():
+        path /= "lr-find.svg"
+    means = [(lr, mean) for (lr, _), mean in zip(points, smooth, strict=True)]
+    title = f"Smoothed loss of {s['model.name']} on {job.title}"
+    write_svg(path, chart(title, {"loss": means}, "learning rate", log_x=True, marks=marks))
+    print(f"curve       {path}")
+    return 0
+
+
+def table(points: Sequence[tuple[float, float]], smooth: Sequence[float]) -> str:
+    """Return some of the points, evenly spaced, the last among them."""
+    from minivit.cli.report import text_table
+
+    last, every = len(points) - 1, max(1, len(points) // ROWS)
+    rows = [
+        [f"{lr:.1e}", f"{loss:.4f}", f"{mean:.4f}"]
+        for i, ((lr, loss), mean) in enumerate(zip(points, smooth, strict=True))
+        if (last - i) % every == 0
+    ]
+    return text_table(["learning rate", "loss", "smoothed"], rows, right=range(3))

@@ -1,0 +1,114 @@
+"""What a run's folder shows: the images that the model is given, and what it makes of others than those."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from minivit.autograd.graph import no_grad
+from minivit.backend import to_device, to_numpy
+from minivit.cli.report import class_names, measure
+from minivit.data import Dataset, Loader
+from minivit.models.vit import ViT
+from minivit.study.pictures import attention_overlay, confusion_picture, mosaic, predictions_picture
+from minivit.study.report import write_report
+from minivit.train.step import predict_logits
+from minivit.train.trainer import evaluate
+
+SHOWN = 50  # images in a picture
+
+
+def draw_batch(loader: Loader, path: Path, title: str) -> None:
+    """Draw the images of a loader's first batch as the model is given them, with their labels."""
+    images, labels = next(loader.batches(0))
+    mean, std = (np.array(x, np.float32)[:, None, None] for x in (loader.mean, loader.std))  # (C, 1, 1)
+    pixels = ((images * std + mean) * 255).round().clip(0, 255).astype(np.uint8)[:SHOWN, :3]  # drawn without alpha
+    names = loader.dataset.classes
+    mosaic(pixels, [_label_text(label, names) for label in labels[:SHOWN]], path, title=title)
+
+
+def _label_text(label: Any, names: Sequence[str]) -> str:
+    """Return a label's name; of mixed labels the two largest, with the share of the first."""
+    if np.ndim(label) == 0:
+        return names[label]
+    first, second = np.argsort(label)[::-1][:2]
+    return names[first] if label[first] > 0.995 else f"{names[first]} {label[first]:.0%} {names[second]}"
+
+
+def spread_out(dataset: Dataset) -> Dataset:
+    """Return images from all over a data set, because a folder's are in the order of their classes."""
+    return dataset.subset(np.unique(np.linspace(0, len(dataset) - 1, SHOWN).astype(int)))
+
+
+def draw_attention(model: ViT, loader: Loader, path: Path) -> None:
+    """Draw where the last block's class token looks (without one: what all patches look at), mean over the heads.
+
+    ``loader`` has one batch, in the data set's order.
+    """
+    images, labels = next(loader.batches(0))
+    device = next(model.parameters()).device
+    model.eval()
+    with no_grad():
+        maps = model.attention_maps(to_device(images, device))[-1]
+    weights = to_numpy(maps.data).mean(axis=1)  # (B, heads, T, T) → (B, T, T)
+    weights = weights[:, 0, 1:] if model.pool == "cls" else weights.mean(axis=1)  # → (B, patches)
+    logits = predict_logits(model, images)
+    names = class_names(loader.dataset.classes, logits.shape[1])
+    attention_overlay(
+        _drawable(loader.dataset),
+        np.ascontiguousarray(weights).reshape(-1, *model.patch_embed.grid),
+        [names[i] for i in labels],
+        [names[i] for i in logits.argmax(axis=1)],
+        path,
+        title="Where the class token looks" if model.pool == "cls" else "What the patches look at, on average",
+    )
+
+
+def _drawable(dataset: Dataset) -> np.ndarray:
+    """Return all images, uint8 (N, C, H, W), without alpha."""
+    return np.asarray(dataset.images[np.arange(len(dataset))])[:, :3]
+
+
+def write_results(
+    model: ViT, loader: Loader, folder: Path, *, title: str, about: str, rows: list[dict[str, Any]], split: str
+) -> dict[str, Any]:
+    """Try ``model`` on a loader's images, write pictures and the report; return what :func:`measure` finds.
+
+    ``loader`` keeps the data set's order; ``split`` says which images these are. Of images that were trained on, or by
+    which the weights were chosen, the report shows single ones, not how good the model is.
+    """
+    shown = loader.dataset
+    found = evaluate(model, loader)
+    logits, result = found["logits"], measure(found["logits"], found["labels"])
+    names = class_names(shown.classes, logits.shape[1])
+    few = spread_out(shown)
+    sample = Loader(few, len(few), loader.key, mean=loader.mean, std=loader.std, shuffle=False)
+    draw_attention(model, sample, folder / "attention.png")
+    predicted = predict_logits(model, next(sample.batches(0))[0]).argmax(axis=1)
+    predictions_picture(
+        _drawable(few),
+        [names[i] for i in few.labels],
+        [names[i] for i in predicted],
+        folder / "predictions.png",
+        title=f"Predictions on {split} images",
+    )
+    confusion_picture(result["confusion"], names, folder / "confusion.png", title=f"Confusion on the {split} images")
+    write_report(
+        folder / "report.html",
+        title=title,
+        rows=rows,
+        test=result if split == "test" else None,
+        config=(folder / "config.toml").read_text(encoding="utf-8"),
+        command=(folder / "command.txt").read_text(encoding="utf-8"),
+        images=shown.images,
+        logits=logits,
+        labels=shown.labels,
+        classes=names,
+        samples=folder / "samples_train.png",
+        about=about,
+        split=split,
+    )
+    return result

@@ -1,0 +1,51 @@
+"""Ctrl-C and SIGTERM as requests: they are noted, and acted upon between two steps."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import TracebackType
+from typing import Any
+
+
+class Stop(Exception):
+    """Raised between two steps after a signal has asked for the end; ``code`` is the exit code that reports it."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signal.Signals(signum).name)
+        self.code = 128 + signum  # as a shell reports a process that a signal has ended
+
+
+class StopSignals:
+    """Notes the first SIGINT or SIGTERM in its ``with`` block; a second one acts at once, as outside of the block.
+
+    It leaves signals alone if it is not ``active``, and outside the main thread, where Python runs no handlers.
+    """
+
+    def __init__(self, active: bool = True) -> None:
+        self.active = active and threading.current_thread() is threading.main_thread()
+        self.noted: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        if self.active:
+            self._before = {s: signal.getsignal(s) or signal.SIG_DFL for s in (signal.SIGINT, signal.SIGTERM)}
+        for s in self._before:
+            signal.signal(s, self._note)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._restore()
+
+    def raise_if_noted(self) -> None:
+        """Raise :class:`Stop` if there was a signal."""
+        if self.noted is not None:
+            raise Stop(self.noted)
+
+    def _note(self, signum: int, frame: Any) -> None:
+        self.noted = signum
+        self._restore()
+
+    def _restore(self) -> None:
+        for s, handler in self._before.items():
+            signal.signal(s, handler)

@@ -1,0 +1,154 @@
+"""``minivit compare``: what differs between runs, and what of it is more than chance."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import numpy as np
+import pytest
+
+from minivit.cli.compare import difference, differing, read_run
+from minivit.cli.main import main
+from minivit.cli.report import wilson_interval
+from minivit.errors import CheckpointError, ConfigError, DataError
+from minivit.train.checkpoint import save_checkpoint
+
+
+def make_run(folder, right=None, count=1000, valid=(), data="digits", **settings):
+    """Make a run folder with ``right`` of ``count`` test images read correctly and these validation accuracies."""
+    folder.mkdir()
+    lines = [f"{key} = {json.dumps(value)}" for key, value in settings.items()]
+    (folder / "config.toml").write_text("\n".join([f'[data]\nname = "{data}"', "[train]", *lines]))
+    rows = [
+        {"epoch": e, "step": 10 * e, "lr": 0.1, "loss": 2.0 / e, "images_per_second": 100.0 * e, "seconds": 2.0}
+        | ({"valid_loss": 1.0, "valid_accuracy": valid[e - 1]} if valid else {})
+        for e in range(1, 4)
+    ]
+    with open(folder / "results.csv", "w", newline="") as f:
+        writer = csv.DictWriter(f, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    lines = [{"step": 1, "epoch": 1, "batch_loss": 2.0}]
+    for share in () if right is None else (0, right):  # measured twice: the last one counts
+        found = {"loss": 0.5, "accuracy": share / count, "interval": wilson_interval(share, count), "count": count}
+        lines.append({"step": 30, "epoch": 3} | {f"test_{key}": value for key, value in found.items()})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    save_checkpoint(folder / "checkpoints" / "last.npz", {"model/w": np.zeros((3, 5)), "optimizer/m": np.ones(9)}, {})
+    return folder
+
+
+def test_what_a_run_folder_says(tmp_path):
+    run = read_run(make_run(tmp_path / "a", right=900, valid=(0.5, 0.7, 0.6), lr=0.1))
+    expected = {"epochs": 3, "seconds": 6.0, "images_per_second": 200.0, "parameters": 15, "best_epoch": 2}
+    expected |= {"best_accuracy": 0.7, "valid_accuracy": 0.6, "test_accuracy": 0.9, "test_count": 1000}
+    assert {key: run[key] for key in expected} == expected
+    assert run["settings"] == {"data.name": "digits", "train.lr": 0.1}
+    assert run["loss"] == pytest.approx(2 / 3)
+
+
+def test_a_run_that_was_ended_early_has_what_it_has(tmp_path):
+    folder = make_run(tmp_path / "a", right=900)
+    for name in ("results.csv", "metrics.jsonl", "checkpoints/last.npz"):
+        (folder / name).unlink()
+    run = read_run(folder)
+    assert run["epochs"] == 0
+    assert all(run[key] is None for key in ("parameters", "images_per_second", "loss", "best_epoch", "test_accuracy"))
+    assert main(["compare", str(folder), str(folder)]) == 0
+
+
+def test_a_line_cut_short_is_passed_over(tmp_path):
+    folder = make_run(tmp_path / "a", right=900)
+    with open(folder / "metrics.jsonl", "a") as f:
+        f.write('{"step": 30, "test_accuracy": 0.1')
+    assert read_run(folder)["test_accuracy"] == 0.9
+
+
+def test_settings_that_differ():
+    a, b = {"x": 1, "y": 2, "gone": 3}, {"x": 1, "y": 2.5, "new": None}
+    assert differing([a, b]) == ["y", "gone", "new"]
+    assert differing([a, dict(a)]) == []
+    assert differing([a, a, a | {"x": 9}]) == ["x"]
+
+
+def test_the_interval_is_newcombes(tmp_path):
+    """The example of Newcombe 1998, table II: 56 of 70 against 48 of 80, method 10: 0.0524 to 0.3339."""
+    first, other = (
+        {"folder": "", "settings": {}, "test_accuracy": right / n, "test_interval": wilson_interval(right, n)}
+        for right, n in ((48, 80), (56, 70))
+    )
+    found = difference(first, other)
+    assert found["difference"] == pytest.approx(0.2)
+    assert found["interval"] == pytest.approx([0.0524, 0.3339], abs=5e-5)
+    assert found["beyond_chance"]
+    turned = difference(other, first)
+    assert turned["interval"] == pytest.approx([-0.3339, -0.0524], abs=5e-5)
+    assert turned["beyond_chance"]
+
+
+@pytest.mark.parametrize(("right", "beyond"), [(900, False), (910, False), (940, True), (850, True)])
+def test_only_a_difference_that_is_large_enough_is_beyond_chance(tmp_path, right, beyond, capsys):
+    folders = [make_run(tmp_path / "a", right=900), make_run(tmp_path / "b", right=right)]
+    assert difference(*map(read_run, folders))["beyond_chance"] == beyond
+    assert main(["compare", *map(str, folders)]) == 0
+    assert ("beyond chance" if beyond else "can be chance") in capsys.readouterr().out
+
+
+def test_the_table_has_a_column_for_each_run(tmp_path, capsys):
+    folders = [
+        make_run(tmp_path / "one", right=900, lr=0.1, epochs=3),
+        make_run(tmp_path / "two", right=800, lr=0.2, epochs=3),
+        make_run(tmp_path / "three", valid=(0.1, 0.8, 0.3), lr=0.1, epochs=3),
+    ]
+    assert main(["compare", *map(str, folders)]) == 0
+    out = capsys.readouterr().out
+    rows = {line.split("  ")[1].strip(): line.split() for line in out.splitlines() if line.startswith("  ")}
+    assert out.split()[:3] == ["one", "two", "three"]
+    assert rows["train.lr"] == ["train.lr", "0.1", "0.2", "0.1"]
+    assert "train.epochs" not in rows
+    assert rows["test accuracy"][-3:] == ["90.00%", "80.00%", "–"]
+    assert rows["validation accuracy, best"][-3:] == ["–", "–", "80.00%"]
+    assert "two: 10.00 points below one's" in out
+    assert "no test accuracy in three" in out
+
+
+def test_runs_on_other_data_are_not_compared(tmp_path, capsys):
+    folders = [make_run(tmp_path / "a", right=900), make_run(tmp_path / "b", right=100, data="mnist")]
+    assert difference(*map(read_run, folders))["beyond_chance"] is None
+    assert main(["compare", *map(str, folders)]) == 0
+    assert "other data" in capsys.readouterr().out
+
+
+def test_json(tmp_path, capsys):
+    folders = [make_run(tmp_path / "a", right=900, lr=0.1), make_run(tmp_path / "b", right=800, lr=0.2)]
+    assert main(["compare", "--json", *map(str, folders)]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [run["test_accuracy"] for run in found["runs"]] == [0.9, 0.8]
+    assert found["differ"] == ["train.lr"]
+    assert found["differences"][0]["beyond_chance"] is True
+
+
+def test_what_is_no_run_is_refused(tmp_path, capsys):
+    folder = make_run(tmp_path / "a", right=900)
+    with pytest.raises(ConfigError, match="no run folder"):
+        read_run(tmp_path)
+    with pytest.raises(ConfigError, match="no run folder"):
+        read_run(tmp_path / "nothing")
+    assert main(["compare", str(folder), str(tmp_path)]) == 1
+    assert main(["compare", str(folder)]) == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["epoch,seconds\nx,y\n", "epoch\n1\n", "epoch,seconds\n1,2,3\n"])
+def test_a_damaged_table_is_refused(tmp_path, text):
+    folder = make_run(tmp_path / "a")
+    (folder / "results.csv").write_text(text)
+    with pytest.raises(DataError, match=r"results\.csv"):
+        read_run(folder)
+
+
+def test_a_damaged_checkpoint_is_refused(tmp_path):
+    folder = make_run(tmp_path / "a")
+    (folder / "checkpoints" / "last.npz").write_bytes(b"PK")
+    with pytest.raises(CheckpointError):
+        read_run(folder)
