@@ -24,7 +24,7 @@ def run(args: argparse.Namespace) -> int:
 
     for name, version in versions().items():
         print(f"{name:14}{version}")
-    print(f"{'system':14}{platform.platform()}")
+    print(f"{'system':14}{system_text()}")
     print(f"{'cpu':14}{cpu_text()}")
     print(f"{'memory':14}{bytes_text(total_memory())}")
     print(f"{'blas':14}{blas_text()}")
@@ -102,12 +102,17 @@ def _installed(name: str) -> bool:
         return False
 
 
+def system_text() -> str:
+    """Return the operating system, its version and the kind of processor; ``platform.platform()`` would start uname."""
+    return f"{platform.system()} {platform.release()} {platform.machine()}"
+
+
 def cpu_text() -> str:
     """Return the processor's name, and how many of its cores this process may use."""
     from minivit.backend import cpu_cores
     from minivit.cli.report import plural
 
-    name = platform.processor() or platform.machine()
+    name = platform.machine()
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import shlex
-import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import count
@@ -17,7 +15,7 @@ import numpy as np
 
 from minivit import data, ops
 from minivit.backend import Key, auto_device, available_memory, permutation
-from minivit.cli.doctor import blas_text, cpu_text, versions
+from minivit.cli.doctor import blas_text, cpu_text, system_text, versions
 from minivit.cli.layers import count_parameters, peak_memory
 from minivit.cli.report import bytes_text, percent_interval, plural
 from minivit.cli.results import draw_batch, spread_out, write_results
@@ -39,6 +37,7 @@ from minivit.data import (
 from minivit.errors import CheckpointError, ConfigError, DataError
 from minivit.models.vit import ViT
 from minivit.nn.settings import pair
+from minivit.study.speed import time_steps
 from minivit.train import schedule
 from minivit.train.optim import SGD, AdamW, Optimizer, layer_scales
 from minivit.train.schedule import Schedule
@@ -133,6 +132,7 @@ class Job:
         found = {"train.device": device, "train.threads": threads, "train.micro_batch": micro_batch}
         settings.take({key: value for key, value in found.items() if settings[key] != value}, "this machine")
         self.memory = peak_memory(self.model.config, Team(self.model, threads, micro_batch), self.loader.batch_size)
+        self.memory += 4 * self.model.num_parameters() * bool(settings["train.model_ema"])
         _check_memory(self.memory, device)
         self.schedule = self.make_schedule()
         cores = f", {plural(threads, 'thread')}" if device == "cpu" else ""
@@ -275,11 +275,9 @@ class Job:
         step = TrainStep(self.model, self.make_optimizer(), self.loss, s["train.threads"], s["train.micro_batch"])
         images, labels = next(iter(self.loader.batches(0)))
         loss = step(images, labels)
-        started = time.perf_counter()
-        step(images, labels)
-        seconds = (time.perf_counter() - started) * s["train.epochs"] * len(self.loader)
+        seconds = min(time_steps(step, images, labels, steps=3, warmup=1)) * s["train.epochs"] * len(self.loader)
         self.say(f"memory      about {bytes_text(self.memory)} at the peak")
-        self.say(f"time        about {seconds / 60:,.1f} minutes, by one step")
+        self.say(f"time        about {seconds / 60:,.1f} minutes, by a few steps")
         print(f"dry run     a step works (loss {loss:.4f}, gradient norm {step.grad_norm:.3g}); nothing was written")
         return 0
 
@@ -412,5 +410,5 @@ def make_folder(parent: Path, name: str | None, stem: str) -> Path:
 def _command_record(argv: list[str], device: str) -> str:
     """Return what was typed and what it ran on."""
     record = {"command": f"minivit {shlex.join(argv)}", "folder": str(Path.cwd()), "device": device}
-    record |= versions() | {"system": platform.platform(), "cpu": cpu_text(), "blas": blas_text()}
+    record |= versions() | {"system": system_text(), "cpu": cpu_text(), "blas": blas_text()}
     return "".join(f"{name:14}{text}\n" for name, text in record.items())

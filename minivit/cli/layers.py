@@ -195,7 +195,9 @@ def peak_memory(config: dict[str, Any], team: Team, batch_size: int) -> int:
 
 def _memory(config: dict[str, Any], total: Row, batch_size: int) -> str:
     """Return what a training step takes: on the CPU in micro-batches, on a GPU in one piece."""
-    sizes = _sizes(total, Team(outline(config), None, None), batch_size)
+    model = outline(config)
+    model.blocks = model.blocks[:1] * config["depth"]  # micro-batches depend on how many there are
+    sizes = _sizes(total, Team(model, None, None), batch_size)
     lines = [f"training step of {plural(batch_size, 'image')}, float32:"]
     lines += [f"  {name:44}{bytes_text(size):>8}" for name, size in sizes.items()]
     lines.append(f"  {'peak on the CPU, about':44}{bytes_text(sum(sizes.values())):>8}")

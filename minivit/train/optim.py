@@ -227,8 +227,8 @@ class AdamW(Optimizer):
         m, v = state
         b1, b2 = self.betas
         xp = array_module(p)
+        t = xp.multiply(g, 1.0 - b1)  # the only memory that is taken: if there is none, nothing has changed yet
         m *= b1
-        t = xp.multiply(g, 1.0 - b1)
         m += t
         v *= b2
         xp.multiply(g, g, out=t)
@@ -268,11 +268,14 @@ class SGD(Optimizer):
     def update_chunk(self, p: Array, g: Array, lr: float, decay: float, *state: Array) -> None:
         """Update one slice."""
         (b,) = state
+        xp = array_module(p)
+        t = xp.multiply(p, decay)  # first, as in AdamW
         b *= self.momentum
         b += g
         if decay:
-            b += decay * p
-        p -= lr * b
+            b += t
+        xp.multiply(b, lr, out=t)
+        p -= t
 
 
 def chunks(array: Array, spans: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:

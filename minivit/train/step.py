@@ -40,7 +40,8 @@ from minivit.nn.random import random_key
 from minivit.train.optim import Optimizer, scale_to_norm
 
 DROP_STREAM = 0xD209  # the stream of dropout and drop path under a run's seed
-TOKENS = 1088  # in a micro-batch, for each MiB of L2 cache: with fewer, calls take longer than what they do
+CACHED_NUMBERS = 51 << 12  # tokens · dim of a micro-batch, for each MiB of L2 cache: fewer make calls too short
+USUAL_DIM = 192  # of a model that does not say
 KEPT_NUMBERS = 5 << 18  # tokens · dim · blocks of a micro-batch: its activations, some 20 times as many, are kept
 SHARE_NUMBERS = 1 << 18  # numbers of a flat array worth a thread of its own
 THREAD_NUMBERS = 1 << 15  # tokens · dim worth a thread of its own: with fewer, threads wait for the interpreter's lock
@@ -164,11 +165,11 @@ class Team:
             raise ConfigError(f"threads={threads}, micro_batch={micro_batch}", "each must be at least 1, or None")
         self.device = next(model.parameters()).device
         self.threads, self.micro_batch = 1, micro_batch
-        self.tokens: int = getattr(model, "num_tokens", 1)
-        self.numbers: int = self.tokens * getattr(model, "dim", THREAD_NUMBERS)  # of a row's activations, a layer
+        tokens, dim = getattr(model, "num_tokens", 1), getattr(model, "dim", None)
+        self.numbers: int = tokens * (dim or THREAD_NUMBERS)  # of a row's activations, a layer
         if self.device == "cpu":
             self.threads = threads or cpu_cores()
-            fit = TOKENS * l2_cache() // 2**20 // self.tokens
+            fit = CACHED_NUMBERS * l2_cache() // 2**20 // (tokens * (dim or USUAL_DIM))
             kept = KEPT_NUMBERS // (self.numbers * max(1, len(getattr(model, "blocks", ()))))
             self.micro_batch = micro_batch or max(1, min(fit, kept))
         self.all_threads = threads is not None  # asked for, whether they pay or not
