@@ -373,7 +373,7 @@ def test_every_option_and_recipe_is_sound() -> None:
         s = resolve({}, recipe=name)
         assert s["data.val_fraction"] == 0.0  # it trains on all images
         assert s["recipe"] == name == full_name(name)
-        augmentation(s.table("data"))
+        augmentation(s.table("data"), 3)
     assert full_name("digits") == "digits@1"
 
 

@@ -54,7 +54,7 @@ def test_a_dry_run_makes_a_step_and_writes_nothing(
 ) -> None:
     assert main(["train", str(archive), *TINY, "--dry-run"]) == 0
     said = capsys.readouterr().out
-    assert "a step works (loss 2.30" in said and "minutes, by a few steps" in said and "at the peak" in said
+    assert "a step works (loss 2.30" in said and "minutes of training, by a few steps" in said and "at the peak" in said
     assert list(here.iterdir()) == []
 
 
@@ -71,9 +71,10 @@ def test_overfitting_uses_few_images_as_they_are(archive: Path, here: Path, caps
 
 def test_every_augmentation_can_be_set() -> None:
     s = resolve({}, recipe="mnist").table("data")
-    assert augmentation(s) == Affine(12.0, 0.12, 0.12, 2.0)
+    assert augmentation(s, 1) == Affine(12.0, 0.12, 0.12, 2.0)
     off = dict.fromkeys(s, 0.0)
-    assert augmentation(off) is None
+    assert augmentation(off, 1) is None
+    assert augmentation(off | {"randaugment": 9.0}, 1) == RandAugment(magnitude=9.0, fill=0.0)
     every = {
         "resized_crop": 0.5,
         "crop": 2,
@@ -83,7 +84,7 @@ def test_every_augmentation_can_be_set() -> None:
         "jitter": 0.2,
         "erasing": 0.1,
     }
-    assert augmentation(off | every) == Chain(
+    assert augmentation(off | every, 3) == Chain(
         (RandomResizedCrop(0.5), Crop(2), Flip(), Affine(3.0, 0.0, 0.0, 0.0), RandAugment(magnitude=7.0),
          ColorJitter(0.2, 0.2, 0.2), RandomErasing(0.1))
     )  # fmt: skip
@@ -155,6 +156,65 @@ def test_too_little_memory_is_told_before_the_start(
     assert list(here.iterdir()) == []
 
 
+def test_a_smaller_memory_is_enough_with_recompute(archive: Path) -> None:
+    typed = {"data.name": str(archive), "model.patch_size": 1, "model.depth": 4, "train.threads": 1}
+    plain, again = (Job(resolve(typed | {"model.recompute": on}), quiet=True).memory for on in (False, True))
+    assert again < 0.7 * plain
+
+
+def test_a_model_may_have_room_for_more_classes(archive: Path, here: Path) -> None:
+    args = ["train", str(archive), *TINY, "--epochs", "1", "--set", "model.num_classes=12", "--mixup", "0.5", "-q"]
+    assert main([*args, "--name", "more"]) == 0
+    meta = load_checkpoint("runs/more/checkpoints/last.npz").meta
+    assert meta["data"]["classes"][-2:] == ["class 10", "class 11"]
+
+
+def test_changed_data_are_noticed_on_resume(here: Path, archive: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with np.load(archive) as arrays:
+        held = dict(arrays)
+    np.savez("mine.npz", **held)
+    args = ["train", "mine.npz", *TINY, "--epochs", "2", "-q", "--val-fraction", "0", "--name", "run"]
+    assert main(args) == 0
+    held["train_labels"] = held["train_labels"][::-1]
+    np.savez("mine.npz", **held)
+    Path("runs/run/report.html").unlink()
+    assert main(["train", "--resume", "runs/run"]) == 1
+    assert "is not as it was when the run began: other labels" in capsys.readouterr().err
+
+
+def test_a_run_without_a_checkpoint_can_be_started_again(
+    archive: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Job, "run", lambda self, folder: 1)  # as if killed in its first epoch
+        main(["train", str(archive), *TINY, "--name", "early", "-q"])
+    assert main(["train", "--resume", "runs/early"]) == 1
+    said = capsys.readouterr().err
+    assert "runs/early has no checkpoint yet" in said and "minivit train --config runs/early/config.toml" in said
+    assert main(["train", "--config", "runs/early/config.toml", "--epochs", "1", "-q"]) == 0
+
+
+def test_a_model_or_recipe_typed_beside_a_file_counts_whole(archive: Path, tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text('recipe = "digits@1"\n[model]\nname = "vit_digits"\ndim = 8\nheads = 2\n[train]\nepochs = 7\n')
+    s = resolve({"model.name": "vit_mnist", "data.name": str(archive)}, file=file)
+    assert (s["model.dim"], s["model.heads"], s["train.epochs"]) == (64, 4, 7)
+    with pytest.raises(ConfigError, match=r"recipe mnist, but .* has the values of digits@1"):
+        resolve({}, recipe="mnist", file=file)
+    assert resolve({}, recipe="digits", file=file)["model.dim"] == 8
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [("model.heads=0", "heads is 0"), ("train.init_from=3", "is not text"), ("data.name=[1, 2]", "is not text")],
+)
+def test_settings_of_the_wrong_kind_are_errors_of_one_line(
+    wrong: str, said: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", "--set", wrong]) == 1
+    assert said in capsys.readouterr().err
+
+
 # ---- folders of images -----------------------------------------------------------------------------------------------
 
 
@@ -190,6 +250,9 @@ def test_bad_images_stop_a_run_or_are_left_out(
     with pytest.warns(UserWarning, match=r"bad\.png"):
         assert main([*args, "--bad-images", "skip"]) == 0
     assert "10 to train on, 10 to test with" in capsys.readouterr().out
+    (here / "mine" / "val" / "dark" / "bad.png").write_bytes(whole[: len(whole) // 2])
+    with pytest.warns(UserWarning, match=r"bad\.png"):  # an evaluation does as the run did
+        assert main(["eval", "runs/mine-1/checkpoints/last.npz"]) == 0
 
 
 # ---- from a checkpoint -----------------------------------------------------------------------------------------------
@@ -201,6 +264,7 @@ def test_a_model_is_fine_tuned_on_other_images_of_another_size(
     assert main(["train", str(archive), *TINY, "--epochs", "1", "-q", "--name", "first", "--model-ema", "0.5"]) == 0
     first = "runs/first/checkpoints/last.npz"
     args = ["train", str(photos), "--init-from", first, "--set", "model.image_size=[16, 8]", "--epochs", "2"]
+    args += ["--set", "model.head=mlp"]  # which fine-tuning drops
     assert main([*args, "--name", "second"]) == 0
     said = capsys.readouterr().out
     assert "recipe finetune@1" in said and "SGD with momentum" in said and "head: new, for 2 classes" in said

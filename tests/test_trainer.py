@@ -418,9 +418,23 @@ def test_a_nan_can_roll_the_run_back_to_its_last_checkpoint(tmp_path):
 
     trainer.fit(Hooked(train, look), valid)
     assert digests[11] == digests[BATCHES + 1] != digests[10]
-    first, train, _ = small_run(tmp_path / "new", save_every=None, on_nan="rollback")
-    with pytest.raises(NonFiniteError):  # there is no checkpoint yet
-        first.fit(Hooked(train, nan_at(3)))
+    whole = parameters_hash(trainer.model)
+    for cut in (9, 12):  # before the roll-back, and after
+        trainer, train, valid = small_run(tmp_path / str(cut), on_nan="rollback", ema=0.9)
+        with pytest.raises(PowerCut):
+            trainer.fit(Hooked(train, lambda count, cut=cut: fail_at(cut)(count) or nan_at(10)(count)), valid)
+        trainer, train, valid = small_run(tmp_path / str(cut), on_nan="rollback", ema=0.9)
+        trainer.fit(Hooked(train, nan_at(10 - cut + 1)), valid)  # counted from where it goes on
+        assert parameters_hash(trainer.model) == whole
+    trainer, train, valid = small_run(tmp_path / "new", save_every=None, on_nan="rollback")
+    digests = {}
+
+    def look_again(count):
+        digests[count] = parameters_hash(trainer.model)
+        return nan_at(3)(count)
+
+    trainer.fit(Hooked(train, look_again), valid)
+    assert digests[4] == digests[1] != digests[3]  # also in the first epoch
     with pytest.raises(ConfigError, match="without a folder"):
         small_run(None, on_nan="rollback")
 
@@ -443,6 +457,15 @@ def test_its_time_can_be_limited(tmp_path):
     assert len(history) == 1 and history[0]["step"] == 1 and "valid_accuracy" in history[0]
     assert trainer.progress.stopped == "its time is up"
     assert load_checkpoint(tmp_path / "checkpoints" / "last.npz").meta["train"]["stopped"] == "its time is up"
+
+
+def test_a_signal_after_the_time_is_up_loses_nothing(tmp_path, python_handlers):
+    trainer, train, valid = small_run(tmp_path, max_seconds=1e-9)
+    with pytest.raises(SystemExit):
+        trainer.fit(train, Hooked(valid, raise_at(2, signal.SIGINT)))  # the first batch is a look at the labels
+    trainer, train, valid = small_run(tmp_path, max_seconds=1e-9)
+    history = trainer.fit(train, valid)
+    assert len(history) == 1 and history[0]["step"] == 2 and trainer.progress.stopped == "its time is up"
 
 
 def test_the_average_is_what_is_evaluated_and_kept(tmp_path):

@@ -37,7 +37,8 @@ def run(args: argparse.Namespace) -> int:
     name = args.data or trained_on.get("name")
     if name is None:
         raise DataError(f"{args.checkpoint} does not say what it was trained on", "name the data: --data NAME")
-    dataset = data.load(name, args.split, model.patch_embed.image_size, model.config["in_channels"])
+    bad = trained_on.get("bad_images", "stop")
+    dataset = data.load(name, args.split, model.patch_embed.image_size, model.config["in_channels"], bad)
     if len(dataset.classes) > model.config["num_classes"]:
         raise DataError(
             f"{name} has {len(dataset.classes)} classes, the model knows {model.config['num_classes']}",

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
+import itertools
 import json
 import shlex
+import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,7 @@ from minivit import data, ops
 from minivit.backend import Key, auto_device, available_memory, permutation
 from minivit.cli.doctor import blas_text, cpu_text, system_text, versions
 from minivit.cli.layers import count_parameters, peak_memory
-from minivit.cli.report import bytes_text, percent_interval, plural
+from minivit.cli.report import bytes_text, class_names, measure, percent_interval, plural
 from minivit.cli.results import draw_batch, spread_out, write_results
 from minivit.cli.settings import Settings, fit_to_data, parse_assignment, resolve, write_toml
 from minivit.data import (
@@ -36,13 +39,13 @@ from minivit.data import (
 )
 from minivit.errors import CheckpointError, ConfigError, DataError
 from minivit.models.vit import ViT
-from minivit.nn.settings import pair
-from minivit.study.speed import time_steps
+from minivit.nn.settings import check_settings, pair
 from minivit.train import schedule
+from minivit.train.checkpoint import load_checkpoint
 from minivit.train.optim import SGD, AdamW, Optimizer, layer_scales
 from minivit.train.schedule import Schedule
-from minivit.train.step import Team, TrainStep
-from minivit.train.trainer import Trainer
+from minivit.train.step import Team
+from minivit.train.trainer import Trainer, evaluate
 from minivit.train.weights import init_from, load_weights
 
 TRAIN_STREAM, HOLD_OUT_STREAM = 0x7A1, 0x0FF  # streams of random numbers under the run's seed
@@ -76,6 +79,9 @@ def resume(args: argparse.Namespace) -> int:
     if path.is_dir():
         path = path / "checkpoints" / "last.npz"
     folder = path.parent.parent
+    if not path.exists() and (folder / "config.toml").is_file():
+        again = f"start it again: minivit train --config {shlex.quote(str(folder / 'config.toml'))}"
+        raise CheckpointError(f"{args.resume} has no checkpoint yet", again)
     if not path.is_file() or not (folder / "config.toml").is_file():
         raise CheckpointError(f"{args.resume} is no run, nor a checkpoint of one", "give runs/NAME, or its last.npz")
     job = Job(resolve({}, file=folder / "config.toml"), args.quiet, resumed=True)
@@ -113,12 +119,18 @@ class Job:
         fit_to_data(settings, whole.images.shape[1:], len(whole.classes))
         if settings["data.overfit"]:
             settings.take(UNCHANGED, "overfit")
-        self.train_data, self.valid_data = self._divide(whole)
+        if settings["train.init_from"]:
+            settings.take({"model.head": "linear"}, "init_from")
+        # a model may have room for more classes than the data name
+        names = tuple(class_names(whole.classes, settings["model.num_classes"]))
+        self.test_data = self.test_data and replace(self.test_data, classes=names)
+        self.train_data, self.valid_data = self._divide(replace(whole, classes=names))
         if settings["train.patience"] and self.valid_data is None:
             raise ConfigError("patience needs validation images", "hold some out: --val-fraction 0.1")
         config: dict[str, Any] = {
             k: tuple(v) if isinstance(v, list) else v for k, v in settings.table("model").items() if k != "name"
         }
+        check_settings(**config)
         _check_memory(20 * count_parameters(config), device)  # float32 weights, gradients and moments, on one thread
         self.model: ViT = ViT(**config, seed=settings["train.seed"]).to(device)
         changed: list[str] = []
@@ -131,7 +143,8 @@ class Job:
         micro_batch = min(team.micro_batch or batch_size, batch_size)
         found = {"train.device": device, "train.threads": threads, "train.micro_batch": micro_batch}
         settings.take({key: value for key, value in found.items() if settings[key] != value}, "this machine")
-        self.memory = peak_memory(self.model.config, Team(self.model, threads, micro_batch), self.loader.batch_size)
+        kept = self.model.config | {"recompute": settings["model.recompute"]}
+        self.memory = peak_memory(kept, Team(self.model, threads, micro_batch), self.loader.batch_size)
         self.memory += 4 * self.model.num_parameters() * bool(settings["train.model_ema"])
         _check_memory(self.memory, device)
         self.schedule = self.make_schedule()
@@ -204,7 +217,8 @@ class Job:
         s = self.settings
         mix = Mix(s["data.mixup"], s["data.cutmix"]) if s["data.mixup"] or s["data.cutmix"] else None
         size = s["train.batch_size"] * s["train.grad_accum_steps"]
-        return Loader(self.train_data, size, Key(s["train.seed"], TRAIN_STREAM), augmentation(s.table("data")), mix)
+        augment = augmentation(s.table("data"), self.train_data.images.shape[1])
+        return Loader(self.train_data, size, Key(s["train.seed"], TRAIN_STREAM), augment, mix)
 
     def held_loader(self, dataset: Dataset) -> Loader:
         """Return batches of other images, standardised like the training images."""
@@ -236,17 +250,20 @@ class Job:
         """What is made small: cross-entropy, with the run's smoothing."""
         return partial(ops.cross_entropy, smoothing=self.settings["train.smoothing"])
 
-    def make_trainer(self, folder: Path) -> Trainer:
+    def make_trainer(self, folder: Path | None) -> Trainer:
         """Return the Trainer, with a fresh optimizer."""
         s = self.settings
+        mean, std = self.train_data.mean, self.train_data.std
         meta = {
             "name": s["model.name"],
             "data": {
                 "name": s["data.name"],
                 "fit": "crop" if data.kind_of(s["data.name"]) == "folder" else "stretch",  # of image files to its size
+                "bad_images": s["data.bad_images"],
                 "classes": list(self.train_data.classes),
-                "mean": list(self.train_data.mean),
-                "std": list(self.train_data.std),
+                "labels": hashlib.sha256(self.train_data.labels.tobytes()).hexdigest(),
+                "mean": list(mean),
+                "std": list(std),
             },
         }
         return Trainer(
@@ -264,21 +281,26 @@ class Job:
             ema=s["train.model_ema"] or None,
             patience=s["train.patience"] or None,
             max_seconds=60 * s["train.max_time"] or None,
-            on_nan=s["train.on_nan"],
+            on_nan=s["train.on_nan"] if folder is not None else "stop",
             meta=meta,
             quiet=self.quiet,
         )
 
     def try_out(self) -> int:
-        """Make one step, and say how long the run would take; nothing is written or kept."""
-        s = self.settings
-        step = TrainStep(self.model, self.make_optimizer(), self.loss, s["train.threads"], s["train.micro_batch"])
-        images, labels = next(iter(self.loader.batches(0)))
-        loss = step(images, labels)
-        seconds = min(time_steps(step, images, labels, steps=3, warmup=1)) * s["train.epochs"] * len(self.loader)
-        self.say(f"memory      about {bytes_text(self.memory)} at the peak")
-        self.say(f"time        about {seconds / 60:,.1f} minutes, by a few steps")
-        print(f"dry run     a step works (loss {loss:.4f}, gradient norm {step.grad_norm:.3g}); nothing was written")
+        """Make a few steps, and say how long the run would take; nothing is written or kept."""
+        step = self.make_trainer(None).step
+        found, times = [], []
+        for images, labels in itertools.islice(self.loader.batches(0), 4):
+            step.opt.lr = self.schedule(step.opt.steps)
+            started = time.perf_counter()
+            found.append((step(images, labels), step.grad_norm))
+            times.append(time.perf_counter() - started)
+        minutes = min(times) * self.settings["train.epochs"] * len(self.loader) / 60
+        if self.settings["train.device"] == "cpu":
+            self.say(f"memory      about {bytes_text(self.memory)} at the peak")
+        self.say(f"time        about {minutes:,.1f} minutes of training, by a few steps")
+        loss, norm = found[0]
+        print(f"dry run     a step works (loss {loss:.4f}, gradient norm {norm:.3g}); nothing was written")
         return 0
 
     def run(self, folder: Path, resume: Path | None = None) -> int:
@@ -286,10 +308,18 @@ class Job:
         trainer = self.make_trainer(folder)
         if resume is not None:
             trainer.resume(resume)
+            before, now = load_checkpoint(resume).meta["data"], trainer.meta["data"]
+            if changed := [key for key in ("classes", "labels", "mean", "std") if before[key] != now[key]]:
+                raise CheckpointError(
+                    f"{self.settings['data.name']} is not as it was when the run began: other {', '.join(changed)}",
+                    "bring the data back, or start a new run from these weights: --init-from",
+                )
             over = trainer.progress.stopped or trainer.progress.epoch == trainer.epochs
-            if over and (folder / "report.html").exists():  # written last
+            report = folder / "report.html"  # written last
+            if over and report.exists():
                 print(f"the run {folder} is finished; to measure it: minivit eval {shlex.quote(str(resume))}")
                 return 0
+            report.unlink(missing_ok=True)
             self.say(f"continuing at step {trainer.opt.steps} of {self.settings['train.epochs'] * len(self.loader)}")
         rows = trainer.fit(self.loader, self.held_loader(self.valid_data) if self.valid_data is not None else None)
         seconds = sum(row["seconds"] for row in rows)
@@ -300,25 +330,30 @@ class Job:
     def _finish(self, folder: Path, trainer: Trainer) -> None:
         """Report the last weights on the test set; a run that still chooses among epochs leaves the test set alone."""
         checkpoint, best = folder / "checkpoints" / "last.npz", trainer.progress.best
+        overfit = self.settings["data.overfit"] > 0
         shown, split = (self.test_data, "test") if self.test_data is not None else (self.train_data, "training")
         if self.valid_data is not None and best is not None:
             checkpoint = folder / "checkpoints" / "best.npz"
-            shown, split = self.valid_data, "validation"
-            overfit = self.settings["data.overfit"]
+            shown, split = self.valid_data, "training" if overfit else "validation"
             what = "overfit     of the training images" if overfit else "validation  best accuracy"
             print(f"{what} {best['valid_accuracy']:.2%}, after epoch {best['epoch']}")
         load_weights(self.model, checkpoint)  # their average, if the run keeps one
-        result = write_results(
+        loader = self.held_loader(shown)
+        logits = evaluate(self.model, loader, threads=self.settings["train.threads"])["logits"]
+        result = measure(logits, shown.labels)
+        if split == "test":
+            _record_test(result, folder, trainer)
+        write_results(
             self.model,
-            self.held_loader(shown),
+            loader,
+            logits,
+            result,
             folder,
             title=f"{folder.name}: {self.settings['model.name']} on {self.title}",
             about=f"{self.model.num_parameters():,} parameters; {self._data_text(self.train_data)}",
             rows=trainer.progress.history,
             split=split,
         )
-        if split == "test":
-            _record_test(result, folder, trainer)
         self.say(f"report      {folder / 'report.html'}")
         next_steps = [f"minivit predict {shlex.quote(str(checkpoint))} IMAGE…"]
         if self.test_data is not None:
@@ -329,7 +364,8 @@ class Job:
         """Draw training images, and images held out, as the model will see them."""
         title = f"Training images of {self.title}, as the model sees them"
         draw_batch(self.loader, folder / "samples_train.png", title)
-        if (held := self.valid_data or self.test_data) is not None:
+        held = None if self.settings["data.overfit"] else self.valid_data or self.test_data
+        if held is not None:
             title = f"Images of {self.title} held out, as the model sees them"
             draw_batch(self.held_loader(spread_out(held)), folder / "samples_valid.png", title)
 
@@ -362,7 +398,7 @@ UNCHANGED = (
 """Settings under which a model sees the training images as they are, and each of them whole."""
 
 
-def augmentation(s: Mapping[str, Any]) -> Augment | None:
+def augmentation(s: Mapping[str, Any], channels: int) -> Augment | None:
     """Return the random changes of training images that the data settings ``s`` ask for, in the order they are made."""
     steps: list[Augment] = []
     if s["resized_crop"]:
@@ -375,7 +411,8 @@ def augmentation(s: Mapping[str, Any]) -> Augment | None:
     if any(affine.values()):
         steps.append(Affine(**affine))
     if s["randaugment"]:
-        steps.append(RandAugment(magnitude=s["randaugment"]))
+        fill = 0.0 if channels == 1 else 0.5  # grey images are mostly light strokes on black
+        steps.append(RandAugment(magnitude=s["randaugment"], fill=fill))
     if s["jitter"]:
         steps.append(ColorJitter(s["jitter"], s["jitter"], s["jitter"]))
     if s["erasing"]:
@@ -398,13 +435,13 @@ def make_folder(parent: Path, name: str | None, stem: str) -> Path:
                 f"choose another --name, or --resume {shlex.quote(str(parent / name))}",
             ) from None
         return parent / name
-    for number in count(1):
+    for number in itertools.count(1):
         try:
             (parent / f"{stem}-{number}").mkdir()  # fails if another process was faster
         except FileExistsError:
             continue
         return parent / f"{stem}-{number}"
-    raise AssertionError  # count() does not end
+    raise AssertionError  # it does not end
 
 
 def _command_record(argv: list[str], device: str) -> str:

@@ -10,13 +10,11 @@ import numpy as np
 
 from minivit.autograd.graph import no_grad
 from minivit.backend import to_device, to_numpy
-from minivit.cli.report import class_names, measure
 from minivit.data import Dataset, Loader
 from minivit.models.vit import ViT
 from minivit.study.pictures import attention_overlay, confusion_picture, mosaic, predictions_picture
 from minivit.study.report import write_report
 from minivit.train.step import predict_logits
-from minivit.train.trainer import evaluate
 
 SHOWN = 50  # images in a picture
 
@@ -56,7 +54,7 @@ def draw_attention(model: ViT, loader: Loader, path: Path) -> None:
     weights = to_numpy(maps.data).mean(axis=1)  # (B, heads, T, T) → (B, T, T)
     weights = weights[:, 0, 1:] if model.pool == "cls" else weights.mean(axis=1)  # → (B, patches)
     logits = predict_logits(model, images)
-    names = class_names(loader.dataset.classes, logits.shape[1])
+    names = loader.dataset.classes
     attention_overlay(
         _drawable(loader.dataset),
         np.ascontiguousarray(weights).reshape(-1, *model.patch_embed.grid),
@@ -73,17 +71,25 @@ def _drawable(dataset: Dataset) -> np.ndarray:
 
 
 def write_results(
-    model: ViT, loader: Loader, folder: Path, *, title: str, about: str, rows: list[dict[str, Any]], split: str
-) -> dict[str, Any]:
-    """Try ``model`` on a loader's images, write pictures and the report; return what :func:`measure` finds.
+    model: ViT,
+    loader: Loader,
+    logits: np.ndarray,
+    result: dict[str, Any],
+    folder: Path,
+    *,
+    title: str,
+    about: str,
+    rows: list[dict[str, Any]],
+    split: str,
+) -> None:
+    """Write the pictures and, last, the report of what ``model`` makes of a loader's images.
 
-    ``loader`` keeps the data set's order; ``split`` says which images these are. Of images that were trained on, or by
-    which the weights were chosen, the report shows single ones, not how good the model is.
+    ``loader`` keeps the data set's order, in which ``logits`` (N, K) are; ``result`` is what :func:`measure` finds in
+    them, and ``split`` says which images these are. Of images that were trained on, or by which the weights were
+    chosen, the report shows single ones, not how good the model is.
     """
     shown = loader.dataset
-    found = evaluate(model, loader)
-    logits, result = found["logits"], measure(found["logits"], found["labels"])
-    names = class_names(shown.classes, logits.shape[1])
+    names = shown.classes
     few = spread_out(shown)
     sample = Loader(few, len(few), loader.key, mean=loader.mean, std=loader.std, shuffle=False)
     draw_attention(model, sample, folder / "attention.png")
@@ -111,4 +117,3 @@ def write_results(
         about=about,
         split=split,
     )
-    return result

@@ -116,11 +116,14 @@ def resolve(typed: Mapping[str, Any], recipe: str | None = None, file: str | Pat
     from minivit.models.vit import ViT
     from minivit.train.recipes import FOR_DATA, RECIPES, full_name
 
+    Settings().take(typed, "command line")  # checked before any of it is used
     from_file = read_toml(file) if file is not None else {}
     in_file = from_file.pop("recipe", "")
     if not isinstance(in_file, str):
         raise ConfigError(f"recipe = {in_file!r} (file {file}) is not text", 'for example recipe = "digits"')
-    Settings().take(from_file, f"file {file}")  # checked before any of it is used
+    Settings().take(from_file, f"file {file}")
+    if recipe and in_file and full_name(recipe) != full_name(in_file):
+        raise ConfigError(f"recipe {recipe}, but {file} has the values of {in_file}", "give one of them")
     given = {key: option.default for key, option in OPTIONS.items()} | from_file | dict(typed)
     start = given["train.init_from"]
     asked = recipe or in_file or ("finetune" if start else FOR_DATA.get(kind_of(given["data.name"]), ""))
@@ -129,6 +132,8 @@ def resolve(typed: Mapping[str, Any], recipe: str | None = None, file: str | Pat
     model = typed.get("model.name", from_file.get("model.name"))
     if start or (model is not None and model != from_recipe.get("model.name")):  # its sizes are for its own model
         from_recipe = {k: v for k, v in from_recipe.items() if not k.startswith("model.")}
+    if model is not None and model != from_file.get("model.name", model):  # and so are a file's
+        from_file = {k: v for k, v in from_file.items() if not k.startswith("model.")}
     name = model or from_recipe.get("model.name") or ""
 
     settings = Settings()

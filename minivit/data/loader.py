@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import numpy as np
 
@@ -11,6 +13,8 @@ from minivit.data.augment import Augment
 from minivit.data.datasets import Dataset
 from minivit.data.mixing import Mix
 from minivit.errors import ConfigError, DataError
+
+T = TypeVar("T")
 
 
 class Loader:
@@ -74,8 +78,8 @@ class Loader:
         n, key = len(self.dataset), self.key.at(epoch)
         order = permutation(key.child(0), n) if self.shuffle else np.arange(n)
         partner = permutation(key.child(2), n) if self.mix else None
-        ends = range(start * self.batch_size, len(self) * self.batch_size, self.batch_size)
-        return (self._batch(order[i : i + self.batch_size], key, partner) for i in ends)
+        places = range(start * self.batch_size, len(self) * self.batch_size, self.batch_size)
+        return _ahead(lambda i: self._batch(order[i : i + self.batch_size], key, partner), places)
 
     def _batch(self, index: np.ndarray, key: Key, partner: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         labels = self.dataset.labels[index]
@@ -96,6 +100,16 @@ class Loader:
     def _augmented(self, index: np.ndarray, key: Key) -> np.ndarray:
         images = _unit(self.dataset.images[index])  # (B, C, H, W)
         return self.augment(images, uniform_rows(key.child(1), index, self.augment.draws)) if self.augment else images
+
+
+def _ahead(make: Callable[[int], T], places: Iterable[int]) -> Iterator[T]:
+    """Yield ``make(place)`` for each place, made on a thread of its own while the one before it is in use."""
+    with ThreadPoolExecutor(1, "minivit-loader") as pool:
+        batches = (pool.submit(make, place) for place in places)
+        coming = next(batches, None)
+        while coming is not None:
+            batch, coming = coming, next(batches, None)
+            yield batch.result()
 
 
 def standardize(images: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:

@@ -24,8 +24,8 @@ class Records:
         self.folder = folder
         self._lines: list[str] = []
 
-    def begin(self, step: int, history: Sequence[Row]) -> None:
-        """Cut the records to what was done by ``step``, ``history`` being the finished epochs.
+    def begin(self, batch: int, history: Sequence[Row]) -> None:
+        """Cut the records to the finished epochs, ``history``, and the first ``batch`` batches of the next one.
 
         So a run that continues from a checkpoint has no row twice.
         """
@@ -35,7 +35,7 @@ class Records:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 # a line whose bytes are damaged is dropped like one cut short
                 lines = metrics.read_text("utf-8", errors="replace").splitlines() if metrics.exists() else []
-            self._replace(metrics, "".join(f"{line}\n" for line in lines if _is_done(line, step, len(history))))
+            self._replace(metrics, "".join(f"{line}\n" for line in lines if _is_done(line, batch, len(history))))
             self.write_results(history)
 
     def log(self, row: Row) -> None:
@@ -78,10 +78,10 @@ def _telling(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _is_done(line: str, step: int, epochs: int) -> bool:
-    """Tell whether a line of metrics.jsonl is about a step up to ``step`` or one of the first ``epochs`` epochs."""
+def _is_done(line: str, batch: int, epochs: int) -> bool:
+    """Tell whether a line of metrics.jsonl is about one of the first ``epochs`` epochs, or ``batch`` of the next."""
     try:
         row = json.loads(line)
-        return row["epoch"] <= epochs or ("batch_loss" in row and row["step"] <= step)
+        return row["epoch"] <= epochs or (row["epoch"] == epochs + 1 and row["batch"] <= batch)
     except (ValueError, KeyError, TypeError, RecursionError):
         return False  # cut short when the process was killed, or damaged since

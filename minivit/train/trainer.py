@@ -70,10 +70,10 @@ class Trainer:
 
     ``schedule`` maps the number of updates made to the learning rate of the next one (default: ``opt.lr`` as it is).
     ``ema`` evaluates and keeps, beside the parameters, their :class:`~minivit.train.ema.EMA` of that decay. A run ends
-    early after ``patience`` epochs without a better validation accuracy, or ``max_seconds`` of training. A loss or
-    gradient that is not finite is met, by ``on_nan``, with "stop" (NonFiniteError), "skip" (the batch is left out) or
-    "rollback" (parameters and optimizer go back to the last checkpoint, and on with the next batch); in all three the
-    parameters are untouched by it, and ten in a row stop the run.
+    early after ``patience`` epochs without a better validation accuracy, or ``max_seconds`` of training. ``on_nan``
+    says what a loss or gradient does that is not finite: "stop" raises NonFiniteError, "skip" leaves the batch out,
+    "rollback" takes parameters and optimizer back to the epoch's start (checkpoints/epoch.npz) and goes on with the
+    next batch. The parameters are never touched by it, and ten in a row stop the run.
 
     With a ``folder`` the run keeps there
 
@@ -165,7 +165,9 @@ class Trainer:
         return contextlib.nullcontext() if self.ema is None else self.ema.swapped()
 
     def _train_epoch(self, train: Batches, valid: Batches | None, stop_if_asked: Callable[[], None]) -> None:
-        p = self.progress
+        p, stopped = self.progress, ""
+        if self.on_nan == "rollback" and p.batch == 0:
+            self._save("epoch")
         with self._bar() as bar:
             started = time.perf_counter() - p.seconds
             before = sum(row["seconds"] for row in p.history)
@@ -177,19 +179,19 @@ class Trainer:
                 if loss is not None:
                     p.images, p.loss_sum = p.images + len(labels), p.loss_sum + loss * len(labels)
                     row = self._row()
-                    self.records.log(row | {"batch_loss": loss, "grad_norm": self.step.grad_norm})
+                    self.records.log(row | {"batch": p.batch, "batch_loss": loss, "grad_norm": self.step.grad_norm})
                     bar.set_postfix_str(_describe(row), refresh=False)
                 bar.update()
                 if self.save_every and self.opt.steps % self.save_every == 0:
                     self._save("last")
                 stop_if_asked()
                 if self.max_seconds is not None and before + p.seconds >= self.max_seconds:
-                    p.stopped = "its time is up"
+                    stopped = "its time is up"
                     break
             row = self._row()
             if valid is not None:
                 with self.averaged():
-                    result = evaluate(self.model, valid, after_batch=stop_if_asked)
+                    result = evaluate(self.model, valid, stop_if_asked, self.step.team.threads)
                 row |= {"valid_loss": result["loss"], "valid_accuracy": result["accuracy"]}
             bar.set_postfix_str(_describe(row))
         if not (self.quiet or sys.stderr.isatty()):
@@ -197,18 +199,16 @@ class Trainer:
         is_best = valid is not None and (p.best is None or row["valid_accuracy"] > p.best["valid_accuracy"])
         best = row if is_best else p.best
         if self.patience is not None and best is not None and row["epoch"] - best["epoch"] >= self.patience:
-            p.stopped = p.stopped or f"no better validation accuracy in {self.patience} epochs"
+            stopped = stopped or f"no better validation accuracy in {self.patience} epochs"
         history = [*p.history, row]
-        self.progress = Progress(
-            p.epoch + 1, p.batches, skipped=p.skipped, best=best, stopped=p.stopped, history=history
-        )
+        self.progress = Progress(p.epoch + 1, p.batches, skipped=p.skipped, best=best, stopped=stopped, history=history)
         self.records.log(row)
         if is_best:  # before last.npz, which says that it is there
             self._save("best")
         self._save("last")
         self.records.write_results(self.progress.history)
-        if p.stopped:
-            self._tell(f"stopped after epoch {row['epoch']}: {p.stopped}")
+        if stopped:
+            self._tell(f"stopped after epoch {row['epoch']}: {stopped}")
         stop_if_asked()
 
     def _step(self, images: Array, labels: Array) -> float | None:
@@ -218,13 +218,13 @@ class Trainer:
             loss = self.step(images, labels)
         except NonFiniteError as error:
             p.skipped += 1
-            last = self._checkpoint("last") if self.on_nan == "rollback" else None
-            if self.on_nan == "stop" or p.skipped >= MOST_SKIPPED or (last is not None and not last.exists()):
+            if self.on_nan == "stop" or p.skipped >= MOST_SKIPPED:
                 raise
-            if last is not None:
-                self._take_over(load_checkpoint(last))
+            if self.on_nan == "rollback":
+                self._take_over(load_checkpoint(self._checkpoint("epoch")))
             self._tell(f"batch {p.batch + 1} of epoch {p.epoch + 1} left out: {error.what}")
-            self.records.log({"epoch": p.epoch + 1, "step": self.opt.steps, "left_out": error.what})
+            row = {"epoch": p.epoch + 1, "step": self.opt.steps, "batch": p.batch + 1, "left_out": error.what}
+            self.records.log(row)
             return None
         p.skipped = 0
         if self.ema is not None:
@@ -354,11 +354,13 @@ class Trainer:
                 remedy = f"continue it: {self._how_to_resume()}, or name another folder"
                 raise ConfigError(f"{self.folder} already holds a run", remedy)
             sweep(self.folder)
-            self.records.begin(self.opt.steps, self.progress.history)
+            self.records.begin(self.progress.batch, self.progress.history)
             yield
 
 
-def evaluate(model: Module, loader: Batches, after_batch: Callable[[], None] | None = None) -> dict[str, Any]:
+def evaluate(
+    model: Module, loader: Batches, after_batch: Callable[[], None] | None = None, threads: int | None = None
+) -> dict[str, Any]:
     """Return loss (mean cross-entropy), accuracy, count, logits (N, K) and labels (N,) over a loader's epoch 0.
 
     The loss is the plain one, whatever was trained with, so that runs can be compared. ``after_batch`` is called after
@@ -367,7 +369,7 @@ def evaluate(model: Module, loader: Batches, after_batch: Callable[[], None] | N
     logits, labels = [], []
     for images, targets in loader.batches(0):
         _check_labels(targets)
-        logits.append(predict_logits(model, images))
+        logits.append(predict_logits(model, images, threads))
         labels.append(targets)
         if after_batch is not None:
             after_batch()
