@@ -155,9 +155,13 @@ def available_memory() -> int:
     with contextlib.suppress(OSError, ValueError, StopIteration), open("/proc/meminfo") as f:
         free.append(1024 * int(next(line for line in f if line.startswith("MemAvailable")).split()[1]))
     with contextlib.suppress(OSError, ValueError):  # the limit of a container (cgroup version 2); "max" is no number
-        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
-        free.append(limit - used)
+        limit, used = (int((_CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
+        stat = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
+        free.append(limit - used + int(stat.get("inactive_file", 0)))  # files read before: dropped when memory is short
     return min(free, default=total_memory())
+
+
+_CGROUP = Path("/sys/fs/cgroup")
 
 
 def _page_size() -> int:

@@ -73,6 +73,21 @@ def test_moments_are_those_of_the_training_images(zoo):
     assert all(any(np.array_equal(sample, image) for image in loaded.images) for sample in found.samples)
 
 
+def test_moments_and_samples_are_those_of_what_is_loaded_to_train_on(tmp_path):
+    for i, kind in enumerate(("ape", "bee")):
+        for split in ("train", "test"):
+            (tmp_path / split / kind).mkdir(parents=True)
+            photo = np.asarray(picture(i).resize((600, 400), Image.Resampling.BICUBIC)) * np.uint8([1, 1, 0])
+            Image.fromarray(photo).save(tmp_path / split / kind / "large.jpg", quality=100 - i, subsampling=0)
+    found, loaded = audit(tmp_path, (16, 16)), load_folder(tmp_path, "train", (16, 16))
+    assert (found.mean, found.std) == (loaded.mean, loaded.std)
+    assert found.sizes["largest"] == (400, 600)
+    assert np.array_equal(found.samples, loaded.images)
+    for kind in ("ape", "bee"):
+        Image.new("L", (20, 20)).save(tmp_path / "train" / kind / "large.jpg")
+    assert audit(tmp_path, (16, 16)).std == load_folder(tmp_path, "train", (16, 16)).std == (1.0, 1.0, 1.0)
+
+
 def test_arrays(tmp_path):
     images = (random_bits(Key(3), (20, 6, 5)) >> 24).astype(np.uint8)
     labels = np.arange(20) % 3

@@ -289,6 +289,21 @@ def test_a_cuda_device_without_cupy(monkeypatch):
         backend.to_device(np.zeros(3), "cuda")
 
 
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+
+def test_what_a_container_keeps_of_files_counts_as_available(tmp_path, monkeypatch):
+    monkeypatch.setattr(backend, "_CGROUP", tmp_path)
+    of_the_machine = backend.available_memory()  # no such limit
+    assert 0 < of_the_machine <= backend.total_memory()
+    (tmp_path / "memory.max").write_text("1000000\n")
+    (tmp_path / "memory.current").write_text("900000\n")
+    (tmp_path / "memory.stat").write_text("anon 300000\nactive_file 100000\ninactive_file 500000\n")
+    assert backend.available_memory() == 600_000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert backend.available_memory() > 1_000_000
+
+
 # ---- arrays and transfers --------------------------------------------------------------------------------------------
 
 

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import http.server
 import io
+import os
 import sys
 import tarfile
 import threading
@@ -91,10 +92,62 @@ def test_a_damaged_file_is_mended(server, tmp_path):
     assert len(load("mnist"))
 
 
-def test_a_server_that_has_it_not(server):
-    (server.folder / "cifar-10-binary.tar.gz").unlink()
-    with pytest.raises(DataError, match=r"cifar-10-binary\.tar\.gz: cannot be read.*404"):
+@pytest.mark.parametrize(
+    "damage", [lambda whole: b"", lambda whole: whole[:3073], lambda whole: whole[:-1] + b"?", None]
+)
+def test_what_was_unpacked_and_is_damaged_is_fetched_again(server, damage):
+    path = download.fetch("cifar-10") / "cifar-10-binary" / "data_batch_3.bin"
+    whole = path.read_bytes()
+    if damage is None:
+        path.unlink()
+    else:
+        path.write_bytes(damage(whole))
+    assert download.fetch("cifar-10") == path.parents[1]
+    assert path.read_bytes() == whole
+    assert [entry.name for entry in path.parents[1].iterdir()] == ["cifar-10-binary"]
+    assert len(load("cifar-10")) == 15
+
+
+def test_files_from_elsewhere_are_used_but_not_overwritten(server, tmp_path):
+    path = write_cifar(tmp_path / "home" / "cifar-10" / "mine", "cifar-10") / "data_batch_3.bin"
+    assert download.fetch("cifar-10") == path.parents[1]
+    path.write_bytes(b"")
+    with pytest.raises(DataError, match="holds mine, from elsewhere, which is damaged or not cifar-10") as caught:
         download.fetch("cifar-10")
+    assert "empty it" in caught.value.remedy
+    assert (path.read_bytes(), server.asked) == (b"", [])
+
+
+@pytest.mark.parametrize("name", ["mnist", "cifar-10"])
+def test_what_is_fetched_is_on_the_disk(server, monkeypatch, name):
+    synced, sync = set(), os.fsync
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.add(os.fstat(descriptor).st_ino) or sync(descriptor))
+    folder = download.fetch(name)
+    assert {path.stat().st_ino for path in (folder, *folder.rglob("*"))} <= synced
+
+
+@pytest.mark.parametrize("name", ["mnist", "cifar-10"])
+def test_a_server_that_has_it_not(server, tmp_path, name):
+    for file in server.folder.iterdir():
+        file.unlink()
+    with pytest.raises(DataError, match=r"gz: cannot be read.*404"):
+        download.fetch(name)
+    with pytest.raises(DataError, match=f"{name} is not on this machine: .* is empty") as caught:
+        load(name)
+    assert f"minivit data get {name}" in caught.value.remedy
+
+
+def test_what_a_killed_download_has_left_goes(server, tmp_path):
+    old, young = (tmp_path / "home" / "mnist" / name for name in (".get-old", ".get-young"))
+    for folder in (old, young):
+        folder.mkdir(parents=True)
+        (folder / "tmpabc").write_bytes(b"a part")
+    os.utime(old, (0, 0))
+    with pytest.raises(DataError, match="mnist is not on this machine"):
+        load("mnist")
+    download.fetch("mnist")
+    assert not old.exists()
+    assert young.exists()  # another process may still be at it
 
 
 @pytest.mark.parametrize(

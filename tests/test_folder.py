@@ -104,6 +104,31 @@ def test_train_alone_is_split_by_key_as_well(animals):
     assert 6 <= len(test) <= 30
 
 
+def test_a_small_folder_can_be_trained_on_and_tested(tmp_path):
+    for i in range(30):  # names by which, of four files each, often none or all would be of one split
+        root = make(tmp_path / str(i), *(f"{kind}/{i}-{j}.png" for kind in ("cat", "dog") for j in range(4)))
+        make(root, f"eel/{i}.png", f"fox/{i}.png", f"fox/{i}-2.png")
+        found = list_folder(root)
+        counts = {split: np.bincount([n for _, n in files], minlength=4) for split, files in found.files.items()}
+        assert (counts["train"] > 0).all()
+        assert counts["test"][2] == 0  # the only one is trained on
+        assert (counts["test"][[0, 1, 3]] > 0).all()
+        assert (counts["train"] + counts["test"]).tolist() == [4, 4, 1, 2]
+    assert found.problem() is None
+    assert len(load_folder(root, "train", (4, 4))) + len(load_folder(root, "test", (4, 4))) == 11
+
+
+def test_folders_that_are_not_read_are_named(animals):
+    assert list_folder(animals).how == "train/ and val/"
+    make(animals, "test/cat/1.png", "test/dog/1.png", "extra/cat/1.png", "notes/1.png")
+    assert list_folder(animals).how == "train/ and test/; not read: extra/, val/"
+    with pytest.warns(UserWarning, match="animals: train/ and test/; not read: extra/, val/"):
+        assert len(load_folder(animals, "test")) == 2
+    shutil.rmtree(animals / "test")
+    shutil.rmtree(animals / "val")
+    assert list_folder(animals).how.endswith("names; not read: extra/")
+
+
 def test_train_may_be_a_class(tmp_path):
     make(tmp_path, *(f"{kind}/{i}.png" for kind in ("train", "plane") for i in range(9)))
     assert list_folder(tmp_path).classes == ("plane", "train")
@@ -301,9 +326,9 @@ def test_an_epoch_holds_only_its_batch_in_memory(animals, lazily, monkeypatch):
 
 def test_threads_do_everything_once():
     done = []
-    in_threads(done.append, 1000)
+    in_threads(done.append, range(1000))
     assert sorted(done) == list(range(1000))
-    in_threads(done.append, 0)
+    in_threads(done.append, [])
     assert len(done) == 1000
 
 
@@ -318,7 +343,7 @@ def test_an_error_reaches_the_caller_and_stops_the_others(error):
         time.sleep(0.001)
 
     with pytest.raises(type(error)):
-        in_threads(work, 10_000)
+        in_threads(work, range(10_000))
     assert len(begun) < 1000
 
 
@@ -336,9 +361,35 @@ def test_an_interrupt_leaves_at_once_even_if_a_file_hangs(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "join", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            in_threads(hang, 1000)
+            in_threads(hang, range(1000))
     assert all(thread.daemon for thread in threading.enumerate() if thread is not threading.main_thread())
     release.set()
     while threading.active_count() > before:
         time.sleep(0.001)
     assert len(begun) <= folder_module.cpu_cores()  # none took a further file
+
+
+def test_a_file_that_never_comes_is_named(animals, lazily, monkeypatch):
+    data = load_folder(animals, "train", (6, 8))
+    monkeypatch.setattr(folder_module, "DEADLINE", 1.0)
+    monkeypatch.setattr(folder_module, "cpu_cores", lambda: 2)
+    before, slow = threading.active_count(), data.images.paths[2]
+    slow.unlink()
+    os.mkfifo(slow)  # as a disk that is gone: to open it waits for ever
+    try:
+        with pytest.raises(DataError, match="no file could be read for 1 seconds") as caught:
+            data.images[:]
+        assert caught.value.what.endswith(f"they wait for {slow}")
+        assert all(thread.daemon for thread in threading.enumerate() if thread is not threading.main_thread())
+    finally:
+        os.close(os.open(slow, os.O_WRONLY))
+    while threading.active_count() > before:
+        time.sleep(0.001)
+
+
+def test_slow_files_are_waited_for(monkeypatch):
+    monkeypatch.setattr(folder_module, "DEADLINE", 1.0)
+    monkeypatch.setattr(folder_module, "cpu_cores", lambda: 1)
+    done = []
+    in_threads(lambda i: (time.sleep(0.15), done.append(i)), range(8))
+    assert done == list(range(8))

@@ -248,6 +248,12 @@ def test_a_missing_batch_is_not_passed_over(tmp_path):
         load(tmp_path)
 
 
+def test_a_stray_file_called_meta_makes_no_cifar(tmp_path):
+    (tmp_path / "train" / "cat").mkdir(parents=True)
+    (tmp_path / "meta").write_text("where the photos came from")
+    assert kind_of(tmp_path) == "folder"
+
+
 class Malicious:
     def __reduce__(self):
         return os.system, ("touch ran-after-all",)
@@ -458,3 +464,9 @@ def test_arrays_of_all_orders_come_back(tmp_path):
     assert data.labels.tolist() == [1, 0, 2]
     assert data.classes == ("ä", "b", "c")
     data.images[0] = 0  # it can be written to
+
+
+@pytest.mark.parametrize("names", [["cat", "Kätzchen"], [b"cat", "Kätzchen".encode()]])
+def test_classes_are_text_or_bytes(tmp_path, names):
+    np.savez(tmp_path / "a.npz", images=pixels(2, 4, 4), labels=np.array([0, 1]), classes=np.array(names))
+    assert load(tmp_path / "a.npz").classes == ("cat", "Kätzchen")

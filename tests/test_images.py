@@ -80,6 +80,26 @@ def test_sixteen_bits_are_scaled(kind):
     assert read_image(stream, (1, 7), 1).ravel().tolist() == [0, 1, 1, 128, 255, 0, 1]
 
 
+@pytest.mark.parametrize("white_is_zero", [False, True])
+@pytest.mark.parametrize("bits", [8, 12, 16])
+def test_greys_of_tiff_are_scaled_by_their_bits_and_turned_to_black_is_zero(bits, white_is_zero):
+    shares = np.array([0, 1, 2, 3]) / 3  # of white
+    values = np.rint((1 - shares if white_is_zero else shares) * (2**bits - 1)).astype(int)
+    numbers = "".join(f"{value:0{bits}b}" for value in values)
+    strip = int(numbers, 2).to_bytes(bits // 2, "big")  # four pixels of 12 bits are packed, the highest bit first
+    if bits == 16:
+        strip = values.astype("<u2").tobytes()
+    tags = {256: 4, 257: 1, 258: bits, 259: 1, 262: int(not white_is_zero), 273: 200, 277: 1, 278: 1, 279: len(strip)}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    data = b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4)
+    if (bits, white_is_zero) == (12, True):  # Pillow knows no such file
+        with pytest.raises(DataError, match="not an image"):
+            read_image(io.BytesIO(data.ljust(200, b"\0") + strip), (1, 4), 1)
+    else:
+        shown = read_image(io.BytesIO(data.ljust(200, b"\0") + strip), (1, 4), 1)
+        assert shown.ravel().tolist() == [0, 85, 170, 255]
+
+
 def test_transparent_is_white():
     alpha = np.array([[0, 255], [128, 0]], np.uint8)
     grey = np.full((2, 2), 100, np.uint8)
@@ -433,9 +453,9 @@ def test_too_large_a_picture_is_refused_before_it_is_decoded(kind, side, monkeyp
 
 
 def test_text_that_inflates_is_refused():
-    text = b"zTXtComment\0\0" + zlib.compress(b"x" * 100_000_000)
+    text = b"zTXtComment\0\0" + zlib.compress(b"x" * 2_000_000)
     data = made_png(8, 2, BYTES.astype(np.int64), text)
-    assert len(data) < 200_000
+    assert len(data) < 10_000
     with pytest.raises(DataError, match="too large"):
         read_image(io.BytesIO(data), (9, 7), 3)
 

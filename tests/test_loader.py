@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 import types
 
 import numpy as np
@@ -135,3 +137,35 @@ def test_the_data_set_is_left_as_it_is():
     before = data.images.copy()
     by_sample(Loader(data, 16, Key(0), FULL, Mix()))
     assert np.array_equal(data.images, before)
+
+
+def test_one_batch_is_made_while_another_is_in_use():
+    made: list[str] = []
+
+    class Watched(Loader):
+        def _batch(self, index, key, partner):
+            made.append(threading.current_thread().name)
+            if len(made) == 4:
+                raise OSError("the disk is gone")
+            return super()._batch(index, key, partner)
+
+    batches = Watched(toy(), 10, Key(1)).batches(0)
+    next(batches)
+    deadline = time.monotonic() + 10
+    while len(made) < 2 and time.monotonic() < deadline:
+        time.sleep(0.001)
+    time.sleep(0.01)
+    assert len(made) == 2  # and no more, whose images would all be held
+    next(batches), next(batches)
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(batches)
+    assert all(name.startswith("minivit-loader") for name in made)
+    names = [thread.name for thread in threading.enumerate()]
+    assert not any(name.startswith("minivit-loader") for name in names)  # it ends with the batches
+
+
+def test_batches_that_nobody_takes_leave_no_thread():
+    batches = Loader(toy(), 10, Key(1)).batches(0)
+    next(batches)
+    del batches
+    assert not any(thread.name.startswith("minivit-loader") for thread in threading.enumerate())

@@ -11,9 +11,9 @@ from os import PathLike
 import numpy as np
 
 from minivit.backend import Key, permutation
-from minivit.data.datasets import SPLITS, Dataset, kind_of, load
-from minivit.data.folder import SIZE, in_threads, list_folder
-from minivit.data.images import decode, fitted
+from minivit.data.datasets import SPLITS, Dataset, kind_of, load, moments
+from minivit.data.folder import SIZE, ImageFiles, in_threads, list_folder
+from minivit.data.images import decode
 from minivit.errors import ConfigError, DataError
 
 SAMPLES = 100
@@ -130,30 +130,32 @@ def _audit_folder(name: str | PathLike[str], size: tuple[int, int]) -> Audit:
     facts: dict[int, tuple[str, str, bool, tuple[int, int]]] = {}
     reasons, digests = {}, {}
     sums = np.zeros((len(files), 2, 3), np.int64)
+    as_loaded = ImageFiles([file for file, _, _ in files], size, 3)
 
     def look(i: int) -> None:
         file, split, label = files[i]
         try:
             picture = decode(file, 3)
+            pixels = as_loaded.read(i)[0] if split == "train" else None  # of a large JPEG not quite the same pixels
         except DataError as error:
             reasons[i] = error.what
             return
         page = np.asarray(picture.page)  # (H, W, 3)
         facts[i] = picture.format, picture.mode, picture.animated, page.shape[:2]
         digests[i] = _digest(page), str(file.relative_to(found.path)), split, found.classes[label]
-        if split == "train":
-            pixels = fitted(picture.page, size, "crop")
+        if pixels is not None:
             x = pixels.astype(np.int64)
             sums[i] = x.sum((1, 2)), (x * x).sum((1, 2))  # (2, 3)
             if i in shown:
                 kept[i] = pixels
 
-    in_threads(look, len(files), f"reading {name}")
+    in_threads(look, as_loaded.paths, f"reading {name}")
     good = sorted(facts)
     counts = {split: [0] * len(found.classes) for split in SPLITS}
     for i in good:
         counts[files[i][1]][files[i][2]] += 1
-    mean, std = _moments(sums.sum(0), sum(counts["train"]) * size[0] * size[1])
+    count = sum(counts["train"]) * size[0] * size[1]
+    measured = moments(sums.sum(0), count) if count else []
     problem = found.problem()
     return Audit(
         name=str(name),
@@ -163,8 +165,8 @@ def _audit_folder(name: str | PathLike[str], size: tuple[int, int]) -> Audit:
         sizes=_sizes([facts[i][3] for i in good]),
         formats=_counted(facts[i][0] for i in good),
         modes=_counted(facts[i][1] for i in good),
-        mean=mean,
-        std=std,
+        mean=tuple(mean for mean, _ in measured),
+        std=tuple(std for _, std in measured),
         measured_at=size,
         same=_same([digests[i] for i in good]),
         corrupt=[reasons[i].removeprefix(f"{found.path}/") for i in sorted(reasons)],
@@ -199,14 +201,6 @@ def _choose(labels: Sequence[int] | np.ndarray, classes: int) -> list[int]:
     each = SAMPLES if classes == 1 else min(10, max(1, SAMPLES // classes))
     chosen: Iterator[int] = (i for c in range(classes) for i in order[labels[order] == c][:each].tolist())
     return list(chosen)[:SAMPLES]
-
-
-def _moments(sums: np.ndarray, count: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return mean and standard deviation from ``sums`` (2, C) of bytes and of their squares, ``count`` a channel."""
-    if not count:
-        return (), ()
-    mean, square = sums / count  # (C,) each
-    return tuple((mean / 255).tolist()), tuple((np.sqrt(square - mean * mean) / 255).tolist())
 
 
 def _sizes(sizes: list[tuple[int, int]]) -> dict[str, tuple[int, int]]:

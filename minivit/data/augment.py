@@ -95,6 +95,9 @@ class RandomResizedCrop:
     pixels, is uniform between those of ``ratio``'s two numbers; a side longer than the image's is cut to it. It lies
     anywhere inside, not on whole pixels only. It never shrinks, so bilinear interpolation needs no filter before it.
 
+    It gets images that have the model's size already: of photos, their middle, scaled to it (see
+    :func:`~minivit.data.folder.load_folder`). Unlike crops from the whole photos, its own have less detail than that.
+
     Raises ConfigError for an area outside (0, 1], or ratios that are not positive, finite and in order.
     """
 

@@ -74,12 +74,7 @@ class Dataset:
         for start in range(0, len(self), piece):
             x = self.images[start : start + piece].astype(np.int64)
             sums += x.sum((0, 2, 3)), (x * x).sum((0, 2, 3))  # (2, C)
-        count = self.images.size // self.images.shape[1]
-        moments = []
-        for total, squares in sums.T.tolist():  # Python's integers: exact
-            variance = (count * squares - total * total) / (255 * count) ** 2
-            moments.append((total / (255 * count), variance**0.5 or 1.0))
-        return moments
+        return moments(sums, self.images.size // self.images.shape[1])
 
     def subset(self, indices: Sequence[int] | np.ndarray) -> Dataset:
         """Return the images at ``indices``, in that order. Raises DataError for none, or for one that is not there."""
@@ -103,6 +98,18 @@ class Dataset:
             raise DataError(what, "choose a fraction between 0 and 1, or use more images")
         order = permutation(key, n)
         return self.subset(np.sort(order[held:])), self.subset(np.sort(order[:held]))
+
+
+def moments(sums: np.ndarray, count: int) -> list[tuple[float, float]]:
+    """Return mean and standard deviation of images / 255 per channel: see :class:`Dataset`.
+
+    ``sums`` int64 (2, C): those of the bytes and of their squares, over ``count`` pixels of each channel.
+    """
+    found = []
+    for total, squares in sums.T.tolist():  # Python's integers: exact
+        variance = (count * squares - total * total) / (255 * count) ** 2
+        found.append((total / (255 * count), variance**0.5 or 1.0))
+    return found
 
 
 _IMAGES_REMEDY = "give pixels 0 to 255 as np.uint8; for channels last: images.transpose(0, 3, 1, 2)"
@@ -190,9 +197,12 @@ def _find(name: str | PathLike[str]) -> tuple[str, Path]:
         return name, Path(__file__).parent / "digits" / "digits.npz"
     if isinstance(name, str) and name in NAMES:
         folder = data_home() / name
-        if not folder.is_dir():
+        with reading(str(folder), "check its permissions"):
+            missing = not folder.is_dir() or all(path.name.startswith(".") for path in folder.iterdir())
+        if missing:  # or a download has been broken off
             remedy = f"download it: minivit data get {name}; or name its folder: --data FOLDER"
-            raise DataError(f"{name} is not on this machine: there is no folder {folder}", remedy)
+            why = f"{folder} is empty" if folder.is_dir() else f"there is no folder {folder}"
+            raise DataError(f"{name} is not on this machine: {why}", remedy)
         kind, path = find_files(folder) or ("other files", folder)
         if "mnist" in kind and "mnist" in name:
             kind = name  # the files of both are called alike
@@ -223,7 +233,8 @@ def load_npz(path: str | PathLike[str], split: str) -> Dataset:
     if labels.dtype == np.uint64 and labels.size and labels.max() > np.iinfo(np.int64).max:
         raise DataError(f"{path}: label {labels.max()} is too large", "number the classes from 0")
     if "classes" in arrays:
-        classes = tuple(str(name) for name in arrays["classes"].reshape(-1))
+        names = arrays["classes"].reshape(-1)
+        classes = tuple(n.decode(errors="replace") if isinstance(n, bytes) else str(n) for n in names)
     else:  # by number, up to the largest label of either split: both then agree on the number of classes
         numbers = [a for k, a in arrays.items() if k.endswith("labels") and a.dtype.kind in "iu" and a.size]
         largest = max((int(a.max()) for a in numbers), default=-1)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import hashlib
+import os
 import shutil
 import sys
 import tarfile
 import tempfile
+import time
 from pathlib import Path
 
-from minivit.data.datasets import data_home, reading
-from minivit.data.formats import find_files
+from minivit.data.datasets import SPLITS, data_home, load, reading
 from minivit.errors import DataError, unknown_name
 
 SOURCES = {
@@ -44,10 +48,13 @@ SOURCES = {
 
 
 def fetch(name: str) -> Path:
-    """Download the data set ``name`` into the data home, if it is not there yet, and return its folder.
+    """Download the data set ``name`` into the data home, if it is not there yet as a whole, and return its folder.
 
-    ``name`` is a key of :data:`SOURCES`. A file that is not the published one, bit for bit, is not kept. Raises
-    DataError for another name, without the package pooch, and where a file cannot be had.
+    ``name`` is a key of :data:`SOURCES`. A file that is not the published one, bit for bit, is not kept; what has been
+    damaged since is fetched again. Whatever comes is on the disk before it gets its name: a crash leaves no half of it.
+
+    Raises DataError for another name, without the package pooch, where a file cannot be had, and where the folder holds
+    what fetch did not put there and what cannot be loaded: it is left alone.
     """
     if name == "digits":
         raise DataError("the digits come with minivit: there is nothing to download", "minivit train --data digits")
@@ -55,33 +62,102 @@ def fetch(name: str) -> Path:
         raise unknown_name("data set", name, SOURCES, error=DataError)
     address, files = SOURCES[name]
     folder = data_home() / name
-    packed = [file for file in files if file.endswith(".tar.gz")]
-    if packed and folder.is_dir() and find_files(folder):
-        return folder  # unpacked before, as a whole
+    archive = next((file for file in files if file.endswith(".tar.gz")), "")
+    unpacked = folder / archive.removesuffix(".tar.gz")
+    if archive and folder.is_dir():
+        if _is_whole(name, unpacked):
+            return folder
+        with reading(str(folder), "check its permissions"):
+            others = [path for path in folder.iterdir() if path.name not in (archive, unpacked.name)]
+        if strangers := sorted(path.name for path in others if not path.name.startswith(".")):
+            what = f"{folder} holds {strangers[0]}, from elsewhere, which is damaged or not {name}"
+            raise DataError(what, f"empty it, then: minivit data get {name}")
     try:
         import pooch
     except ImportError:
         raise DataError("downloads need the package pooch", "pip install 'minivit[download]'") from None
-    for file, digest in files.items():
-        remedy = f"try again, or get it elsewhere and put it into {folder}"
-        with reading(f"{address}{file}", remedy):
-            pooch.retrieve(f"{address}{file}", f"sha256:{digest}", file, folder, progressbar=sys.stderr.isatty())
-    for file in packed:
-        with reading(str(folder / file), "remove it and try again"):
-            _unpack(folder / file)
+    with reading(str(folder), "check its permissions and the space on its disk"):
+        folder.mkdir(parents=True, exist_ok=True)
+        _sweep(folder)
+        with tempfile.TemporaryDirectory(prefix=_TEMPORARY, dir=folder) as temporary:
+            for file, digest in files.items():
+                source = folder / file
+                if not source.is_file() or _sha256(source) != digest:
+                    remedy = f"try again, or get it elsewhere and put it into {folder}"
+                    with reading(f"{address}{file}", remedy):
+                        bar = sys.stderr.isatty()
+                        pooch.retrieve(f"{address}{file}", f"sha256:{digest}", file, temporary, progressbar=bar)
+                    source = Path(temporary) / file
+                if file == archive:
+                    _unpack(source, unpacked, Path(temporary))
+                    (folder / file).unlink(missing_ok=True)
+                else:
+                    _sync(source)
+                    source.replace(folder / file)
+        _sync(folder)
     return folder
 
 
-def _unpack(archive: Path) -> None:
-    """Unpack the files of data, and of names, to a folder beside ``archive``, which they replace."""
-    with tempfile.TemporaryDirectory(prefix=".", dir=archive.parent) as temporary:
-        whole = Path(temporary) / "whole"
-        whole.mkdir()
-        with tarfile.open(archive) as tar:
-            for member in tar:
-                content = tar.extractfile(member) if member.name.endswith((".bin", ".txt")) else None
-                if content is not None:
-                    with open(whole / Path(member.name).name, "wb") as file:
-                        shutil.copyfileobj(content, file)
-        whole.replace(archive.with_name(archive.name.removesuffix(".tar.gz")))  # in one step: never half a data set
-    archive.unlink()
+_TEMPORARY = ".get-"  # what the hidden folders begin with that hold what is not whole yet
+_SUMS = "SHA256SUMS"  # in an unpacked folder: what was unpacked, as the command sha256sum writes it
+
+
+def _unpack(archive: Path, target: Path, temporary: Path) -> None:
+    """Unpack the files of data, and of names, to the folder ``target``, which they replace."""
+    whole = temporary / "whole"
+    whole.mkdir()
+    with tarfile.open(archive) as tar:
+        for member in tar:
+            content = tar.extractfile(member) if member.name.endswith((".bin", ".txt")) else None
+            if content is not None:
+                with open(whole / Path(member.name).name, "wb") as file:
+                    shutil.copyfileobj(content, file)
+    (whole / _SUMS).write_text(_sums(whole), encoding="utf-8")
+    for path in (*whole.iterdir(), whole):
+        _sync(path)
+    if target.exists():
+        target.replace(temporary / "damaged")
+    whole.replace(target)  # in one step: never half a data set
+
+
+def _is_whole(name: str, unpacked: Path) -> bool:
+    """Tell whether the data set can be loaded and, if it was unpacked here, is still what was unpacked."""
+    try:
+        for split in SPLITS:
+            load(name, split)
+        with reading(str(unpacked), ""):
+            sums = unpacked / _SUMS
+            return not sums.exists() or sums.read_text(encoding="utf-8") == _sums(unpacked)
+    except DataError:
+        return False
+
+
+def _sums(folder: Path) -> str:
+    return "".join(f"{_sha256(path)}  {path.name}\n" for path in sorted(folder.iterdir()) if path.name != _SUMS)
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file's content, or a folder's list of names, is on the disk."""
+    if os.name == "nt":  # where neither can be asked for with what may only be read
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a file system that cannot sync folders
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what downloads that were killed have left; a younger one may belong to a download that still runs."""
+    for path in folder.glob(f"{_TEMPORARY}*"):
+        with contextlib.suppress(OSError):  # another download has just removed its own
+            if path.stat().st_mtime < time.time() - 24 * 60 * 60:
+                shutil.rmtree(path)

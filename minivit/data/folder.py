@@ -24,7 +24,7 @@ SIZE = (64, 64)
 """The height and width that pictures are brought to unless others are asked for."""
 
 TEST_SHARE = 0.2
-"""The share of each class that is the split "test" where a folder does not part its files itself."""
+"""About this share of each class is the split "test" where a folder does not part its files itself."""
 
 TEST_FOLDERS = ("test", "val", "valid")
 """What may hold the split "test" beside ``train``; the first of them that holds classes does."""
@@ -34,6 +34,9 @@ SUFFIXES = (
     *(".ppm", ".pgm", ".pbm", ".pnm", ".apng", ".heic", ".heif", ".avif", ".jp2", ".tga", ".ico", ".svg"),
 )
 """A file called so is meant to be a picture: if it cannot be read as one, that is said and not passed over."""
+
+DEADLINE = 60.0
+"""Seconds without a file done after which reading gives up: a disk that is gone keeps whoever reads from it waiting."""
 
 
 def load_folder(
@@ -46,17 +49,22 @@ def load_folder(
     """Load a folder of image files, such as ``path/train/cat/1.jpg`` and ``path/test/cat/2.jpg``.
 
     The folders' names are the classes, in the order of the alphabet. The split "test" is ``path/test``, ``path/val`` or
-    ``path/valid``. Where there is none of them, or only ``path/cat``, ``path/dog`` and so on, a fifth of each class is
-    "test": the files whose names have a hash (SHA-256) in its lowest fifth, so that no file changes sides when others
-    come or go. Images are recognised by what they hold; hidden files and files that are no pictures are passed over.
+    ``path/valid``, with a warning where several are there, since one is read. Where there is none of them, or only
+    ``path/cat``, ``path/dog`` and so on, about a fifth of each class is "test": the files whose names have a hash
+    (SHA-256) in the lowest fifth of all there are, so that no file changes sides when others come or go. Only where
+    that leaves a class without any training image, or one of two files or more without a test image, the file whose
+    hash comes next is moved over. Images are recognised by what they hold; hidden files and files that are no pictures
+    are passed over.
 
     Each becomes uint8 (channels, height, width) of ``size``, by default 64 × 64: the largest part of these proportions
-    is cut from its middle and scaled; see :func:`~minivit.data.images.read_image` for its colours. The images are held
-    in memory if they take less than a quarter of it, else decoded whenever they are asked for: :class:`ImageFiles`.
+    is cut from its middle and scaled; see :func:`~minivit.data.images.read_image` for its colours. That comes before
+    any augmentation: what lies outside that part is never seen, and random crops of it are enlarged, with no more
+    detail than ``size`` has. The images are held in memory if they take less than a quarter of it, else decoded
+    whenever they are asked for: :class:`ImageFiles`.
 
     Every file is decoded once here. If some cannot be, ``bad="stop"`` raises DataError, and ``"skip"`` leaves them out
     with a warning that lists them. Raises DataError also for a folder with fewer than two classes, or with one that has
-    no images to train on.
+    no images to train on, and where for :data:`DEADLINE` seconds nothing comes from the disk.
     """
     if split not in SPLITS:
         raise unknown_name("split", split, SPLITS, error=DataError)
@@ -68,6 +76,8 @@ def load_folder(
     found = list_folder(path)
     if problem := found.problem():
         raise problem
+    if found.unused:
+        warnings.warn(f"{path}: {found.how}", stacklevel=2)
     files = ImageFiles([file for file, _ in found.files[split]], size, channels)
     labels = np.array([label for _, label in found.files[split]], np.int64)
     if not len(files):
@@ -87,7 +97,7 @@ def load_folder(
         if held is not None:
             held[i] = pixels
 
-    in_threads(read, len(files), f"reading {path}")
+    in_threads(read, files.paths, f"reading {path}")
     if reasons and bad == "stop":
         count = f"{len(reasons):,} of {len(files):,} image files"
         remedy = f"see all: minivit data {path}; repair or remove them, or leave them out: --bad-images skip"
@@ -112,12 +122,16 @@ def load_folder(
 
 @dataclass(frozen=True)
 class Listing:
-    """The image files of a folder: ``files[split]`` are (path, index into ``classes``), ``how`` says which is which."""
+    """The image files of a folder: ``files[split]`` are (path, index into ``classes``), ``how`` says which is which.
+
+    ``unused`` names the folders that hold classes too, and are neither split.
+    """
 
     path: Path
     classes: tuple[str, ...]
     files: dict[str, list[tuple[Path, int]]]
     how: str
+    unused: str = ""
 
     def problem(self) -> DataError | None:
         """Return why no model can be trained on this, or None."""
@@ -130,7 +144,7 @@ class Listing:
             return DataError(what, "make a folder for each class, with images in it")
         if without := set(range(len(self.classes))) - {label for _, label in self.files["train"]}:
             what = f"{self.path}: the class {self.classes[min(without)]!r} has no images to train on"
-            return DataError(what, "add some, or remove its folder; of a class with few files, all may be test images")
+            return DataError(what, "add some, or remove its folder")
         return None
 
 
@@ -148,28 +162,35 @@ def list_folder(path: str | PathLike[str]) -> Listing:
 
 
 def _list(path: Path) -> Listing:
-    train: Path
-    test: Path | None
-    train, test = path, None
+    train, test, unused = path, None, ""
     if _subfolders(path / "train"):
         train = path / "train"
         test = next((path / name for name in TEST_FOLDERS if _subfolders(path / name)), None)
+        others = (folder for folder in _subfolders(path) if folder not in (train, test))
+        unused = ", ".join(f"{folder.name}/" for folder in others if _subfolders(folder))
     trees = [{folder.name: image_files(folder) for folder in _subfolders(root)} for root in (train, test)]
     classes = tuple(sorted(trees[0].keys() | trees[1].keys()))
     if not classes:
         return Listing(path, ("",), {"train": [(file, 0) for file in image_files(path)], "test": []}, "")
-    listed = [[(file, i) for i, name in enumerate(classes) for file in tree.get(name, [])] for tree in trees]
-    if test is not None:
-        return Listing(path, classes, dict(zip(SPLITS, listed, strict=True)), f"train/ and {test.name}/")
-    parts: dict[str, list[tuple[Path, int]]] = {split: [] for split in SPLITS}
-    for file, label in listed[0]:
-        parts["test" if _is_test(file.relative_to(train)) else "train"].append((file, label))
-    return Listing(path, classes, parts, f"test: {TEST_SHARE:.0%} of each class, by a hash of the files' names")
+    if test is None:
+        parts = [_parted(trees[0][name], train) for name in classes]
+        trees = [dict(zip(classes, part, strict=True)) for part in zip(*parts, strict=True)]
+        how = f"test: about {TEST_SHARE:.0%} of each class, by a hash of the files' names"
+    else:
+        how = f"train/ and {test.name}/"
+    files = [[(file, i) for i, name in enumerate(classes) for file in tree.get(name, [])] for tree in trees]
+    how += f"; not read: {unused}" if unused else ""
+    return Listing(path, classes, dict(zip(SPLITS, files, strict=True)), how, unused)
 
 
-def _is_test(name: Path) -> bool:
-    digest = hashlib.sha256(os.fsencode(name.as_posix())).digest()
-    return int.from_bytes(digest[:8], "big") < TEST_SHARE * 2**64
+def _parted(files: list[Path], root: Path) -> tuple[list[Path], list[Path]]:
+    """Part a class's files, below ``root``, into those of "train" and "test": see :func:`load_folder`."""
+    names = {file: os.fsencode(file.relative_to(root).as_posix()) for file in files}
+    hashes = {file: int.from_bytes(hashlib.sha256(name).digest()[:8], "big") for file, name in names.items()}
+    tested = sum(value < TEST_SHARE * 2**64 for value in hashes.values())
+    tested = min(max(tested, 1), len(files) - 1) if files else 0  # a single file is one to train on
+    lowest = set(sorted(files, key=lambda file: hashes[file])[:tested])
+    return [file for file in files if file not in lowest], [file for file in files if file in lowest]
 
 
 def _subfolders(path: Path | None) -> list[Path]:
@@ -237,7 +258,7 @@ class ImageFiles:
         def read(i: int) -> None:
             out[i] = self.read(int(chosen.flat[i]))[0]
 
-        in_threads(read, chosen.size)
+        in_threads(read, [self.paths[i] for i in chosen.flat])
         return out.reshape(*chosen.shape, *self.shape[1:])  # (n, C, H, W), or (C, H, W) for an integer
 
     def take(self, indices: np.ndarray, axis: int = 0) -> ImageFiles:
@@ -250,43 +271,63 @@ class ImageFiles:
         return fitted(picture.page, self.shape[2:], "crop"), picture.animated
 
 
-def in_threads(work: Callable[[int], None], count: int, title: str = "") -> None:
-    """Call ``work(i)`` for every i below ``count``, on a thread for each core; raise the first error that one meets.
+def in_threads(work: Callable[[int], None], paths: Sequence[Path], title: str = "") -> None:
+    """Call ``work(i)`` for the place of every path, on a thread for each core; raise the first error that one meets.
 
     A thread takes the next number when it is done with its last: there is no queue to fill up or to wait on. After an
     error, or Ctrl-C, no further number is taken. A ``title`` shows a bar where it takes more than a second.
+
+    Raises DataError, naming the files that are being read, if none is done within :data:`DEADLINE` seconds. A thread
+    that waits for a disk cannot be stopped: it is left behind, and does not keep Python from ending.
     """
-    numbers, lock, stop = iter(range(count)), threading.Lock(), threading.Event()
+    numbers, lock, stop = iter(range(len(paths))), threading.Lock(), threading.Event()
     errors: list[BaseException] = []
-    bar = _bar(title, count) if title else None
+    busy: set[int] = set()
+    done = 0
+    bar = _bar(title, len(paths)) if title else None
 
     def run() -> None:
+        nonlocal done
         while not stop.is_set():
             with lock:
                 i = next(numbers, None)
-            if i is None:
-                return
+                if i is None:
+                    return
+                busy.add(i)
             try:
                 work(i)
             except BaseException as error:  # it belongs to whoever waits for the threads
                 errors.append(error)
                 stop.set()
-            if bar is not None:
-                with lock:
+            with lock:
+                busy.remove(i)
+                done += 1
+                if bar is not None:
                     bar.update()
 
-    threads = [threading.Thread(target=run, daemon=True) for _ in range(min(cpu_cores(), count))]
+    threads = [threading.Thread(target=run, daemon=True) for _ in range(min(cpu_cores(), len(paths)))]
+    waits, seen = 0, 0
     try:
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join()
+            while thread.is_alive() and waits < _WAITS:
+                thread.join(DEADLINE / _WAITS)
+                waits, seen = (waits + 1 if done == seen else 0), done
     finally:
         stop.set()
         if bar is not None:
             bar.close()
     if errors:
         raise errors[0]
+    with lock:
+        stalled = ", ".join(str(paths[i]) for i in sorted(busy))
+    if stalled:
+        what = f"no file could be read for {DEADLINE:g} seconds; they wait for {stalled}"
+        raise DataError(what, "check the disk or the network that they are on, then try again")
+
+
+_WAITS = 60  # many short ones: while the process itself is suspended, no more than one of them goes by
 
 
 def _bar(title: str, total: int) -> Any:

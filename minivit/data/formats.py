@@ -129,13 +129,14 @@ class _Cifar:
     """One of the layouts that CIFAR is published in (Krizhevsky 2009; cs.toronto.edu/~kriz/cifar.html).
 
     ``labels``: in the binary layout, how many bytes of labels come before an image's pixels, the last of which counts;
-    in the Python batches, what the labels are called. ``meta`` holds the classes' names; ``marks`` tell the layout.
+    in the Python batches, what the labels are called. ``meta`` holds the classes' names. Where all files of one of
+    ``marks`` are, it is this layout.
     """
 
     kind: str
     train: tuple[str, ...]
     test: str
-    marks: tuple[str, ...]
+    marks: tuple[tuple[str, ...], ...]
     labels: int | str
     meta: str
 
@@ -180,15 +181,16 @@ class _Cifar:
 _BATCHES = tuple(f"data_batch_{i}" for i in range(1, 6))
 _CIFARS = (
     _Cifar("cifar-10", tuple(f"{name}.bin" for name in _BATCHES), "test_batch.bin",
-           ("data_batch_1.bin", "test_batch.bin"), 1, "batches.meta.txt"),
-    _Cifar("cifar-100", ("train.bin",), "test.bin", ("train.bin", "test.bin"), 2, "fine_label_names.txt"),
-    _Cifar("cifar-10", _BATCHES, "test_batch", ("data_batch_1", "test_batch"), "labels", "batches.meta"),
-    _Cifar("cifar-100", ("train",), "test", ("meta",), "fine_labels", "meta"),
+           (("data_batch_1.bin",), ("test_batch.bin",)), 1, "batches.meta.txt"),
+    _Cifar("cifar-100", ("train.bin",), "test.bin", (("train.bin",), ("test.bin",)), 2, "fine_label_names.txt"),
+    _Cifar("cifar-10", _BATCHES, "test_batch", (("data_batch_1",), ("test_batch",)), "labels", "batches.meta"),
+    _Cifar("cifar-100", ("train",), "test", (("meta", "train"), ("meta", "test")), "fine_labels", "meta"),
 )  # fmt: skip
 
 
 def _cifar_in(folder: Path) -> _Cifar | None:
-    return next((c for c in _CIFARS if any((folder / name).is_file() for name in c.marks)), None)
+    files = {name for c in _CIFARS for mark in c.marks for name in mark if (folder / name).is_file()}
+    return next((c for c in _CIFARS if any(files.issuperset(mark) for mark in c.marks)), None)
 
 
 def _whole(path: Path) -> bytes:

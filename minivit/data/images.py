@@ -32,9 +32,9 @@ def read_image(
     """Read the image file ``source``, a path or an open binary file, as uint8 (channels, height, width).
 
     It is turned upright as its EXIF orientation says, put on a white page where it is transparent, and converted to
-    grey (``channels`` 1; Rec. 601 luma) or RGB (3). 16-bit greys are scaled to 8 bits; of 16-bit colours the high byte
-    is taken, which is off by 1 at most, and by 2 where it is half transparent. Of an animation, or of several pages,
-    the first one counts, with a warning.
+    grey (``channels`` 1; Rec. 601 luma) or RGB (3). Greys of 12 and 16 bits are scaled to 8 bits; of 16-bit colours the
+    high byte is taken, which is off by 1 at most, and by 2 where it is half transparent. Of an animation, or of several
+    pages, the first one counts, with a warning.
 
     Then it is brought to ``size``, (height, width). ``fit="stretch"`` gives up its proportions: by area averaging where
     it shrinks along both axes (as the UCI digits were made from their bitmaps), else by bicubic interpolation.
@@ -218,7 +218,13 @@ def _sixteen_bits_on_white(image: Image.Image) -> Image.Image:
     from PIL import Image
 
     pixels = np.asarray(image).astype(np.int64)  # (H, W); Pillow holds some 16-bit files in 32 bits
-    grey = ((pixels + 128) // 257).clip(0, 255)  # round(255 v / 65535)
+    white = 65535
+    if image.format == "TIFF":  # TIFF 6.0, tags 258, BitsPerSample, and 262, PhotometricInterpretation
+        tags = image.tag_v2  # type: ignore[attr-defined]
+        white = 2 ** tags[258][0] - 1
+        if tags.get(262, 0) == 0:  # WhiteIsZero, which Pillow heeds for up to 8 bits only
+            pixels = white - pixels
+    grey = ((255 * pixels + white // 2) // white).clip(0, 255)  # round(255 v / white)
     transparent = image.info.get("transparency")  # in PNG: one grey that is the page
     if isinstance(transparent, int):
         grey[pixels == transparent] = 255

@@ -11,6 +11,10 @@ from typing import Any
 
 from minivit.errors import unknown_name
 
+_ADAMW = {"batch_size": 128, "weight_decay": 0.05, "clip_grad": 1.0, "smoothing": 0.1}
+# small enough for many passes over the images in minutes on a CPU; mimetic weights learned faster in each trial
+_NARROW = {"dim": 64, "depth": 4, "heads": 4, "mlp_dim": 128, "pool": "mean", "weight_init": "mimetic"}
+
 RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     # The main job: the UCI digits, 8 × 8, in well under a minute. Patches of a quarter of the image did better on
     # held-out images than smaller ones, and cost less; so did a small random affine change than none or a strong one.
@@ -28,70 +32,26 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
             "smoothing": 0.1,
         },
     },
+    # Patches of a quarter of the width: four times as many epochs in a given time as patches of 4 × 4.
     "mnist@1": {
         "data": {"val_fraction": 0.0, "degrees": 12.0, "scale": 0.12, "shear": 0.12, "shift": 2.0},
-        "model": {"name": "vit_mnist"},
-        "train": {
-            "epochs": 12,
-            "batch_size": 128,
-            "lr": 2e-3,
-            "min_lr": 2e-5,
-            "warmup_epochs": 1.0,
-            "weight_decay": 0.05,
-            "clip_grad": 1.0,
-            "smoothing": 0.1,
-        },
+        "model": {"name": "vit_mnist", "patch_size": 7, **_NARROW},
+        "train": {**_ADAMW, "epochs": 12, "lr": 3e-3, "min_lr": 3e-5, "warmup_epochs": 1.0},
     },
     "fashion@1": {
-        "data": {"val_fraction": 0.0, "crop": 2, "flip": True, "erasing": 0.25},
-        "model": {"name": "vit_mnist"},
-        "train": {
-            "epochs": 12,
-            "batch_size": 128,
-            "lr": 2e-3,
-            "min_lr": 2e-5,
-            "warmup_epochs": 1.0,
-            "weight_decay": 0.05,
-            "clip_grad": 1.0,
-            "smoothing": 0.1,
-        },
+        "data": {"val_fraction": 0.0, "crop": 2, "flip": True},
+        "model": {"name": "vit_mnist", "patch_size": 4, **_NARROW},
+        "train": {**_ADAMW, "epochs": 12, "lr": 2e-3, "min_lr": 2e-5, "warmup_epochs": 1.0},
     },
-    # A model small enough for many epochs in an hour on two cores: a larger one had learned less by then.
     "cifar10@1": {
         "data": {"val_fraction": 0.0, "crop": 4, "flip": True},
-        "model": {
-            "name": "vit_cifar",
-            "dim": 96,
-            "depth": 4,
-            "heads": 3,
-            "mlp_dim": 192,
-            "pool": "mean",
-            "weight_init": "mimetic",
-        },
-        "train": {
-            "epochs": 30,
-            "batch_size": 128,
-            "lr": 2e-3,
-            "min_lr": 2e-5,
-            "warmup_epochs": 2.0,
-            "weight_decay": 0.05,
-            "clip_grad": 1.0,
-            "smoothing": 0.1,
-        },
+        "model": {"name": "vit_cifar", **_NARROW, "dim": 96, "heads": 3, "mlp_dim": 192},
+        "train": {**_ADAMW, "epochs": 30, "lr": 2e-3, "min_lr": 2e-5, "warmup_epochs": 2.0},
     },
     "imagefolder@1": {
         "data": {"val_fraction": 0.0, "resized_crop": 0.35, "flip": True, "jitter": 0.3},
         "model": {"name": "vit_cifar", "image_size": 64, "patch_size": 8},
-        "train": {
-            "epochs": 60,
-            "batch_size": 64,
-            "lr": 1e-3,
-            "min_lr": 1e-5,
-            "warmup_epochs": 5.0,
-            "weight_decay": 0.05,
-            "clip_grad": 1.0,
-            "smoothing": 0.1,
-        },
+        "train": {**_ADAMW, "batch_size": 64, "epochs": 60, "lr": 1e-3, "min_lr": 1e-5, "warmup_epochs": 5.0},
     },
     # Fine-tuning as Dosovitskiy et al. 2020, table 4 and appendix B.1.1: momentum, cosine, no weight decay, clipping.
     "finetune@1": {
