@@ -1,6 +1,7 @@
-"""Runs a command under an audit hook (PEP 578) that is there before minivit or NumPy is imported, and stays.
+"""Runs commands under an audit hook (PEP 578) that is there before minivit or NumPy is imported, and stays.
 
-``python tests/audited.py REPORT COMMAND…`` writes what the command did that it may not do to REPORT.
+``python tests/audited.py REPORT COMMANDS``, the commands a JSON list of lists of words, writes what each of them did
+that it may not do to REPORT.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ def is_offence(event: str, frame: FrameType | None) -> bool:
     return True
 
 
-def main(report: str, command: list[str]) -> int:
-    """Run the command; return its exit code."""
+def main(report: str, commands: list[list[str]]) -> int:
+    """Run the commands, until one fails; return its exit code."""
     offences: list[str] = []
     events = 0
 
@@ -51,12 +52,17 @@ def main(report: str, command: list[str]) -> int:
     sys.addaudithook(hook)
     from minivit.cli.main import main as minivit
 
-    code = minivit(command)
-    seen = list(offences)  # what is written from here on is not the command's
+    found = []  # what is written to the report is no command's
+    for command in commands:
+        if code := minivit(command):
+            return code
+        found.append((offences[:], events))
+        offences.clear()
+        events = 0
     with open(report, "w", encoding="utf-8") as f:
-        json.dump({"events": events, "offences": seen}, f)
-    return code
+        json.dump(found, f)
+    return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1], sys.argv[2:]))
+    raise SystemExit(main(sys.argv[1], json.loads(sys.argv[2])))
