@@ -38,11 +38,12 @@ class EMA:
         """Take given spans of the flat parameters in; threads may share them out, as ``opt.update_spans`` does."""
         t = self.opt.steps
         decay = min(self.decay, (1.0 + t) / (10.0 + t))
-        for start, stop in chunks(self.flat, spans):
-            average = self.flat[start:stop]
-            difference = self.opt.flat[start:stop] - average
-            difference *= 1.0 - decay
-            average += difference
+        with on_device_of(self.flat):
+            for start, stop in chunks(self.flat, spans):
+                average = self.flat[start:stop]
+                difference = self.opt.flat[start:stop] - average
+                difference *= 1.0 - decay
+                average += difference
 
     @contextlib.contextmanager
     def swapped(self) -> Iterator[None]:

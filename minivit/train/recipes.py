@@ -46,7 +46,7 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     "cifar10@1": {
         "data": {"val_fraction": 0.0, "crop": 4, "flip": True},
         "model": {"name": "vit_cifar", **_NARROW, "dim": 96, "heads": 3, "mlp_dim": 192},
-        "train": {**_ADAMW, "epochs": 30, "lr": 2e-3, "min_lr": 2e-5, "warmup_epochs": 2.0},
+        "train": {**_ADAMW, "epochs": 24, "lr": 2e-3, "min_lr": 2e-5, "warmup_epochs": 2.0},
     },
     "imagefolder@1": {
         "data": {"val_fraction": 0.0, "resized_crop": 0.35, "flip": True, "jitter": 0.3},
