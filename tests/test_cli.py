@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -409,8 +410,10 @@ def test_the_checkpoint_says_what_prediction_needs(checkpoint: str, archive: Pat
     meta = load_checkpoint(checkpoint).meta
     train = data.load(archive)
     assert meta["model"]["dim"] == 8
-    assert meta["data"] == {"name": str(archive), "classes": list("0123456789"), "fit": "stretch",
-                            "mean": list(train.mean), "std": list(train.std)}  # fmt: skip
+    expected = {"name": str(archive), "classes": list("0123456789"), "fit": "stretch", "bad_images": "stop"}
+    expected |= {"mean": list(train.mean), "std": list(train.std)}
+    expected["labels"] = hashlib.sha256(train.labels.tobytes()).hexdigest()
+    assert meta["data"] == expected
     model, _ = load_model(checkpoint)
     other = mv.ViT(**{**model.config, "seed": 5})
     mv.load_weights(other, checkpoint)
