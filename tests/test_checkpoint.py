@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 import minivit as mv
+from minivit.data.files import sync
 from minivit.errors import CheckpointError
 from minivit.train import AdamW, load_checkpoint, parameters_hash, save_checkpoint
 from minivit.train import checkpoint as module
@@ -288,10 +289,10 @@ def test_ctrl_c_while_saving_leaves_the_old_file_alone(path, monkeypatch):
 def test_windows_folders_are_not_synced(path, monkeypatch):
     synced, folder = [], path.parent
     monkeypatch.setattr(module.os, "fsync", synced.append)
-    module._sync_folder(folder)
+    sync(folder)
     with monkeypatch.context() as windows:
         windows.setattr(module.os, "name", "nt")
-        module._sync_folder(folder)
+        sync(folder)
     assert len(synced) == 1
 
 

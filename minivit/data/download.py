@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
-import os
 import shutil
 import sys
 import tarfile
@@ -14,6 +12,7 @@ import time
 from pathlib import Path
 
 from minivit.data.datasets import SPLITS, data_home, load, reading
+from minivit.data.files import sync
 from minivit.errors import DataError, unknown_name
 
 SOURCES = {
@@ -92,9 +91,9 @@ def fetch(name: str) -> Path:
                     _unpack(source, unpacked, Path(temporary))
                     (folder / file).unlink(missing_ok=True)
                 else:
-                    _sync(source)
+                    sync(source)
                     source.replace(folder / file)
-        _sync(folder)
+        sync(folder)
     return folder
 
 
@@ -114,7 +113,7 @@ def _unpack(archive: Path, target: Path, temporary: Path) -> None:
                     shutil.copyfileobj(content, file)
     (whole / _SUMS).write_text(_sums(whole), encoding="utf-8")
     for path in (*whole.iterdir(), whole):
-        _sync(path)
+        sync(path)
     if target.exists():
         target.replace(temporary / "damaged")
     whole.replace(target)  # in one step: never half a data set
@@ -139,20 +138,6 @@ def _sums(folder: Path) -> str:
 def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file's content, or a folder's list of names, is on the disk."""
-    if os.name == "nt":  # where neither can be asked for with what may only be read
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # a file system that cannot sync folders
-            raise
-    finally:
-        os.close(descriptor)
 
 
 def _sweep(folder: Path) -> None:

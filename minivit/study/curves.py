@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 
-from minivit.train.checkpoint import replacing
+from minivit.data.files import replacing
 
 Points = Sequence[tuple[float, float]]
 

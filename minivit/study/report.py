@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from minivit import ops
+from minivit.data.files import replacing
 from minivit.study.curves import COLOURS, STYLE, chart
 from minivit.study.pictures import MOST_NAMED, enlarged
-from minivit.train.checkpoint import replacing
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -10,21 +10,20 @@ Equal content gives equal bytes: the archive carries no time.
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import hashlib
 import json
 import math
 import os
 import shutil
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
+from minivit.data.files import TEMPORARY, replacing
 from minivit.errors import CheckpointError
 from minivit.nn.module import Module
 
@@ -33,7 +32,6 @@ FORMAT = 1
 
 _SEAL = b"minivit sha256 "
 _SEAL_SIZE = len(_SEAL) + 64  # the digest in hexadecimal
-_TEMPORARY = ".tmp"
 
 
 @dataclass
@@ -73,30 +71,9 @@ def save_checkpoint(path: str | Path, arrays: Mapping[str, Any], meta: Mapping[s
         ) from error
 
 
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Yield a new file that takes the place of ``path`` at the end of the block, or leaves no trace if that fails.
-
-    It is written beside its place, synced to the disk, and renamed (Pillai et al. 2014, "All file systems are not
-    created equal", section 4).
-    """
-    temporary = path.with_name(path.name + _TEMPORARY)
-    try:
-        with open(temporary, "w+b") as f:
-            yield f
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    except BaseException:  # Ctrl-C, too, must leave no half file behind
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
-
-
 def sweep(folder: str | Path) -> None:
     """Remove what a killed process left half written in ``folder`` and below; CheckpointError if it cannot be."""
-    for path in Path(folder).rglob(f"*{_TEMPORARY}"):
+    for path in Path(folder).rglob(f"*{TEMPORARY}"):
         try:
             path.unlink(missing_ok=True)
         except OSError as error:
@@ -115,20 +92,6 @@ def _write(f: BinaryIO, entries: Mapping[str, np.ndarray]) -> None:
     digest = _digest(f, size)
     f.seek(size)
     f.write(_SEAL + digest)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename in ``folder`` last."""
-    if os.name == "nt":  # where a folder cannot be opened
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # a file system that cannot sync folders
-            raise
-    finally:
-        os.close(descriptor)
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
