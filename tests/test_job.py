@@ -27,7 +27,7 @@ from minivit.train.weights import load_model
 TINY = [word for key in ("dim=8", "depth=2", "heads=2", "mlp_dim=16") for word in ("--set", f"model.{key}")]
 EVERYTHING = ["--grad-accum-steps", "2", "--drop-path", "0.1", "--mixup", "0.8", "--cutmix", "1", "--model-ema", "0.9",
               "--layer-decay", "0.8", "--smoothing", "0.1", "--set", "data.randaugment=9", "--set", "data.erasing=0.3",
-              "--set", "data.crop=1"]  # fmt: skip
+              "--set", "data.crop=1", "--optimizer", "muon"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -11,11 +11,12 @@ import minivit as mv
 from minivit.backend import normal
 from minivit.errors import ConfigError
 from minivit.train import optim
-from minivit.train.optim import SGD, AdamW, is_decayed, layer_scales
+from minivit.train.optim import SGD, AdamW, Muon, is_decayed, layer_scales, orthogonalized
 
 SMALL = {"image_size": 8, "patch_size": 4, "in_channels": 1, "num_classes": 3, "dim": 8, "depth": 2, "heads": 2}
 KINDS = {
     "adamw": lambda model, **more: AdamW(model.named_parameters(), lr=0.01, weight_decay=0.3, **more),
+    "muon": lambda model, **more: Muon(model.named_parameters(), lr=0.01, weight_decay=0.3, **more),
     "sgd": lambda model, **more: SGD(model.named_parameters(), lr=0.01, weight_decay=0.3, **more),
 }
 
@@ -36,11 +37,26 @@ def give(opt, gradients):
         view[...] = gradients[name]
 
 
-def by_hand(kind, p, grads, lr, weight_decay):
+def with_values_near_1(u):
+    """Return the matrix ``u`` with each singular value put through Muon's polynomial: an SVD in place of products."""
+    left, values, right = np.linalg.svd(u, full_matrices=False)
+    values = values / (np.linalg.norm(u) + 1e-7)
+    for _ in range(5):
+        values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
+    return left * values @ right
+
+
+def by_hand(kind, name, p, grads, lr, weight_decay):
     """Return a parameter after updates by ``grads``."""
     p, m, v = p.copy(), 0.0, 0.0
+    matrices = 3 if name.endswith("attn.qkv.weight") else int(name.startswith("blocks.") and p.ndim == 2)
     for t, g in enumerate(grads, start=1):
-        if kind == "sgd":
+        if kind == "muon" and matrices:
+            m = 0.95 * m + 0.05 * g
+            pieces = np.split(0.95 * m + 0.05 * g, matrices)
+            step = np.concatenate([0.2 * max(u.shape) ** 0.5 * with_values_near_1(u) for u in pieces])
+            p = (1 - lr * weight_decay) * p - lr * step
+        elif kind == "sgd":
             m = 0.9 * m + g + weight_decay * p
             p = p - lr * m
         else:
@@ -72,7 +88,7 @@ def test_each_parameter_moves_by_its_own_rate(kind, chunk, monkeypatch):
         opt.update(list(itertools.pairwise(edges)))
     for name, p in model.named_parameters():
         weight_decay = 0.3 if is_decayed(name, p) else 0.0
-        expected = by_hand(kind, before[name], [g[name] for g in gradients], 0.01 * scales[name], weight_decay)
+        expected = by_hand(kind, name, before[name], [g[name] for g in gradients], 0.01 * scales[name], weight_decay)
         np.testing.assert_allclose(p.data, expected, rtol=1e-12, atol=1e-15, err_msg=name)
 
 
@@ -87,7 +103,7 @@ def test_plain_steps_and_missing_gradients(kind):
     scales = layer_scales(opt.names, 2, 0.5)
     for name, p in model.named_parameters():
         weight_decay = 0.3 if is_decayed(name, p) else 0.0
-        expected = by_hand(kind, before[name], [gradients[name]], 0.01 * scales[name], weight_decay)
+        expected = by_hand(kind, name, before[name], [gradients[name]], 0.01 * scales[name], weight_decay)
         np.testing.assert_allclose(p.data, expected if name in some else before[name], rtol=1e-12, err_msg=name)
 
 
@@ -142,17 +158,44 @@ def test_the_state_is_by_name_whatever_the_order(kind):
     assert (opt_a.flat == opt_c.flat).all()
 
 
-def test_threads_share_the_update_of_scaled_groups():
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("clip_norm", [None, 1e-3])
+def test_threads_share_the_update_of_scaled_groups(kind, clip_norm):
     images, labels = normal(mv.Key(1), (6, 1, 8, 8)), np.arange(6) % 3
     flats = []
     for threads in (1, 3):
-        model, opt = make("adamw")
-        step = mv.TrainStep(model, opt, threads=threads, micro_batch=2)
-        step.team.spread = lambda work, length: [work(a, b) for a, b in ((0, 100), (100, 777), (777, length))]
+        model, opt = make(kind)
+        step = mv.TrainStep(model, opt, threads=threads, micro_batch=2, clip_norm=clip_norm)
+        step.team.spread = lambda work, length, *_: [work(a, b) for a, b in ((0, 100), (100, 777), (777, length))]
         for _ in range(3):
             step(images, labels)
         flats.append(opt.flat)
     np.testing.assert_allclose(flats[0], flats[1], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(6, 6), (3, 7), (9, 4), (2, 5, 3), (3, 1, 8)])
+def test_orthogonalized_keeps_the_singular_vectors_and_brings_the_values_near_1(shape):
+    x = normal(mv.Key(3), shape).astype(np.float64) * 1e3
+    y = orthogonalized(x)
+    assert y.shape == shape
+    for before, after in zip(x.reshape(-1, *shape[-2:]), y.reshape(-1, *shape[-2:]), strict=True):
+        np.testing.assert_allclose(after, with_values_near_1(before), rtol=0, atol=1e-12)
+        values = np.linalg.svd(after, compute_uv=False)
+        assert values.min() > 0.65 and values.max() < 1.25
+    assert orthogonalized(x.astype(np.float32)).dtype == np.float32
+    assert not orthogonalized(np.zeros(shape)).any()
+
+
+def test_muon_takes_the_matrices_of_the_blocks_and_no_others():
+    _, opt = make("muon")
+    names = [n for n, (start, _) in zip(opt.names, opt.spans, strict=True) if start in {m[0] for m in opt.matrices}]
+    of_block = ["attn.proj.weight", "attn.qkv.weight", "mlp.fc1.weight", "mlp.fc2.weight"]
+    assert sorted(names) == [f"blocks.{i}.{name}" for i in (0, 1) for name in of_block]
+    assert {shape for _, _, shape in opt.matrices} == {(3, 8, 8), (1, 8, 8), (1, 32, 8), (1, 8, 32)}
+    give(opt, gradient(opt, 1))
+    opt.update()
+    size = {n: float(np.abs(a).max()) for n, a in zip(opt.names, opt.split(opt.state["v"]), strict=True)}
+    assert {n for n, most in size.items() if most == 0.0} == set(names)  # no second moments: Adam left them alone
 
 
 def test_a_decay_of_zero_trains_head_and_norm_only():

@@ -18,6 +18,7 @@ from minivit.errors import CheckpointError, ConfigError, DataError, NonFiniteErr
 from minivit.train import (
     SGD,
     AdamW,
+    Muon,
     Trainer,
     evaluate,
     load_checkpoint,
@@ -562,6 +563,7 @@ def test_loaders_without_a_batch(tmp_path):
         (lambda named: SGD(named, float("nan")), "lr=nan"),
         (lambda named: AdamW(named, weight_decay=float("nan")), "weight_decay=nan"),
         *[(lambda named, m=m: SGD(named, 0.1, momentum=m), f"momentum={m}") for m in (1.0, -0.1, float("nan"))],
+        *[(lambda named, m=m: Muon(named, 0.1, momentum=m), f"momentum={m}") for m in (1.0, -0.1, float("nan"))],
         *[(lambda named, eps=eps: AdamW(named, eps=eps), f"eps={eps}") for eps in (0.0, -1e-8, float("nan"))],
         (lambda named: AdamW(named, betas=(0.9, 1.0)), "betas="),
         (lambda named: AdamW([p for _, p in named]), r"got a Parameter, not a pair \(name, parameter\)"),

@@ -42,7 +42,7 @@ from minivit.models.vit import ViT
 from minivit.nn.settings import check_settings, pair
 from minivit.train import schedule
 from minivit.train.checkpoint import load_checkpoint
-from minivit.train.optim import SGD, AdamW, Optimizer, layer_scales
+from minivit.train.optim import SGD, AdamW, Muon, Optimizer, layer_scales
 from minivit.train.schedule import Schedule
 from minivit.train.step import Team
 from minivit.train.trainer import Trainer, evaluate
@@ -209,7 +209,7 @@ class Job:
         s = self.settings
         recipe = f"recipe {s['recipe']}: " if s["recipe"] else ""
         epochs, steps = plural(s["train.epochs"], "epoch"), plural(len(self.loader), "step")
-        optimizer = {"adamw": "AdamW", "sgd": "SGD with momentum"}[s["train.optimizer"]]
+        optimizer = {"adamw": "AdamW", "muon": "Muon", "sgd": "SGD with momentum"}[s["train.optimizer"]]
         return f"{recipe}{epochs} of {steps}, {optimizer}, learning rate {s['train.lr']:g}"
 
     def make_loader(self) -> Loader:
@@ -243,7 +243,8 @@ class Job:
         settings: dict[str, Any] = {"lr": s["train.lr"], "weight_decay": s["train.weight_decay"], "lr_scales": scales}
         if s["train.optimizer"] == "sgd":
             return SGD(self.model.named_parameters(), momentum=s["train.momentum"], **settings)
-        return AdamW(self.model.named_parameters(), **settings)
+        kind = {"adamw": AdamW, "muon": Muon}[s["train.optimizer"]]
+        return kind(self.model.named_parameters(), **settings)
 
     @property
     def loss(self) -> Callable[..., Any]:

@@ -1,7 +1,7 @@
 """Training: optimizers, schedules, one step, whole runs, and their checkpoints."""
 
 from minivit.train.checkpoint import Checkpoint, load_checkpoint, parameters_hash, save_checkpoint
-from minivit.train.optim import SGD, AdamW, clip_grad_norm
+from minivit.train.optim import SGD, AdamW, Muon, clip_grad_norm
 from minivit.train.schedule import warmup_cosine, warmup_linear
 from minivit.train.step import TrainStep, predict_logits
 from minivit.train.trainer import Progress, Trainer, evaluate
@@ -10,6 +10,7 @@ __all__ = [
     "SGD",
     "AdamW",
     "Checkpoint",
+    "Muon",
     "Progress",
     "TrainStep",
     "Trainer",

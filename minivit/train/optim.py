@@ -21,10 +21,12 @@ from minivit.train.schedule import warmup_cosine, warmup_linear
 __all__ = [
     "SGD",
     "AdamW",
+    "Muon",
     "Optimizer",
     "clip_grad_norm",
     "gradient_norm",
     "layer_scales",
+    "orthogonalized",
     "warmup_cosine",
     "warmup_linear",
 ]
@@ -78,6 +80,7 @@ class Optimizer:
     """
 
     slots: tuple[str, ...] = ()
+    passes: int = 1  # over the numbers, that an update takes about as long as: worth a thread of its own, or not
 
     def __init__(
         self,
@@ -244,6 +247,62 @@ class AdamW(Optimizer):
         p -= t
 
 
+class Muon(AdamW):
+    """Momentum made orthogonal for the matrices of the blocks, AdamW for all the rest (Jordan et al. 2024, "Muon").
+
+    For a matrix of n × k: b ← momentum·b + (1-momentum)·g, u = momentum·b + (1-momentum)·g (Nesterov's), and
+    p ← (1 - lr·decay)·p - lr·0.2·√max(n, k)·O, where O is ``u`` with all its singular values near 1, see
+    :func:`orthogonalized`. So a step goes equally far in every direction of the gradient, and not mostly in the few
+    that are largest. The factor gives the step the size of AdamW's: both take one ``lr`` and one decay (Liu et al.
+    2025, arXiv 2502.16982, section 2.2). Queries, keys and values are three matrices, though they are kept as one.
+    """
+
+    passes = 64
+
+    def __init__(
+        self,
+        named_parameters: Iterable[tuple[str, Parameter]],
+        lr: float = 1e-3,
+        momentum: float = 0.95,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.05,
+        lr_scales: Mapping[str, float] | None = None,
+    ) -> None:
+        super().__init__(named_parameters, lr, betas, eps, weight_decay, lr_scales)
+        self.momentum = check_momentum(momentum)
+        self.matrices = []  # (start, stop, shape) in the flat array
+        for name, p, (start, stop) in zip(self.names, self.parameters, self.spans, strict=True):
+            if "blocks" in name.split(".") and p.ndim == 2:
+                count = 3 if name.endswith("qkv.weight") else 1
+                self.matrices.append((start, stop, (count, p.shape[0] // count, p.shape[1])))
+
+    def update_spans(self, spans: Sequence[tuple[int, int]]) -> None:
+        """Update the given spans of the flat parameters; a matrix is updated as a whole, with the span it begins in."""
+        for start, stop in spans:
+            place, between = start, []
+            for a, b, shape in self.matrices:
+                if a < stop and b > start:
+                    between.append((place, max(place, a)))
+                    place = min(b, stop)
+                    if a >= start:
+                        self._update_matrices(slice(a, b), shape)
+            super().update_spans([*between, (place, stop)])
+
+    def _update_matrices(self, piece: slice, shape: tuple[int, int, int]) -> None:
+        group = next(g for g in self.groups if g.start <= piece.start < g.stop)
+        lr, decay = self.lr * group.scale, self.weight_decay if group.decayed else 0.0
+        p, g, b = (flat[piece].reshape(shape) for flat in (self.flat, self.grad, self.state["m"]))
+        g = g * (1.0 - self.momentum)
+        after = b * self.momentum + g
+        u = orthogonalized(after * self.momentum + g)
+        u *= lr * 0.2 * math.sqrt(max(shape[1:]))
+        b[...] = after  # only now: if there was no memory for all this, nothing has changed yet
+        if decay:
+            p *= 1.0 - lr * decay
+        p -= u
+
+
 class SGD(Optimizer):
     """Gradient descent with momentum (Sutskever et al. 2013, as in PyTorch): b ← momentum·b + g, p ← p - lr·b.
 
@@ -261,9 +320,7 @@ class SGD(Optimizer):
         lr_scales: Mapping[str, float] | None = None,
     ) -> None:
         super().__init__(named_parameters, lr, weight_decay, lr_scales)
-        if not 0.0 <= momentum < 1.0:
-            raise ConfigError(f"momentum={momentum}", "it must be in [0, 1); 0.9 is usual")
-        self.momentum = momentum
+        self.momentum = check_momentum(momentum)
 
     def update_chunk(self, p: Array, g: Array, lr: float, decay: float, *state: Array) -> None:
         """Update one slice."""
@@ -276,6 +333,29 @@ class SGD(Optimizer):
             b += t
         xp.multiply(b, lr, out=t)
         p -= t
+
+
+def orthogonalized(x: Array) -> Array:
+    """Return matrices (…, n, k) with the singular vectors that ``x`` has, and singular values near 1 (0.7 to 1.2).
+
+    Five steps of a Newton-Schulz iteration with the odd polynomial of Jordan et al. 2024, "Muon", each of which makes
+    small singular values 3.4 times as large: what is below 1/500 of the Frobenius norm stays under 0.7, and 0 stays 0.
+    """
+    xp = array_module(x)
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.swapaxes(-1, -2) if tall else x  # the products below are of the shorter side
+    x = x / (xp.sqrt((x * x).sum(axis=(-2, -1), keepdims=True)) + 1e-7)
+    for _ in range(5):
+        a = x @ x.swapaxes(-1, -2)  # (…, n, n)
+        x = 3.4445 * x + (2.0315 * (a @ a) - 4.7750 * a) @ x
+    return x.swapaxes(-1, -2) if tall else x
+
+
+def check_momentum(momentum: float) -> float:
+    """Return ``momentum``; raise ConfigError for one that is no share of what was."""
+    if not 0.0 <= momentum < 1.0:
+        raise ConfigError(f"momentum={momentum}", "it must be in [0, 1); 0.9 is usual, for Muon 0.95")
+    return momentum
 
 
 def chunks(array: Array, spans: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:

@@ -117,8 +117,11 @@ class TrainStep:
             loss, self.grad_norm = (float(x) for x in to_numpy(both))  # the one time that a GPU is waited for
             if not (math.isfinite(loss) and math.isfinite(self.grad_norm)):
                 raise self._non_finite(loss, images, key)
+            if (limit := self.clip_norm) is not None and self.grad_norm > limit:
+                # all of it first: an update may read beyond its share
+                self.team.spread(lambda a, b: self._clip(a, b, limit), self.opt.flat.size)
             self.opt.begin_update()
-            self.team.spread(self._update, self.opt.flat.size)
+            self.team.spread(self._update, self.opt.flat.size, self.opt.passes)
         return loss
 
     def _add_up(self, start: int, stop: int) -> Array:
@@ -128,9 +131,10 @@ class TrainStep:
             total += flat[start:stop]
         return total @ total
 
+    def _clip(self, start: int, stop: int, limit: float) -> None:
+        scale_to_norm([self.opt.grad[start:stop]], self.grad_norm, limit)
+
     def _update(self, start: int, stop: int) -> None:
-        if self.clip_norm is not None:
-            scale_to_norm([self.opt.grad[start:stop]], self.grad_norm, self.clip_norm)
         self.opt.update_spans([(start, stop)])
 
     def _not_optimized(self, node: Node) -> GraphError:
@@ -202,9 +206,12 @@ class Team:
         """Call work(thread, start, stop) for every micro-batch; return the results in the order of the rows."""
         return self._run(work, self.pieces(rows), self.threads_for(rows))
 
-    def spread(self, work: Callable[[int, int], Any], length: int) -> list[Any]:
-        """Call work(start, stop) for even shares of a flat array, one a thread; return the results in their order."""
-        threads = min(self.threads, max(1, length // SHARE_NUMBERS))
+    def spread(self, work: Callable[[int, int], Any], length: int, passes: int = 1) -> list[Any]:
+        """Call work(start, stop) for even shares of a flat array, one a thread; return the results in their order.
+
+        ``passes`` says how much the work is: what so many passes over the numbers are.
+        """
+        threads = min(self.threads, max(1, length * passes // SHARE_NUMBERS))
         edges = [length * i // threads for i in range(threads + 1)]
         return self._run(lambda thread, start, stop: work(start, stop), list(itertools.pairwise(edges)), threads)
 
