@@ -166,7 +166,7 @@ def test_threads_share_the_update_of_scaled_groups(kind, clip_norm):
     for threads in (1, 3):
         model, opt = make(kind)
         step = mv.TrainStep(model, opt, threads=threads, micro_batch=2, clip_norm=clip_norm)
-        step.team.spread = lambda work, length, *_: [work(a, b) for a, b in ((0, 100), (100, 777), (777, length))]
+        step.team.spread = lambda work, length: [work(a, b) for a, b in ((0, 100), (100, 777), (777, length))]
         for _ in range(3):
             step(images, labels)
         flats.append(opt.flat)

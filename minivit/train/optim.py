@@ -80,7 +80,6 @@ class Optimizer:
     """
 
     slots: tuple[str, ...] = ()
-    passes: int = 1  # over the numbers, that an update takes about as long as: worth a thread of its own, or not
 
     def __init__(
         self,
@@ -256,8 +255,6 @@ class Muon(AdamW):
     that are largest. The factor gives the step the size of AdamW's: both take one ``lr`` and one decay (Liu et al.
     2025, arXiv 2502.16982, section 2.2). Queries, keys and values are three matrices, though they are kept as one.
     """
-
-    passes = 64
 
     def __init__(
         self,

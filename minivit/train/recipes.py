@@ -14,7 +14,7 @@ from typing import Any
 
 from minivit.errors import unknown_name
 
-_ADAMW = {"batch_size": 128, "weight_decay": 0.05, "clip_grad": 1.0, "smoothing": 0.1}
+_USUAL = {"batch_size": 128, "weight_decay": 0.05, "clip_grad": 1.0, "smoothing": 0.1}
 # small enough for many passes over the images in minutes on a CPU; mimetic weights learned faster in each trial
 _NARROW = {"dim": 64, "depth": 4, "heads": 4, "mlp_dim": 128, "pool": "mean", "weight_init": "mimetic"}
 
@@ -39,24 +39,39 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     "mnist@1": {
         "data": {"val_fraction": 0.0, "degrees": 12.0, "scale": 0.12, "shear": 0.12, "shift": 2.0},
         "model": {"name": "vit_mnist", "patch_size": 7, **_NARROW},
-        "train": {**_ADAMW, "epochs": 12, "lr": 3e-3, "min_lr": 3e-5, "warmup_epochs": 1.0},
+        "train": {**_USUAL, "epochs": 12, "lr": 3e-3, "min_lr": 3e-5, "warmup_epochs": 1.0},
     },
     # As for MNIST. Erasing held the gap between training and other images small; shifting them, by any crop, did harm:
     # each piece of clothing fills its image.
     "fashion@1": {
         "data": {"val_fraction": 0.0, "flip": True, "erasing": 0.5},
         "model": {"name": "vit_mnist", "patch_size": 7, **_NARROW},
-        "train": {**_ADAMW, "epochs": 34, "lr": 2e-3, "min_lr": 2e-5, "warmup_epochs": 1.0},
+        "train": {**_USUAL, "epochs": 34, "lr": 2e-3, "min_lr": 2e-5, "warmup_epochs": 1.0},
+    },
+    # Muon instead of AdamW gave one point more in the same number of epochs; nothing else that was tried gave as much.
+    # With it the larger batch cost nothing and is faster, and the shift by a pixel did no more harm.
+    "fashion@2": {
+        "data": {"val_fraction": 0.0, "crop": 1, "flip": True, "erasing": 0.25},
+        "model": {"name": "vit_mnist", "patch_size": 7, **_NARROW},
+        "train": {
+            **_USUAL,
+            "optimizer": "muon",
+            "epochs": 32,
+            "batch_size": 256,
+            "lr": 2.5e-3,
+            "min_lr": 2.5e-5,
+            "warmup_epochs": 1.0,
+        },
     },
     "cifar10@1": {
         "data": {"val_fraction": 0.0, "crop": 4, "flip": True},
         "model": {"name": "vit_cifar", **_NARROW, "dim": 96, "heads": 3, "mlp_dim": 192},
-        "train": {**_ADAMW, "epochs": 24, "lr": 2e-3, "min_lr": 2e-5, "warmup_epochs": 2.0},
+        "train": {**_USUAL, "epochs": 24, "lr": 2e-3, "min_lr": 2e-5, "warmup_epochs": 2.0},
     },
     "imagefolder@1": {
         "data": {"val_fraction": 0.0, "resized_crop": 0.35, "flip": True, "jitter": 0.3},
         "model": {"name": "vit_cifar", "image_size": 64, "patch_size": 8},
-        "train": {**_ADAMW, "batch_size": 64, "epochs": 60, "lr": 1e-3, "min_lr": 1e-5, "warmup_epochs": 5.0},
+        "train": {**_USUAL, "batch_size": 64, "epochs": 60, "lr": 1e-3, "min_lr": 1e-5, "warmup_epochs": 5.0},
     },
     # Fine-tuning as Dosovitskiy et al. 2020, table 4 and appendix B.1.1: momentum, cosine, no weight decay, clipping.
     "finetune@1": {

@@ -121,7 +121,7 @@ class TrainStep:
                 # all of it first: an update may read beyond its share
                 self.team.spread(lambda a, b: self._clip(a, b, limit), self.opt.flat.size)
             self.opt.begin_update()
-            self.team.spread(self._update, self.opt.flat.size, self.opt.passes)
+            self.team.spread(self._update, self.opt.flat.size)
         return loss
 
     def _add_up(self, start: int, stop: int) -> Array:
@@ -206,12 +206,9 @@ class Team:
         """Call work(thread, start, stop) for every micro-batch; return the results in the order of the rows."""
         return self._run(work, self.pieces(rows), self.threads_for(rows))
 
-    def spread(self, work: Callable[[int, int], Any], length: int, passes: int = 1) -> list[Any]:
-        """Call work(start, stop) for even shares of a flat array, one a thread; return the results in their order.
-
-        ``passes`` says how much the work is: what so many passes over the numbers are.
-        """
-        threads = min(self.threads, max(1, length * passes // SHARE_NUMBERS))
+    def spread(self, work: Callable[[int, int], Any], length: int) -> list[Any]:
+        """Call work(start, stop) for even shares of a flat array, one a thread; return the results in their order."""
+        threads = min(self.threads, max(1, length // SHARE_NUMBERS))
         edges = [length * i // threads for i in range(threads + 1)]
         return self._run(lambda thread, start, stop: work(start, stop), list(itertools.pairwise(edges)), threads)
 
