@@ -187,6 +187,12 @@ def test_any_number_of_classes(tmp_path, classes):
     assert len(page.source) < 1e6
 
 
+def test_a_model_with_room_for_more_classes_than_there_are(tmp_path):
+    tried = trial(5)
+    tried["classes"] = ["a", "b", "c"]
+    assert "class 4" in written(tmp_path, **tried).texts["th"]
+
+
 @pytest.mark.parametrize(("channels", "size"), [(1, (28, 28)), (3, (32, 32)), (4, (32, 32)), (4, (300, 200))])
 def test_images_of_any_channels_and_size(tmp_path, channels, size):
     pictures = written(tmp_path, **trial(count=20, channels=channels, size=size)).pictures()

@@ -20,7 +20,7 @@ from minivit import data, ops
 from minivit.backend import Key, auto_device, available_memory, permutation
 from minivit.cli.doctor import blas_text, cpu_text, system_text, versions
 from minivit.cli.layers import count_parameters, peak_memory
-from minivit.cli.report import bytes_text, class_names, measure, percent_interval, plural
+from minivit.cli.report import bytes_text, measure, percent_interval, plural
 from minivit.cli.results import draw_batch, spread_out, write_results
 from minivit.cli.settings import Settings, fit_to_data, parse_assignment, resolve, write_toml
 from minivit.data import (
@@ -37,6 +37,7 @@ from minivit.data import (
     RandomErasing,
     RandomResizedCrop,
 )
+from minivit.data.datasets import class_names
 from minivit.errors import CheckpointError, ConfigError, DataError
 from minivit.models.vit import ViT
 from minivit.nn.settings import check_settings, pair

@@ -37,8 +37,8 @@ def run(args: argparse.Namespace) -> int:
 
     from minivit import ops
     from minivit.backend import auto_device
-    from minivit.cli.report import class_names
     from minivit.data import standardize
+    from minivit.data.datasets import class_names
     from minivit.errors import MinivitError
     from minivit.train.step import predict_logits
     from minivit.train.weights import load_model

@@ -61,11 +61,6 @@ def percent_interval(result: dict[str, Any]) -> str:
     return f"{result['accuracy']:.2%} (95% interval {100 * low:.2f} to {high:.2%})"
 
 
-def class_names(classes: Sequence[str], count: int) -> list[str]:
-    """Return names for ``count`` classes: a model may have room for more than its data have, and these have none."""
-    return [*map(str, classes[:count]), *(f"class {i}" for i in range(len(classes), count))]
-
-
 def plural(number: int, noun: str) -> str:
     """Return "1 step" or "2,000 steps"."""
     return f"{number:,} {noun}{'s' * (number != 1)}"

@@ -170,6 +170,11 @@ def load(
     return replace(load_files(kind, path, split), name=str(name))
 
 
+def class_names(classes: Sequence[str], count: int) -> list[str]:
+    """Return names for ``count`` classes: a model may have room for more than its data have, and these have none."""
+    return [*map(str, classes[:count]), *(f"class {i}" for i in range(len(classes), count))]
+
+
 def kind_of(name: str | PathLike[str]) -> str:
     """Return what :func:`load` finds at ``name``: one of the :data:`NAMES`, ``"npz"`` or ``"folder"`` (of image files).
 

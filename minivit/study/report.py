@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from minivit import ops
+from minivit.data.datasets import class_names
 from minivit.data.files import replacing
 from minivit.study.curves import COLOURS, STYLE, chart
 from minivit.study.pictures import MOST_NAMED, enlarged
@@ -95,15 +96,16 @@ def write_report(
 
     ``rows`` are the epochs', as :meth:`minivit.train.Trainer.fit` returns them. ``images`` uint8 (N, C, H, W), an array
     or what is indexed like one, of which at most three channels are drawn, ``logits`` (N, K) and ``labels`` (N,) are
-    what the model was tried on; ``split`` is what to call them, ``classes`` has the K names. ``test`` has the figures
-    of these (loss, accuracy, interval, count and perhaps top5), or is None if they are no measure of the model.
-    ``config`` and ``command`` are the texts of config.toml and command.txt, ``samples`` is a picture of training
-    images, ``about`` a line under the title.
+    what the model was tried on; ``split`` is what to call them. ``test`` has the figures of these (loss, accuracy,
+    interval, count and perhaps top5), or is None if they are no measure of the model. ``config`` and ``command`` are
+    the texts of config.toml and command.txt, ``samples`` is a picture of training images, ``about`` a line under the
+    title.
 
     The page is whole or not there. Its Content-Security-Policy lets it load nothing and run nothing: only the pictures
     and the style within it count.
     """
     count = logits.shape[1]
+    names = class_names(classes, count)
     log_p = np.asarray(ops.log_softmax(logits))  # (N, K)
     flat = np.bincount(labels * count + log_p.argmax(axis=1), minlength=count * count)
     confusion = flat.reshape(count, count)  # label by row, prediction by column
@@ -111,10 +113,10 @@ def write_report(
     sections = {
         "Curves": _curves(rows),
         "Training images, as the model saw them": _samples(samples),
-        f"Confusion on the {split} images": _confusion(confusion, classes),
-        f"Accuracy of each class on the {split} images": _by_class(confusion, classes),
-        f"The worst mistakes on the {split} images": _gallery(wrong, images, log_p, labels, classes),
-        "Some that are right": _gallery(right, images, log_p, labels, classes),
+        f"Confusion on the {split} images": _confusion(confusion, names),
+        f"Accuracy of each class on the {split} images": _by_class(confusion, names),
+        f"The worst mistakes on the {split} images": _gallery(wrong, images, log_p, labels, names),
+        "Some that are right": _gallery(right, images, log_p, labels, names),
         "Configuration": _config(config),
         "Command and machine": f"<pre>{escape(command)}</pre>" if command else "",
     }

@@ -167,13 +167,17 @@ class Optimizer:
     def update_spans(self, spans: Sequence[tuple[int, int]]) -> None:
         """Update the given spans of the flat parameters."""
         for group in self.groups:
-            lr, decay = self.lr * group.scale, self.weight_decay if group.decayed else 0.0
+            lr, decay = self._rates(group)
             inside = [(max(start, group.start), min(stop, group.stop)) for start, stop in spans]
             for start, stop in chunks(self.flat, inside):
                 piece = slice(start, stop)
                 self.update_chunk(
                     self.flat[piece], self.grad[piece], lr, decay, *[s[piece] for s in self.state.values()]
                 )
+
+    def _rates(self, group: Group) -> tuple[float, float]:
+        """Return the learning rate and the weight decay of a group at this step."""
+        return self.lr * group.scale, self.weight_decay if group.decayed else 0.0
 
     def update_chunk(self, p: Array, g: Array, lr: float, decay: float, *state: Array) -> None:
         """Update the slice ``p`` of the parameters in place by its gradient ``g``, which is not changed."""
@@ -288,7 +292,7 @@ class Muon(AdamW):
 
     def _update_matrices(self, piece: slice, shape: tuple[int, int, int]) -> None:
         group = next(g for g in self.groups if g.start <= piece.start < g.stop)
-        lr, decay = self.lr * group.scale, self.weight_decay if group.decayed else 0.0
+        lr, decay = self._rates(group)
         p, g, b = (flat[piece].reshape(shape) for flat in (self.flat, self.grad, self.state["m"]))
         g = g * (1.0 - self.momentum)
         after = b * self.momentum + g

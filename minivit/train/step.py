@@ -110,7 +110,8 @@ class TrainStep:
             for views, done in zip(self.views, written, strict=True):
                 for i in set(range(len(views))) - done:
                     views[i][...] = 0.0
-            squares = self.team.spread(self._add_up, self.opt.flat.size)
+            size = self.opt.flat.size
+            squares = self.team.spread(self._add_up, size)
             xp = array_module(self.opt.flat)
             norm = xp.sqrt(sum(squares[1:], squares[0]))
             both = xp.stack([sum(losses[1:], losses[0]), norm])
@@ -119,9 +120,9 @@ class TrainStep:
                 raise self._non_finite(loss, images, key)
             if (limit := self.clip_norm) is not None and self.grad_norm > limit:
                 # all of it first: an update may read beyond its share
-                self.team.spread(lambda a, b: self._clip(a, b, limit), self.opt.flat.size)
+                self.team.spread(lambda a, b: scale_to_norm([self.opt.grad[a:b]], self.grad_norm, limit), size)
             self.opt.begin_update()
-            self.team.spread(self._update, self.opt.flat.size)
+            self.team.spread(lambda a, b: self.opt.update_spans([(a, b)]), size)
         return loss
 
     def _add_up(self, start: int, stop: int) -> Array:
@@ -130,12 +131,6 @@ class TrainStep:
         for flat in self.flats[1:]:
             total += flat[start:stop]
         return total @ total
-
-    def _clip(self, start: int, stop: int, limit: float) -> None:
-        scale_to_norm([self.opt.grad[start:stop]], self.grad_norm, limit)
-
-    def _update(self, start: int, stop: int) -> None:
-        self.opt.update_spans([(start, stop)])
 
     def _not_optimized(self, node: Node) -> GraphError:
         name = next((n for n, p in self.model.named_parameters() if p.node is node), "a Tensor outside the model")
