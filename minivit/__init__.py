@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from minivit.train import optim
     from minivit.train.step import TrainStep, predict_logits
     from minivit.train.trainer import Trainer
-    from minivit.train.weights import load_weights
+    from minivit.train.weights import load_model, load_weights
 
 __version__ = "0.1.0"
 
@@ -40,6 +40,7 @@ _HOMES = {
     "first_order": "autograd.graph",
     "grad": "autograd.tensor",
     "list_models": "models.zoo",
+    "load_model": "train.weights",
     "load_weights": "train.weights",
     "no_grad": "autograd.graph",
     "predict_logits": "train.step",
@@ -68,6 +69,7 @@ __all__ = [
     "first_order",
     "grad",
     "list_models",
+    "load_model",
     "load_weights",
     "nn",
     "no_grad",

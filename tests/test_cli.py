@@ -34,7 +34,7 @@ from minivit.errors import CheckpointError, ConfigError, DataError
 from minivit.models.zoo import MODELS
 from minivit.train.checkpoint import load_checkpoint, save_checkpoint
 from minivit.train.recipes import FOR_DATA, RECIPES, full_name
-from minivit.train.weights import load_model
+from minivit.train.weights import read_model
 
 TINY = ["--set", "model.dim=8", "--set", "model.depth=1", "--set", "model.heads=2", "--set", "model.mlp_dim=16"]
 
@@ -414,7 +414,7 @@ def test_the_checkpoint_says_what_prediction_needs(checkpoint: str, archive: Pat
     expected |= {"mean": list(train.mean), "std": list(train.std)}
     expected["labels"] = hashlib.sha256(train.labels.tobytes()).hexdigest()
     assert meta["data"] == expected
-    model, _ = load_model(checkpoint)
+    model, _ = read_model(checkpoint)
     other = mv.ViT(**{**model.config, "seed": 5})
     mv.load_weights(other, checkpoint)
     assert all(
@@ -589,13 +589,13 @@ def test_eval_refuses_data_of_another_kind(checkpoint: str, here: Path, capsys: 
 def test_a_float64_checkpoint_is_measured_and_predicts_in_float64(
     checkpoint: str, pictures: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model, meta = load_model(checkpoint)
+    model, meta = read_model(checkpoint)
     model.to(np.float64)
     for p in model.parameters():
         p.data += 1e-12  # lost in float32
     state = model.state_dict()
     save_checkpoint("double.npz", {f"model/{name}": array for name, array in state.items()}, meta)
-    loaded = load_model("double.npz")[0].state_dict()
+    loaded = read_model("double.npz")[0].state_dict()
     assert all(a.dtype == np.float64 and np.array_equal(a, state[name]) for name, a in loaded.items())
     found = []
     for path in (checkpoint, "double.npz"):
@@ -655,7 +655,7 @@ def test_predict_agrees_with_the_model(checkpoint: str, pictures: Path, capsys: 
     rows = json.loads(capsys.readouterr().out)
     assert [row["file"] for row in rows] == ["0.png", "1.png", "2.png", "three.npy[0]", "three.npy[1]", "three.npy[2]",
                                              "two.npz[0]", "two.npz[1]"]  # fmt: skip
-    model, meta = load_model(checkpoint)
+    model, meta = read_model(checkpoint)
     loader = data.Loader(data.load("digits", "test").subset(range(3)), 3, Key(0),
                          mean=meta["data"]["mean"], std=meta["data"]["std"], shuffle=False)  # fmt: skip
     expected = mv.ops.softmax(mv.predict_logits(model, next(iter(loader.batches(0)))[0]))
@@ -786,7 +786,7 @@ def test_parameters_are_counted_without_making_the_model(name: str, settings: di
 
 def test_summary_of_a_checkpoint_and_the_list(checkpoint: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["summary", checkpoint]) == 0
-    assert f"{load_model(checkpoint)[0].num_tokens} × 8" in capsys.readouterr().out
+    assert f"{read_model(checkpoint)[0].num_tokens} × 8" in capsys.readouterr().out
     assert main(["summary", "--list", "vit_[tsb]*_patch16_224"]) == 0
     out = capsys.readouterr().out
     assert [line.split()[-1] for line in out.splitlines()[1:]] == ["86,567,656", "22,050,664", "5,717,416"]
@@ -835,7 +835,7 @@ def test_gradcheck_tells_of_survivors(monkeypatch: pytest.MonkeyPatch, capsys: p
 def test_gradcheck_of_a_model(checkpoint: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["gradcheck", checkpoint, "--order", "1"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    names = [name for name, _ in load_model(checkpoint)[0].named_parameters()]
+    names = [name for name, _ in read_model(checkpoint)[0].named_parameters()]
     assert [line.split()[0] for line in lines[3 : 3 + len(names)]] == names
     assert all(line.endswith("complex  ok") for line in lines[3 : 3 + len(names)])
     worst = float(lines[-1].split("worst relative error ")[1].split()[0])

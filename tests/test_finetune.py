@@ -12,7 +12,7 @@ from minivit.models.positions import resize_matrix, resize_positions
 from minivit.train import load_checkpoint, save_checkpoint
 from minivit.train.ema import EMA
 from minivit.train.optim import SGD, AdamW
-from minivit.train.weights import init_from, load_model, load_weights, model_config
+from minivit.train.weights import init_from, load_weights, model_config, read_model
 
 SMALL = {
     "image_size": (12, 8), "patch_size": 4, "dim": 16, "depth": 2, "heads": 4, "mlp_dim": 24, "num_classes": 5,
@@ -125,7 +125,7 @@ def test_the_average_is_what_is_evaluated(tmp_path, trained):
     average = {n: a + 1 for n, a in trained.state_dict().items() if n != "norm.bias"}  # which was frozen
     path = saved(tmp_path / "a.npz", trained, **average)
     expected = trained.state_dict() | average
-    loaded, other, fine = load_model(path)[0], mv.ViT(**SMALL), mv.ViT(**SMALL)
+    loaded, other, fine = read_model(path)[0], mv.ViT(**SMALL), mv.ViT(**SMALL)
     load_weights(other, path)
     init_from(fine, path)
     for model, names in ((loaded, expected), (other, expected), (fine, expected.keys() - HEAD)):
@@ -137,7 +137,7 @@ def test_the_config_of_a_checkpoint_has_every_setting(tmp_path, trained, path):
     partly = {"image_size": 8, "dim": 8, "depth": 1, "heads": 2}
     small = saved(tmp_path / "b.npz", mv.ViT(**partly), config=partly)
     assert model_config(small) == mv.ViT(**partly).config
-    assert load_model(small)[0].config == mv.ViT(**partly).config
+    assert read_model(small)[0].config == mv.ViT(**partly).config
 
 
 # ---- fine-tuning -----------------------------------------------------------------------------------------------------
@@ -286,7 +286,7 @@ def test_arrays_that_are_not_the_settings_own(tmp_path, trained, name, array):
 def test_a_checkpoint_that_does_not_say_what_it_holds(tmp_path, trained):
     path = tmp_path / "a.npz"
     save_checkpoint(path, {"model/head.bias": np.zeros(3)}, {})
-    for use in (lambda: init_from(trained, path), lambda: model_config(path), lambda: load_model(path)):
+    for use in (lambda: init_from(trained, path), lambda: model_config(path), lambda: read_model(path)):
         with pytest.raises(CheckpointError, match="does not say which model"):
             use()
 
@@ -323,7 +323,7 @@ def test_fine_tuning_at_another_size_starts_ahead(tmp_path):
     ema = EMA(opt, 0.95)
     fit(model, opt, 16, 200, ema)
     path = saved(tmp_path / "a.npz", model, **ema.state_dict())
-    assert accuracy(load_model(path)[0], 16) > 0.9
+    assert accuracy(read_model(path)[0], 16) > 0.9
     assert load_checkpoint(path).under("ema").keys() == dict(model.named_parameters()).keys()
     reached = []
     for start in (path, None):

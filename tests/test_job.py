@@ -22,7 +22,7 @@ from minivit.data import Affine, Chain, ColorJitter, Crop, Flip, Mix, RandAugmen
 from minivit.errors import ConfigError
 from minivit.train.checkpoint import load_checkpoint, parameters_hash
 from minivit.train.optim import SGD
-from minivit.train.weights import load_model
+from minivit.train.weights import read_model
 
 TINY = [word for key in ("dim=8", "depth=2", "heads=2", "mlp_dim=16") for word in ("--set", f"model.{key}")]
 EVERYTHING = ["--grad-accum-steps", "2", "--drop-path", "0.1", "--mixup", "0.8", "--cutmix", "1", "--model-ema", "0.9",
@@ -282,7 +282,7 @@ def test_the_start_is_the_checkpoints_average_with_a_new_head(archive: Path, her
     assert main(["train", str(archive), *TINY, "--epochs", "1", "-q", "--name", "first", "--model-ema", "0.5"]) == 0
     first = "runs/first/checkpoints/last.npz"
     made = Job(resolve({"data.name": str(archive), "train.init_from": first}), quiet=True)
-    averaged, _ = load_model(first)
+    averaged, _ = read_model(first)
     assert parameters_hash(averaged) != parameters_hash(made.model)
     assert not made.model.head.weight.data.any()
     averaged.reset_head(10)

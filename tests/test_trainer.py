@@ -28,7 +28,7 @@ from minivit.train import (
     warmup_cosine,
 )
 from minivit.train import trainer as trainer_module
-from minivit.train.weights import load_model
+from minivit.train.weights import read_model
 from tests.test_kill import BATCHES, EPOCHS, small_run
 
 STEPS = EPOCHS * BATCHES
@@ -476,7 +476,7 @@ def test_the_average_is_what_is_evaluated_and_kept(tmp_path):
         digest = parameters_hash(trainer.model)
         assert evaluate(trainer.model, valid)["accuracy"] == history[-1]["valid_accuracy"]
     assert parameters_hash(trainer.model) != digest
-    model, _ = load_model(tmp_path / "checkpoints" / "last.npz")
+    model, _ = read_model(tmp_path / "checkpoints" / "last.npz")
     assert parameters_hash(model) == digest
     cut, train, valid = small_run(tmp_path / "cut", ema=0.5)
     with pytest.raises(PowerCut):

@@ -30,9 +30,9 @@ def run(args: argparse.Namespace) -> int:
     from minivit.cli.report import measure, plural
     from minivit.errors import DataError
     from minivit.train.trainer import evaluate
-    from minivit.train.weights import load_model
+    from minivit.train.weights import read_model
 
-    model, meta = load_model(args.checkpoint)
+    model, meta = read_model(args.checkpoint)
     trained_on = meta.get("data", {})
     name = args.data or trained_on.get("name")
     if name is None:

@@ -90,7 +90,7 @@ def check_model(name: str, order: int, seed: int) -> int:
     from minivit.cli.layers import count_parameters, image_shape, model_config
     from minivit.errors import ConfigError
     from minivit.models.vit import ViT
-    from minivit.train.weights import load_model
+    from minivit.train.weights import read_model
 
     config = model_config(name)
     size = count_parameters(config)
@@ -99,7 +99,7 @@ def check_model(name: str, order: int, seed: int) -> int:
             f"{name} has {size:,} parameters: checking it would take hours",
             "the same layers are in small models: check vit_digits, vit_mnist or vit_cifar",
         )
-    model = load_model(name)[0] if name.endswith(".npz") else ViT(**config)
+    model = read_model(name)[0] if name.endswith(".npz") else ViT(**config)
     model.to(np.float64).eval()
     for i, p in enumerate(model.parameters()):
         if not p.data.any():  # a fresh head of zeros would hide all that lies before it

@@ -41,9 +41,9 @@ def run(args: argparse.Namespace) -> int:
     from minivit.data.datasets import class_names
     from minivit.errors import MinivitError
     from minivit.train.step import predict_logits
-    from minivit.train.weights import load_model
+    from minivit.train.weights import read_model
 
-    model, meta = load_model(args.checkpoint)
+    model, meta = read_model(args.checkpoint)
     model.to(auto_device(args.device)[0])
     recorded = meta.get("data", {})
     rows: list[dict[str, Any]] = []

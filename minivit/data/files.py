@@ -1,16 +1,31 @@
-"""Files that a crash leaves whole: written under another name, synced to the disk, and renamed."""
+"""Files: opened only if they are files, and written so that a crash leaves them whole."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 TEMPORARY = ".tmp"
 """What the name of a file ends with that :func:`replacing` has not finished."""
+
+
+def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
+    """Open a regular file, or a link to one, for reading bytes.
+
+    Raises OSError (EINVAL) for a pipe, a socket or a device, which might be waited on for ever or have no end, and
+    whatever ``open`` raises.
+    """
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)  # a pipe's open() would wait
+    descriptor = os.open(path, flags)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
+    return open(descriptor, "rb")
 
 
 @contextlib.contextmanager

@@ -31,11 +31,16 @@ def load_weights(model: Module, path: str | Path) -> None:
     model.load_state_dict(_parameters(load_checkpoint(path)))
 
 
-def load_model(path: str | Path) -> tuple[ViT, dict[str, Any]]:
-    """Build the model that a checkpoint was saved from; return it, in eval mode, and the checkpoint's meta.
+def load_model(path: str | Path) -> ViT:
+    """Build the model that a checkpoint was saved from, in eval mode, with the dtype of the stored parameters.
 
-    It has the dtype of the stored parameters, of which :func:`load_weights` says which they are.
+    Of these :func:`load_weights` says which they are. Raises CheckpointError if the file cannot be used.
     """
+    return read_model(path)[0]
+
+
+def read_model(path: str | Path) -> tuple[ViT, dict[str, Any]]:
+    """Return :func:`load_model`'s model, and the checkpoint's meta."""
     checkpoint = load_checkpoint(path)
     config, state = _config(checkpoint, path), _parameters(checkpoint)
     try:
