@@ -1,11 +1,12 @@
 """minivit beside PyTorch and JAX, in turns, so that a drift of the machine's speed reaches all alike.
 
     python benchmarks/compare.py [ROUNDS] [--python PYTHON_WITH_PEERS] [--configs digits cifar ti16 infer] [--save FILE]
+                                    [--device cuda]
 
 Training steps of three configurations, and inference of one. Each measurement is a process of its own, on all cores.
 Prints a table in Markdown: medians over the rounds; minivit's speed as a ratio to the peer's in the same round, with
 the smallest and the largest; minivit's memory as a ratio to the peer's. ``--save`` draws it as SVG. A peer that the
-Python cannot run is left out.
+Python cannot run is left out. On a GPU the memory is the device's, all is float32, and JAX does not take part.
 """
 
 from __future__ import annotations
@@ -42,14 +43,16 @@ def measure(python: str, script: str, *words: str) -> Measured:
     return float(found[1]), float(found[2])
 
 
-def compare(workload: str, rounds: int, python: str, peers: dict[str, tuple[str, ...]]) -> dict[str, list[Measured]]:
+def compare(
+    workload: str, rounds: int, python: str, peers: dict[str, tuple[str, ...]], device: str
+) -> dict[str, list[Measured]]:
     """Return what each round measured of minivit, first, and of every peer; take out of ``peers`` who cannot run."""
     rows: dict[str, list[Measured]] = {"minivit": [], **{peer: [] for peer in peers}}
     for _ in range(rounds):
-        rows["minivit"].append(measure(sys.executable, "step.py", *WORKLOADS[workload]))
+        rows["minivit"].append(measure(sys.executable, "step.py", *WORKLOADS[workload], "--device", device))
         for peer, (script, *engine) in list(peers.items()):
             try:
-                rows[peer].append(measure(python, script, *WORKLOADS[workload], *engine))
+                rows[peer].append(measure(python, script, *WORKLOADS[workload], *engine, "--device", device))
             except RuntimeError as error:
                 print(f"{peer} is left out: {error}", flush=True)
                 del peers[peer], rows[peer]
@@ -84,12 +87,13 @@ def main() -> None:
     parser.add_argument("--python", default=sys.executable, help="a Python that has PyTorch and JAX")
     parser.add_argument("--configs", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
     parser.add_argument("--save", metavar="FILE.svg")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     args = parser.parse_args()
-    peers = dict(PEERS)
+    peers = {peer: command for peer, command in PEERS.items() if args.device == "cpu" or peer != "JAX jit"}
     panels = {}
     print("| | | img/s | MB | minivit's speed ÷ its (min to max) | minivit's memory ÷ its |\n|---|---|---|---|---|---|")
     for workload in args.configs:
-        rows = compare(workload, args.rounds, args.python, peers)
+        rows = compare(workload, args.rounds, args.python, peers, args.device)
         print_rows(workload, rows)
         panels[heading(workload)] = {name: medians(measured) for name, measured in rows.items()}
     if args.save:

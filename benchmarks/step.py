@@ -1,4 +1,7 @@
-"""The speed and memory of minivit: ``python benchmarks/step.py CONFIG [train|infer]`` (digits, cifar or ti16)."""
+"""The speed and memory of minivit: ``python benchmarks/step.py CONFIG [train|infer]`` (digits, cifar or ti16).
+
+``--device cuda`` measures on a GPU, where the memory is what the device holds for the step.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +12,17 @@ import numpy as np
 from configs import arguments, report
 
 import minivit as mv
-from minivit.backend import normal, peak_memory, random_bits
+from minivit.backend import normal, peak_memory, random_bits, to_device
 from minivit.study.speed import time_steps
 
 
 def main() -> None:
     config, name, args = arguments(__doc__)
     batch, image, patch, dim, depth, heads, steps = config
-    model = mv.ViT(image_size=image, patch_size=patch, dim=dim, depth=depth, heads=heads, num_classes=10)
-    images = normal(mv.Key(0), (batch, 3, image, image)).astype(np.float32)
+    model = mv.ViT(image_size=image, patch_size=patch, dim=dim, depth=depth, heads=heads, num_classes=10).to(
+        args.device
+    )
+    images = to_device(normal(mv.Key(0), (batch, 3, image, image)).astype(np.float32), args.device)
     labels = (random_bits(mv.Key(1), (batch,)) % 10).astype(np.int64)
     losses: list[float] = []
     step: Callable[[Any, Any], Any]
@@ -27,7 +32,14 @@ def main() -> None:
     else:
         step = lambda images, labels: mv.predict_logits(model, images)
     times = time_steps(step, images, labels, steps)
-    report(f"minivit {name}", config, times, losses, peak_memory())
+    report(f"minivit {name}", config, times, losses, peak_memory() if args.device == "cpu" else pool_size())
+
+
+def pool_size() -> int:
+    """Return the bytes that CuPy's pool has taken from the GPU, and not given back since."""
+    import cupy
+
+    return int(cupy.get_default_memory_pool().total_bytes())
 
 
 if __name__ == "__main__":

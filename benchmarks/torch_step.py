@@ -44,6 +44,7 @@ def main() -> None:
     config, name, args = arguments(__doc__, engine=["eager", "compile"])
     batch, image, patch, dim, depth, heads, steps = config
     torch.manual_seed(0)
+    torch.set_default_device(args.device)
     model = ViT(image, patch, dim, depth, heads)
     forward = torch.compile(model) if args.engine == "compile" else model
     images, labels = torch.randn(batch, 3, image, image), torch.randint(0, 10, (batch,))
@@ -58,9 +59,10 @@ def main() -> None:
             opt.step()
             losses.append(loss.item())
     else:
-        step = torch.inference_mode()(lambda images, labels: forward(images))
+        step = torch.inference_mode()(lambda images, labels: forward(images).cpu())
     times = time_steps(step, images, labels, steps)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    on_cpu = args.device == "cpu"
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 if on_cpu else torch.cuda.max_memory_reserved()
     report(f"PyTorch {args.engine} {name}", config, times, losses, peak)
 
 
