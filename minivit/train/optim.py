@@ -228,7 +228,7 @@ class AdamW(Optimizer):
     """Adam with decoupled weight decay (Loshchilov and Hutter 2019, arXiv 1711.05101, algorithm 2, as in PyTorch).
 
     m ← β₁m + (1-β₁)g, v ← β₂v + (1-β₂)g², p ← (1 - lr·decay)·p - lr·m̂/(√v̂ + eps), with m̂ = m/(1-β₁ᵗ) and
-    v̂ = v/(1-β₂ᵗ).
+    v̂ = v/(1-β₂ᵗ). t counts the optimizer's updates, also for a parameter that had no gradient in some of them.
     """
 
     slots = ("m", "v")
@@ -379,7 +379,9 @@ def check_rates(lr: Any, weight_decay: Any, scales: Iterable[float], dtype: Any)
     for name, value in (("lr", lr), ("weight_decay", weight_decay)):
         is_number = isinstance(value, Real)
         if not (is_number and 0.0 <= value <= most):  # NaN compares with nothing
-            raise ConfigError(f"{name}={value!r}", "it must be finite and at least 0: look at what sets it")
+            raise ConfigError(
+                f"{name}={value!r}", "it must be finite and at least 0: look at what sets it, such as a schedule"
+            )
     if (scale := max(scales)) * lr * max(1.0, weight_decay) > most:
         raise ConfigError(f"lr={lr}, scaled by {scale}, and weight_decay={weight_decay}", "together they overflow")
 
