@@ -479,7 +479,7 @@ def test_buffers_of_threads_without_work_are_neither_cleared_nor_added():
     assert all((flat == 7.0).all() for flat in step.flats[1:])
 
 
-@pytest.mark.parametrize("rate", [math.nan, math.inf, -1e-3, 1e39, 10**400, None, "fast"])
+@pytest.mark.parametrize("rate", [math.nan, math.inf, -1e-3, 1e39, 10**400, None, "fast"], ids=lambda r: str(r)[:6])
 def test_a_rate_that_is_none_changes_nothing(rate):
     model, opt = make()
     step = mv.TrainStep(model, opt)
