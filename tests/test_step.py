@@ -534,6 +534,7 @@ def test_right_is_unknown_where_a_logit_is_no_answer():
     for settings, y, loss in (
         ({"pool": "none"}, np.repeat(labels[:, None], 12, axis=1), ops.cross_entropy),
         ({}, labels.astype(np.float32), lambda logits, y: ((logits[:, 0] - y) ** 2).mean()),
+        ({}, np.ones((7, 5), np.float32), lambda logits, y: ((logits - y) ** 2).mean()),
         ({"num_classes": 1}, labels.astype(np.float32)[:, None], lambda logits, y: ((logits - y) ** 2).mean()),
     ):
         model, opt = make(**settings)

@@ -323,6 +323,8 @@ def count_right(logits: Any, labels: Array) -> Array | None:
     if not is_array(logits) or logits.ndim != 2 or logits.shape[1] < 2:
         return None
     if labels.shape == logits.shape:
+        if isinstance(labels, np.ndarray) and not (np.abs(labels.sum(axis=1) - 1.0) < 0.01).all():
+            return None  # no shares, but several classes at once, or other numbers; on a GPU, to look would be to wait
         labels = labels.argmax(axis=1)  # (B, K) → (B,)
     elif labels.shape != logits.shape[:1] or labels.dtype.kind not in "iu":
         return None
