@@ -15,8 +15,10 @@ import pytest
 import minivit as mv
 from minivit import ops
 from minivit.backend import memory_in_use, normal, uniform
+from minivit.cli.results import draw_attention
 from minivit.errors import CheckpointError, ConfigError, DataError, GraphError, NonFiniteError, ShapeError
 from minivit.nn.module import mode
+from minivit.study.speed import image_flops
 from minivit.train.ema import EMA
 from minivit.train.optim import SGD, AdamW, Muon, clip_grad_norm, is_decayed, layer_scales
 from tests.test_vit import SMALL, disturbed, golden_model, goldens  # noqa: F401
@@ -590,13 +592,23 @@ def test_parts_that_were_set_to_eval_mode_stay_in_it():
             model.embed_drop.eval()
         before = flags(model)
         with mv.random_key(mv.Key(1)):
-            losses.append(mv.TrainStep(model, opt, ops_mean_of_tokens)(*batch()))
+            losses.append(mv.TrainStep(model, opt, mean_square)(*batch()))
         mv.predict_logits(model, batch()[0])
         assert flags(model) == before and model.training
     assert losses[0] == losses[1]
 
 
-def ops_mean_of_tokens(logits, labels):
+def test_what_looks_at_a_model_leaves_the_modes_of_its_parts(tmp_path):
+    few = mv.data.load("digits").subset(np.arange(4))
+    model = mv.create_model("vit_digits", depth=1)
+    model.blocks[0].eval()
+    before = flags(model)
+    image_flops(model)
+    draw_attention(model, mv.data.Loader(few, 4, mv.Key(0), shuffle=False), tmp_path / "attention.png")
+    assert flags(model) == before and len(set(before)) == 2
+
+
+def mean_square(logits, labels):
     return (logits * logits).mean()
 
 
