@@ -390,11 +390,86 @@ def test_blas_threads():
         pass
 
 
-def test_keep_freed_memory():
-    out = run_python(
-        "from minivit import backend; print(backend.keep_freed_memory())"
-    )  # it holds for the whole process
-    assert out == str(platform.libc_ver()[0] == "glibc")
+def test_blas_threads_of_several_threads_end_in_any_order():
+    def threads() -> set[int]:
+        return {lib["num_threads"] for lib in threadpoolctl.threadpool_info() if lib["user_api"] == "blas"}
+
+    with threadpoolctl.threadpool_limits(3, "blas"):
+        (own,) = threads()
+        assert own > 1
+        first, second, third = backend.blas_threads(1), backend.blas_threads(2), backend.blas_threads(1)
+        second.__enter__()
+        assert threads() == {2}
+        first.__enter__()
+        third.__enter__()
+        first.__exit__(None, None, None)  # as threads do that began before the others and end before them
+        assert threads() == {1}
+        third.__exit__(None, None, None)
+        assert threads() == {2}
+        second.__exit__(None, None, None)
+        assert threads() == {own}
+
+
+KEEPING = """
+import numpy as np
+from minivit.backend import keep_freed_memory, memory_in_use
+
+def after_a_large_pass():
+    before = memory_in_use()
+    arrays = [np.ones(1 << 18) for _ in range(100)]  # 200 MiB
+    del arrays
+    return memory_in_use() - before > 1e8
+
+could = keep_freed_memory()
+before = memory_in_use()
+kept = after_a_large_pass()
+restored = keep_freed_memory(False)
+print(could, kept, restored, memory_in_use() - before > 1e8, after_a_large_pass())
+"""
+
+
+def test_keep_freed_memory_and_give_it_back():
+    glibc = str(platform.libc_ver()[0] == "glibc")
+    assert run_python(KEEPING) == f"{glibc} {glibc} {glibc} False False"  # it holds for the whole process
+
+
+LIBRARY = """
+import types
+import numpy as np
+import minivit as mv
+from minivit import backend
+
+calls = []
+backend.ctypes = types.SimpleNamespace(CDLL=calls.append)
+model = mv.ViT(8, 4, 1, 3, dim=8, depth=1, heads=2)
+images, labels = np.zeros((6, 1, 8, 8), np.float32), np.arange(6) % 3
+mv.TrainStep(model, mv.optim.AdamW(model.named_parameters()))(images, labels)
+mv.predict_logits(model, images)
+print(calls)
+"""
+
+
+def test_a_step_and_a_prediction_leave_the_processs_memory_settings_alone():
+    assert run_python(LIBRARY) == "[]"
+
+
+@pytest.mark.parametrize(
+    "command", ["train digits --dry-run --quiet", "lr-find digits", "eval x", "predict x y", "bench"]
+)
+def test_the_commands_keep_freed_memory(command, monkeypatch):
+    import minivit.cli.job
+    from minivit.cli.main import main
+
+    class Called(Exception):
+        pass
+
+    def keep() -> None:
+        raise Called
+
+    monkeypatch.setattr(backend, "keep_freed_memory", keep)
+    monkeypatch.setattr(minivit.cli.job, "keep_freed_memory", keep)
+    with pytest.raises(Called):
+        main(command.split())
 
 
 # ---- random numbers --------------------------------------------------------------------------------------------------

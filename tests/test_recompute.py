@@ -9,6 +9,7 @@ import minivit as mv
 from minivit import ops
 from minivit.backend import normal
 from minivit.errors import GraphError
+from minivit.nn.module import mode
 from minivit.nn.recompute import recompute
 from minivit.train.optim import AdamW
 from tests.test_vit import SMALL, disturbed
@@ -78,9 +79,9 @@ def test_the_input_alone_is_kept():
 
 
 def test_what_it_does_not_depend_on_gets_zeros():
-    x, p = (mv.nn.Parameter(np.ones((2, 3), np.float32)) for _ in range(2))
-    recompute(lambda x: x * 2.0, x * 1.0, [p]).sum().backward()
-    assert (x.grad == 2.0).all() and (p.grad == 0.0).all()
+    x, norm = mv.nn.Parameter(np.ones((2, 3), np.float32)), mv.nn.LayerNorm(3)
+    recompute(lambda x: x * 2.0, x * 1.0, norm).sum().backward()
+    assert (x.grad == 2.0).all() and (norm.weight.grad == 0.0).all()
 
 
 def test_nothing_is_recorded_without_gradients():
@@ -94,3 +95,22 @@ def test_second_order_is_refused():
     loss = model(normal(mv.Key(1), (2, 3, 12, 8)).astype(np.float32)).sum()
     with pytest.raises(GraphError, match="recompute=False"):
         mv.grad(loss, [model.pos_embed], create_graph=True)
+
+
+@pytest.mark.parametrize("changed", ["model", "block", "thread"])
+def test_it_runs_again_in_the_modes_of_the_first_pass(changed):
+    """Whatever is set between forward and backward, or holds where backward is called."""
+    images = normal(mv.Key(1), (4, 3, 12, 8)).astype(np.float32)
+    results = []
+    for again in (False, True):
+        model = disturbed(mv.ViT(**SMALL, **DROPS, recompute=again))
+        model.blocks[1].mlp.eval()
+        with mv.random_key(mv.Key(5)), mode(True if changed == "block" else None):
+            loss = ops.cross_entropy(model(images), np.arange(4) % 5)
+        if changed == "model":
+            model.eval()
+        with mode(False if changed == "thread" else None):
+            loss.backward()
+        results.append({n: p.grad for n, p in model.named_parameters()})
+    for name, g in results[0].items():
+        np.testing.assert_array_equal(results[1][name], g, err_msg=name)

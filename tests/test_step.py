@@ -3,6 +3,11 @@
 import contextlib
 import gc
 import math
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,8 +15,12 @@ import pytest
 import minivit as mv
 from minivit import ops
 from minivit.backend import memory_in_use, normal, uniform
+from minivit.cli.results import draw_attention
 from minivit.errors import CheckpointError, ConfigError, DataError, GraphError, NonFiniteError, ShapeError
-from minivit.train.optim import SGD, AdamW, clip_grad_norm, is_decayed
+from minivit.nn.module import mode
+from minivit.study.speed import image_flops
+from minivit.train.ema import EMA
+from minivit.train.optim import SGD, AdamW, Muon, clip_grad_norm, is_decayed, layer_scales
 from tests.test_vit import SMALL, disturbed, golden_model, goldens  # noqa: F401
 
 
@@ -371,3 +380,335 @@ def test_a_float64_model_trains_from_float32_images():
     step = mv.TrainStep(model, AdamW(model.named_parameters()))
     assert step(*batch()) > 0
     assert mv.predict_logits(model, batch()[0]).dtype == np.float64
+
+
+# ---- only what gets a gradient ---------------------------------------------------------------------------------------
+
+KINDS = {
+    "adamw": lambda model: AdamW(model.named_parameters(), lr=1e-2, weight_decay=0.3),
+    "muon": lambda model: Muon(model.named_parameters(), lr=1e-2, weight_decay=0.3),
+    "sgd": lambda model: SGD(model.named_parameters(), lr=1e-2, weight_decay=0.3),
+}
+
+
+class WithSpares(mv.ViT):
+    """A ViT with a layer that no image uses, and one that only the image with the label 4 uses."""
+
+    def __init__(self, **settings):
+        super().__init__(**settings)
+        with mv.random_key(mv.Key(3)):
+            self.unused, self.seldom = mv.nn.Linear(16, 16), mv.nn.Linear(5, 5)
+
+    def forward(self, images):
+        logits = super().forward(images)
+        odd = [i for i in range(len(images)) if images[i, 0, 0, 0] == 9.0]
+        return logits + self.seldom(logits[odd[0]]) if odd else logits
+
+
+@pytest.mark.parametrize("clip_norm", [None, 1e-2])
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_gets_no_gradient_stays_and_the_rest_moves_as_in_plain_steps(kind, threads, clip_norm):
+    images, labels = batch()
+    images[4, 0, 0, 0] = 9.0
+    results = []
+    for how in ("step", "plain"):
+        model = disturbed(WithSpares(**{**SMALL, "qkv_bias": False})).to(np.float64)
+        opt = KINDS[kind](model)
+        ema = EMA(opt, 0.9)
+        step = mv.TrainStep(model, opt, threads=threads, micro_batch=7, clip_norm=clip_norm)
+        norms = []
+        for t in range(5):
+            if t == 2:  # after it has moved, and has moments and an average of its own
+                for name, p in model.named_parameters():
+                    if name.startswith(("blocks.1.", "cls_token", "norm.")):
+                        p.requires_grad = False
+                        p.grad = None if how == "step" else np.ones_like(p.data)  # left over from before
+                frozen = everything(model, opt, ema)
+            images[4, 0, 0, 0] = 9.0 if t < 3 else 0.0
+            if how == "step":
+                step(images[4:5] if threads == 1 else images[3:5], labels[4:5] if threads == 1 else labels[3:5])
+                norms.append(step.grad_norm)
+            else:
+                for p in model.parameters():
+                    p.grad = None if p.requires_grad else p.grad
+                pieces = [slice(4, 5)] if threads == 1 else [slice(3, 4), slice(4, 5)]
+                for piece in pieces:  # as the threads have them: the odd image is alone
+                    loss = ops.cross_entropy(model(images[piece].astype(np.float64)), labels[piece]) / len(pieces)
+                    loss.backward()
+                norms.append(clip_grad_norm(model.parameters(), clip_norm or math.inf))
+                opt.step()
+            ema.update()
+        after = everything(model, opt, ema)
+        for name, value in frozen.items():
+            if any(part in name for part in ("blocks.1.", "cls_token", "/norm.", "unused")):
+                assert (after[name] == value).all(), name
+            elif "steps" not in name and "seldom" not in name and not name.startswith("opt/v/"):
+                assert (after[name] != value).any(), name
+        results.append(after | {"norms": np.array(norms)})
+    for name, value in results[0].items():
+        np.testing.assert_allclose(value, results[1][name], rtol=1e-9, atol=1e-13, err_msg=name)
+
+
+def everything(model, opt, ema):
+    states = {"model": model.state_dict(), "opt": opt.state_dict(), "ema": ema.state_dict()}
+    return {f"{what}/{name}": value for what, state in states.items() for name, value in state.items()}
+
+
+def test_a_step_in_which_nothing_gets_a_gradient():
+    model, opt = make()
+    before = model.state_dict()
+    for p in model.parameters():
+        p.requires_grad = False
+    with pytest.raises(GraphError, match="no parameter of the optimizer gets a gradient"):
+        mv.TrainStep(model, opt)(*batch())
+    model.head.weight.requires_grad = True
+    for loss, wrong in ((lambda x, y: 1.0, "is a float"), (lambda x, y: (x * x).sum(axis=1), r"shape \(7,\)")):
+        with pytest.raises((GraphError, ShapeError), match=wrong):
+            mv.TrainStep(model, opt, loss)(*batch())
+    assert opt.steps == 0 and all((before[n] == v).all() for n, v in model.state_dict().items())
+
+
+def test_buffers_of_threads_without_work_are_neither_cleared_nor_added():
+    model, opt = make(np.float64)
+    images, labels = batch(1)
+    plain = plain_gradients(model, images.astype(np.float64), labels)
+    step = mv.TrainStep(model, opt, threads=3)
+    for flat in step.flats[1:]:
+        flat[...] = 7.0
+    step(images, labels)
+    np.testing.assert_allclose(opt.grad, np.concatenate([plain[n].reshape(-1) for n in opt.names]), atol=1e-13)
+    assert all((flat == 7.0).all() for flat in step.flats[1:])
+
+
+@pytest.mark.parametrize("rate", [math.nan, math.inf, -1e-3, 1e39, 10**400, None, "fast"], ids=lambda r: str(r)[:6])
+def test_a_rate_that_is_none_changes_nothing(rate):
+    model, opt = make()
+    step = mv.TrainStep(model, opt)
+    step(*batch())
+    before = everything(model, opt, EMA(opt, 0.9))
+    for name in ("lr", "weight_decay"):
+        usual = getattr(opt, name)
+        setattr(opt, name, rate)
+        with pytest.raises(ConfigError, match=rf"^step 1: {name}="):
+            step(*batch())
+        with pytest.raises(ConfigError, match=rf"^step 1: {name}="):
+            opt.update()
+        setattr(opt, name, usual)
+    after = everything(model, opt, EMA(opt, 0.9))
+    assert all((after[name] == value).all() for name, value in before.items())
+    step(*batch())
+
+
+def test_the_first_non_finite_gradient_is_that_of_the_last_layer():
+    model = disturbed(mv.ViT(**{**SMALL, "depth": 2}))
+    scales = layer_scales((n for n, _ in model.named_parameters()), 2, 0.5)
+    opt = AdamW(model.named_parameters(), lr=1e-2, lr_scales=scales)
+    assert not opt.names[-1].startswith("head.")
+
+    def loss(logits, labels):  # finite, with an infinite slope
+        return ops.cross_entropy(logits, labels) + ops.sqrt(ops.mean(logits) * 0.0)
+
+    with pytest.raises(NonFiniteError, match=r"the gradient of head\.bias"):
+        mv.TrainStep(model, opt, loss)(*batch())
+
+
+# ---- how many are right ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_right_counts_the_images_whose_largest_logit_is_their_label(threads):
+    model, opt = make()
+    images, labels = batch()
+    step = mv.TrainStep(model, opt, threads=threads, micro_batch=2)
+    assert step.right is None
+    for y in (labels, labels.tolist(), np.eye(5, dtype=np.float32)[labels] * 0.7 + 0.06):
+        expected = int((mv.predict_logits(model, images).argmax(axis=1) == labels).sum())
+        step(images, y)
+        assert step.right == expected and type(step.right) is int
+    with pytest.raises(DataError):
+        step(images, labels + 5)
+    assert step.right is None
+
+
+def test_right_is_unknown_where_a_logit_is_no_answer():
+    images, labels = batch()
+    for settings, y, loss in (
+        ({"pool": "none"}, np.repeat(labels[:, None], 12, axis=1), ops.cross_entropy),
+        ({}, labels.astype(np.float32), lambda logits, y: ((logits[:, 0] - y) ** 2).mean()),
+        ({}, np.ones((7, 5), np.float32), lambda logits, y: ((logits - y) ** 2).mean()),
+        ({"num_classes": 1}, labels.astype(np.float32)[:, None], lambda logits, y: ((logits - y) ** 2).mean()),
+    ):
+        model, opt = make(**settings)
+        step = mv.TrainStep(model, opt, loss)
+        step(images, y)
+        assert step.right is None
+
+
+# ---- modes -----------------------------------------------------------------------------------------------------------
+
+
+def flags(model):
+    return [m.training for _, m in model.named_modules()]
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_model_in_eval_mode_trains_as_one_in_training_mode(threads, recompute):
+    results = []
+    for training in (True, False):
+        model, opt = make(**SETTINGS, recompute=recompute)
+        model.train(training)
+        before = flags(model)
+        loss = mv.TrainStep(model, opt, threads=threads, micro_batch=2)(*batch())
+        assert flags(model) == before
+        results.append((loss, opt.grad.copy()))
+    assert results[0][0] == results[1][0] and (results[0][1] == results[1][1]).all()
+    model, opt = make()  # and dropout is on
+    assert mv.TrainStep(model, opt, threads=threads, micro_batch=2)(*batch()) != results[0][0]
+
+
+def test_fit_after_load_model_trains_with_dropout(tmp_path):
+    train = mv.data.Loader(mv.data.load("digits").subset(np.arange(64)), 32, mv.Key(0))
+    settings = {"image_size": 8, "patch_size": 4, "in_channels": 1, "dim": 8, "depth": 1, "heads": 2, "dropout": 0.5}
+    rows = []
+    for start in ("new", "loaded"):
+        model = mv.ViT(**settings)
+        if start == "loaded":
+            trainer = mv.Trainer(model, AdamW(model.named_parameters(), lr=0.0), epochs=1, folder=tmp_path, quiet=True)
+            trainer.fit(train)
+            model = mv.load_model(tmp_path / "checkpoints" / "last.npz")
+        trainer = mv.Trainer(model, AdamW(model.named_parameters(), lr=1e-2), epochs=2, quiet=True)
+        rows.append([row["loss"] for row in trainer.fit(train)])
+        assert model.training == (start == "new")
+    assert rows[0] == rows[1]
+
+
+def test_parts_that_were_set_to_eval_mode_stay_in_it():
+    losses = []
+    for off in ("rate", "mode"):
+        model, opt = make(**SETTINGS if off == "mode" else {**SETTINGS, "embed_dropout": 0.0})
+        if off == "mode":
+            model.embed_drop.eval()
+        before = flags(model)
+        with mv.random_key(mv.Key(1)):
+            losses.append(mv.TrainStep(model, opt, mean_square)(*batch()))
+        mv.predict_logits(model, batch()[0])
+        assert flags(model) == before and model.training
+    assert losses[0] == losses[1]
+
+
+def test_what_looks_at_a_model_leaves_the_modes_of_its_parts(tmp_path):
+    few = mv.data.load("digits").subset(np.arange(4))
+    model = mv.create_model("vit_digits", depth=1)
+    model.blocks[0].eval()
+    before = flags(model)
+    image_flops(model)
+    draw_attention(model, mv.data.Loader(few, 4, mv.Key(0), shuffle=False), tmp_path / "attention.png")
+    assert flags(model) == before and len(set(before)) == 2
+
+
+def mean_square(logits, labels):
+    return (logits * logits).mean()
+
+
+def test_predictions_side_by_side_see_no_dropout():
+    """The first ends while the second is under way, and a step is made meanwhile."""
+    first_ended, second_begun = threading.Event(), threading.Event()
+
+    class Waiting(mv.nn.Module):
+        def __init__(self):
+            self.linear, self.drop, self.seen = mv.nn.Linear(4, 3), mv.nn.Dropout(0.5), {}
+
+        def forward(self, x):
+            name = threading.current_thread().name
+            if name == "first":
+                assert second_begun.wait(20)
+            elif name == "second":
+                second_begun.set()
+                assert first_ended.wait(20)
+            self.seen.setdefault(name, set()).add((self.training, self.drop.training))
+            return self.drop(self.linear(x))
+
+    model, results = Waiting(), {}
+    images = normal(mv.Key(1), (5, 4)).astype(np.float32)
+
+    def predict():
+        results[threading.current_thread().name] = mv.predict_logits(model, images, threads=1)
+
+    first, second = (threading.Thread(target=predict, name=name) for name in ("first", "second"))
+    second.start()
+    first.start()
+    first.join(20)
+    step = mv.TrainStep(model, SGD(model.named_parameters(), lr=0.0), threads=1)
+    step(images, np.arange(5) % 3)
+    first_ended.set()
+    second.join(20)
+    assert model.seen["first"] == model.seen["second"] == {(False, False)}
+    assert model.seen["MainThread"] == {(True, True)}
+    assert (results["first"] == results["second"]).all() and model.training and model.drop.training
+
+
+def test_a_block_in_another_mode_holds_for_its_thread_only():
+    drop, seen = mv.nn.Dropout(0.5), []
+    with mode(False):
+        assert not drop.training
+        thread = threading.Thread(target=lambda: seen.append(drop.training))
+        thread.start()
+        thread.join()
+        with mode(True):
+            assert drop.training
+        with mode(None):
+            assert drop.training
+        drop.eval()
+    assert seen == [True] and not drop.training
+
+
+# ---- forks -----------------------------------------------------------------------------------------------------------
+
+FORK = """
+import os, signal, sys, threading, time
+import numpy as np, threadpoolctl
+import minivit as mv
+from minivit.backend import blas_threads
+
+signal.alarm(50)
+model = mv.ViT(image_size=8, patch_size=4, in_channels=1, num_classes=3, dim=8, depth=1, heads=2)
+step = mv.TrainStep(model, mv.optim.AdamW(model.named_parameters()), threads=2, micro_batch=2)
+images, labels = np.zeros((6, 1, 8, 8), np.float32), np.arange(6) % 3
+step(images, labels)
+held, leave = threading.Event(), threading.Event()
+
+def hold():
+    with blas_threads(1):
+        held.set()
+        leave.wait()
+
+def blas():
+    return {lib["num_threads"] for lib in threadpoolctl.threadpool_info() if lib["user_api"] == "blas"}
+
+threadpoolctl.threadpool_limits(2, "blas")
+other = threading.Thread(target=hold, daemon=True)
+other.start()
+held.wait()
+child = os.fork()
+if child == 0:
+    signal.alarm(20)  # it is its own, and must not wait for ever either
+    before = blas()
+    loss = step(images, labels)
+    mv.predict_logits(model, images, threads=2)
+    os._exit(0 if np.isfinite(loss) and before == blas() == {2} else 1)
+code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+leave.set()
+other.join()
+step(images, labels)
+print(code, blas())
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+def test_a_forked_child_makes_steps_with_a_team_that_was_used_before():
+    program = [sys.executable, "-W", "ignore", "-c", FORK]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(program, capture_output=True, text=True, timeout=60, env=environment)
+    assert done.stdout.split("\n")[0] == "0 {2}", done.stdout + done.stderr

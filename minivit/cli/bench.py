@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure, and print what was found."""
-    from minivit.backend import Key, auto_device, peak_memory, random_bits, uniform
+    from minivit.backend import Key, auto_device, keep_freed_memory, peak_memory, random_bits, uniform
     from minivit.cli.doctor import cpu_text
     from minivit.cli.layers import image_shape, model_config
     from minivit.cli.report import bytes_text, plural
@@ -45,6 +45,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"batch size {batch}, steps {args.steps}", "each must be at least 1")
     if args.profile and device != "cpu":
         raise ConfigError(f"--profile on {device}", "it times operations of the CPU: add --device cpu")
+    keep_freed_memory()
     config = model_config(args.model)
     model, shape = ViT(**config).to(device), image_shape(config)
     images = uniform(Key(0), (batch, *shape)) * 2 - 1

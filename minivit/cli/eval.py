@@ -26,12 +26,13 @@ def run(args: argparse.Namespace) -> int:
     import json
 
     from minivit import data
-    from minivit.backend import Key, auto_device
+    from minivit.backend import Key, auto_device, keep_freed_memory
     from minivit.cli.report import measure, plural
     from minivit.errors import DataError
     from minivit.train.trainer import evaluate
     from minivit.train.weights import read_model
 
+    keep_freed_memory()
     model, meta = read_model(args.checkpoint)
     trained_on = meta.get("data", {})
     name = args.data or trained_on.get("name")

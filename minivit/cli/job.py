@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from minivit import data, ops
-from minivit.backend import Key, auto_device, available_memory, permutation
+from minivit.backend import Key, auto_device, available_memory, keep_freed_memory, permutation
 from minivit.cli.doctor import blas_text, cpu_text, system_text, versions
 from minivit.cli.layers import count_parameters, peak_memory
 from minivit.cli.report import bytes_text, measure, percent_interval, plural
@@ -108,6 +108,7 @@ class Job:
 
     def __init__(self, settings: Settings, quiet: bool, resumed: bool = False) -> None:
         self.settings, self.quiet = settings, quiet
+        keep_freed_memory()
         device, why = auto_device(settings["train.device"])
         kind = data.kind_of(settings["data.name"])
         paths = [settings["data.name"] != kind and "data.name", settings["train.init_from"] and "train.init_from"]

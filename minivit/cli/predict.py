@@ -36,13 +36,14 @@ def run(args: argparse.Namespace) -> int:
     import numpy as np
 
     from minivit import ops
-    from minivit.backend import auto_device
+    from minivit.backend import auto_device, keep_freed_memory
     from minivit.data import standardize
     from minivit.data.datasets import class_names
     from minivit.errors import MinivitError
     from minivit.train.step import predict_logits
     from minivit.train.weights import read_model
 
+    keep_freed_memory()
     model, meta = read_model(args.checkpoint)
     model.to(auto_device(args.device)[0])
     recorded = meta.get("data", {})

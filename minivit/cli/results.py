@@ -12,6 +12,7 @@ from minivit.autograd.graph import no_grad
 from minivit.backend import to_device, to_numpy
 from minivit.data import Dataset, Loader
 from minivit.models.vit import ViT
+from minivit.nn.module import mode
 from minivit.study.pictures import attention_overlay, confusion_picture, mosaic, predictions_picture
 from minivit.study.report import write_report
 from minivit.train.step import predict_logits
@@ -48,8 +49,7 @@ def draw_attention(model: ViT, loader: Loader, path: Path) -> None:
     """
     images, labels = next(loader.batches(0))
     device = next(model.parameters()).device
-    model.eval()
-    with no_grad():
+    with mode(False), no_grad():
         maps = model.attention_maps(to_device(images, device))[-1]
     weights = to_numpy(maps.data).mean(axis=1)  # (B, heads, T, T) → (B, T, T)
     weights = weights[:, 0, 1:] if model.pool == "cls" else weights.mean(axis=1)  # → (B, patches)

@@ -40,6 +40,10 @@ class MultiHeadAttention(Module):
         self.attention_dropout = attention_dropout
         self.drop = Dropout(dropout)
 
+    def extra_repr(self) -> str:
+        """Return the heads, and the dropout of what they attend to."""
+        return f"{self.heads} heads of {self.dim_head}, p={self.attention_dropout:g}"
+
     def init_mimetic(self) -> None:
         """Draw the weights anew, as :func:`minivit.nn.init.mimetic_pair` has them."""
         dim, width = self.proj.weight.shape[0], self.dim_head
@@ -101,7 +105,7 @@ class EncoderBlock(Module):
     def forward(self, x: Any, mask: Any = None, queries: int | None = None) -> Any:
         """Return the tokens after the block, (B, T, dim) → (B, T, dim), or the first ``queries`` of them only."""
         if self.recompute:
-            return recompute(lambda x: self._encode(x, mask, queries), x, self.parameters())
+            return recompute(lambda x: self._encode(x, mask, queries), x, self)
         return self._encode(x, mask, queries)
 
     def _encode(self, x: Any, mask: Any, queries: int | None) -> Any:

@@ -12,7 +12,7 @@ from minivit.autograd.op import raw
 from minivit.backend import is_array
 from minivit.errors import DTypeError, ShapeError, unknown_name
 from minivit.nn import init
-from minivit.nn.module import Module, Parameter
+from minivit.nn.module import Module, Parameter, by
 from minivit.nn.random import first_row, next_key
 from minivit.nn.settings import Size, check_settings, pair
 
@@ -31,6 +31,11 @@ class Linear(Module):
         self.weight = Parameter(weight_init(out_features, in_features))
         self.bias = Parameter(init.zeros(out_features)) if bias else None
 
+    def extra_repr(self) -> str:
+        """Return what comes in and goes out."""
+        out_features, in_features = self.weight.shape
+        return f"{in_features} → {out_features}" + ("" if self.bias is not None else ", no bias")
+
     def forward(self, x: Any) -> Any:
         """Return x·Wᵀ + b."""
         return ops.linear(x, self.weight, self.bias)
@@ -44,6 +49,10 @@ class LayerNorm(Module):
         self.weight = Parameter(init.ones(dim))
         self.bias = Parameter(init.zeros(dim))
 
+    def extra_repr(self) -> str:
+        """Return the length of the axis."""
+        return by(self.weight.shape)
+
     def forward(self, x: Any) -> Any:
         """Return the normalised x, of the same shape."""
         return ops.layer_norm(x, self.weight, self.bias, self.eps)
@@ -54,6 +63,10 @@ class Dropout(Module):
 
     def __init__(self, p: float) -> None:
         self.p = check_settings(p=p)["p"]
+
+    def extra_repr(self) -> str:
+        """Return the rate; DropPath does not: it has another in each block, which are shown as one otherwise."""
+        return f"p={self.p:g}"
 
     def forward(self, x: Any) -> Any:
         """Return x with elements dropped, or x itself in eval mode."""
@@ -85,6 +98,10 @@ class MLP(Module):
         self.activation = activation
         self.drop = Dropout(dropout)
 
+    def extra_repr(self) -> str:
+        """Return the activation."""
+        return self.activation
+
     def forward(self, x: Any) -> Any:
         """Return fc2(activation(fc1(x))), with dropout after either layer."""
         hidden = self.drop(ops.ACTIVATIONS[self.activation](self.fc1(x)))  # (…, dim) → (…, hidden)
@@ -98,6 +115,10 @@ class PatchProjection(Module):
         fan_in = channels * patch[0] * patch[1]
         self.weight = Parameter(init.lecun_normal(dim, fan_in).reshape(dim, channels, *patch))
         self.bias = Parameter(init.zeros(dim))
+
+    def extra_repr(self) -> str:
+        """Return what comes in, a patch, and goes out, a token."""
+        return f"{by(self.weight.shape[1:])} → {self.weight.shape[0]}"
 
     def forward(self, patches: Any) -> Any:
         """Return tokens (B, N, dim) of patches (B, N, C·P·Q)."""
@@ -119,6 +140,10 @@ class PatchEmbed(Module):
                 )
         self.image_size, self.patch_size, self.in_channels = image_size, patch_size, in_channels
         self.proj = PatchProjection(dim, in_channels, patch_size)
+
+    def extra_repr(self) -> str:
+        """Return the image, and the patches that it is cut into."""
+        return f"{by((self.in_channels, *self.image_size))} in {by(self.grid)} patches"
 
     @property
     def grid(self) -> tuple[int, int]:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import reprlib
+import threading
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
@@ -25,14 +28,46 @@ class Parameter(Tensor):
         self.requires_grad = True
 
 
+class Watch(NamedTuple):
+    """Who is told of the modules that run: see :func:`watching`."""
+
+    paths: Mapping[int, str]  # by the module's id
+    after: Callable[[str, Any], None]
+    before: Callable[[str], None] | None
+
+
+class _Pass(threading.local):
+    mode: bool | Mapping[int, bool] | None = None  # of all modules, or by a module's id; None: as each was set
+    watches: tuple[Watch, ...] = ()
+
+
+_pass = _Pass()
+"""What holds for the passes of this thread only; other threads may use the same model in another way meanwhile."""
+
+
 class Module:
     """Base of layers and models: assign Parameters and Modules as attributes, write ``forward``.
 
     They may also be in lists, tuples and dicts. A parameter's name is the path to it: ``blocks.0.attn.qkv.weight``,
-    ``heads.digits.bias``. ``training`` says whether dropout acts.
+    ``heads.digits.bias``. ``training`` says whether dropout acts: :meth:`train` and :meth:`eval` set it on a module and
+    all below it, ``module.training = …`` on that one. :func:`mode` puts another in its place for a thread's passes and
+    changes nothing on the module: so :func:`minivit.predict_logits` works in eval mode, and :class:`minivit.TrainStep`
+    in training mode, however the model is set.
     """
 
-    training = True
+    _training = True
+
+    @property
+    def training(self) -> bool:
+        """Whether dropout acts: as :func:`mode` says in this thread, or else as it was set on this module."""
+        mode = _pass.mode
+        if mode is None:
+            return self._training
+        return mode if isinstance(mode, bool) else mode.get(id(self), self._training)
+
+    @training.setter
+    def training(self, value: bool) -> None:
+        self._training = bool(value)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Compute the output; subclasses write it."""
@@ -40,7 +75,16 @@ class Module:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call ``forward``."""
-        return self.forward(*args, **kwargs)
+        if not _pass.watches:
+            return self.forward(*args, **kwargs)
+        watches = [(watch, watch.paths[id(self)]) for watch in _pass.watches if id(self) in watch.paths]
+        for watch, path in watches:
+            if watch.before is not None:
+                watch.before(path)
+        out = self.forward(*args, **kwargs)
+        for watch, path in reversed(watches):
+            watch.after(path, out)
+        return out
 
     # ---- what it holds ----
 
@@ -48,11 +92,18 @@ class Module:
         """Yield (name, module) for each direct submodule."""
         return ((name, value) for name, value in _members(vars(self)) if isinstance(value, Module))
 
-    def named_modules(self, prefix: str = "") -> Iterator[tuple[str, Module]]:
-        """Yield (path, module) for this module and all below it."""
-        yield prefix, self
-        for name, child in self.children():
-            yield from child.named_modules(f"{prefix}.{name}" if prefix else name)
+    def named_modules(self) -> Iterator[tuple[str, Module]]:
+        """Yield (path, module) for this module and all below it, each module once, by the first path to it."""
+        seen: set[int] = set()
+
+        def walk(path: str, module: Module) -> Iterator[tuple[str, Module]]:
+            if id(module) not in seen:
+                seen.add(id(module))
+                yield path, module
+                for name, child in module.children():
+                    yield from walk(f"{path}.{name}" if path else name, child)
+
+        return walk("", self)
 
     def named_parameters(self) -> Iterator[tuple[str, Parameter]]:
         """Yield (path, parameter), each parameter once."""
@@ -72,10 +123,38 @@ class Module:
         """Return the number of learned numbers."""
         return sum(p.size for p in self.parameters())
 
+    # ---- what it looks like ----
+
+    def extra_repr(self) -> str:
+        """Return what ``print(model)`` shows of a layer besides its parts, such as sizes; "": its own parameters."""
+        return ""
+
+    def __repr__(self) -> str:
+        return f"{self._tree()}\n{self.num_parameters():,} parameters"
+
+    @reprlib.recursive_repr("…")  # a module may hold the one that holds it
+    def _tree(self) -> str:
+        """Return the module and, indented below it, its parts; equal ones that follow each other in a list as one."""
+        extra = self.extra_repr()
+        parts: list[tuple[str, str]] = []
+        if not extra:
+            own = [(name, p) for name, p in _members(vars(self)) if isinstance(p, Parameter)]
+            parts = [(name, f"Parameter({by(p.shape)})") for name, p in own]
+        parts += [(name, child._tree()) for name, child in self.children()]
+        lines = [f"{type(self).__name__}({extra})" if extra else type(self).__name__]
+        for (folder, text), group in itertools.groupby(parts, lambda part: (_list_of(part[0]), part[1])):
+            names = [name for name, _ in group]
+            if folder is None or len(names) == 1:
+                found = [f"({name}): {text}" for name in names]
+            else:
+                found = [f"({names[0]}-{names[-1].rpartition('.')[2]}): {len(names)} × {text}"]
+            lines += [line.replace("\n", "\n  ") for line in found]
+        return "\n  ".join(lines)
+
     # ---- modes ----
 
     def train(self, mode: bool = True) -> Self:
-        """Turn training mode on (dropout acts) or off; return the module."""
+        """Turn training mode on (dropout acts) or off, here and in all modules below; return the module."""
         for _, module in self.named_modules():
             module.training = mode
         return self
@@ -146,30 +225,42 @@ def _members(named: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:
             yield name, value
 
 
+def _list_of(name: str) -> str | None:
+    """Return the path of the list that ``list.0`` is in; None if it is in none."""
+    path, _, place = name.rpartition(".")
+    return path if path and place.isdecimal() else None
+
+
+def by(shape: tuple[int, ...]) -> str:
+    """Return a shape as text: ``64 × 192``."""
+    return " × ".join(map(str, shape)) or "one number"
+
+
+@contextlib.contextmanager
+def mode(training: bool | Mapping[int, bool] | None) -> Iterator[None]:
+    """Let modules be in training mode (True) or eval mode (False) for this thread's passes in this block.
+
+    A mapping says it by the module's id; None leaves each as it was set. Nothing is written on the modules: other
+    threads may use them in another mode at the same time.
+    """
+    before, _pass.mode = _pass.mode, training
+    try:
+        yield
+    finally:
+        _pass.mode = before
+
+
 @contextlib.contextmanager
 def watching(
     model: Module, after: Callable[[str, Any], None], before: Callable[[str], None] | None = None
 ) -> Iterator[None]:
-    """Call ``after(path, output)`` whenever a module of ``model`` has run in this block, innermost first.
+    """Call ``after(path, output)`` whenever this thread has run a module of ``model`` in this block, innermost first.
 
-    ``before(path)`` is called as it begins.
+    ``before(path)`` is called as it begins. Blocks may be nested; each is told of its own model's modules.
     """
-
-    def watch(path: str, forward: Callable[..., Any]) -> Callable[..., Any]:
-        def watched(*args: Any, **kwargs: Any) -> Any:
-            if before is not None:
-                before(path)
-            out = forward(*args, **kwargs)
-            after(path, out)
-            return out
-
-        return watched
-
-    modules = list(model.named_modules())
+    paths = {id(module): path for path, module in model.named_modules()}
+    outer, _pass.watches = _pass.watches, (*_pass.watches, Watch(paths, after, before))
     try:
-        for path, module in modules:
-            vars(module)["forward"] = watch(path, module.forward)
         yield
     finally:
-        for _, module in modules:
-            vars(module).pop("forward", None)
+        _pass.watches = outer

@@ -6,27 +6,29 @@ memory of all that it would have kept.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 from minivit.autograd.graph import Node, no_grad, propagate, recording
 from minivit.autograd.tensor import Tensor
 from minivit.backend import array_module
 from minivit.errors import GraphError
-from minivit.nn.module import Parameter
+from minivit.nn.module import Module, mode
 from minivit.nn.random import Draws, drawing, draws
 
 
-def recompute(function: Callable[[Tensor], Tensor], x: Tensor, parameters: Iterable[Parameter]) -> Tensor:
+def recompute(function: Callable[[Tensor], Tensor], x: Tensor, module: Module) -> Tensor:
     """Return function(x), keeping no more than x for the backward pass.
 
-    ``function`` runs again in the backward pass, with the same random keys; ``parameters`` are those that it reads.
-    ``grad(..., create_graph=True)`` through the result raises :class:`GraphError`.
+    ``function`` runs again in the backward pass, with the same random keys and in the same modes; the parameters and
+    modules that it reads are those of ``module``. ``grad(..., create_graph=True)`` through the result raises
+    :class:`GraphError`.
     """
-    leaves = tuple([p.node for p in parameters if p.requires_grad])
+    leaves = tuple([p.node for p in module.parameters() if p.requires_grad])
     if not recording.enabled or (x.node is None and not leaves):
         return function(x)
-    again = _Again(function, draws(), recording.first_order)
+    modes = {id(m): m.training for _, m in module.named_modules()}
+    again = _Again(function, draws(), modes, recording.first_order)
     with no_grad():
         out = function(x)
     return Tensor(out.data, Node(again, [x.data], (x.node, *leaves), out.data))
@@ -38,8 +40,10 @@ class _Again:
     name = "recompute"
     saves_out = False
 
-    def __init__(self, function: Callable[[Tensor], Tensor], state: Draws, first_order: bool) -> None:
-        self.function, self.state, self.first_order = function, state, first_order
+    def __init__(
+        self, function: Callable[[Tensor], Tensor], state: Draws, modes: dict[int, bool], first_order: bool
+    ) -> None:
+        self.function, self.state, self.modes, self.first_order = function, state, modes, first_order
 
     def gradient(self, node: Node, g: Any, needs: tuple[bool, ...], wrap: Any) -> list[Any]:
         """Return the gradients of x and of the parameters, in the order of the node's parents."""
@@ -50,7 +54,7 @@ class _Again:
         before = recording.enabled, recording.first_order
         recording.enabled, recording.first_order = True, self.first_order
         try:
-            with drawing(self.state):
+            with drawing(self.state), mode(self.modes):
                 out = self.function(x)
         finally:
             recording.enabled, recording.first_order = before

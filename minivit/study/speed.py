@@ -14,6 +14,7 @@ from minivit.autograd.graph import Node, first_order
 from minivit.autograd.tensor import Tensor
 from minivit.backend import Key, blas_threads, to_device, uniform
 from minivit.errors import ConfigError
+from minivit.nn.module import mode
 
 SGEMM_SIZES = (256, 512, 1024)  # rows and columns: in a core's cache, about as large as it, and larger
 SGEMM_FLOPS = 4e9  # of one measurement: about 40 ms on a core
@@ -80,14 +81,13 @@ def image_flops(model: Any) -> tuple[int, int]:
     embed, parameter = model.patch_embed, next(model.parameters())
     image = Tensor(to_device(np.zeros((1, embed.in_channels, *embed.image_size), parameter.dtype), parameter.device))
     image.requires_grad = True  # all that is computed is then recorded, whatever is frozen
-    training, recompute = model.training, [block.recompute for block in model.blocks]
+    recompute = [block.recompute for block in model.blocks]
     try:
         for block in model.blocks:
             block.recompute = False  # what a block computes twice is to be seen, and counted once
-        with first_order():
-            out = model.train()(image)
+        with mode(True), first_order():
+            out = model(image)
     finally:
-        model.train(training)
         for block, before in zip(model.blocks, recompute, strict=True):
             block.recompute = before
     below = {p.node for p in model.parameters() if p.requires_grad}  # nodes whose gradient is computed

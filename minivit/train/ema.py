@@ -10,11 +10,11 @@ import numpy as np
 
 from minivit.backend import on_device_of, to_numpy
 from minivit.errors import ConfigError
-from minivit.train.optim import Optimizer, chunks, load_arrays
+from minivit.train.optim import Optimizer, chunks, load_arrays, overlaps
 
 
 class EMA:
-    """Average of the parameters that ``opt`` updates: a ← d·a + (1 - d)·p after each update.
+    """Average of the parameters that ``opt`` updates: a ← d·a + (1 - d)·p after each update of p.
 
     It does better than the last values, which the noise in the gradients moves about (Polyak and Juditsky 1992,
     "Acceleration of stochastic approximation by averaging"; Dosovitskiy et al. 2020, section 4.1, with d = 0.9999).
@@ -35,11 +35,11 @@ class EMA:
         self.update_spans([(0, self.flat.size)])
 
     def update_spans(self, spans: Sequence[tuple[int, int]]) -> None:
-        """Take given spans of the flat parameters in; threads may share them out, as ``opt.update_spans`` does."""
+        """Take in what the last update changed in given spans; threads may share them out, as ``opt.update_spans``."""
         t = self.opt.steps
         decay = min(self.decay, (1.0 + t) / (10.0 + t))
         with on_device_of(self.flat):
-            for start, stop in chunks(self.flat, spans):
+            for start, stop in chunks(self.flat, overlaps(spans, self.opt.updated)):
                 average = self.flat[start:stop]
                 difference = self.opt.flat[start:stop] - average
                 difference *= 1.0 - decay

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from numbers import Real
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -72,9 +73,11 @@ class Optimizer:
     """Base: lays the parameters out flat, collects their gradients, keeps ``slots`` arrays of state beside them.
 
     ``lr`` may be set before every step; ``steps`` counts the updates made. Parameters that do not require a gradient
-    are left out. Move or convert the model before making its optimizer, not after. ``lr_scales`` are factors on ``lr``
-    by parameter name, 1 where there is none: :func:`layer_scales` makes such. ``lr`` and the other settings are no part
-    of the state: a run that is resumed without a schedule goes on with those that its optimizer was made with.
+    are left out. One that is frozen later (``requires_grad = False``), or that the loss does not reach, is left alone
+    by an update: its value, its state, and its average (:class:`minivit.train.ema.EMA`) stay. Move or convert the model
+    before making its optimizer, not after. ``lr_scales`` are factors on ``lr`` by parameter name, 1 where there is
+    none: :func:`layer_scales` makes such. ``lr`` and the other settings are no part of the state: a run that is resumed
+    without a schedule goes on with those that its optimizer was made with.
 
     Raises ConfigError for settings or parameters that cannot be used.
     """
@@ -97,8 +100,6 @@ class Optimizer:
         named = [(n, p) for n, p in given if p.requires_grad]
         if not named:
             raise ConfigError("the optimizer got no parameter that requires a gradient", "pass named_parameters()")
-        if not (0.0 <= lr < math.inf and 0.0 <= weight_decay < math.inf):  # nor NaN, which compares with nothing
-            raise ConfigError(f"lr={lr}, weight_decay={weight_decay}", "each must be finite and at least 0")
         kinds = {(str(p.dtype), p.device) for _, p in named}
         if len(kinds) > 1:
             raise ConfigError(f"parameters of several kinds: {sorted(kinds)}", "convert the whole model: model.to(…)")
@@ -113,6 +114,7 @@ class Optimizer:
 
         named.sort(key=rule, reverse=True)  # what is updated alike lies together, in its order; the decayed ones first
         self.lr, self.weight_decay, self.steps = lr, weight_decay, 0
+        check_rates(lr, weight_decay, scales.values(), named[0][1].dtype)
         self.names = [n for n, _ in named]
         self.parameters = [p for _, p in named]
         self.spans = list(itertools.pairwise([0, *np.cumsum([p.size for p in self.parameters]).tolist()]))
@@ -126,6 +128,7 @@ class Optimizer:
             self.flat = xp.concatenate([p.data.reshape(-1) for p in self.parameters])
             self.grad = xp.zeros_like(self.flat)
             self.state = {slot: xp.zeros_like(self.flat) for slot in self.slots}
+        self.updated = [(0, self.flat.size)]  # what the last update changed, as spans of the flat array
         self.views = self.split(self.flat)
         for p, view in zip(self.parameters, self.views, strict=True):
             p.data = view
@@ -141,35 +144,53 @@ class Optimizer:
 
     def step(self) -> None:
         """Update every parameter that has a gradient by it; the others keep their values and their state."""
-        present = [p.grad is not None for p in self.parameters]
-        if not any(present):
+        present = [i for i, p in enumerate(self.parameters) if p.grad is not None and p.requires_grad]
+        if not present:
             raise GraphError("step(): no parameter has a gradient", "call loss.backward() before it")
-        for p, view in zip(self.parameters, self.split(self.grad), strict=True):
-            if p.grad is not None:
-                view[...] = p.grad
-        self.update([span for span, here in zip(self.spans, present, strict=True) if here])
+        views = self.split(self.grad)
+        for i in present:
+            views[i][...] = self.parameters[i].grad
+        self.update(self.spans_of(present))
+
+    def spans_of(self, places: Iterable[int]) -> list[tuple[int, int]]:
+        """Return the spans of some of the parameters, by their places in ``parameters``: as few as can be."""
+        spans: list[tuple[int, int]] = []
+        for i in sorted(places):
+            start, stop = self.spans[i]
+            if spans and spans[-1][1] == start:
+                start = spans.pop()[0]
+            spans.append((start, stop))
+        return spans
 
     def update(self, spans: Sequence[tuple[int, int]] = ()) -> None:
         """Update from the flat gradient ``self.grad``: all of it, or the given spans."""
-        self.begin_update()
-        self.update_spans(spans or [(0, self.flat.size)])
+        self.begin_update(spans)
+        self.update_spans([(0, self.flat.size)])
 
-    def begin_update(self) -> None:
-        """Count an update, whose spans :meth:`update_spans` may then make one after the other or side by side."""
+    def begin_update(self, spans: Sequence[tuple[int, int]] = ()) -> None:
+        """Count an update of the given spans, or of all, which :meth:`update_spans` may then make in shares.
+
+        Raises ConfigError, nothing changed, if a learning rate or weight decay was set that is not finite.
+        """
         for name, p, view in zip(self.names, self.parameters, self.views, strict=True):
             if p.data is not view:
                 raise GraphError(
                     f"{name}.data was replaced after its optimizer was made: by model.to(…), or by another optimizer",
                     "make the optimizer after model.to(…); change values in place: p.data[...] = values",
                 )
+        try:
+            check_rates(self.lr, self.weight_decay, [g.scale for g in self.groups], self.flat.dtype)
+        except ConfigError as error:
+            raise ConfigError(f"step {self.steps}: {error.what}", error.remedy) from None
+        self.updated = list(spans) or [(0, self.flat.size)]
         self.steps += 1
 
     def update_spans(self, spans: Sequence[tuple[int, int]]) -> None:
-        """Update the given spans of the flat parameters."""
+        """Make the part of the update that lies in the given spans; threads may share them out."""
+        spans = overlaps(spans, self.updated)
         for group in self.groups:
             lr, decay = self._rates(group)
-            inside = [(max(start, group.start), min(stop, group.stop)) for start, stop in spans]
-            for start, stop in chunks(self.flat, inside):
+            for start, stop in chunks(self.flat, overlaps(spans, [(group.start, group.stop)])):
                 piece = slice(start, stop)
                 self.update_chunk(
                     self.flat[piece], self.grad[piece], lr, decay, *[s[piece] for s in self.state.values()]
@@ -207,7 +228,7 @@ class AdamW(Optimizer):
     """Adam with decoupled weight decay (Loshchilov and Hutter 2019, arXiv 1711.05101, algorithm 2, as in PyTorch).
 
     m ← β₁m + (1-β₁)g, v ← β₂v + (1-β₂)g², p ← (1 - lr·decay)·p - lr·m̂/(√v̂ + eps), with m̂ = m/(1-β₁ᵗ) and
-    v̂ = v/(1-β₂ᵗ).
+    v̂ = v/(1-β₂ᵗ). t counts the optimizer's updates, also for a parameter that had no gradient in some of them.
     """
 
     slots = ("m", "v")
@@ -280,7 +301,7 @@ class Muon(AdamW):
 
     def update_spans(self, spans: Sequence[tuple[int, int]]) -> None:
         """Update the given spans of the flat parameters; a matrix is updated as a whole, with the span it begins in."""
-        for start, stop in spans:
+        for start, stop in overlaps(spans, self.updated):
             place, between = start, []
             for a, b, shape in self.matrices:
                 if a < stop and b > start:
@@ -352,6 +373,25 @@ def orthogonalized(x: Array) -> Array:
     return x.swapaxes(-1, -2) if tall else x
 
 
+def check_rates(lr: Any, weight_decay: Any, scales: Iterable[float], dtype: Any) -> None:
+    """Raise ConfigError unless both are finite numbers from 0 on, also in the parameters' dtype and scaled."""
+    most = float(np.finfo(dtype).max)
+    for name, value in (("lr", lr), ("weight_decay", weight_decay)):
+        is_number = isinstance(value, Real)
+        if not (is_number and 0.0 <= value <= most):  # NaN compares with nothing
+            raise ConfigError(
+                f"{name}={value!r}", "it must be finite and at least 0: look at what sets it, such as a schedule"
+            )
+    if (scale := max(scales)) * lr * max(1.0, weight_decay) > most:
+        raise ConfigError(f"lr={lr}, scaled by {scale}, and weight_decay={weight_decay}", "together they overflow")
+
+
+def overlaps(spans: Iterable[tuple[int, int]], others: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return what each of the spans has in common with each of the others, in their order."""
+    common = ((max(start, a), min(stop, b)) for start, stop in spans for a, b in others)
+    return [(start, stop) for start, stop in common if start < stop]
+
+
 def check_momentum(momentum: float) -> float:
     """Return ``momentum``; raise ConfigError for one that is no share of what was."""
     if not 0.0 <= momentum < 1.0:
@@ -360,7 +400,7 @@ def check_momentum(momentum: float) -> float:
 
 
 def chunks(array: Array, spans: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """Yield the given spans of a flat array in pieces (start, stop) to work on at a time; an empty span has none."""
+    """Yield the given spans of a flat array in pieces (start, stop) to work on at a time."""
     size = CHUNK if device_of(array) == "cpu" else array.size
     for start, stop in spans:
         for a in range(start, stop, size):
@@ -390,8 +430,11 @@ def gradient_norm(arrays: Iterable[Array]) -> Array:
 
 
 def clip_grad_norm(parameters: Iterable[Parameter], max_norm: float) -> float:
-    """Scale all gradients together so that their norm is at most ``max_norm``; return the norm they had."""
-    grads = [p.grad for p in parameters if p.grad is not None]
+    """Scale all gradients together so that their norm is at most ``max_norm``; return the norm they had.
+
+    Parameters that do not require a gradient, and are therefore not updated, do not count.
+    """
+    grads = [p.grad for p in parameters if p.grad is not None and p.requires_grad]
     if not grads:
         return 0.0
     norm = float(gradient_norm(grads))

@@ -8,11 +8,11 @@ bits. ``loss.backward(); opt.step()`` does the same in plain steps.
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
 import math
+import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from typing import Any
 
@@ -21,21 +21,22 @@ import numpy as np
 from minivit import ops
 from minivit.autograd.graph import Node, first_order, no_grad, propagate
 from minivit.autograd.op import raw
+from minivit.autograd.tensor import Tensor
 from minivit.backend import (
     Array,
     Key,
     array_module,
     blas_threads,
     cpu_cores,
+    device_of,
     is_array,
-    keep_freed_memory,
     l2_cache,
     on_device_of,
     to_device,
     to_numpy,
 )
 from minivit.errors import ConfigError, DataError, GraphError, NonFiniteError, ShapeError
-from minivit.nn.module import Module, watching
+from minivit.nn.module import Module, mode, watching
 from minivit.nn.random import random_key
 from minivit.train.optim import Optimizer, scale_to_norm
 
@@ -54,6 +55,18 @@ class TrainStep:
     largest number of images worked on at once. ``clip_norm`` bounds the gradient's norm, which is kept in
     ``grad_norm``. Dropout and drop path draw from (``seed``, the optimizer's ``steps``) and from an image's place in
     the batch: neither threads nor micro-batches change them.
+
+    ``right`` is the number of images in the last batch whose largest logit was that of their label, or of the largest
+    share of a soft label; None unless logits are (B, K) and labels (B,) integers or (B, K).
+
+    Only what gets a gradient in a step is updated, as by ``loss.backward(); opt.step()``: parameters that were frozen
+    or are not reached keep their values and the optimizer's state. A model that was set to eval mode, as
+    :func:`minivit.load_model` returns it, is trained in training mode all the same, and stays set as it was; in one
+    that is in training mode, the parts that were set to eval mode remain in it.
+
+    The C library gives freed memory back to the system, with which a step of a small model takes 1.4 times as long, of
+    a larger one 1.07: a program that does little else than train calls ``minivit.backend.keep_freed_memory()`` first,
+    and ``keep_freed_memory(False)`` gives the memory back.
     """
 
     def __init__(
@@ -70,6 +83,7 @@ class TrainStep:
             raise ConfigError(f"clip_norm={clip_norm}", "give a positive number, or None for no clipping")
         self.model, self.opt, self.loss, self.clip_norm, self.seed = model, opt, loss, clip_norm, seed
         self.grad_norm = math.nan
+        self.right: int | None = None
         self.team = Team(model, threads, micro_batch)
         # a flat gradient for each thread; the first thread's is the optimizer's own
         others = [array_module(opt.flat).zeros_like(opt.flat) for _ in range(self.team.threads - 1)]
@@ -80,22 +94,25 @@ class TrainStep:
         """Make one update and return the batch's mean loss before it.
 
         images (B, C, H, W), made the model's dtype, labels as the loss takes them. Raises :class:`NonFiniteError`
-        before the update if the loss or the gradient is not finite.
+        before the update if the loss or the gradient is not finite, :class:`GraphError` if nothing gets a gradient.
         """
         images, labels = as_array(images, self.opt.flat.dtype), as_array(labels)
         if len(images) != len(labels):
             raise ShapeError(f"{len(images)} images, {len(labels)} labels", "give one label for each image")
         key = Key(self.seed, DROP_STREAM, self.opt.steps)
-        place = {p.node: i for i, p in enumerate(self.opt.parameters)}
+        training = None if self.model.training else True  # as each module was set, or all of them
+        place = {p.node: i for i, p in enumerate(self.opt.parameters) if p.requires_grad}
         written: list[set[int]] = [set() for _ in self.flats]  # a thread's first part of a gradient needs no adding
 
         def work(thread: int, start: int, stop: int) -> Any:
             share = (stop - start) / len(images)
-            with random_key(key, first_row=start), first_order():
+            with mode(training), random_key(key, first_row=start), first_order():
                 logits = self.model(self.team.here(images[start:stop]))
-                loss = self.loss(logits, labels[start:stop])
+                loss = check_loss(self.loss(logits, labels[start:stop]))
+            right = count_right(logits, labels[start:stop])
             views, done = self.views[thread], written[thread]
-            for node, part in propagate(loss.node, array_module(loss.data).full((), share, loss.dtype)):
+            cotangent = array_module(loss.data).full((), share, loss.dtype)
+            for node, part in propagate(loss.node, cotangent) if loss.node is not None else ():
                 if (i := place.get(node)) is None:
                     raise self._not_optimized(node)
                 if i in done:
@@ -103,34 +120,54 @@ class TrainStep:
                 else:
                     views[i][...] = part
                     done.add(i)
-            return loss.data * share
+            return loss.data * share, right
 
+        self.right = None
         with on_device_of(self.opt.flat):
-            losses = self.team.run(work, len(images))
-            for views, done in zip(self.views, written, strict=True):
-                for i in set(range(len(views))) - done:
-                    views[i][...] = 0.0
-            size = self.opt.flat.size
-            squares = self.team.spread(self._add_up, size)
-            xp = array_module(self.opt.flat)
-            norm = xp.sqrt(sum(squares[1:], squares[0]))
-            both = xp.stack([sum(losses[1:], losses[0]), norm])
-            loss, self.grad_norm = (float(x) for x in to_numpy(both))  # the one time that a GPU is waited for
+            losses, rights = zip(*self.team.run(work, len(images)), strict=True)
+            loss, right = self._add_up(written, losses, rights)
             if not (math.isfinite(loss) and math.isfinite(self.grad_norm)):
-                raise self._non_finite(loss, images, key)
+                with mode(training):
+                    raise self._non_finite(loss, images, key)
+            size = self.opt.flat.size
             if (limit := self.clip_norm) is not None and self.grad_norm > limit:
                 # all of it first: an update may read beyond its share
                 self.team.spread(lambda a, b: scale_to_norm([self.opt.grad[a:b]], self.grad_norm, limit), size)
-            self.opt.begin_update()
+            self.opt.begin_update(self.opt.spans_of(set().union(*written)))
             self.team.spread(lambda a, b: self.opt.update_spans([(a, b)]), size)
+        self.right = right
         return loss
 
-    def _add_up(self, start: int, stop: int) -> Array:
-        """Add the threads' gradients up between two places; return the sum of the squares there."""
-        total = self.opt.grad[start:stop]
-        for flat in self.flats[1:]:
-            total += flat[start:stop]
-        return total @ total
+    def _add_up(
+        self, written: list[set[int]], losses: Sequence[Array], rights: Sequence[Array | None]
+    ) -> tuple[float, int | None]:
+        """Add up what the threads found: the gradient, of which ``grad_norm`` is kept; return loss and right ones."""
+        if not any(written):
+            raise GraphError(
+                "no parameter of the optimizer gets a gradient from this loss",
+                "set requires_grad = True on what is to learn, and let the loss depend on the model's output",
+            )
+        # the first thread's buffer is the optimizer's own gradient; others that had nothing to do are left as they are
+        used = [0, *(t for t in range(1, len(self.flats)) if written[t])]
+        for t in used:
+            for i in set(range(len(self.views[t]))) - written[t]:
+                self.views[t][i][...] = 0.0
+
+        def share(start: int, stop: int) -> Array:
+            total = self.opt.grad[start:stop]
+            for t in used[1:]:
+                total += self.flats[t][start:stop]
+            return total @ total
+
+        squares = self.team.spread(share, self.opt.flat.size)
+        xp = array_module(self.opt.flat)
+        found = [sum(losses[1:], losses[0]), xp.sqrt(sum(squares[1:], squares[0]))]
+        counts = [right for right in rights if right is not None]
+        if len(counts) == len(rights):
+            found.append(sum(counts[1:], counts[0]))
+        # the one time that a GPU is waited for; float64 holds the number of any dtype
+        loss, self.grad_norm, *right = to_numpy(xp.stack([x.astype(np.float64) for x in found])).tolist()
+        return loss, int(right[0]) if right else None
 
     def _not_optimized(self, node: Node) -> GraphError:
         name = next((n for n, p in self.model.named_parameters() if p.node is node), "a Tensor outside the model")
@@ -146,14 +183,21 @@ class TrainStep:
         )
         place = next((p for p in places if p is not None), None)
         if place is None and math.isfinite(loss):
-            named = zip(self.opt.names, self.views[0], strict=True)
-            bad = [name for name, g in named if not bool(array_module(g).isfinite(g).all())]
-            place = f"the gradient of {bad[-1]}" if bad else "the gradient's norm, which overflows"
+            place = self._non_finite_gradient()
         return NonFiniteError(
             f"step {self.opt.steps}: the loss is {loss}, the gradient's norm {self.grad_norm}; "
             f"the first non-finite value is in {place or 'the loss itself'}",
             "nothing was updated: lower the learning rate, warm up longer, clip gradients, or look at this batch",
         )
+
+    def _non_finite_gradient(self) -> str:
+        """Return which gradient was the first that is not finite: they come from the last layer to the first."""
+        gradients = {id(p): (n, g) for p, n, g in zip(self.opt.parameters, self.opt.names, self.views[0], strict=True)}
+        backwards = [id(p) for p in self.model.parameters()][::-1]
+        for name, g in [gradients.pop(p) for p in backwards if p in gradients] + list(gradients.values()):
+            if not bool(array_module(g).isfinite(g).all()):
+                return f"the gradient of {name}"
+        return "the gradient's norm, which overflows"
 
 
 class Team:
@@ -172,11 +216,14 @@ class Team:
             kept = KEPT_NUMBERS // (self.numbers * max(1, len(getattr(model, "blocks", ()))))
             self.micro_batch = micro_batch or max(1, min(fit, kept))
         self.all_threads = threads is not None  # asked for, whether they pay or not
+        self._pool: tuple[int, ThreadPoolExecutor] | None = None  # and the process that it was started in
 
-    @functools.cached_property
+    @property
     def pool(self) -> ThreadPoolExecutor:
-        """The threads, started when they are first needed."""
-        return ThreadPoolExecutor(self.threads, "minivit")
+        """The threads, started when they are first needed, and anew in a forked child, which has none of them."""
+        if self._pool is None or self._pool[0] != os.getpid():
+            self._pool = os.getpid(), ThreadPoolExecutor(self.threads, "minivit")
+        return self._pool[1]
 
     def here(self, images: Array) -> Array:
         """Return images on the model's device."""
@@ -217,13 +264,12 @@ class Team:
                     if not stop.is_set():
                         results[i] = work(thread, *pieces[i])
 
-        if self.device == "cpu":
-            keep_freed_memory()
         with blas_threads(1) if self.device == "cpu" else contextlib.nullcontext():
             if threads == 1:
                 share(0)
                 return results
-            futures = [self.pool.submit(share, t) for t in range(threads)]
+            pool = self.pool
+            futures = [pool.submit(share, t) for t in range(threads)]
             try:
                 wait(futures, return_when=FIRST_EXCEPTION)
             finally:  # also of an interrupt: the others end with their piece, before their buffers are used again
@@ -248,20 +294,41 @@ def as_array(x: Any, dtype: Any = None) -> Array:
 def predict_logits(
     model: Module, images: Any, threads: int | None = None, micro_batch: int | None = None
 ) -> np.ndarray:
-    """Return the logits of images (N, C, H, W) in eval mode as one NumPy array, computed in micro-batches."""
+    """Return the logits of images (N, C, H, W) in eval mode as one NumPy array, computed in micro-batches.
+
+    The model stays set as it is: threads may predict with it, and one may train it, at the same time.
+    """
     team = Team(model, threads, micro_batch or (None if next(model.parameters()).device == "cpu" else 256))
     images = as_array(images, next(model.parameters()).dtype)
-    training = model.training
-    model.eval()
 
     def work(thread: int, start: int, stop: int) -> np.ndarray:
-        with no_grad(), first_order():
+        with mode(False), no_grad(), first_order():
             return to_numpy(model(team.here(images[start:stop])).data)
 
-    try:
-        return np.concatenate(team.run(work, len(images)))
-    finally:
-        model.train(training)
+    return np.concatenate(team.run(work, len(images)))
+
+
+def check_loss(loss: Any) -> Tensor:
+    """Return the loss; raise if it is not what a step can go back from."""
+    if not isinstance(loss, Tensor):
+        raise GraphError(f"the loss is a {type(loss).__name__}, not a Tensor", "make it of mv.ops, and keep its graph")
+    if loss.ndim:
+        raise ShapeError(f"the loss has the shape {loss.shape}", "give one number, the mean over the rows: mv.ops.mean")
+    return loss
+
+
+def count_right(logits: Any, labels: Array) -> Array | None:
+    """Return how many rows of logits (B, K) are largest at their label, as a 0-d array; None if they have no such."""
+    logits = raw(logits)
+    if not is_array(logits) or logits.ndim != 2 or logits.shape[1] < 2:
+        return None
+    if labels.shape == logits.shape:
+        if isinstance(labels, np.ndarray) and not (np.abs(labels.sum(axis=1) - 1.0) < 0.01).all():
+            return None  # no shares, but several classes at once, or other numbers; on a GPU, to look would be to wait
+        labels = labels.argmax(axis=1)  # (B, K) → (B,)
+    elif labels.shape != logits.shape[:1] or labels.dtype.kind not in "iu":
+        return None
+    return (logits.argmax(axis=1) == to_device(labels, device_of(logits))).sum()
 
 
 def first_non_finite(model: Module, images: Array, key: Key, first_row: int = 0) -> str | None:
