@@ -56,10 +56,11 @@ def measure(point: Point) -> Measured:
     import numpy as np
 
     import minivit as mv
-    from minivit.backend import cpu_cores, normal, peak_memory, random_bits
+    from minivit.backend import cpu_cores, keep_freed_memory, normal, peak_memory, random_bits
     from minivit.study.speed import sgemm_rate, step_flops, time_steps
 
     batch, image, dim, depth, threads = point
+    keep_freed_memory()
     model = mv.ViT(image_size=image, patch_size=4, dim=dim, depth=depth, heads=max(1, dim // 64), num_classes=10)
     opt = mv.optim.AdamW(model.named_parameters(), lr=1e-3, weight_decay=0.05)
     step = mv.TrainStep(model, opt, threads=threads or None)

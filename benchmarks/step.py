@@ -12,12 +12,13 @@ import numpy as np
 from configs import arguments, report
 
 import minivit as mv
-from minivit.backend import normal, peak_memory, random_bits, to_device
+from minivit.backend import keep_freed_memory, normal, peak_memory, random_bits, to_device
 from minivit.study.speed import time_steps
 
 
 def main() -> None:
     config, name, args = arguments(__doc__)
+    keep_freed_memory()
     batch, image, patch, dim, depth, heads, steps = config
     model = mv.ViT(image_size=image, patch_size=patch, dim=dim, depth=depth, heads=heads, num_classes=10).to(
         args.device
