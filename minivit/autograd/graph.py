@@ -128,6 +128,17 @@ class Node:
         self.args = self.out = self.kept = None
         self.parents = ()
 
+    def read(self) -> tuple[Any, Any, Any]:
+        """Return (args, out, kept), what a gradient may read; raise GraphError if a walk has dropped them."""
+        found = self.args, self.out, self.kept
+        if self.freed:  # asked last: another thread may walk through this node too, and drop them meanwhile
+            raise GraphError(
+                f"backward reached a result of {self.op.name} whose graph is already freed",
+                "run the forward pass again, add the losses up before one backward, "
+                "or use grad(..., create_graph=True), which keeps the graph",
+            )
+        return found
+
 
 def _no_tensor() -> None:
     return None
@@ -166,12 +177,7 @@ def propagate(
         if wanted is not None and node in wanted:
             yield node, grad
         op, parents = node.op, node.parents
-        if node.freed:
-            raise GraphError(
-                f"backward reached a result of {op.name} whose graph is already freed",
-                "run the forward pass again, add the losses up before one backward, "
-                "or use grad(..., create_graph=True), which keeps the graph",
-            )
+        node.read()  # before it is passed over: a freed node has no parents, and would look like one not needed
         needs = tuple([p is not None and (alive is None or p in alive) for p in parents])
         if alive is not None and not any(needs):
             continue

@@ -312,13 +312,12 @@ _ROWS: dict[str, dict[str, Callable[[Draw], tuple[Any, ...]]]] = {
         "two queries, a mask, a scale, dropout": lambda r: (r(2, 5, 6), 2, 2, r.mask(2, 5), 0.3, 0.3, _KEY, 5),
     },
     "cross_entropy": {
-        "labels": lambda r: (r(5, 3), r.integers(3, 5)),
-        "labels, 3-D": lambda r: (r(2, 3, 5), r.integers(5, 2, 3)),
-        "labels, smoothed": lambda r: (r(3, 5), r.integers(5, 3), 0.1),
-        "a single row": lambda r: (r(5), r.integers(5)),
+        "labels": lambda r: (r(5, 3), np.eye(3)[r.integers(3, 5)]),
+        "labels, 3-D": lambda r: (r(2, 3, 5), np.eye(5)[r.integers(5, 2, 3)]),
+        "a single row": lambda r: (r(5), r.probabilities(5)),
         "probabilities": lambda r: (r(3, 5), r.probabilities(3, 5)),
-        "weights that do not add up to 1, smoothed": lambda r: (r(3, 5), r.positive(3, 5), 0.1),
-        "200 apart": lambda r: (r.far_apart(3, 5), r.integers(5, 3)),
+        "weights that do not add up to 1": lambda r: (r(3, 5), r.positive(3, 5)),
+        "200 apart": lambda r: (r.far_apart(3, 5), np.eye(5)[r.integers(5, 3)]),
     },
     "dropout": {
         "3-D": lambda r: (r(2, 3, 5), 0.3, _KEY),

@@ -37,6 +37,7 @@ from minivit.backend import (
 from minivit.errors import ConfigError, DataError, GraphError, NonFiniteError, ShapeError
 from minivit.nn.module import Module, watching
 from minivit.nn.random import random_key
+from minivit.ops.loss import check_labels
 from minivit.train.optim import Optimizer, scale_to_norm
 
 DROP_STREAM = 0xD209  # the stream of dropout and drop path under a run's seed
@@ -93,7 +94,12 @@ class TrainStep:
             share = (stop - start) / len(images)
             with random_key(key, first_row=start), first_order():
                 logits = self.model(self.team.here(images[start:stop]))
-                loss = self.loss(logits, labels[start:stop])
+                try:
+                    loss = self.loss(logits, labels[start:stop])
+                except DataError:  # of a label: then name its row in the batch, not in this piece of it
+                    if labels.dtype.kind in "iu":
+                        check_labels(labels, logits.shape[-1])
+                    raise
             views, done = self.views[thread], written[thread]
             for node, part in propagate(loss.node, array_module(loss.data).full((), share, loss.dtype)):
                 if (i := place.get(node)) is None:
