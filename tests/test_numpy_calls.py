@@ -1,4 +1,4 @@
-"""NumPy's functions and a Tensor: operators record; all else raises where it would cut the graph, and says what to do."""
+"""NumPy's functions and a Tensor: operators record, all else raises where it would cut the graph, and names a way."""
 
 from __future__ import annotations
 
