@@ -46,7 +46,7 @@ READ_NO_VALUES = {
 EQUIVALENTS = {
     name: name
     for name in (
-        "abs", "add", "broadcast_to", "clip", "concat", "cos", "exp", "log", "matmul", "max", "maximum", "mean", "min",
+        "abs", "add", "broadcast_to", "clip", "concat", "cos", "erf", "exp", "log", "matmul", "max", "maximum", "mean", "min",
         "minimum", "pad", "pow", "reshape", "sin", "split", "sqrt", "stack", "sum", "swapaxes", "take_along_axis",
         "tanh", "transpose", "var", "where",
     )
@@ -71,7 +71,8 @@ def array_ufunc(self: Tensor, ufunc: np.ufunc, method: str, *inputs: Any, **kwar
     """Record a NumPy operator; run another ufunc on the arrays of its Tensors (NEP 13), unless that cuts a graph."""
     if method == "__call__" and not kwargs and ufunc in _OPERATORS:
         return _OPERATORS[ufunc](*inputs)
-    name = f"np.{ufunc.__name__}" if method == "__call__" else f"np.{ufunc.__name__}.{method}"
+    name = f"np.{ufunc.__name__}" if getattr(np, ufunc.__name__, None) is ufunc else ufunc.__name__  # SciPy's, …
+    name = name if method == "__call__" else f"{name}.{method}"
     arrays = _arrays(name, [*inputs, *kwargs.values()])
     return getattr(ufunc, method)(*arrays[: len(inputs)], **dict(zip(kwargs, arrays[len(inputs) :], strict=True)))
 
