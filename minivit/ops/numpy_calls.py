@@ -46,9 +46,9 @@ READ_NO_VALUES = {
 EQUIVALENTS = {
     name: name
     for name in (
-        "abs", "add", "broadcast_to", "clip", "concat", "cos", "erf", "exp", "log", "matmul", "max", "maximum", "mean", "min",
-        "minimum", "pad", "pow", "reshape", "sin", "split", "sqrt", "stack", "sum", "swapaxes", "take_along_axis",
-        "tanh", "transpose", "var", "where",
+        "abs", "add", "broadcast_to", "clip", "concat", "cos", "erf", "exp", "log", "matmul", "max", "maximum", "mean",
+        "min", "minimum", "pad", "pow", "reshape", "sin", "split", "sqrt", "stack", "sum", "swapaxes",
+        "take_along_axis", "tanh", "transpose", "var", "where",
     )
 } | {
     "absolute": "abs", "amax": "max", "amin": "min", "append": "concat", "column_stack": "concat",
