@@ -5,11 +5,10 @@ from typing import Any
 import numpy as np
 
 import minivit as mv
-from minivit.autograd.op import op
 from minivit.backend import Array, normal
 
 
-@op(save=("x", "weight"))  # all that the gradient may read
+@mv.op(save=("x", "weight"))  # all that the gradient may read
 def rms_norm(x: Array, weight: Array, eps: float = 1e-6) -> Array:
     """Return x / √(mean(x²) + eps) · weight (Zhang and Sennrich 2019, arXiv 1910.07467, eq. 4)."""
     return x / np.sqrt((x * x).mean(axis=-1, keepdims=True) + eps) * weight

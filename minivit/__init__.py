@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from minivit import data, nn, ops, train
     from minivit.autograd.check import GradientReport, check_grads, check_module
     from minivit.autograd.graph import first_order, no_grad
+    from minivit.autograd.op import op
     from minivit.autograd.tensor import Tensor, grad, tensor
     from minivit.backend import Key
     from minivit.errors import GradientError, MinivitError
@@ -43,6 +44,7 @@ _HOMES = {
     "load_model": "train.weights",
     "load_weights": "train.weights",
     "no_grad": "autograd.graph",
+    "op": "autograd.op",
     "predict_logits": "train.step",
     "random_key": "nn.random",
     "tensor": "autograd.tensor",
@@ -73,6 +75,7 @@ __all__ = [
     "load_weights",
     "nn",
     "no_grad",
+    "op",
     "ops",
     "optim",
     "predict_logits",

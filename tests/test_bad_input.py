@@ -5,6 +5,7 @@ Operations have a table of their own in test_ops.py, the command line and checkp
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -55,6 +56,11 @@ BAD: dict[str, tuple[Any, type[MinivitError], str]] = {
     "joining a list": (lambda: ops.concat([x, [[1.0, 2.0, 3.0]]]), DTypeError, "concat: an input is a list"),
     "labels out of range": (lambda: ops.cross_entropy(LOGITS, [0, 3]), DataError, "label 3 at row 1"),
     "a label for two rows": (lambda: ops.cross_entropy(LOGITS, 1), ShapeError, "one label for each row"),
+    "a label in a grid": (lambda: ops.cross_entropy(np.zeros((2, 2, 3)), [[0, 1], [2, 3]]), DataError, "3 at [1, 1]"),
+    "a label of one row": (lambda: ops.cross_entropy(LOGITS[0], 3), DataError, "label 3 is outside 0 … 2"),
+    "logits in a list": (lambda: ops.cross_entropy([[1.0, 2.0]], [0]), DTypeError, "the logits are a list"),
+    "soft labels of float64": (lambda: ops.cross_entropy(LOGITS, LOGITS.astype(float)), DTypeError, "are float64"),
+    "smoothing of text": (lambda: ops.cross_entropy(LOGITS, [0, 1], "0.1"), ConfigError, "smoothing is '0.1'"),
     "labels of text": (lambda: ops.cross_entropy(LOGITS, ["a", "b"]), DTypeError, "<U1"),
     "ragged labels": (lambda: ops.cross_entropy(LOGITS, [[1.0], [1.0, 2.0]]), ShapeError, "cross_entropy"),
     "labels of no logits": (lambda: ops.cross_entropy(LOGITS[:0], np.zeros(0, int)), ShapeError, "no rows"),
@@ -114,6 +120,16 @@ def test_bad_input(what):
         call()
     assert words in str(caught.value)
     assert "\n  → " in str(caught.value) and not str(caught.value).endswith("→ ")
+
+
+@pytest.mark.parametrize(("threads", "micro_batch"), [(1, None), (1, 2), (2, 1)])
+def test_a_label_in_a_batch_is_named_by_its_row_there(threads, micro_batch):
+    model = vit()
+    opt = mv.optim.AdamW(model.named_parameters(), lr=1e-3)
+    smoothed = partial(ops.cross_entropy, smoothing=0.1)
+    step = mv.TrainStep(model, opt, smoothed, threads=threads, micro_batch=micro_batch)
+    with pytest.raises(DataError, match=r"label 10 at row 3 is outside 0 … 2"):
+        step(np.zeros((6, 1, 8, 8), np.float32), np.array([0, 1, 2, 10, 0, 11]))
 
 
 def test_what_looks_odd_but_works():

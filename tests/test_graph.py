@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import gc
+import inspect
+import os
+import textwrap
 import threading
 import time
 import weakref
@@ -16,7 +21,7 @@ from hypothesis import strategies as st
 
 import minivit as mv
 from minivit import ops
-from minivit.autograd.op import op
+from minivit.autograd.op import OPS, op
 from minivit.backend import Array, Key, normal
 from minivit.errors import ConfigError, DTypeError, GraphError, ShapeError
 
@@ -252,6 +257,84 @@ def test_threads_run_backward_side_by_side():
         np.testing.assert_array_equal(g, mv.grad((leaf(3, 5, seed=i) @ weight).sum(), [weight])[0].data)
 
 
+class Slow(np.ndarray):
+    """An array whose in-place sum reads, lets other threads run, and writes."""
+
+    def __iadd__(self, other: Any) -> Slow:  # type: ignore[override]
+        read = np.array(self)
+        time.sleep(0.05)
+        self[...] = read + other
+        return self
+
+
+def test_threads_that_share_a_leaf_lose_no_gradient():
+    x = leaf(3)
+    x.grad = np.zeros(3).view(Slow)
+    losses = [(x * float(i)).sum() for i in range(1, 5)]
+    threads = [threading.Thread(target=loss.backward) for loss in losses]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    np.testing.assert_array_equal(x.grad, [10.0] * 3)
+
+
+def test_the_first_gradients_of_threads_add_up():
+    start = threading.Barrier(4)
+
+    def work(loss: mv.Tensor) -> None:
+        start.wait(10)
+        loss.backward()
+
+    for _ in range(20):
+        x = mv.tensor(np.ones(300_000, np.float32), requires_grad=True)
+        threads = [threading.Thread(target=work, args=((x * 1.0).sum(),)) for _ in range(4)]
+        for t in threads:
+            t.start()
+        for t in threads:
+            t.join()
+        assert (x.grad == 4.0).all()
+
+
+@pytest.mark.parametrize("first_order", [False, True])
+def test_a_node_that_another_thread_frees_meanwhile_is_noticed(monkeypatch, first_order):
+    x = leaf(3)
+    with mv.first_order() if first_order else contextlib.nullcontext():
+        y = ops.softmax(x)
+    gradient = ops.softmax.gradient
+
+    def late(node: Any, *rest: Any) -> Any:
+        node.free()  # what another thread's walk does between this walk's look at the node and its reading of it
+        return gradient(node, *rest)
+
+    monkeypatch.setattr(ops.softmax, "gradient", late)
+    with pytest.raises(GraphError, match=FREED):
+        y.backward(np.ones(3))
+    assert x.grad is None
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # Python 3.12: it forks with threads running
+def test_a_child_forked_while_gradients_are_added_does_not_hang():
+    x = leaf(3)
+    x.grad = np.zeros(3).view(Slow)
+    thread = threading.Thread(target=(x * 2.0).sum().backward)
+    thread.start()
+    time.sleep(0.01)  # it is in the sum now
+    if (child := os.fork()) == 0:
+        y = leaf(2)
+        (y * 3.0).sum().backward()
+        os._exit(0 if (y.grad == 3.0).all() else 1)
+    deadline = time.monotonic() + 20
+    while (state := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    thread.join()
+    if state == (0, 0):
+        os.kill(child, 9)
+        os.waitpid(child, 0)
+    assert state == (child, 0)
+
+
 def test_frozen_inputs_cost_nothing():
     x, frozen = leaf(3), mv.tensor(np.ones(3))
     y = x * frozen + frozen * frozen
@@ -340,6 +423,29 @@ def test_detach_to_and_astype():
     assert x.grad.dtype == np.float64
 
 
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy])
+def test_a_copy_gets_its_own_gradient(copied):
+    x = leaf(3)
+    x.grad = np.ones(3)
+    y = copied(x)
+    (y * 2.0).sum().backward()
+    np.testing.assert_array_equal(y.grad, [3.0] * 3)
+    assert np.shares_memory(x.data, y.data) == (copied is copy.copy)
+    assert type(copied(mv.nn.Parameter(np.ones(2)))) is mv.nn.Parameter
+    with pytest.raises(GraphError, match=r"\n  → copy x.detach\(\)"):
+        copied(x * 2.0)
+
+
+def test_a_copied_module_learns_by_itself():
+    model = mv.nn.Linear(2, 3)
+    twin = copy.deepcopy(model)
+    twin(np.ones((1, 2), np.float32)).sum().backward()
+    assert model.weight.grad is None
+    np.testing.assert_array_equal(twin.weight.grad, np.ones((3, 2)))
+    np.testing.assert_array_equal(twin.weight.data, model.weight.data)
+    assert not np.shares_memory(twin.weight.data, model.weight.data)
+
+
 def test_requires_grad_is_for_floating_leaves():
     with pytest.raises(DTypeError, match="int64 cannot require a gradient"):
         mv.tensor([1, 2], requires_grad=True)
@@ -396,13 +502,34 @@ def test_grad_leaves_the_fields_alone():
     assert not gx.requires_grad
 
 
-def test_grad_of_what_was_not_reached_is_zero():
-    x, other = leaf(3), leaf(2, 2, dtype=np.float32)
-    for create_graph in (False, True):
-        gx, zero = mv.grad((x * x).sum(), [x, other], create_graph=create_graph)
-        np.testing.assert_array_equal(zero.data, np.zeros((2, 2)))
-        assert zero.dtype == np.float32
-        np.testing.assert_array_equal(gx.data, 2 * x.data)
+UNUSED = r"was not computed from input 1 of shape \(2, 2\)\n  → .* allow_unused=True to get None"
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_grad_refuses_what_the_output_was_not_computed_from(create_graph):
+    x, other = leaf(3), leaf(2, 2)
+    with pytest.raises(GraphError, match=UNUSED):
+        mv.grad((x * x).sum(), [x, other], create_graph=create_graph)
+    gx, nothing = mv.grad((x * x).sum(), [x, other], create_graph=create_graph, allow_unused=True)
+    assert nothing is None
+    np.testing.assert_array_equal(gx.data, 2 * x.data)
+    with pytest.raises(GraphError, match="not computed from input 0"):
+        mv.grad(x, [other], np.ones(3))
+
+
+def test_grad_refuses_the_results_of_another_pass():
+    w = leaf(3)
+    first, second = ops.exp(w), ops.exp(w)
+    with pytest.raises(GraphError, match=r"not computed from input 0 of shape \(3,\)\n  → .*very forward pass"):
+        mv.grad(first.sum(), [second])
+
+
+def test_a_gradient_that_is_zero_stays_zeros():
+    x = leaf(3)
+    (g,) = mv.grad((x * 0.0).sum(), [x])
+    np.testing.assert_array_equal(g.data, np.zeros(3))
+    (g,) = mv.grad((leaf(2) * x[:2]).sum() * 0.0, [x], allow_unused=True)
+    np.testing.assert_array_equal(g.data, np.zeros(3))
 
 
 def test_grad_of_results_in_the_middle():
@@ -576,6 +703,98 @@ def test_a_wrong_declaration_is_refused(toys):
     with pytest.raises(ConfigError, match=r"save names \['y'\]"):
 
         @op(save=("y",))
+        def square(x: Array) -> Array:
+            return x * x
+
+
+ARRAY = np.asarray(normal(Key(3), (3, 3)))
+SETTING = r"{} has no gradient in {}, which is a Tensor that requires one\n  → give {}.detach\(\)"
+
+
+@pytest.mark.parametrize(
+    ("call", "op", "argument"),
+    [
+        (lambda x: ops.attention(ARRAY, ARRAY, ARRAY, scale=x[0, 0]), "attention", "scale"),
+        (lambda x: ops.attention(x, x, x, scale=x[0, 0]), "attention", "scale"),
+        (lambda x: ops.clip(x, x[0, 0]), "clip", "low"),
+        (lambda x: ops.where(x, ARRAY, 0.0), "where", "condition"),
+        (lambda x: ops.dropout(x, x[0, 0], Key(0)), "dropout", "p"),
+        (lambda x: ops.layer_norm(x, x[0], x[0], eps=x[0, 0]), "layer_norm", "eps"),
+        (lambda x: ops.pad(x, [(1, 0), (0, 0)], x[0, 0]), "pad", "value"),
+        (lambda x: mv.tensor(ARRAY)[x], "getitem", "index"),
+    ],
+)
+def test_a_recorded_tensor_where_there_is_no_gradient_is_refused(call, op, argument):
+    x = leaf(3, 3)
+    with pytest.raises(GraphError, match=SETTING.format(op, argument, argument)):
+        call(x)
+    with mv.first_order(), pytest.raises(GraphError, match=SETTING.format(op, argument, argument)):
+        call(x)
+
+
+def test_a_constant_tensor_is_fine_there():
+    x = leaf(3, 3)
+    half = mv.tensor(np.array(0.5))
+    expected = ops.attention(x, x, x, scale=0.5)
+    np.testing.assert_array_equal(ops.attention(x, x, x, scale=half).data, expected.data)
+    half.requires_grad = True
+    with mv.no_grad():
+        np.testing.assert_array_equal(ops.attention(x, x, x, scale=half).data, expected.data)
+
+
+# ---- own operations --------------------------------------------------------------------------------------------------
+
+CELL = """
+import minivit as mv
+from minivit.backend import Array
+
+@mv.op()
+def softmax(x: Array) -> Array:
+    return x + {}
+
+softmax.vjps(lambda g, out, x: g)
+"""
+
+
+def define(value: float, module: str) -> Any:
+    scope = {"__name__": module}
+    exec(CELL.format(value), scope)
+    return scope["softmax"]
+
+
+def test_names_of_own_operations_are_free(toys):
+    mine, other = define(1.0, "mine"), define(2.0, "other")
+    assert OPS["softmax"] is ops.softmax and OPS["mine.softmax"] is mine and OPS["other.softmax"] is other
+    x = leaf(3)
+    for own, number in ((mine, 1.0), (other, 2.0)):
+        np.testing.assert_array_equal(own(x).data, x.data + number)
+    np.testing.assert_allclose(ops.softmax(x).data.sum(), 1.0, rtol=1e-12)
+
+
+def test_a_cell_that_runs_again_replaces_its_operation(toys):
+    define(1.0, "__main__")
+    again = define(2.0, "__main__")
+    assert OPS["__main__.softmax"] is again and sum("__main__" in name for name in OPS) == 1
+
+
+def test_two_operations_of_the_package_cannot_share_a_name(toys):
+    before = ops.softmax
+    with pytest.raises(ConfigError, match=r"softmax is there twice: minivit\.ops\.normalize\.softmax, minivit\.ops\.x"):
+        define(1.0, "minivit.ops.x")
+    assert OPS["softmax"] is before
+
+
+def test_the_example_in_the_documentation_of_op_runs(toys):
+    text = inspect.cleandoc(mv.op.__doc__).split("::\n")[1].split("\n\nThe gradient")[0]
+    scope: dict[str, Any] = {"np": np, "__name__": "example"}
+    exec(textwrap.dedent(text), scope)
+    np.testing.assert_allclose(scope["softplus"](np.zeros(2)), np.log([2.0, 2.0]), rtol=1e-15)
+
+
+def test_op_without_its_parentheses_says_so(toys):
+    with pytest.raises(ConfigError, match=r"without its parentheses\n  → write @op\(\)"):
+
+        @mv.op
         def square(x: Array) -> Array:
             return x * x
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import tracemalloc
@@ -408,6 +409,63 @@ def test_dropout_keeps_the_mean_and_drops_its_share(fn):
     assert ((out[:, 0] == out[:, 1]).all()) == (fn is ops.drop_path)
     assert not np.array_equal(out, fn(x, 0.3, Key(4, step=1)))
     np.testing.assert_array_equal(fn(x, 0.0, Key(4)), x)
+
+
+LABELS = np.array([[2, 0, 4], [1, 1, 3]])
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("first_order", [False, True])
+def test_labels_are_the_rows_of_an_identity_matrix(smoothing, first_order):
+    logits = normal(Key(2), (2, 3, 5))
+    results = []
+    for labels in (LABELS, LABELS.tolist(), mv.tensor(LABELS), np.eye(5)[LABELS], np.eye(5)[LABELS].tolist()):
+        with mv.first_order() if first_order else contextlib.nullcontext():
+            out, gradients = backward(lambda x, y=labels: ops.cross_entropy(x, y, smoothing), [logits], [0])
+        assert_near(out.data, FORWARD["cross_entropy"](logits, LABELS, smoothing), 1e-14)
+        results.append([out.data, *gradients])
+    for other in results[1:]:
+        assert_same(other, results[0])
+    assert isinstance(ops.cross_entropy(logits, mv.tensor(LABELS)), mv.Tensor)
+    single = ops.cross_entropy(mv.tensor(logits.astype(np.float32)), LABELS, np.float64(smoothing))
+    assert single.dtype == np.float32
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("first_order", [False, True])
+def test_soft_labels_get_a_gradient(smoothing, first_order):
+    logits, b = normal(Key(2), (2, 3, 5)), normal(Key(3), (2, 3, 5))
+    probabilities = ops.softmax(b)
+    with mv.first_order() if first_order else contextlib.nullcontext():
+        _, (both, soft) = backward(lambda x, y: ops.cross_entropy(x, y, smoothing), [logits, probabilities], [0, 1])
+        _, (alone,) = backward(lambda y: ops.cross_entropy(logits, y, smoothing), [probabilities], [0])
+        _, (constant,) = backward(lambda x: ops.cross_entropy(x, probabilities, smoothing), [logits], [0])
+        _, (through,) = backward(lambda z: ops.cross_entropy(logits, ops.softmax(z), smoothing), [b], [0])
+    expected = -ops.log_softmax(logits) * (1 - smoothing) / 6  # the mean is over 2 · 3 rows
+    weight = float(cotangent_for(np.zeros(())))
+    assert_near(soft, expected * weight)
+    assert_same([alone, constant], [soft, both])
+    assert np.abs(through).max() > 1e-3
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_distillation_is_right_in_both_orders(smoothing):
+    def loss(a, b):
+        return ops.cross_entropy(a, ops.softmax(b * 0.5), smoothing)
+
+    report = mv.check_grads(loss, [normal(Key(2), (3, 5)), normal(Key(3), (3, 5))])
+    assert {(c.name, c.order) for c in report.checks} >= {("a", 1), ("b", 1), ("a", 2), ("b", 2)}
+    assert report.worst.error < 1e-12
+
+
+def test_labels_cost_no_sync_on_the_strict_stand_in(strict_cupy):
+    logits = mv.tensor(to_device(normal(Key(2), (2, 3, 5)), "cuda"), requires_grad=True)
+    for labels in (LABELS, to_device(LABELS, "cuda"), np.eye(5)[LABELS], mv.tensor(np.eye(5)[LABELS])):
+        strict_cupy.counters.reset()
+        loss = ops.cross_entropy(logits, labels, 0.1)
+        loss.backward()
+        assert strict_cupy.counters.syncs == 0, strict_cupy.counters.synced
+        assert_near(to_numpy(loss.data), FORWARD["cross_entropy"](to_numpy(logits.data), LABELS, 0.1))
 
 
 def test_matmul_with_vectors():

@@ -84,6 +84,14 @@ def test_what_it_does_not_depend_on_gets_zeros():
     assert (x.grad == 2.0).all() and (norm.weight.grad == 0.0).all()
 
 
+def test_a_parameter_that_is_not_declared_is_refused():
+    x, p = (mv.nn.Parameter(np.ones((2, 3), np.float32)) for _ in range(2))
+    for hidden in (p, p * 2.0):
+        y = recompute(lambda x, hidden=hidden: x * hidden, x, []).sum()
+        with pytest.raises(GraphError, match=r"neither its input nor declared\n  → name it in recompute"):
+            y.backward()
+
+
 def test_nothing_is_recorded_without_gradients():
     block = mv.nn.EncoderBlock(8, 2, 16, recompute=True)
     with mv.no_grad():

@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 
 from minivit.autograd.graph import no_grad
-from minivit.autograd.tensor import Tensor, grad, tensor
+from minivit.autograd.tensor import Tensor, tensor
+from minivit.autograd.tensor import grad_or_zeros as grad
 from minivit.backend import Key, is_array, normal, random_bits
 from minivit.errors import ConfigError, DTypeError, GradientError, GraphError
 

@@ -128,6 +128,18 @@ class Node:
         self.args = self.out = self.kept = None
         self.parents = ()
 
+    def read(self) -> tuple[Any, Any, Any]:
+        """Return (args, out, kept), what a gradient may read; raise GraphError if a walk has dropped them."""
+        args, out, kept = self.args, self.out, self.kept
+        # asked last, because another thread may walk through this node too, and drop them meanwhile
+        if self.args is None and self.kept is None:
+            raise GraphError(
+                f"backward reached a result of {self.op.name} whose graph is already freed",
+                "run the forward pass again, add the losses up before one backward, "
+                "or use grad(..., create_graph=True), which keeps the graph",
+            )
+        return args, out, kept
+
 
 def _no_tensor() -> None:
     return None
@@ -167,11 +179,7 @@ def propagate(
             yield node, grad
         op, parents = node.op, node.parents
         if node.freed:
-            raise GraphError(
-                f"backward reached a result of {op.name} whose graph is already freed",
-                "run the forward pass again, add the losses up before one backward, "
-                "or use grad(..., create_graph=True), which keeps the graph",
-            )
+            node.read()  # raises; a freed node has no parents, and would be passed over as one that is not needed
         needs = tuple([p is not None and (alive is None or p in alive) for p in parents])
         if alive is not None and not any(needs):
             continue

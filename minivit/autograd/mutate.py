@@ -22,7 +22,8 @@ import numpy as np
 
 from minivit.autograd.check import GradientReport, check_grads
 from minivit.autograd.op import Op
-from minivit.autograd.tensor import Tensor, grad, tensor
+from minivit.autograd.tensor import Tensor, tensor
+from minivit.autograd.tensor import grad_or_zeros as grad
 from minivit.backend import Key, is_array, normal
 from minivit.errors import GradientError
 

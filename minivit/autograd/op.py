@@ -38,7 +38,8 @@ from minivit.errors import ConfigError, DeviceError, DTypeError, GraphError, Min
 _INPUTS_REMEDY = "give Tensors, arrays or numbers; of a list make an array: np.asarray(x, np.float32)"
 
 OPS: dict[str, Op] = {}
-"""Every operation by its name; the test suite's table must have a row for each."""
+"""Every operation: minivit's by their names (the test suite's table must have a row for each), others, whose names are
+their authors' business, by module and name: ``"__main__.rms_norm"``."""
 
 
 class Op:
@@ -49,11 +50,13 @@ class Op:
         parameters = list(inspect.signature(forward).parameters.values())
         self.forward = forward
         self.name = forward.__name__.lstrip("_")  # _concat(axis, *arrays) is behind concat(arrays, axis)
+        self.home = f"{forward.__module__}.{forward.__qualname__}"
         self.names = [p.name for p in parameters if p.kind is not p.VAR_POSITIONAL]
         self.defaults = tuple(p.default for p in parameters if p.kind is not p.VAR_POSITIONAL)
         self.inputs = [
             i for i, p in enumerate(parameters) if "Array" in str(p.annotation) and p.kind is not p.VAR_POSITIONAL
         ]
+        self.settings = [i for i in range(len(self.names)) if i not in self.inputs]  # what is not differentiated
         # def f(setting, *arrays: Array): everything from there on is an input
         self.variadic = len(self.names) if parameters[-1].kind is inspect.Parameter.VAR_POSITIONAL else None
         self.save = frozenset(save)
@@ -64,11 +67,19 @@ class Op:
         self._fast: Callable[..., Any] | None = None
         self._fast_vjp: Callable[..., Any] | None = None
         if not self.inputs and self.variadic is None:
-            raise ConfigError(f"op {self.name} has no differentiable input", "annotate its inputs: x: Array")
+            remedy = "annotate its inputs: x: Array, with Array of minivit.backend"
+            raise ConfigError(f"op {self.name} has no differentiable input", remedy)
         unknown = self.save - set(self.names) - {"out"}
         if unknown:
             raise ConfigError(f"op {self.name}: save names {sorted(unknown)}", f"its arguments are {self.names}")
-        OPS[self.name] = self
+        self._register()
+
+    def _register(self) -> None:
+        """Enter the operation in ``OPS``. The same function defined again (a notebook's cell, a reload) replaces it."""
+        name = self.name if self.home.startswith("minivit.") else self.home
+        if (before := OPS.get(name, self)).home != self.home:
+            raise ConfigError(f"op {name} is there twice: {before.home}, {self.home}", "give one another name")
+        OPS[name] = self
 
     # ---- defining ----
 
@@ -156,6 +167,12 @@ class Op:
 
     def _record(self, args: list[Any], nodes: list[Node | None]) -> Tensor:
         """Run on raw arguments; record the result, unless no input has a node."""
+        for i in self.settings:
+            if nodes[i] is not None and recording.enabled:
+                raise GraphError(
+                    f"{self.name} has no gradient in {self.names[i]}, which is a Tensor that requires one",
+                    f"give {self.names[i]}.detach() to hold it constant, or bring it in by a differentiable operation",
+                )
         positions = self.inputs if self.variadic is None else self.input_positions(args)
         first = args[positions[0]]
         for i in positions:
@@ -215,18 +232,18 @@ class Op:
 
     def gradient(self, node: Node, g: Any, needs: tuple[bool, ...], wrap: Callable[..., Any] | None) -> Sequence[Any]:
         """Return the gradient for each input of ``node``; with ``wrap`` on Tensors, re-joined to the graph."""
-        if node.kept is not None:
+        parents, (args, out, kept) = node.parents, node.read()
+        if kept is not None:
             if wrap is not None:
                 raise GraphError(
                     f"{self.name} was recorded for first-order gradients only",
                     "run the forward pass outside first_order() to use create_graph=True",
                 )
             assert self._fast_vjp is not None
-            return self._fast_vjp(g, node.kept, needs)
-        args, out = node.args, node.out
+            return self._fast_vjp(g, kept, needs)
         if wrap is not None:
             args = list(args)
-            for i, parent in zip(self.input_positions(args), node.parents, strict=True):
+            for i, parent in zip(self.input_positions(args), parents, strict=True):
                 if parent is not None and not isinstance(args[i], Unsaved):
                     args[i] = wrap(args[i], parent)
             out = wrap(out, node) if out is not None else None
@@ -240,7 +257,27 @@ class Op:
 
 
 def op(save: Sequence[str] = ()) -> Callable[[Callable[..., Any]], Op]:
-    """Make a function of arrays an :class:`Op`; ``save`` names the inputs (and ``"out"``) that its gradient reads."""
+    """Make a function of arrays an operation that is differentiated; a decorator, ``mv.op`` for short.
+
+    ::
+
+        import minivit as mv
+        from minivit.backend import Array, array_module
+
+        @mv.op(save=("x",))                  # the inputs (and "out") that the gradient reads
+        def softplus(x: Array) -> Array:     # Array marks a differentiable input; NumPy's functions are fine in here
+            return array_module(x).log1p(array_module(x).exp(x))
+
+        softplus.vjps(lambda g, out, x: g * mv.ops.sigmoid(x))   # mv.ops in here: then it has a second order too
+
+        mv.check_grads(softplus, [np.array([-1.0, 0.5])])        # proves it, orders 1 and 2
+
+    The gradient is given by ``.vjps`` (one function of g, out and the arguments for each input) or by ``.vjp`` (one for
+    all, see :meth:`Op.vjp`); g is the gradient that reaches the output. Names are free: an operation of your own may
+    be called like one of ``mv.ops``. Raises ConfigError for a function without inputs or for an unknown name to save.
+    """
+    if callable(save):
+        raise ConfigError("op stands above a function without its parentheses", "write @op() or @op(save=(...))")
     return lambda forward: Op(forward, save)
 
 

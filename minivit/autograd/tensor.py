@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Iterator, Sequence
-from typing import Any
+from copy import deepcopy
+from typing import Any, Self
 
 import numpy as np
 
@@ -11,17 +14,22 @@ from minivit.autograd.graph import Node, propagate, recording
 from minivit.backend import Array, array_module, device_of, is_array, on_device_of, to_device, to_numpy
 from minivit.errors import DTypeError, GraphError, ShapeError
 
+_adding = threading.Lock()  # held while a part is added to a leaf's gradient: threads may share the leaf
+if hasattr(os, "register_at_fork"):  # a child has no other threads: nobody there would release it
+    os.register_at_fork(before=_adding.acquire, after_in_parent=_adding.release, after_in_child=_adding.release)
+
 
 class Tensor:
     """An array that can be differentiated through.
 
     ``data`` is the NumPy or CuPy array, ``grad`` an array of the same shape and dtype once ``backward`` has reached
     this Tensor, else None. Make one with :func:`tensor`.
+
+    While it is recorded NumPy's functions refuse it, because their results have no graph; ``float(x)`` and whatever
+    asks for one number (``math.exp(x)``, ``array[0] = x``), ``x.item()``, ``x.numpy()`` and ``x.data`` read the values.
     """
 
     __slots__ = ("__weakref__", "data", "grad", "node")
-    __array_ufunc__ = None  # NumPy's operators then leave `array + tensor` to Tensor.__radd__
-    __array_priority__ = 1000  # CuPy's likewise
 
     def __init__(self, data: Array, node: Node | None = None) -> None:
         self.data = data
@@ -70,6 +78,11 @@ class Tensor:
             self.node = Node.leaf(self) if value else None
 
     @property
+    def is_recorded(self) -> bool:
+        """Whether an operation on this Tensor, here and now, is recorded: not under ``no_grad``."""
+        return self.node is not None and recording.enabled
+
+    @property
     def is_leaf(self) -> bool:
         """Whether it is nobody's result."""
         return self.node is None or self.node.op is None
@@ -87,13 +100,38 @@ class Tensor:
 
     __hash__ = object.__hash__  # by identity, although == compares elements: Tensors can be keys
 
+    def __copy__(self) -> Self:
+        return self._copied(self.data, self.grad)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self._copied(deepcopy(self.data, memo), deepcopy(self.grad, memo))
+
+    def _copied(self, data: Array, grad: Array | None) -> Self:
+        """Return a Tensor of its own: were the node copied as well, its gradients would go to this one."""
+        if not self.is_leaf:
+            raise GraphError("a result cannot be copied with its graph", "copy x.detach(), or leaves only")
+        copied = type(self).__new__(type(self))
+        copied.data, copied.grad, copied.node = data, grad, None
+        copied.requires_grad = self.requires_grad
+        return copied
+
     def __bool__(self) -> bool:
         return bool(self.item())
 
     def __float__(self) -> float:
         return float(self.item())
 
+    def __int__(self) -> int:
+        return int(self.item())
+
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        if self.is_recorded:
+            raise GraphError(
+                f"NumPy would make a plain array of a Tensor of shape {self.shape} that is recorded: "
+                "what it was computed from would get no gradient through it",
+                "go on with mv.ops (mv.ops.stack joins a list of Tensors); x.numpy() reads the values, "
+                "x.detach() cuts the graph on purpose",
+            )
         return np.array(self.numpy(), dtype=dtype, copy=copy)
 
     # ---- out of the graph ----
@@ -124,21 +162,27 @@ class Tensor:
             leaf = node.tensor()
             if leaf is None:
                 continue  # the Tensor is gone: nobody can read its gradient
-            if leaf.grad is None:
-                leaf.grad = _array(part).copy()  # a view of another gradient, or of the cotangent, must not be added to
-            elif leaf.grad.ndim:
-                leaf.grad += part
-            else:
-                leaf.grad = _array(leaf.grad + part)
+            with _adding:
+                if leaf.grad is None:
+                    leaf.grad = _array(part).copy()  # a view of another gradient, or of the cotangent, is not added to
+                elif leaf.grad.ndim:
+                    leaf.grad += part
+                else:
+                    leaf.grad = _array(leaf.grad + part)
 
 
 def tensor(data: Any, dtype: Any = None, device: str | None = None, requires_grad: bool = False) -> Tensor:
     """Return a Tensor of ``data``: an array, a (nested) list, a number or a Tensor.
 
     A NumPy or CuPy array keeps its dtype and, unless ``dtype`` or ``device`` ask for a copy, its memory. Python floats
-    become float32.
+    become float32. Raises GraphError for a Tensor that is recorded: the new one would have no graph.
     """
     if isinstance(data, Tensor):
+        if data.is_recorded:
+            raise GraphError(
+                f"tensor() of a Tensor of shape {data.shape} that is recorded would cut its graph",
+                "use the Tensor itself, x.to(...) for another dtype or device, or x.detach() to cut it on purpose",
+            )
         data = data.data
     if not (is_array(data) or isinstance(data, np.generic)):
         try:
@@ -161,12 +205,17 @@ def tensor(data: Any, dtype: Any = None, device: str | None = None, requires_gra
 
 
 def grad(
-    output: Tensor, inputs: Sequence[Tensor], grad_output: Any = None, create_graph: bool = False
-) -> tuple[Tensor, ...]:
+    output: Tensor,
+    inputs: Sequence[Tensor],
+    grad_output: Any = None,
+    create_graph: bool = False,
+    allow_unused: bool = False,
+) -> tuple[Any, ...]:
     """Return d(output·grad_output)/d(input) for each input, as Tensors; ``.grad`` fields stay as they are.
 
-    An input that the output does not depend on gets zeros. With ``create_graph=True`` the gradients are themselves
-    recorded, to be differentiated again, and the graph of ``output`` is kept; otherwise it is freed.
+    With ``create_graph=True`` the gradients are themselves recorded, to be differentiated again, and the graph of
+    ``output`` is kept; otherwise it is freed. Raises GraphError for an input that ``output`` was not computed from;
+    with ``allow_unused=True`` such an input gets None.
     """
     if isinstance(inputs, Tensor):
         inputs = (inputs,)
@@ -182,13 +231,27 @@ def grad(
     for node, part in propagate(root, cotangent, wanted, Tensor if create_graph else None):
         sums[node] = sums[node] + part if node in sums else part
     results = []
-    for x in inputs:
+    for i, x in enumerate(inputs):
         part = sums.get(x.node) if x.node is not None else None
-        if part is None:
-            with on_device_of(x.data):
-                part = array_module(x.data).zeros(x.shape, x.dtype)
+        if part is None and not allow_unused:
+            raise GraphError(
+                f"grad: the output was not computed from input {i} of shape {x.shape}",
+                "ask for Tensors of the very forward pass that gave the output (another pass makes others), "
+                "or pass allow_unused=True to get None for it",
+            )
         # a copy: gradients may be views of each other
-        results.append(part if isinstance(part, Tensor) else Tensor(_array(part).copy()))
+        results.append(part if part is None or isinstance(part, Tensor) else Tensor(_array(part).copy()))
+    return tuple(results)
+
+
+def grad_or_zeros(
+    output: Tensor, inputs: Sequence[Tensor], grad_output: Any = None, create_graph: bool = False
+) -> tuple[Tensor, ...]:
+    """Return :func:`grad`'s gradients, and zeros for an input that the output was not computed from."""
+    results = []
+    for x, g in zip(inputs, grad(output, inputs, grad_output, create_graph, allow_unused=True), strict=True):
+        with on_device_of(x.data):
+            results.append(Tensor(array_module(x.data).zeros(x.shape, x.dtype)) if g is None else g)
     return tuple(results)
 
 

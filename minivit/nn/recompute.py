@@ -49,7 +49,9 @@ class _Again:
         """Return the gradients of x and of the parameters, in the order of the node's parents."""
         if wrap is not None:
             raise GraphError("a recomputed layer has first-order gradients only", "use recompute=False")
-        x = Tensor(node.args[0])
+        parents = node.parents
+        args, _, _ = node.read()
+        x = Tensor(args[0])
         x.requires_grad = needs[0]
         before = recording.enabled, recording.first_order
         recording.enabled, recording.first_order = True, self.first_order
@@ -62,8 +64,13 @@ class _Again:
         if out.node is not None:
             for leaf, part in propagate(out.node, g):
                 sums[leaf] = sums[leaf] + part if leaf in sums else part
+        if not sums.keys() <= {x.node, *parents}:
+            raise GraphError(
+                "a recomputed function reads a Tensor that requires a gradient and is neither its input nor declared",
+                "name it in recompute(parameters=...)",
+            )
         results: list[Any] = []
-        for own, parent in zip((x.node, *node.parents[1:]), node.parents, strict=True):
+        for own, parent in zip((x.node, *parents[1:]), parents, strict=True):
             if own is None or parent is None:
                 results.append(None)
             else:  # zeros if the function does not depend on it

@@ -5,9 +5,7 @@ from __future__ import annotations
 import operator
 from typing import Any
 
-from minivit.autograd.op import raw
 from minivit.autograd.tensor import Tensor
-from minivit.errors import ShapeError
 from minivit.ops import fast as _fast  # noqa: F401 - attaches the fast twins to their operations
 from minivit.ops.activation import ACTIVATIONS, gelu, relu, sigmoid, silu
 from minivit.ops.attention import attention, attention_weights, self_attention
@@ -36,6 +34,7 @@ from minivit.ops.elementwise import (
 from minivit.ops.loss import cross_entropy
 from minivit.ops.matmul import linear, matmul
 from minivit.ops.normalize import layer_norm, log_softmax, softmax
+from minivit.ops.numpy_calls import OfTheClass, array_function, array_ufunc, compare
 from minivit.ops.reduce import logsumexp, max, mean, min, sum, var
 from minivit.ops.shape import (
     broadcast_to,
@@ -72,14 +71,8 @@ def _attach() -> None:
     def spread(op: Any) -> Any:  # x.reshape(2, 3) as well as x.reshape((2, 3))
         return lambda self, *args: op(self, args[0] if len(args) == 1 and not isinstance(args[0], int) else args)
 
-    def compared(comparison: Any) -> Any:  # comparisons have no gradient: they give boolean arrays
-        def compare(self: Tensor, other: Any) -> Any:
-            try:
-                return comparison(self.data, raw(other))
-            except ValueError as error:
-                raise ShapeError(f"{comparison.__name__}: {error}", "compare shapes that broadcast") from error
-
-        return compare
+    def compared(comparison: Any) -> Any:
+        return lambda self, other: compare(comparison, self, other)
 
     methods: dict[str, Any] = {
         "__add__": add, "__radd__": flipped(add), "__sub__": sub, "__rsub__": flipped(sub),
@@ -94,6 +87,7 @@ def _attach() -> None:
         "transpose": lambda self, *axes: transpose(self, (axes[0] if not isinstance(axes[0], int) else axes)
                                                    if axes else None),
         "T": property(lambda self: transpose(self)),
+        "__array_function__": array_function, "__array_ufunc__": OfTheClass(array_ufunc),
     }  # fmt: skip
     for name in ("__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__"):
         methods[name] = compared(getattr(operator, name))

@@ -324,22 +324,23 @@ def _(g: np.ndarray, kept: Any, needs: Needs) -> Any:
 # ---- cross_entropy ---------------------------------------------------------------------------------------------------
 
 
-@loss.cross_entropy.fast
-def _(logits: np.ndarray, labels: Any, smoothing: float) -> Any:
+@loss._cross_entropy.fast
+def _(logits: np.ndarray, target: np.ndarray) -> Any:
     log_p = normalize.log_softmax.forward(logits, -1)
-    target = loss.targets(logits, labels, smoothing)
     rows = loss.count_rows(logits.shape)
     out = np.asarray(np.vecdot(log_p, target).sum() / -rows, logits.dtype)
     p = np.exp(log_p, out=log_p)
     p *= target.sum(axis=-1, keepdims=True)
     p -= target
     p /= rows
-    return out, p
+    return out, (p, logits)
 
 
-@loss.cross_entropy.fast_vjp
-def _(g: np.ndarray, kept: np.ndarray, needs: Needs) -> Any:
-    return (kept * g,)
+@loss._cross_entropy.fast_vjp
+def _(g: np.ndarray, kept: Any, needs: Needs) -> Any:
+    p, logits = kept
+    log_p = normalize.log_softmax.forward(logits, -1) if needs[1] else None
+    return (p * g if needs[0] else None, None if log_p is None else log_p * (g / -loss.count_rows(logits.shape)))
 
 
 # ---- drop_path -------------------------------------------------------------------------------------------------------

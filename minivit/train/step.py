@@ -38,6 +38,7 @@ from minivit.backend import (
 from minivit.errors import ConfigError, DataError, GraphError, NonFiniteError, ShapeError
 from minivit.nn.module import Module, mode, watching
 from minivit.nn.random import random_key
+from minivit.ops.loss import check_labels
 from minivit.train.optim import Optimizer, scale_to_norm
 
 DROP_STREAM = 0xD209  # the stream of dropout and drop path under a run's seed
@@ -108,7 +109,7 @@ class TrainStep:
             share = (stop - start) / len(images)
             with mode(training), random_key(key, first_row=start), first_order():
                 logits = self.model(self.team.here(images[start:stop]))
-                loss = check_loss(self.loss(logits, labels[start:stop]))
+                loss = self._loss(logits, labels, start, stop)
             right = count_right(logits, labels[start:stop])
             views, done = self.views[thread], written[thread]
             cotangent = array_module(loss.data).full((), share, loss.dtype)
@@ -137,6 +138,15 @@ class TrainStep:
             self.team.spread(lambda a, b: self.opt.update_spans([(a, b)]), size)
         self.right = right
         return loss
+
+    def _loss(self, logits: Any, labels: Array, start: int, stop: int) -> Tensor:
+        """Return the loss of a piece of the batch."""
+        try:
+            return check_loss(self.loss(logits, labels[start:stop]))
+        except DataError:  # of a label: then name its row in the batch, not in this piece of it
+            if labels.dtype.kind in "iu":
+                check_labels(labels, logits.shape[-1])
+            raise
 
     def _add_up(
         self, written: list[set[int]], losses: Sequence[Array], rights: Sequence[Array | None]
