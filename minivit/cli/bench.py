@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     from minivit.cli.doctor import cpu_text
     from minivit.cli.layers import image_shape, model_config
     from minivit.cli.report import bytes_text, plural
-    from minivit.errors import ConfigError
+    from minivit.errors import ConfigError, printable
     from minivit.models.vit import ViT
     from minivit.study.profile import profile_step
     from minivit.study.speed import image_flops, sgemm_rate, time_steps
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     step = new_step(*(given := (args.threads or None, args.micro_batch or None)))
     threads, micro_batch = step.team.threads_for(batch), max(stop - start for start, stop in step.team.pieces(batch))
     where = f"{cpu_text()}\n{plural(threads, 'thread')}" if device == "cpu" else device
-    print(f"{args.model}, {model.num_parameters():,} parameters, float32, images of {' × '.join(map(str, shape))}")
+    print(printable(args.model) + f", {model.num_parameters():,} parameters, float32, images of {' × '.join(map(str, shape))}")
     print(f"{where}, batches of {plural(batch, 'image')}, at most {micro_batch} at once\n", flush=True)
 
     first = time_steps(step, images, labels, 3, warmup=0)

@@ -38,7 +38,7 @@ from minivit.data import (
     RandomResizedCrop,
 )
 from minivit.data.datasets import class_names
-from minivit.errors import CheckpointError, ConfigError, DataError
+from minivit.errors import CheckpointError, ConfigError, DataError, printable
 from minivit.models.vit import ViT
 from minivit.nn.settings import check_settings, pair
 from minivit.train import schedule
@@ -61,8 +61,8 @@ def start(args: argparse.Namespace) -> int:
     config = folder / "config.toml"
     config.write_text(write_toml(job.settings), encoding="utf-8")
     (folder / "command.txt").write_text(_command_record(args.argv, job.settings["train.device"]), encoding="utf-8")
-    job.say(f"run folder  {folder}")
-    job.say(f"reproduce   minivit train --config {shlex.quote(str(config))}\n")
+    job.say(printable(f"run folder  {folder}"))
+    job.say(printable(f"reproduce   minivit train --config {shlex.quote(str(config))}") + "\n")
     job.draw_samples(folder)
     return job.run(folder)
 
@@ -86,7 +86,7 @@ def resume(args: argparse.Namespace) -> int:
     if not path.is_file() or not (folder / "config.toml").is_file():
         raise CheckpointError(f"{args.resume} is no run, nor a checkpoint of one", "give runs/NAME, or its last.npz")
     job = Job(resolve({}, file=folder / "config.toml"), args.quiet, resumed=True)
-    job.say(f"run folder  {folder}\n")
+    job.say(printable(f"run folder  {folder}") + "\n")
     return job.run(folder, resume=path)
 
 
@@ -114,7 +114,7 @@ class Job:
         for key in filter(None, paths):
             settings[key] = str(Path(settings[key]).resolve())  # the run can then be resumed from any folder
         name = settings["data.name"]
-        self.title = Path(name).stem if kind in ("npz", "folder") else kind
+        self.title = printable(Path(name).stem if kind in ("npz", "folder") else kind)
         whole = self._load("train")
         self.test_data = self._load_test(whole)
         fit_to_data(settings, whole.images.shape[1:], len(whole.classes))
@@ -153,7 +153,7 @@ class Job:
         self.say(f"device      {device}{cores}" + (f" ({why})" if why else ""))
         self.say(f"model       {settings['model.name']}: {self.model.num_parameters():,} parameters")
         if settings["train.init_from"]:
-            self.say(f"started     from {settings['train.init_from']}")
+            self.say(printable(f"started     from {settings['train.init_from']}"))
             for remark in changed:
                 self.say(f"            {remark}")
         self.say(f"data        {self._data_text(whole)}")
@@ -319,7 +319,8 @@ class Job:
             over = trainer.progress.stopped or trainer.progress.epoch == trainer.epochs
             report = folder / "report.html"  # written last
             if over and report.exists():
-                print(f"the run {folder} is finished; to measure it: minivit eval {shlex.quote(str(resume))}")
+                again = f"minivit eval {shlex.quote(str(resume))}"
+                print(printable(f"the run {folder} is finished; to measure it: {again}"))
                 return 0
             report.unlink(missing_ok=True)
             self.say(f"continuing at step {trainer.opt.steps} of {self.settings['train.epochs'] * len(self.loader)}")
@@ -356,10 +357,11 @@ class Job:
             rows=trainer.progress.history,
             split=split,
         )
-        self.say(f"report      {folder / 'report.html'}")
-        next_steps = [f"minivit predict {shlex.quote(str(checkpoint))} IMAGE…"]
+        self.say(printable(f"report      {folder / 'report.html'}"))
+        shown_path = printable(shlex.quote(str(checkpoint)))
+        next_steps = [f"minivit predict {shown_path} IMAGE…"]
         if self.test_data is not None:
-            next_steps.insert(0, f"minivit eval {shlex.quote(str(checkpoint))}")
+            next_steps.insert(0, f"minivit eval {shown_path}")
         self.say("next        " + "\n            ".join(next_steps))
 
     def draw_samples(self, folder: Path) -> None:
@@ -450,4 +452,4 @@ def _command_record(argv: list[str], device: str) -> str:
     """Return what was typed and what it ran on."""
     record = {"command": f"minivit {shlex.join(argv)}", "folder": str(Path.cwd()), "device": device}
     record |= versions() | {"system": system_text(), "cpu": cpu_text(), "blas": blas_text()}
-    return "".join(f"{name:14}{text}\n" for name, text in record.items())
+    return "".join(f"{name:14}{printable(text)}\n" for name, text in record.items())

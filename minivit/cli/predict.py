@@ -147,11 +147,13 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
 def _print_json(rows: list[dict[str, Any]]) -> None:
     import json
 
-    print(json.dumps(rows, indent=1, ensure_ascii=False))
+    print(json.dumps(rows, indent=1))
 
 
 def _print_csv(rows: list[dict[str, Any]]) -> None:
     import csv
+
+    from minivit.errors import printable
 
     others = [f"{word}_{n}" for n in range(2, RUNNERS_UP + 2) for word in ("class", "probability")]
     writer = csv.DictWriter(sys.stdout, ["file", "class", "probability", *others, "error"], lineterminator="\n")
@@ -160,4 +162,4 @@ def _print_csv(rows: list[dict[str, Any]]) -> None:
         flat = {key: value for key, value in row.items() if key != "runners_up"}
         for n, other in enumerate(row.get("runners_up", []), start=2):
             flat |= {f"class_{n}": other["class"], f"probability_{n}": other["probability"]}
-        writer.writerow(flat)
+        writer.writerow({key: printable(str(value)) for key, value in flat.items()})

@@ -20,12 +20,12 @@ def run(args: argparse.Namespace) -> int:
     if args.list is not None:
         return list_models(args.list)
     from minivit.cli.layers import image_shape, model_config, report
-    from minivit.errors import ConfigError
+    from minivit.errors import ConfigError, printable
 
     if args.batch_size < 1:
         raise ConfigError(f"batch size {args.batch_size}", "it must be at least 1")
     config = model_config(args.model)
-    print(f"{args.model}, one image of {' × '.join(map(str, image_shape(config)))}\n")
+    print(printable(args.model) + f", one image of {' × '.join(map(str, image_shape(config)))}\n")
     print(report(config, args.batch_size))
     return 0
 
