@@ -68,9 +68,9 @@ def unknown_name(kind: str, name: str, known: Iterable[str], error: type[Minivit
 def printable(text: str) -> str:
     """Return ``text`` with every character escaped that does not show: a name can then say nothing but itself.
 
-    Control characters (line breaks among them), the marks that turn the direction of writing, invisible characters and
-    bytes that were no UTF-8 become ``\\n``, ``\\u001b``, ``\\u202e``, ``\\udcff``, as JSON and TOML write them. Spaces of all
-    widths and the two joiners that scripts and emoji need (U+200C, U+200D) stay.
+    Control characters (line breaks among them), marks that turn the direction of writing, invisible characters and
+    bytes that were no UTF-8 become ``\\n``, ``\\u001b``, ``\\u202e``, ``\\udcff``, as JSON and TOML write them. Spaces
+    of all widths and the two joiners that scripts and emoji need (U+200C, U+200D) stay.
     """
     return text if text.isprintable() else "".join(map(_shown, text))
 
@@ -81,3 +81,12 @@ def _shown(c: str) -> str:
     if c in "\n\r\t":
         return {"\n": "\\n", "\r": "\\r", "\t": "\\t"}[c]
     return f"\\u{ord(c):04x}" if ord(c) < 0x10000 else f"\\U{ord(c):08x}"
+
+
+def value_text(value: object) -> str:
+    """Return ``repr(value)`` as a message shows it, cut short where it is long, however large or deep the value is."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # more digits than Python writes, more lists within lists
+        return "a value without end"
+    return text if len(text) <= 100 else f"{text[:99]}…"

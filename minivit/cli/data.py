@@ -22,7 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "data", metavar="DATA", nargs="+",
         help="data set: a name, a folder, or FILE.npz; or: get NAME, to download one that has a name",
     )  # fmt: skip
-    parser.add_argument("--size", type=number(int), metavar="N", help="height and width to bring image files to (64)")
+    parser.add_argument(
+        "--size", type=number(int, 1, 1 << 15), metavar="N", help="height and width to bring image files to (64)"
+    )
     parser.add_argument("--output", "-o", metavar="FILE", help="where to write the picture (DATA-mosaic.png)")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
@@ -40,8 +42,6 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(
             f"one data set at a time, not {len(args.data)}", "minivit data DATA, or minivit data get NAME"
         )
-    if args.size is not None and args.size < 1:
-        raise ConfigError(f"images cannot be of size {args.size}", "use at least 1")
     found = audit(args.data[0], (args.size, args.size) if args.size else None)
     picture = draw(found, args.output or f"{Path(found.name).resolve().name.removesuffix('.npz')}-mosaic.png")
     print(json.dumps(as_json(found) | {"mosaic": picture}) if args.json else report(found, picture))

@@ -19,7 +19,7 @@ import numpy as np
 from minivit import data, ops
 from minivit.backend import Key, auto_device, available_memory, permutation
 from minivit.cli.doctor import blas_text, cpu_text, system_text, versions
-from minivit.cli.layers import count_parameters, peak_memory
+from minivit.cli.layers import peak_memory
 from minivit.cli.report import bytes_text, measure, percent_interval, plural
 from minivit.cli.results import draw_batch, spread_out, write_results
 from minivit.cli.settings import Settings, fit_to_data, parse_assignment, resolve, write_toml
@@ -40,6 +40,7 @@ from minivit.data import (
 from minivit.data.datasets import class_names
 from minivit.errors import CheckpointError, ConfigError, DataError, printable
 from minivit.models.vit import ViT
+from minivit.models.zoo import count_parameters
 from minivit.nn.settings import check_settings, pair
 from minivit.train import schedule
 from minivit.train.checkpoint import load_checkpoint
@@ -112,7 +113,8 @@ class Job:
         kind = data.kind_of(settings["data.name"])
         paths = [settings["data.name"] != kind and "data.name", settings["train.init_from"] and "train.init_from"]
         for key in filter(None, paths):
-            settings[key] = str(Path(settings[key]).resolve())  # the run can then be resumed from any folder
+            # the run can then be resumed from any folder
+            settings.take({key: str(Path(settings[key]).resolve())}, settings.origins[key])
         name = settings["data.name"]
         self.title = printable(Path(name).stem if kind in ("npz", "folder") else kind)
         whole = self._load("train")
@@ -122,17 +124,18 @@ class Job:
             settings.take(UNCHANGED, "overfit")
         if settings["train.init_from"]:
             settings.take({"model.head": "linear"}, "init_from")
+        config: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in settings.table("model").items() if k != "name"
+        }
+        check_settings(**config)
+        # float32 weights, gradients and moments, on one thread; and the report's tables of all pairs of classes
+        _check_memory(max(20 * count_parameters(config), 40 * config["num_classes"] ** 2), device)
         # a model may have room for more classes than the data name
         names = tuple(class_names(whole.classes, settings["model.num_classes"]))
         self.test_data = self.test_data and replace(self.test_data, classes=names)
         self.train_data, self.valid_data = self._divide(replace(whole, classes=names))
         if settings["train.patience"] and self.valid_data is None:
             raise ConfigError("patience needs validation images", "hold some out: --val-fraction 0.1")
-        config: dict[str, Any] = {
-            k: tuple(v) if isinstance(v, list) else v for k, v in settings.table("model").items() if k != "name"
-        }
-        check_settings(**config)
-        _check_memory(20 * count_parameters(config), device)  # float32 weights, gradients and moments, on one thread
         self.model: ViT = ViT(**config, seed=settings["train.seed"]).to(device)
         changed: list[str] = []
         if settings["train.init_from"] and not resumed:
@@ -145,7 +148,8 @@ class Job:
         found = {"train.device": device, "train.threads": threads, "train.micro_batch": micro_batch}
         settings.take({key: value for key, value in found.items() if settings[key] != value}, "this machine")
         kept = self.model.config | {"recompute": settings["model.recompute"]}
-        self.memory = peak_memory(kept, Team(self.model, threads, micro_batch), self.loader.batch_size)
+        rows = min(self.loader.batch_size, len(self.train_data))
+        self.memory = peak_memory(kept, Team(self.model, threads, micro_batch), rows)
         self.memory += 4 * self.model.num_parameters() * bool(settings["train.model_ema"])
         _check_memory(self.memory, device)
         self.schedule = self.make_schedule()

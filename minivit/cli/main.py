@@ -138,7 +138,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def number(kind: type, low: float | None = None, high: float | None = None) -> Callable[[str], float]:
-    """Return an argument's ``type``: a number, whole if ``kind`` is int, from ``low`` to ``high`` if these are given."""
+    """Return an argument's ``type``: a number, whole if ``kind`` is int; from ``low`` to ``high`` if given."""
 
     def check(word: str) -> float:
         shown = repr(word if len(word) <= 40 else f"{word[:39]}…")

@@ -7,11 +7,11 @@ from collections import namedtuple
 Option = namedtuple("Option", "default help flags low high choices", defaults=((), None, None, ()))
 """One setting: its default says its type; ``flags`` are what it is called on the command line.
 
-A number has a ``low`` and a ``high``. Where nothing in the mathematics says how high, it is beyond all that is of use and
-below where numbers overflow, memory runs out or a run has no end.
+A number has a ``low`` and a ``high``. Where nothing in the mathematics says how high, it is beyond all that is of use
+and below where numbers overflow, memory runs out or a run has no end.
 """
 
-MANY = 1_000_000  # images in a batch, epochs, threads' work: more is a slip of the hand
+MANY = 1_000_000  # images in a batch, epochs: more is a slip of the hand
 
 OPTIONS: dict[str, Option] = {
     "data.name": Option("digits", "data set: digits, mnist, cifar-10, …, a folder, or FILE.npz", ("--data", "-d")),

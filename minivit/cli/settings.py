@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from minivit.cli.options import OPTIONS, Option
-from minivit.errors import CheckpointError, ConfigError, MinivitError, printable, unknown_name
+from minivit.errors import ConfigError, MinivitError, printable, unknown_name, value_text
 from minivit.nn.settings import check_settings
 
 
@@ -81,11 +81,11 @@ def _checked(key: str, value: Any, origin: str) -> Any:
     if type(value) not in allowed or (isinstance(value, list) and [type(x) for x in value] != [int, int]):
         names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", list: "[height, width]"}
         raise ConfigError(
-            f"{key} = {_seen(value)} ({origin}) is not {' or '.join(names[k] for k in allowed)}",
+            f"{key} = {value_text(value)} ({origin}) is not {' or '.join(names[k] for k in allowed)}",
             'text in quotes: name = "digits"' if str in allowed else f"for example --set {key}={_example(allowed)}",
         )
     if isinstance(value, str) and not _is_text(value):
-        what = f"{key} = {_seen(value)} ({origin}) holds what is no text: a NUL, or bytes that are no UTF-8"
+        what = f"{key} = {value_text(value)} ({origin}) holds what is no text: a NUL, or bytes that are no UTF-8"
         raise ConfigError(what, "a run's config.toml could not hold it: rename the file, or link to it by another name")
     setting = OPTIONS.get(key, Option(None, ""))
     if setting.choices and value not in setting.choices:
@@ -95,27 +95,18 @@ def _checked(key: str, value: Any, origin: str) -> Any:
     if setting.low is not None and not setting.low <= value <= setting.high:
         form = "{:,}" if kind is int else "{:g}"
         limits = f"from {form.format(setting.low)} to {form.format(setting.high)}"
-        raise ConfigError(f"{key} = {_seen(value)} ({origin}) is out of range", f"it must be {limits}")
+        raise ConfigError(f"{key} = {value_text(value)} ({origin}) is out of range", f"it must be {limits}")
     if key.startswith("model."):
         try:
             check_settings(**{key.removeprefix("model."): value})
         except ConfigError as error:
-            raise ConfigError(f"{key} = {_seen(value)} ({origin}) is out of range", error.remedy) from error
+            raise ConfigError(f"model.{error.what} ({origin})", error.remedy) from error
     return value
 
 
 def _is_text(value: str) -> bool:
     """Tell whether a string can be written to a file and name one."""
     return "\0" not in value and not any("\ud800" <= c <= "\udfff" for c in value)
-
-
-def _seen(value: Any) -> str:
-    """Return a value as a message shows it, however large or deep it is."""
-    try:
-        text = repr(value)
-    except (ValueError, RecursionError):  # more digits than Python writes, more lists within lists
-        return "a value without end"
-    return text if len(text) <= 100 else f"{text[:99]}…"
 
 
 def _example(kinds: tuple[type, ...]) -> str:
@@ -177,14 +168,21 @@ def resolve(typed: Mapping[str, Any], recipe: str | None = None, file: str | Pat
 
 def _sizes_in(path: str) -> dict[str, Any]:
     """Return the settings of the model in a checkpoint, but for those of its head."""
+    from minivit.models.zoo import MODELS
     from minivit.train.checkpoint import load_checkpoint
+    from minivit.train.weights import config_of
 
-    meta = load_checkpoint(path).meta
-    config = meta.get("model")
-    if not isinstance(config, dict) or not isinstance(meta.get("name"), str):
-        raise CheckpointError(f"{path} does not say which model it holds", "start from a run's last.npz or best.npz")
+    checkpoint = load_checkpoint(path)
+    config = config_of(checkpoint, path)
+    config |= {
+        "mlp_dim": config["mlp_dim"] or 4 * config["dim"],
+        "dim_head": config["dim_head"] or config["dim"] // config["heads"],
+    }
+    name = checkpoint.meta.get("name")
+    if not isinstance(name, str) or name not in MODELS:  # of a library's model: a name whose sizes are all replaced
+        name = "vit_cifar"
     sizes = {f"model.{key}": value for key, value in config.items() if key not in ("seed", "num_classes", "head")}
-    return {"model.name": meta["name"]} | {key: value for key, value in sizes.items() if value is not None}
+    return {"model.name": name} | sizes
 
 
 def take_model(settings: Settings, name: str) -> None:
