@@ -48,7 +48,7 @@ from minivit.train.optim import SGD, AdamW, Muon, Optimizer, layer_scales
 from minivit.train.schedule import Schedule
 from minivit.train.step import Team
 from minivit.train.trainer import Trainer, evaluate
-from minivit.train.weights import init_from, load_weights
+from minivit.train.weights import data_of, init_from, load_weights
 
 TRAIN_STREAM, HOLD_OUT_STREAM = 0x7A1, 0x0FF  # streams of random numbers under the run's seed
 
@@ -314,8 +314,8 @@ class Job:
         trainer = self.make_trainer(folder)
         if resume is not None:
             trainer.resume(resume)
-            before, now = load_checkpoint(resume).meta["data"], trainer.meta["data"]
-            if changed := [key for key in ("classes", "labels", "mean", "std") if before[key] != now[key]]:
+            before, now = data_of(load_checkpoint(resume), resume), trainer.meta["data"]
+            if changed := [key for key in ("classes", "labels", "mean", "std") if before.get(key) != now[key]]:
                 raise CheckpointError(
                     f"{self.settings['data.name']} is not as it was when the run began: other {', '.join(changed)}",
                     "bring the data back, or start a new run from these weights: --init-from",

@@ -58,6 +58,8 @@ def _checked(name: str, value: Any) -> Any:
         if not whole or not -(1 << 63) <= value < 1 << 63:
             raise ConfigError(f"seed is {value_text(value)}", "it must be a whole number of at most 64 bits")
         return int(value)
+    if name == "activation" and not isinstance(value, str):
+        raise ConfigError(f"activation is {value_text(value)}", "it must be a name, such as 'gelu'")
     if name in _CHOICES and value not in _CHOICES[name]:
         raise ConfigError(f"{name} is {value_text(value)}", f"use one of {', '.join(map(repr, _CHOICES[name]))}")
     return value

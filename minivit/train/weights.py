@@ -15,7 +15,7 @@ import numpy as np
 
 from minivit.data import Dataset
 from minivit.data.folder import ImageFiles
-from minivit.errors import CheckpointError, ConfigError, DataError, MinivitError, unknown_name
+from minivit.errors import CheckpointError, ConfigError, DataError, MinivitError, unknown_name, value_text
 from minivit.models.positions import Grid, resize_positions
 from minivit.models.vit import ViT
 from minivit.models.zoo import parameter_shapes
@@ -102,14 +102,10 @@ def load_model(path: str | Path) -> ViT:
 
 
 def read_model(path: str | Path) -> tuple[ViT, dict[str, Any]]:
-    """Return :func:`load_model`'s model, and the checkpoint's meta, in which ``data`` is as :func:`data_meta` has it.
-
-    Entries of ``data`` may be missing. Raises CheckpointError, too, if one is not what it should be.
-    """
+    """Return :func:`load_model`'s model, and the checkpoint's meta, its ``data`` as :func:`data_of` returns them."""
     checkpoint = load_checkpoint(path)
     model = _build(checkpoint, path)
-    _check_data(checkpoint.meta.get("data", {}), model.config, path)
-    return model, checkpoint.meta
+    return model, checkpoint.meta | {"data": data_of(checkpoint, path)}
 
 
 def model_config(path: str | Path) -> dict[str, Any]:
@@ -206,8 +202,12 @@ def _difference(config: Mapping[str, Any], state: Mapping[str, np.ndarray]) -> s
     return ""
 
 
-def _check_data(found: Any, config: Mapping[str, Any], path: str | Path) -> None:
-    """Raise CheckpointError unless ``found`` is what :func:`data_meta` returns, or a part of it."""
+def data_of(checkpoint: Checkpoint, path: str | Path) -> dict[str, Any]:
+    """Return what a checkpoint says of its data: what :func:`data_meta` returns, or a part of it.
+
+    Raises CheckpointError if an entry is not what it should be.
+    """
+    found, config = checkpoint.meta.get("data", {}), config_of(checkpoint, path)
     classes, channels = config["num_classes"], config["in_channels"]
 
     def numbers(value: Any, least: float) -> bool:
@@ -229,9 +229,8 @@ def _check_data(found: Any, config: Mapping[str, Any], path: str | Path) -> None
         raise CheckpointError(f"{path}: what it says of its data is no table", "use another")
     for key, (rule, expected) in rules.items():
         if key in found and not rule(found[key]):
-            text = json.dumps(found[key])
-            shown = text if len(text) <= 60 else f"{text[:59]}…"
-            raise CheckpointError(f"{path}: data.{key} is {shown}, not {expected}", "use another")
+            raise CheckpointError(f"{path}: data.{key} is {value_text(found[key])}, not {expected}", "use another")
+    return found
 
 
 def _unusable_settings(path: str | Path, error: Exception) -> CheckpointError:
