@@ -77,6 +77,8 @@ def _run(argv: list[str]) -> int:
     )
     top.add_argument("--version", action="version", version=f"minivit {__version__}")
     commands = top.add_subparsers(dest="command", help=argparse.SUPPRESS, parser_class=Parser, prog="minivit")
+    if any("\0" in word for word in argv):  # which no shell lets through, but a caller of main
+        top.error("an argument holds a NUL character")
     name = argv[0] if argv else "--help"
     if not name.startswith("-") and name not in COMMANDS:
         top.error(f"there is no command {name!r}" + did_you_mean(name, COMMANDS))

@@ -39,13 +39,18 @@ def run(args: argparse.Namespace) -> int:
     from minivit.backend import auto_device
     from minivit.data import standardize
     from minivit.data.datasets import class_names
-    from minivit.errors import MinivitError
+    from minivit.errors import CheckpointError, MinivitError
     from minivit.train.step import predict_logits
     from minivit.train.weights import read_model
 
     model, meta = read_model(args.checkpoint)
     model.to(auto_device(args.device)[0])
-    recorded = meta.get("data", {})
+    recorded = meta["data"]
+    if missing := [key for key in ("classes", "mean", "std") if key not in recorded]:
+        raise CheckpointError(
+            f"{args.checkpoint} holds no {', '.join(missing)} of the images that the model was trained on",
+            "save it with them: mv.save(model, path, data=dataset)",
+        )
     rows: list[dict[str, Any]] = []
     good: list[np.ndarray] = []
     for source in args.images:
@@ -56,9 +61,9 @@ def run(args: argparse.Namespace) -> int:
         except MinivitError as error:  # the others may be sound
             rows.append({"file": source, "error": f"{error.what.removeprefix(f'{source}: ')} → {error.remedy}"})
     if good:
-        images = standardize(np.stack(good), recorded.get("mean", [0.0]), recorded.get("std", [1.0]))  # (N, C, H, W)
+        images = standardize(np.stack(good), recorded["mean"], recorded["std"])  # (N, C, H, W)
         probabilities = ops.softmax(predict_logits(model, images))  # (N, K)
-        classes = class_names(recorded.get("classes") or (), probabilities.shape[1])
+        classes = class_names(recorded["classes"], probabilities.shape[1])
         answers = iter(probabilities)
         for row in rows:
             if "error" not in row:
