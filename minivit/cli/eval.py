@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
     from minivit import data
     from minivit.backend import Key, auto_device, keep_freed_memory
     from minivit.cli.report import measure, plural
-    from minivit.errors import DataError
+    from minivit.errors import DataError, printable
     from minivit.train.trainer import evaluate
     from minivit.train.weights import read_model
 
@@ -60,20 +60,22 @@ def run(args: argparse.Namespace) -> int:
         result |= {"checkpoint": args.checkpoint, "data": name, "split": args.split, "classes": classes}
         print(json.dumps({k: v.tolist() if k == "confusion" else v for k, v in result.items()}))
     else:
-        print(f"{args.checkpoint} on {dataset.name}, {args.split}: {result['count']:,} images\n")
-        print(report(result, classes))
+        what = printable(f"{args.checkpoint} on {dataset.name}, {args.split}: {result['count']:,} images")
+        print(f"{what}\n\n{report(result, classes)}")
     return 0
 
 
 def report(result: dict[str, Any], classes: list[str]) -> str:
     """Return the figures of :func:`minivit.cli.report.measure` as text."""
     from minivit.cli.report import percent_interval, text_table
+    from minivit.errors import printable
 
     confusion = result["confusion"]  # (K, K): label, prediction
     totals, rights = confusion.sum(axis=1).tolist(), confusion.diagonal().tolist()
     lines = [f"loss      {result['loss']:.4f}", f"accuracy  {percent_interval(result)}"]
     if "top5" in result:
         lines.append(f"top-5     {result['top5']:.2%}")
+    classes = [printable(name) for name in classes]
     names = [short(name, 12) for name in classes]
     if len(classes) <= 20:  # as wide as a page
         head = ["label", "images", "right", *[short(name, 5) for name in classes]]

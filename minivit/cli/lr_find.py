@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> int:
 
     from minivit.cli.job import Job, typed_settings
     from minivit.cli.settings import resolve
-    from minivit.errors import NonFiniteError
+    from minivit.errors import NonFiniteError, printable
     from minivit.study.curves import chart, write_svg
     from minivit.train.lr_find import lr_range_test, smoothed, suggest
     from minivit.train.step import TrainStep
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     means = [(lr, mean) for (lr, _), mean in zip(points, smooth, strict=True)]
     title = f"Smoothed loss of {s['model.name']} on {job.title}"
     write_svg(path, chart(title, {"loss": means}, "learning rate", log_x=True, marks=marks))
-    print(f"curve       {path}")
+    print(printable(f"curve       {path}"))
     return 0
 
 

@@ -39,14 +39,19 @@ def run(args: argparse.Namespace) -> int:
     from minivit.backend import auto_device, keep_freed_memory
     from minivit.data import standardize
     from minivit.data.datasets import class_names
-    from minivit.errors import MinivitError
+    from minivit.errors import CheckpointError, MinivitError
     from minivit.train.step import predict_logits
     from minivit.train.weights import read_model
 
     keep_freed_memory()
     model, meta = read_model(args.checkpoint)
     model.to(auto_device(args.device)[0])
-    recorded = meta.get("data", {})
+    recorded = meta["data"]
+    if missing := [key for key in ("classes", "mean", "std") if key not in recorded]:
+        raise CheckpointError(
+            f"{args.checkpoint} holds no {', '.join(missing)} of the images that the model was trained on",
+            "save it with them: mv.save(model, path, data=dataset)",
+        )
     rows: list[dict[str, Any]] = []
     good: list[np.ndarray] = []
     for source in args.images:
@@ -57,9 +62,9 @@ def run(args: argparse.Namespace) -> int:
         except MinivitError as error:  # the others may be sound
             rows.append({"file": source, "error": f"{error.what.removeprefix(f'{source}: ')} → {error.remedy}"})
     if good:
-        images = standardize(np.stack(good), recorded.get("mean", [0.0]), recorded.get("std", [1.0]))  # (N, C, H, W)
+        images = standardize(np.stack(good), recorded["mean"], recorded["std"])  # (N, C, H, W)
         probabilities = ops.softmax(predict_logits(model, images))  # (N, K)
-        classes = class_names(recorded.get("classes") or (), probabilities.shape[1])
+        classes = class_names(recorded["classes"], probabilities.shape[1])
         answers = iter(probabilities)
         for row in rows:
             if "error" not in row:
@@ -148,11 +153,13 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
 def _print_json(rows: list[dict[str, Any]]) -> None:
     import json
 
-    print(json.dumps(rows, indent=1, ensure_ascii=False))
+    print(json.dumps(rows, indent=1))
 
 
 def _print_csv(rows: list[dict[str, Any]]) -> None:
     import csv
+
+    from minivit.errors import printable
 
     others = [f"{word}_{n}" for n in range(2, RUNNERS_UP + 2) for word in ("class", "probability")]
     writer = csv.DictWriter(sys.stdout, ["file", "class", "probability", *others, "error"], lineterminator="\n")
@@ -161,4 +168,4 @@ def _print_csv(rows: list[dict[str, Any]]) -> None:
         flat = {key: value for key, value in row.items() if key != "runners_up"}
         for n, other in enumerate(row.get("runners_up", []), start=2):
             flat |= {f"class_{n}": other["class"], f"probability_{n}": other["probability"]}
-        writer.writerow(flat)
+        writer.writerow({key: printable(str(value)) for key, value in flat.items()})

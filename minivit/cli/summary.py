@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from minivit.cli.main import number
+from minivit.cli.options import MANY
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -12,7 +13,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL|CKPT", nargs="?", default="vit_digits",
                         help="named model (default vit_digits), or a checkpoint's path")  # fmt: skip
     parser.add_argument("--list", metavar="PATTERN", nargs="?", const="*", help="list the named models: vit_tiny_*")
-    parser.add_argument("--batch-size", "-b", type=number(int), default=64, help="images in a training step (64)")
+    parser.add_argument(
+        "--batch-size", "-b", type=number(int, 1, MANY), default=64, help="images in a training step (64)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -20,22 +23,20 @@ def run(args: argparse.Namespace) -> int:
     if args.list is not None:
         return list_models(args.list)
     from minivit.cli.layers import image_shape, model_config, report
-    from minivit.errors import ConfigError
+    from minivit.errors import printable
 
-    if args.batch_size < 1:
-        raise ConfigError(f"batch size {args.batch_size}", "it must be at least 1")
     config = model_config(args.model)
-    print(f"{args.model}, one image of {' × '.join(map(str, image_shape(config)))}\n")
+    print(printable(args.model) + f", one image of {' × '.join(map(str, image_shape(config)))}\n")
     print(report(config, args.batch_size))
     return 0
 
 
 def list_models(pattern: str) -> int:
     """Print the named models that match a shell pattern, with their sizes."""
-    from minivit.cli.layers import count_parameters, model_config
+    from minivit.cli.layers import model_config
     from minivit.cli.report import text_table
     from minivit.errors import unknown_name
-    from minivit.models.zoo import MODELS
+    from minivit.models.zoo import MODELS, count_parameters
     from minivit.models.zoo import list_models as names
 
     found = names(pattern)
