@@ -31,8 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure, and print what was found."""
     from minivit.backend import Key, auto_device, peak_memory, random_bits, uniform
+    from minivit.cli.checkpoints import find_model
     from minivit.cli.doctor import cpu_text
-    from minivit.cli.layers import find_model, image_shape, model_config
+    from minivit.cli.layers import image_shape, model_config
     from minivit.cli.report import bytes_text, json_text, plural
     from minivit.errors import ConfigError
     from minivit.models.vit import ViT

@@ -10,6 +10,7 @@ from typing import Any
 from minivit.data.datasets import class_names
 from minivit.errors import CheckpointError, NonFiniteError
 from minivit.models.vit import ViT
+from minivit.models.zoo import MODELS
 from minivit.train.weights import read_model
 
 
@@ -31,6 +32,11 @@ def find_checkpoint(given: str) -> str:
         f"{given} is no run folder: it has no checkpoints/last.npz",
         "give runs/NAME, as minivit train made it, or a checkpoint",
     )
+
+
+def find_model(given: str) -> str:
+    """Return the name of a named model, or the checkpoint that is meant: see :func:`find_checkpoint`."""
+    return given if given in MODELS else find_checkpoint(given)
 
 
 def run_of(checkpoint: str) -> Path | None:
@@ -56,7 +62,7 @@ class Trained:
     remark: str
 
 
-def open_model(given: str) -> Trained:
+def open_trained(given: str) -> Trained:
     """Read the model of a checkpoint or a run's folder.
 
     Raises CheckpointError if it cannot be used, and NonFiniteError, naming the first, if a parameter is not finite.
@@ -67,30 +73,11 @@ def open_model(given: str) -> Trained:
         if not math.isfinite(p.data.min()) or not math.isfinite(p.data.max()):  # both are NaN if any element is
             remedy = "use a checkpoint from before the training diverged, or train again with a lower learning rate"
             raise NonFiniteError(f"{path}: the parameter {name} holds NaN or infinity", remedy)
-    data = meta.get("data") or {}
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path}: what it records of its data cannot be read", "use another checkpoint")
-    channels, count = model.config["in_channels"], model.config["num_classes"]
+    data, channels, remark = meta.get("data", {}), model.config["in_channels"], ""
     mean, std = data.get("mean"), data.get("std")
-    remark = ""
     if mean is None or std is None:
         mean, std = [0.0] * channels, [1.0] * channels
         remark = f"{path} records no mean and standard deviation: its images are given to it as pixels / 255"
-    if not (_numbers(mean, channels) and _numbers(std, channels) and min(std) > 0):
-        raise CheckpointError(
-            f"{path}: mean {mean} and standard deviation {std} cannot standardise images of {channels} channels",
-            "use another checkpoint",
-        )
-    names = data.get("classes") or []
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or len(names) > count:
-        raise CheckpointError(f"{path}: its names of classes do not fit a model of {count}", "use another checkpoint")
-    classes = tuple(class_names(names, count)) if names else ()
+    names = data.get("classes")
+    classes = tuple(class_names(names, model.config["num_classes"])) if names else ()
     return Trained(path, model, data, classes, tuple(mean), tuple(std), remark)
-
-
-def _numbers(values: Any, count: int) -> bool:
-    return (
-        isinstance(values, list)
-        and len(values) == count
-        and all(type(v) in (int, float) and math.isfinite(v) for v in values)
-    )

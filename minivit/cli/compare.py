@@ -109,6 +109,8 @@ def _recorded(path: Path) -> tuple[int | None, dict[str, Any]]:
     checkpoint = load_checkpoint(path)
     data = checkpoint.meta.get("data")
     kept = {key: data[key] for key in ("classes", "labels", "test") if key in data} if isinstance(data, dict) else {}
+    if "classes" in kept:
+        kept["classes"] = [*map(str, kept["classes"])] if isinstance(kept["classes"], list) else []
     return sum(a.size for a in checkpoint.under("model").values()), kept
 
 

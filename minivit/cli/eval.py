@@ -44,12 +44,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the report."""
     from minivit.backend import auto_device
-    from minivit.cli.checkpoints import open_model
+    from minivit.cli.checkpoints import open_trained
     from minivit.cli.matching import match_classes
     from minivit.cli.report import json_text
+    from minivit.data import kind_of
+    from minivit.data.folder import list_folder
     from minivit.errors import DataError
 
-    trained = open_model(args.checkpoint)
+    trained = open_trained(args.checkpoint)
     name = args.data or trained.data.get("name")
     if not isinstance(name, str):
         raise DataError(f"{trained.path} does not say what it was trained on", "name the data: --data NAME")
@@ -64,8 +66,10 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json_text(result | about | {"labels": matching.rows, "remark": matching.remark}))
     else:
-        print(f"{trained.path} on {parts[0].name}, {args.split}: {result['count']:,} images\n")
-        print(report(result, matching))
+        print(f"{trained.path} on {parts[0].name}, {args.split}: {result['count']:,} images")
+        if args.data and args.split != "all" and kind_of(name) == "folder":
+            print(f"splits: {list_folder(name).how}; --split all takes them together")
+        print(f"\n{report(result, matching)}")
     return 0
 
 
@@ -247,7 +251,7 @@ def remarks(result: dict[str, Any], matching: Matching, classes: tuple[str, ...]
         images, others = plural(sum(unknown.values()), "image"), plural(result["matched"]["count"], "other image")
         lines += [
             f"unknown   {images} of classes that the model does not know: {listed([*unknown])}{asked}",
-            f"          they count as wrong, and not in the loss; of the {others} {percent_interval(result['matched'])}",
+            f"          they count as wrong, not in the loss; of the {others} {percent_interval(result['matched'])}",
         ]
     if absent := result["absent"]:
         lines.append(f"absent    no image is of {listed(absent)}")

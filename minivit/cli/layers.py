@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from minivit.autograd.graph import Node, first_order
-from minivit.cli.checkpoints import find_checkpoint
 from minivit.cli.report import bytes_text, plural, text_table
 from minivit.errors import unknown_name
 from minivit.models.vit import ViT
@@ -22,21 +21,14 @@ from minivit.train import weights
 from minivit.train.step import Team
 
 
-def find_model(name: str) -> str:
-    """Return the name of a named model, or the checkpoint that is meant by a path: see :func:`find_checkpoint`."""
-    if name in MODELS:
-        return name
-    if Path(name).suffix != ".npz" and not Path(name).exists():
-        raise unknown_name("model", name, MODELS)
-    return find_checkpoint(name)
-
-
 def model_config(name: str) -> dict[str, Any]:
     """Return all settings of a named model, or of the model in a checkpoint."""
-    name = find_model(name)
-    if name not in MODELS:
-        return weights.model_config(name)
-    return {p.name: p.default for p in inspect.signature(ViT).parameters.values()} | MODELS[name]
+    defaults = {p.name: p.default for p in inspect.signature(ViT).parameters.values()}
+    if name in MODELS:
+        return defaults | MODELS[name]
+    if Path(name).suffix != ".npz" and not Path(name).is_file():
+        raise unknown_name("model", name, MODELS)
+    return weights.model_config(name)
 
 
 def image_shape(config: dict[str, Any]) -> tuple[int, int, int]:

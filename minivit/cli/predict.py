@@ -49,9 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print a row for each image; 3 if some could not be read."""
     from minivit.backend import auto_device
-    from minivit.cli.checkpoints import open_model
+    from minivit.cli.checkpoints import open_trained
 
-    trained = open_model(args.checkpoint)
+    trained = open_trained(args.checkpoint)
     if trained.path != args.checkpoint:
         print(f"checkpoint  {trained.path}", file=sys.stderr)
     if trained.remark:
@@ -229,11 +229,11 @@ def _inverted_text(names: Sequence[str], count: int, turned: bool) -> str:
     from minivit.cli.report import plural
 
     some = ", ".join(names[:LISTED]) + (f" and {len(names) - LISTED:,} more" if len(names) > LISTED else "")
-    are = "looks" if len(names) == 1 else "look"
+    alike = "looks like a negative" if len(names) == 1 else "look like negatives"
     remedy = "leave --invert out" if turned else "add --invert"
     return (
-        f"{len(names):,} of {plural(count, 'image')} {are} like a negative of what the model learned from, such as "
-        f"black on white instead of white on black: {some}\n  → the classes are then wrong: {remedy}"
+        f"{len(names):,} of {plural(count, 'image')} {alike} of what the model learned from, such as "
+        f"black on white instead of white on black: {some}; the classes are then wrong: {remedy}"
     )
 
 

@@ -20,7 +20,8 @@ def run(args: argparse.Namespace) -> int:
     """Print the table."""
     if args.list is not None:
         return list_models(args.list, args.json)
-    from minivit.cli.layers import figures, find_model, image_shape, model_config, report
+    from minivit.cli.checkpoints import find_model
+    from minivit.cli.layers import figures, image_shape, model_config, report
     from minivit.cli.report import json_text
     from minivit.errors import ConfigError
 
