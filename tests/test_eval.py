@@ -167,6 +167,16 @@ def test_a_checkpoint_without_mean_and_std_says_so(run: Path, here: Path) -> Non
             assert main(args) == 0
 
 
+def test_all_of_an_archive(run: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    labels, names = np.arange(6) % 3, tuple(COLOURS)
+    images = pictures(labels, names)
+    np.savez("bare.npz", images=images, labels=labels, test_images=images, test_labels=labels, classes=np.array(names))
+    assert evaluated(capsys, str(run), "--data", "bare.npz", "--split", "all")["count"] == 12
+    np.savez("one.npz", images=images, labels=labels, classes=np.array(names))
+    assert evaluated(capsys, str(run), "--data", "one.npz", "--split", "all")["count"] == 6
+    assert evaluated(capsys, str(run), "--data", archive("two.npz", names), "--split", "all")["count"] == 12
+
+
 def test_near_names() -> None:
     known = ["cat", "German shepherd", "1"]
     found = [meant_by(name, known) for name in ("CAT", "german_shepherd", "German shepard", "wolf", "11", " 1 ", "+")]

@@ -47,7 +47,7 @@ def run_of(checkpoint: str) -> Path | None:
 
 @dataclass(frozen=True)
 class Trained:
-    """A model from the checkpoint ``path``, in eval mode, and ``data``, what is recorded of its training data.
+    """A model from the checkpoint ``path``, in eval mode, and the checkpoint's ``meta``.
 
     ``classes`` are the names of the model's classes, () where none are recorded. ``mean`` and ``std`` standardise its
     images; where none are recorded they are 0 and 1, and ``remark`` says so.
@@ -55,11 +55,17 @@ class Trained:
 
     path: str
     model: ViT
-    data: dict[str, Any]
+    meta: dict[str, Any]
     classes: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
     remark: str
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """What is recorded of the data that it was trained on."""
+        found: dict[str, Any] = self.meta.get("data", {})
+        return found
 
 
 def open_trained(given: str) -> Trained:
@@ -80,4 +86,4 @@ def open_trained(given: str) -> Trained:
         remark = f"{path} records no mean and standard deviation: its images are given to it as pixels / 255"
     names = data.get("classes")
     classes = tuple(class_names(names, model.config["num_classes"])) if names else ()
-    return Trained(path, model, data, classes, tuple(mean), tuple(std), remark)
+    return Trained(path, model, meta, classes, tuple(mean), tuple(std), remark)

@@ -102,15 +102,23 @@ def _test(path: Path) -> dict[str, Any]:
 
 def _recorded(path: Path) -> tuple[int | None, dict[str, Any]]:
     """Return the number of parameters in a checkpoint, and what it records of the data."""
+    from minivit.errors import CheckpointError
     from minivit.train.checkpoint import load_checkpoint
 
     if not path.is_file():
         return None, {}
     checkpoint = load_checkpoint(path)
-    data = checkpoint.meta.get("data")
-    kept = {key: data[key] for key in ("classes", "labels", "test") if key in data} if isinstance(data, dict) else {}
-    if "classes" in kept:
-        kept["classes"] = [*map(str, kept["classes"])] if isinstance(kept["classes"], list) else []
+    kept: dict[str, Any] = {}
+    try:
+        data, digests = checkpoint.meta.get("data", {}), checkpoint.meta.get("run", {}).get("data", {})
+        if "classes" in data:
+            kept["classes"] = [*map(str, data["classes"])]
+        if "labels" in data:
+            kept["labels"] = str(data["labels"])
+        if test := {name: str(digest) for name, digest in digests.items() if name.startswith("test ")}:
+            kept["test"] = test
+    except (AttributeError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: what it records of its data cannot be read", "use another") from error
     return sum(a.size for a in checkpoint.under("model").values()), kept
 
 

@@ -102,6 +102,8 @@ def load_parts(trained: Trained, name: str, split: str) -> list[Dataset]:
         raise DataError(f"which images were held out to validate with is not known: {why}", "use another --split")
     else:
         parts = [load(split)]
+    if any(part.classes != parts[0].classes for part in parts):
+        raise DataError(f"{name}: its splits have not the same classes", "evaluate on one of them")
     channels = parts[0].images.shape[1]
     if channels != takes:
         raise DataError(
@@ -122,7 +124,7 @@ def run_split(trained: Trained, split: str) -> Dataset | None:
         return None
     job = Job(resolve({"train.device": "cpu"}, file=folder / "config.toml"), quiet=True, resumed=True)
     now = job.make_trainer(None).meta["data"]
-    if changed := [key for key in trained.data if key in now and now[key] != trained.data[key]]:
+    if changed := [k for k in trained.data if k in now and k != "name" and now[k] != trained.data[k]]:
         what = f"{now['name']} is not as it was when {folder} was trained: other {', '.join(changed)}"
         raise DataError(what, "bring the data back, or name data and another split: --data NAME --split test")
     found = job.train_data if split == "train" else job.valid_data
@@ -137,6 +139,7 @@ def splits_of(name: str) -> list[str]:
     import numpy as np
 
     from minivit import data
+    from minivit.data.datasets import SPLITS
     from minivit.data.folder import list_folder
 
     kind = data.kind_of(name)
@@ -145,7 +148,7 @@ def splits_of(name: str) -> list[str]:
     if kind == "npz":
         with np.load(name, allow_pickle=False) as archive:
             held = list(archive)
-        return [split for split in ("train", "test") if f"{split}_images" in held] or ["train"]
+        return [s for s in SPLITS if any(s in array for array in held) or (s == "train" and "images" in held)]
     return ["train", "test"]
 
 
