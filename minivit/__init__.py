@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from minivit.train import optim
     from minivit.train.step import TrainStep, predict_logits
     from minivit.train.trainer import Trainer
-    from minivit.train.weights import load_model, load_weights
+    from minivit.train.weights import load_model, load_weights, save
 
 __version__ = "0.1.0"
 
@@ -45,6 +45,7 @@ _HOMES = {
     "no_grad": "autograd.graph",
     "predict_logits": "train.step",
     "random_key": "nn.random",
+    "save": "train.weights",
     "tensor": "autograd.tensor",
 }
 """The module, under minivit, that a public name comes from."""
@@ -77,6 +78,7 @@ __all__ = [
     "optim",
     "predict_logits",
     "random_key",
+    "save",
     "tensor",
     "train",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -15,7 +16,9 @@ class MinivitError(Exception):
         self.remedy = remedy
 
     def __str__(self) -> str:
-        return f"{self.what}\n  → {self.remedy}" if self.remedy else self.what
+        # a line break of minivit's own is followed by two spaces; one in a file's name must forge no line or remedy
+        what, remedy = ("\n  ".join(map(printable, re.split(r"\n  (?!→)", part))) for part in (self.what, self.remedy))
+        return f"{what}\n  → {remedy}" if remedy else what
 
 
 class ShapeError(MinivitError, ValueError):
@@ -60,3 +63,30 @@ def unknown_name(kind: str, name: str, known: Iterable[str], error: type[Minivit
     near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
     remedy = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known: {', '.join(known)}"
     return error(f"unknown {kind} {name!r}", remedy)
+
+
+def printable(text: str) -> str:
+    """Return ``text`` with every character escaped that does not show: a name can then say nothing but itself.
+
+    Control characters (line breaks among them), marks that turn the direction of writing, invisible characters and
+    bytes that were no UTF-8 become ``\\n``, ``\\u001b``, ``\\u202e``, ``\\udcff``, as JSON and TOML write them. Spaces
+    of all widths and the two joiners that scripts and emoji need (U+200C, U+200D) stay.
+    """
+    return text if text.isprintable() else "".join(map(_shown, text))
+
+
+def _shown(c: str) -> str:
+    if c.isprintable() or c in "\u200c\u200d" or (c.isspace() and c > "\x9f" and c not in "\u2028\u2029"):
+        return c
+    if c in "\n\r\t":
+        return {"\n": "\\n", "\r": "\\r", "\t": "\\t"}[c]
+    return f"\\u{ord(c):04x}" if ord(c) < 0x10000 else f"\\U{ord(c):08x}"
+
+
+def value_text(value: object) -> str:
+    """Return ``repr(value)`` as a message shows it, cut short where it is long, however large or deep the value is."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # more digits than Python writes, more lists within lists
+        return "a value without end"
+    return text if len(text) <= 100 else f"{text[:99]}…"

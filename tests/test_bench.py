@@ -241,9 +241,9 @@ def test_bench_in_json(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["vit_digit"], 1, "unknown model 'vit_digit'\n  → did you mean 'vit_digits'"),
         (["gone.npz"], 1, "there is no checkpoint gone.npz"),
-        (["-b", "0"], 1, "batch size 0"),
-        (["--steps", "0"], 1, "steps 0"),
-        (["vit_digits", "--threads", "-1"], 1, "threads=-1"),
+        (["-b", "0"], 2, "--batch-size/-b: takes a number from 1 to 1,000,000, not '0'"),
+        (["--steps", "0"], 2, "--steps: takes a number from 1"),
+        (["vit_digits", "--threads", "-1"], 2, "--threads: takes a number from 0 to 1,024"),
         (["--device", "gpu"], 1, "unknown device 'gpu'"),
         (["--steps", "many"], 2, "takes a whole number, not 'many'"),
         (["--profil"], 2, "did you mean --profile?"),

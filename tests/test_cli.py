@@ -23,7 +23,7 @@ import minivit as mv
 from minivit import data
 from minivit.backend import Key
 from minivit.cli.job import augmentation
-from minivit.cli.layers import count_parameters, layer_of, model_config
+from minivit.cli.layers import layer_of, model_config
 from minivit.cli.layers import measure as measure_layers
 from minivit.cli.main import COMMANDS, main
 from minivit.cli.options import MODEL_FLAGS, OPTIONS, RECIPE_NAMES
@@ -31,7 +31,7 @@ from minivit.cli.report import measure, plural, text_table, wilson_interval
 from minivit.cli.settings import fit_to_data, known_settings, parse_assignment, resolve, write_toml
 from minivit.data.datasets import NAMES
 from minivit.errors import CheckpointError, ConfigError, DataError
-from minivit.models.zoo import MODELS
+from minivit.models.zoo import MODELS, count_parameters
 from minivit.train.checkpoint import load_checkpoint, save_checkpoint
 from minivit.train.recipes import FOR_DATA, RECIPES, full_name
 from minivit.train.weights import read_model
@@ -115,6 +115,7 @@ def test_without_a_command_there_is_help(capsys: pytest.CaptureFixture[str]) -> 
         (["train", "--lr", "abc"], "--lr: takes a number, not 'abc'"),
         (["train", "--dropout", "abc"], "--dropout: takes a number, not 'abc'"),
         (["summary", "-b", "1.5"], "--batch-size/-b: takes a whole number, not '1.5'"),
+        (["summary", "-b", "0"], "--batch-size/-b: takes a number from 1 to 1,000,000, not '0'"),
         (["summary", "--image-size", "9"], "unknown option --image-size"),
         (["train", "digits", "more"], "'more' is one argument too many"),
         (["eval"], "required: CKPT"),
@@ -158,9 +159,12 @@ def test_usage_errors_give_2_and_say_what_was_meant(
         (["train", "--init-from", "no.npz"], "there is no checkpoint no.npz"),
         (["train", "--set", "model.image_size=16"], "model.image_size = 16 (command line), but the data have 8"),
         (["train", "--set", "model.num_classes=5"], "model.num_classes = 5 (command line), but the data have 10"),
-        (["train", "--epochs", "0"], "train.epochs = 0 (command line) is out of range\n  → it must be at least 1"),
+        (
+            ["train", "--epochs", "0"],
+            "train.epochs = 0 (command line) is out of range\n  → it must be from 1 to 1,000,000",
+        ),
         (["train", "--val-fraction", "1.5"], "it must be from 0 to 0.9"),
-        (["train", "--dropout", "1"], "model.dropout = 1.0 (command line) is out of range"),
+        (["train", "--dropout", "1"], "model.dropout is 1.0 (command line)\n  → it must be a rate in [0, 1)"),
         (["train", "--lr", "1e-4", "--min-lr", "1e-3"], "final_lr 0.001 is outside"),
         (["train", "--device", "gpu"], "unknown device 'gpu'"),
         (["train", "digits", "--data", "other.npz"], "two data sets"),
@@ -181,7 +185,6 @@ def test_usage_errors_give_2_and_say_what_was_meant(
             ["train", "--weight-decay", "inf"],
             "weight_decay = inf (command line) is out of range\n  → it must be finite",
         ),
-        (["summary", "-b", "0"], "batch size 0"),
         (["gradcheck", "vit_base_patch16_224"], "86,567,656 parameters"),
     ],
 )

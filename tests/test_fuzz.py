@@ -13,7 +13,9 @@ import io
 import os
 import pickle
 import random
+import re
 import resource
+import shutil
 import signal
 import struct
 import subprocess
@@ -22,7 +24,7 @@ import time
 import traceback
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,10 +33,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from minivit.cli.main import main
 from minivit.cli.settings import resolve, write_toml
 from minivit.data import load, read_image
 from minivit.errors import MinivitError
+from minivit.models.zoo import count_parameters
 from minivit.train.checkpoint import load_checkpoint, save_checkpoint
+from minivit.train.weights import init_from, load_model, model_config
 from tests.test_formats import CIFAR, IDX, NAMES10, npy, pixels, python2
 from tests.test_formats import idx as idx_bytes
 
@@ -159,6 +164,63 @@ def other_values(content: bytes, donors: list[bytes], rng: random.Random) -> byt
     return "\n".join(lines).encode()
 
 
+OTHER_VALUES = (
+    None, True, -1, 0, 1, 1e308, 10**400, "", "x", "nan", [], [[[]]], {}, {"a": None}, ["\x1b[2J", 1], 0.5, 10**9,
+)  # fmt: skip
+"""What each value of a checkpoint's meta becomes in turn."""
+
+
+@dataclass
+class Meta(Kind):
+    """A run, its checkpoint read by all that reads one; a case changes one value of the meta, and seals it again."""
+
+    def make(self, case: int, name: str, folder: Path) -> None:
+        """Write the checkpoint of a case."""
+        checkpoint = load_checkpoint("run/checkpoints/last.npz")
+        places = list(walk(checkpoint.meta))
+        # every place is met once before one is met again
+        where, value = places[case % len(places)], OTHER_VALUES[(case + case // len(places)) % len(OTHER_VALUES)]
+        inner: Any = checkpoint.meta
+        for key in where[:-1]:
+            inner = inner[key]
+        inner[where[-1]] = value
+        print(f"{where} = {str(value)[:40]}")
+        shutil.rmtree(folder)
+        shutil.copytree("run", folder)
+        save_checkpoint(folder / "checkpoints" / "last.npz", checkpoint.arrays, checkpoint.meta)
+
+
+def walk(table: Any, under: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Yield the way to each value in nested tables and lists, of a list no more than its first."""
+    for key in table if isinstance(table, dict) else range(len(table[:1])):
+        yield (*under, key)
+        if isinstance(table[key], dict | list):
+            yield from walk(table[key], (*under, key))
+
+
+def use(folder: Path) -> None:
+    """Do with a run's checkpoint all that there is to do, as a command and, last, in the library."""
+    path = str(folder / "checkpoints" / "last.npz")
+    commands = [["eval", path], ["eval", path, "--json"], ["predict", path, "run/image.npy"], ["summary", path]]
+    commands += [["train", "few.npz", "--init-from", path, "--dry-run"], ["train", "--resume", str(folder), "-q"]]
+    for command in commands:
+        assert main(command) in range(4), command
+    model = load_model(path)
+    init_from(load_model("run/checkpoints/last.npz"), path)
+    assert model.num_parameters() == count_parameters(model_config(path))
+
+
+def run_in(folder: Path) -> None:
+    """Train a tiny model for an epoch; the run's folder is ``folder / "run"``."""
+    few = load("digits").subset(range(40))
+    np.savez(folder / "few.npz", train_images=few.images, train_labels=few.labels,
+             test_images=few.images, test_labels=few.labels)  # fmt: skip
+    tiny = ["--set", "model.dim=8", "--set", "model.depth=1", "--set", "model.heads=2", "--val-fraction", "0"]
+    tiny += ["--threads", "1", "-e", "1", "-q", "-o", str(folder), "--name", "run"]
+    assert main(["train", str(folder / "few.npz"), *tiny]) == 0
+    np.save(folder / "run" / "image.npy", few.images[:1])
+
+
 def hang(folder: Path) -> None:
     signal.setitimer(signal.ITIMER_REAL, 0.2)
     pow(3, 1 << 40)  # inside C, where no handler of Python's runs
@@ -199,6 +261,7 @@ def kinds() -> dict[str, Kind]:
         "toml": Kind({"a.toml": small}, lambda folder: resolve({}, file=folder / "a.toml"), other_values, (config,)),
         "png": Kind({"picture": pngs[0]}, picture, lambda *given: checked_png(mutate(*given)), pngs),
         "jpeg": Kind({"picture": jpegs[0]}, picture, donors=jpegs),
+        "meta": Meta({}, use),
         # what the child is to see
         "wrong": Kind({"a": b"a"}, lambda folder: {}["a key"]),
         "hangs": Kind({"a": b"a"}, hang),
@@ -225,7 +288,10 @@ def child(folder: Path, names: list[str], cases: int, first: int = 0) -> None:
             os.dup2(output, 1)
             os.dup2(output, 2)
             Path(name).mkdir(exist_ok=True)
-            code = fuzz(known[name], name, range(first, first + cases), Path(name).absolute())
+            if name == "meta":
+                run_in(folder)
+            count = 2 * cases if name == "meta" else cases  # each of its places once
+            code = fuzz(known[name], name, range(first, first + count), Path(name).absolute())
             sys.stdout.flush()
             os._exit(code)
         print(name, os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), flush=True)
@@ -271,7 +337,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str]]
         "OPENBLAS_NUM_THREADS": "1",
         "PYTHONPATH": f"{root}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
     }
-    names, cases = ",".join((*KINDS, *FAULTY)), -(-CASES // len(KINDS))
+    names, cases = ",".join((*KINDS, "meta", *FAULTY)), -(-CASES // len(KINDS))
     command = [sys.executable, "-X", "faulthandler", "-m", "tests.test_fuzz", str(folder), names, str(cases)]
     ended = subprocess.run(command, capture_output=True, text=True, cwd=root, env=environment)
     assert ended.returncode == 0, ended.stderr
@@ -296,6 +362,17 @@ def test_mutated_files_raise_nothing_else(name, done):
     print(summary)
     refused = int(summary.split(" cases, ")[1].split()[0])
     assert len(cases) // 4 < refused, summary  # else the mutations do not get at what is read
+
+
+@linux
+def test_one_changed_value_of_a_checkpoints_meta_raises_nothing_else(done):
+    status, output = done["meta"]
+    summary = output.splitlines()[-1]
+    print(summary)
+    assert status == 0, f"exit status {status}\n{output[-3000:]}"
+    assert "Traceback" not in output
+    assert len(set(re.findall(r"^(\('.*\)) = ", output, re.MULTILINE))) > 80, "places that were changed"
+    assert "settings are not those of its arrays: dim 1" in output
 
 
 @linux

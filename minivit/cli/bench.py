@@ -6,6 +6,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from minivit.cli.main import number
+from minivit.cli.options import MANY
 
 if TYPE_CHECKING:
     from minivit.study.profile import Profile
@@ -16,13 +17,17 @@ SECONDS, FEWEST, MOST = 5.0, 5, 100  # how long to measure, in how many steps at
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.epilog = "Images and labels are random. sgemm is the best rate of square matrix products, beside the step's."
-    whole: Any = {"type": number(int), "metavar": "N"}
+    positive: Any = {"type": number(int, 1, MANY), "metavar": "N"}
     parser.add_argument("model", metavar="MODEL|CKPT|RUN", nargs="?", default="vit_cifar",
                         help="named model (default vit_cifar), checkpoint, or a run's folder")  # fmt: skip
-    parser.add_argument("--batch-size", "-b", **whole, default=64, help="images in a step (64)")
-    parser.add_argument("--steps", **whole, help=f"steps to measure (what takes {SECONDS:.0f} s, {FEWEST} to {MOST})")
-    parser.add_argument("--threads", **whole, default=0, help="CPU threads; 0: one for each core, if they pay (0)")
-    parser.add_argument("--micro-batch", **whole, default=0, help="images at once; 0: what fits the cache (0)")
+    parser.add_argument("--batch-size", "-b", **positive, default=64, help="images in a step (64)")
+    parser.add_argument(
+        "--steps", **positive, help=f"steps to measure (what takes {SECONDS:.0f} s, {FEWEST} to {MOST})"
+    )
+    parser.add_argument("--threads", type=number(int, 0, 1024), metavar="N", default=0,
+                        help="CPU threads; 0: one for each core, if they pay (0)")  # fmt: skip
+    parser.add_argument("--micro-batch", type=number(int, 0, MANY), metavar="N", default=0,
+                        help="images at once; 0: what fits the cache (0)")  # fmt: skip
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, … (auto)")
     parser.add_argument("--profile", action="store_true", help="show what a step's time goes to, by operation")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -35,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     from minivit.cli.doctor import cpu_text
     from minivit.cli.layers import image_shape, model_config
     from minivit.cli.report import bytes_text, json_text, plural
-    from minivit.errors import ConfigError
+    from minivit.errors import ConfigError, printable
     from minivit.models.vit import ViT
     from minivit.study.profile import profile_step
     from minivit.study.speed import image_flops, sgemm_rate, time_steps
@@ -43,8 +48,6 @@ def run(args: argparse.Namespace) -> int:
     from minivit.train.step import TrainStep, predict_logits
 
     device, batch = auto_device(args.device)[0], args.batch_size
-    if batch < 1 or (args.steps is not None and args.steps < 1):
-        raise ConfigError(f"batch size {batch}, steps {args.steps}", "each must be at least 1")
     if args.profile and device != "cpu":
         raise ConfigError(f"--profile on {device}", "it times operations of the CPU: add --device cpu")
     name = find_model(args.model)
@@ -63,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     step = new_step(*(given := (args.threads or None, args.micro_batch or None)))
     threads, micro_batch = step.team.threads_for(batch), max(stop - start for start, stop in step.team.pieces(batch))
     where = f"{cpu_text()}\n{plural(threads, 'thread')}" if device == "cpu" else device
-    say(f"{name}, {model.num_parameters():,} parameters, float32, images of {' × '.join(map(str, shape))}")
+    say(printable(name) + f", {model.num_parameters():,} parameters, float32, images of {' × '.join(map(str, shape))}")
     say(f"{where}, batches of {plural(batch, 'image')}, at most {micro_batch} at once\n")
 
     first = time_steps(step, images, labels, 3, warmup=0)

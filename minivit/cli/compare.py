@@ -200,10 +200,11 @@ RESULTS = {
 def report(runs: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> str:
     """Return the comparison as text: a column for each run."""
     from minivit.cli.report import text_table
+    from minivit.errors import printable
 
-    names = [Path(run["folder"]).resolve().name for run in runs]
+    names = [printable(Path(run["folder"]).resolve().name) for run in runs]
     if len(set(names)) < len(names):
-        names = [run["folder"] for run in runs]
+        names = [printable(run["folder"]) for run in runs]
     settings = [[f"  {key}", *(_value(run["settings"].get(key)) for run in runs)] for key in keys]
     results = [
         [f"  {title}", *("–" if run[key] is None else form.format(run[key]) for run in runs)]

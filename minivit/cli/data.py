@@ -22,7 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "data", metavar="DATA", nargs="+",
         help="data set: a name, a folder, or FILE.npz; or: get NAME, to download one that has a name",
     )  # fmt: skip
-    parser.add_argument("--size", type=number(int), metavar="N", help="height and width to bring image files to (64)")
+    parser.add_argument(
+        "--size", type=number(int, 1, 1 << 15), metavar="N", help="height and width to bring image files to (64)"
+    )
     parser.add_argument("--output", "-o", metavar="FILE", help="where to write the picture (DATA-mosaic.png)")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
@@ -40,8 +42,6 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(
             f"one data set at a time, not {len(args.data)}", "minivit data DATA, or minivit data get NAME"
         )
-    if args.size is not None and args.size < 1:
-        raise ConfigError(f"images cannot be of size {args.size}", "use at least 1")
     found = audit(args.data[0], (args.size, args.size) if args.size else None)
     picture = draw(found, args.output or f"{Path(found.name).resolve().name.removesuffix('.npz')}-mosaic.png")
     print(json.dumps(as_json(found) | {"mosaic": picture}) if args.json else report(found, picture))
@@ -52,12 +52,12 @@ def get(names: list[str]) -> int:
     """Download a data set; print where it is."""
     from minivit.data.datasets import NAMES
     from minivit.data.download import fetch
-    from minivit.errors import ConfigError
+    from minivit.errors import ConfigError, printable
 
     if len(names) != 1:
         raise ConfigError("which data set?" if not names else "one data set at a time", f"known: {', '.join(NAMES)}")
     name = names[0]
-    print(f"{name} is in {fetch(name)}")
+    print(printable(f"{name} is in {fetch(name)}"))
     return OK
 
 
@@ -90,6 +90,8 @@ def as_json(found: Audit) -> dict[str, Any]:
 
 def report(found: Audit, picture: str | None) -> str:
     """Return the report as text."""
+    from minivit.errors import printable
+
     images = sum(map(sum, found.counts.values()))
     many = f"{len(found.classes)} classes" if len(found.classes) > 1 else "no classes"
     at = f"  (training images at {' × '.join(map(str, found.measured_at))})" if found.formats and found.mean else ""
@@ -103,8 +105,8 @@ def report(found: Audit, picture: str | None) -> str:
         "picture": picture or "",
         "note": found.note,
     }
-    blocks = [f"{found.name}: {images:,} images, {many}", class_table(found)]
-    blocks.append("\n".join(f"{name:9}{text}" for name, text in facts.items() if text))
+    blocks = [printable(f"{found.name}: {images:,} images, {many}"), class_table(found)]
+    blocks.append("\n".join(f"{name:9}{printable(text)}" for name, text in facts.items() if text))
     findings = {
         "files that cannot be read": (len(found.corrupt), found.corrupt),
         "files of several pictures (the first is used)": (len(found.several), found.several),
@@ -164,5 +166,7 @@ def same(groups: list[Same]) -> list[str]:
 
 def listed(lines: list[str]) -> str:
     """Return the first lines, indented, and how many more there are."""
+    from minivit.errors import printable
+
     rest = [f"… and {len(lines) - LISTED:,} more: see --json"] if len(lines) > LISTED else []
-    return "\n".join(f"  {line}" for line in [*lines[:LISTED], *rest])
+    return "\n".join(f"  {printable(line)}" for line in [*lines[:LISTED], *rest])

@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     from minivit.cli.report import json_text
     from minivit.data import kind_of
     from minivit.data.folder import list_folder
-    from minivit.errors import DataError
+    from minivit.errors import DataError, printable
 
     trained = open_trained(args.checkpoint)
     name = args.data or trained.data.get("name")
@@ -66,9 +66,9 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json_text(result | about | {"labels": matching.rows, "remark": matching.remark}))
     else:
-        print(f"{trained.path} on {parts[0].name}, {args.split}: {result['count']:,} images")
+        print(printable(f"{trained.path} on {parts[0].name}, {args.split}: {result['count']:,} images"))
         if args.data and args.split != "all" and kind_of(name) == "folder":
-            print(f"splits: {list_folder(name).how}; --split all takes them together")
+            print(printable(f"splits: {list_folder(name).how}; --split all takes them together"))
         print(f"\n{report(result, matching)}")
     return 0
 
@@ -212,16 +212,17 @@ def _logits(trained: Trained, dataset: Dataset, name: str) -> np.ndarray:
 def report(result: dict[str, Any], matching: Matching) -> str:
     """Return the figures of :func:`assess` as text."""
     from minivit.cli.report import percent_interval, text_table
+    from minivit.errors import printable
 
-    confusion, rows = result["confusion"], matching.rows  # (K + U, K): label, prediction
+    confusion, rows = result["confusion"], [*map(printable, matching.rows)]  # (K + U, K): label, prediction
     classes = rows[: confusion.shape[1]]
     totals = confusion.sum(axis=1).tolist()
     rights = [*confusion.diagonal().tolist(), *[0] * len(matching.unknown)]
     lines = [f"loss      {result['loss']:.4f}", f"accuracy  {percent_interval(result)}"]
     if "top5" in result:
         lines.append(f"top-5     {result['top5']:.2%}")
-    lines += remarks(result, matching, classes)
-    names = [*(short(name, 12) for name in classes), *(f"{short(name, 12)} (unknown)" for name in matching.unknown)]
+    lines += remarks(result, matching)
+    names = [*(short(name, 12) for name in classes), *(f"{short(name, 12)} (unknown)" for name in rows[len(classes) :])]
     if len(classes) <= 20:  # as wide as a page
         head = ["label", "images", "right", *[short(name, 5) for name in classes]]
         cells = [["·" if n == 0 else str(n) for n in row] for row in confusion.tolist()]
@@ -242,14 +243,14 @@ def report(result: dict[str, Any], matching: Matching) -> str:
     return "\n".join(lines)
 
 
-def remarks(result: dict[str, Any], matching: Matching, classes: tuple[str, ...]) -> list[str]:
+def remarks(result: dict[str, Any], matching: Matching) -> list[str]:
     """Return a line on each thing about the classes that makes the accuracy mean something else."""
     from minivit.cli.matching import listed, meant_by
     from minivit.cli.report import percent_interval, plural
 
     lines = [f"remark    {matching.remark}"] if matching.remark else []
     if unknown := result["unknown"]:
-        meant = {name: meant_by(name, classes) for name in unknown}
+        meant = {name: meant_by(name, matching.rows[: result["confusion"].shape[1]]) for name in unknown}
         asked = "".join(f"; {name!r}: did you mean {near!r}?" for name, near in meant.items() if near)
         images, others = plural(sum(unknown.values()), "image"), plural(result["matched"]["count"], "other image")
         lines += [

@@ -18,7 +18,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--order", type=number(int), choices=(1, 2), default=2, help="2 (default): also second derivatives"
     )
-    parser.add_argument("--seed", type=number(int), default=0, help="seed of the random inputs and directions (0)")
+    parser.add_argument(
+        "--seed", type=number(int, 0, (1 << 63) - 1), default=0, help="seed of the random inputs and directions (0)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -89,10 +91,9 @@ def check_model(name: str, order: int, seed: int) -> int:
 
     from minivit.autograd.check import check_module
     from minivit.backend import Key, normal
-    from minivit.cli.layers import count_parameters, image_shape, model_config
-    from minivit.errors import ConfigError
-    from minivit.models.vit import ViT
-    from minivit.train.weights import read_model
+    from minivit.cli.layers import image_shape, model_config, open_model
+    from minivit.errors import ConfigError, printable
+    from minivit.models.zoo import count_parameters
 
     config = model_config(name)
     size = count_parameters(config)
@@ -101,13 +102,13 @@ def check_model(name: str, order: int, seed: int) -> int:
             f"{name} has {size:,} parameters: checking it would take hours",
             "the same layers are in small models: check vit_digits, vit_mnist or vit_cifar",
         )
-    model = read_model(name)[0] if name.endswith(".npz") else ViT(**config)
-    model.to(np.float64).eval()
+    model = open_model(name).to(np.float64).eval()
     for i, p in enumerate(model.parameters()):
         if not p.data.any():  # a fresh head of zeros would hide all that lies before it
             p.data[...] = 0.1 * normal(Key(seed, 1).child(i), p.shape)
     images = normal(Key(seed, 2), (2, *image_shape(config)))
-    print(f"{name}: {size:,} parameters, float64, two random images {' × '.join(map(str, image_shape(config)))}\n")
+    shape = " × ".join(map(str, image_shape(config)))
+    print(printable(f"{name}: {size:,} parameters, float64, two random images {shape}") + "\n")
     started = time.perf_counter()
     report = check_module(model, images, order=order, seed=seed)
     print(report_table(report, dict(model.named_parameters()), order))

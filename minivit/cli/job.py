@@ -19,7 +19,7 @@ import numpy as np
 from minivit import data, ops
 from minivit.backend import Key, auto_device, available_memory, permutation
 from minivit.cli.doctor import blas_text, cpu_text, system_text, versions
-from minivit.cli.layers import count_parameters, peak_memory
+from minivit.cli.layers import peak_memory
 from minivit.cli.report import bytes_text, measure, percent_interval, plural
 from minivit.cli.results import draw_batch, spread_out, write_results
 from minivit.cli.settings import Settings, fit_to_data, parse_assignment, resolve, write_toml
@@ -38,8 +38,9 @@ from minivit.data import (
     RandomResizedCrop,
 )
 from minivit.data.datasets import class_names
-from minivit.errors import CheckpointError, ConfigError, DataError
+from minivit.errors import CheckpointError, ConfigError, DataError, printable
 from minivit.models.vit import ViT
+from minivit.models.zoo import count_parameters
 from minivit.nn.settings import check_settings, pair
 from minivit.train import schedule
 from minivit.train.checkpoint import load_checkpoint
@@ -47,7 +48,7 @@ from minivit.train.optim import SGD, AdamW, Muon, Optimizer, layer_scales
 from minivit.train.schedule import Schedule
 from minivit.train.step import Team
 from minivit.train.trainer import Trainer, evaluate
-from minivit.train.weights import init_from, load_weights
+from minivit.train.weights import data_of, init_from, load_weights
 
 TRAIN_STREAM, HOLD_OUT_STREAM = 0x7A1, 0x0FF  # streams of random numbers under the run's seed
 
@@ -61,8 +62,8 @@ def start(args: argparse.Namespace) -> int:
     config = folder / "config.toml"
     config.write_text(write_toml(job.settings), encoding="utf-8")
     (folder / "command.txt").write_text(_command_record(args.argv, job.settings["train.device"]), encoding="utf-8")
-    job.say(f"run folder  {folder}")
-    job.say(f"reproduce   minivit train --config {shlex.quote(str(config))}\n")
+    job.say(printable(f"run folder  {folder}"))
+    job.say(printable(f"reproduce   minivit train --config {shlex.quote(str(config))}") + "\n")
     job.draw_samples(folder)
     return job.run(folder)
 
@@ -86,7 +87,7 @@ def resume(args: argparse.Namespace) -> int:
     if not path.is_file() or not (folder / "config.toml").is_file():
         raise CheckpointError(f"{args.resume} is no run, nor a checkpoint of one", "give runs/NAME, or its last.npz")
     job = Job(resolve({}, file=folder / "config.toml"), args.quiet, resumed=True)
-    job.say(f"run folder  {folder}\n")
+    job.say(printable(f"run folder  {folder}") + "\n")
     return job.run(folder, resume=path)
 
 
@@ -112,9 +113,10 @@ class Job:
         kind = data.kind_of(settings["data.name"])
         paths = [settings["data.name"] != kind and "data.name", settings["train.init_from"] and "train.init_from"]
         for key in filter(None, paths):
-            settings[key] = str(Path(settings[key]).resolve())  # the run can then be resumed from any folder
+            # the run can then be resumed from any folder
+            settings.take({key: str(Path(settings[key]).resolve())}, settings.origins[key])
         name = settings["data.name"]
-        self.title = Path(name).stem if kind in ("npz", "folder") else kind
+        self.title = printable(Path(name).stem if kind in ("npz", "folder") else kind)
         whole = self._load("train")
         self.test_data = self._load_test(whole)
         fit_to_data(settings, whole.images.shape[1:], len(whole.classes))
@@ -122,17 +124,18 @@ class Job:
             settings.take(UNCHANGED, "overfit")
         if settings["train.init_from"]:
             settings.take({"model.head": "linear"}, "init_from")
+        config: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in settings.table("model").items() if k != "name"
+        }
+        check_settings(**config)
+        # float32 weights, gradients and moments, on one thread; and the report's tables of all pairs of classes
+        _check_memory(max(20 * count_parameters(config), 40 * config["num_classes"] ** 2), device)
         # a model may have room for more classes than the data name
         names = tuple(class_names(whole.classes, settings["model.num_classes"]))
         self.test_data = self.test_data and replace(self.test_data, classes=names)
         self.train_data, self.valid_data = self._divide(replace(whole, classes=names))
         if settings["train.patience"] and self.valid_data is None:
             raise ConfigError("patience needs validation images", "hold some out: --val-fraction 0.1")
-        config: dict[str, Any] = {
-            k: tuple(v) if isinstance(v, list) else v for k, v in settings.table("model").items() if k != "name"
-        }
-        check_settings(**config)
-        _check_memory(20 * count_parameters(config), device)  # float32 weights, gradients and moments, on one thread
         self.model: ViT = ViT(**config, seed=settings["train.seed"]).to(device)
         changed: list[str] = []
         if settings["train.init_from"] and not resumed:
@@ -145,7 +148,8 @@ class Job:
         found = {"train.device": device, "train.threads": threads, "train.micro_batch": micro_batch}
         settings.take({key: value for key, value in found.items() if settings[key] != value}, "this machine")
         kept = self.model.config | {"recompute": settings["model.recompute"]}
-        self.memory = peak_memory(kept, Team(self.model, threads, micro_batch), self.loader.batch_size)
+        rows = min(self.loader.batch_size, len(self.train_data))
+        self.memory = peak_memory(kept, Team(self.model, threads, micro_batch), rows)
         self.memory += 4 * self.model.num_parameters() * bool(settings["train.model_ema"])
         _check_memory(self.memory, device)
         self.schedule = self.make_schedule()
@@ -153,7 +157,7 @@ class Job:
         self.say(f"device      {device}{cores}" + (f" ({why})" if why else ""))
         self.say(f"model       {settings['model.name']}: {self.model.num_parameters():,} parameters")
         if settings["train.init_from"]:
-            self.say(f"started     from {settings['train.init_from']}")
+            self.say(printable(f"started     from {settings['train.init_from']}"))
             for remark in changed:
                 self.say(f"            {remark}")
         self.say(f"data        {self._data_text(whole)}")
@@ -310,8 +314,8 @@ class Job:
         trainer = self.make_trainer(folder)
         if resume is not None:
             trainer.resume(resume)
-            before, now = load_checkpoint(resume).meta["data"], trainer.meta["data"]
-            if changed := [key for key in ("classes", "labels", "mean", "std") if before[key] != now[key]]:
+            before, now = data_of(load_checkpoint(resume), resume), trainer.meta["data"]
+            if changed := [key for key in ("classes", "labels", "mean", "std") if before.get(key) != now[key]]:
                 raise CheckpointError(
                     f"{self.settings['data.name']} is not as it was when the run began: other {', '.join(changed)}",
                     "bring the data back, or start a new run from these weights: --init-from",
@@ -319,7 +323,8 @@ class Job:
             over = trainer.progress.stopped or trainer.progress.epoch == trainer.epochs
             report = folder / "report.html"  # written last
             if over and report.exists():
-                print(f"the run {folder} is finished; to measure it: minivit eval {shlex.quote(str(resume))}")
+                again = f"minivit eval {shlex.quote(str(resume))}"
+                print(printable(f"the run {folder} is finished; to measure it: {again}"))
                 return 0
             report.unlink(missing_ok=True)
             self.say(f"continuing at step {trainer.opt.steps} of {self.settings['train.epochs'] * len(self.loader)}")
@@ -356,10 +361,11 @@ class Job:
             rows=trainer.progress.history,
             split=split,
         )
-        self.say(f"report      {folder / 'report.html'}")
-        next_steps = [f"minivit predict {shlex.quote(str(checkpoint))} IMAGE…"]
+        self.say(printable(f"report      {folder / 'report.html'}"))
+        shown_path = printable(shlex.quote(str(checkpoint)))
+        next_steps = [f"minivit predict {shown_path} IMAGE…"]
         if self.test_data is not None:
-            next_steps.insert(0, f"minivit eval {shlex.quote(str(checkpoint))}")
+            next_steps.insert(0, f"minivit eval {shown_path}")
         self.say("next        " + "\n            ".join(next_steps))
 
     def draw_samples(self, folder: Path) -> None:
@@ -450,4 +456,4 @@ def _command_record(argv: list[str], device: str) -> str:
     """Return what was typed and what it ran on."""
     record = {"command": f"minivit {shlex.join(argv)}", "folder": str(Path.cwd()), "device": device}
     record |= versions() | {"system": system_text(), "cpu": cpu_text(), "blas": blas_text()}
-    return "".join(f"{name:14}{text}\n" for name, text in record.items())
+    return "".join(f"{name:14}{printable(text)}\n" for name, text in record.items())

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from minivit.autograd.graph import Node, first_order
 from minivit.cli.report import bytes_text, plural, text_table
 from minivit.errors import unknown_name
 from minivit.models.vit import ViT
-from minivit.models.zoo import MODELS
+from minivit.models.zoo import MODELS, create_model
 from minivit.nn.module import Module, watching
 from minivit.nn.settings import pair
 from minivit.study.speed import flops
@@ -22,32 +22,31 @@ from minivit.train.step import Team
 
 
 def model_config(name: str) -> dict[str, Any]:
-    """Return all settings of a named model, or of the model in a checkpoint."""
-    defaults = {p.name: p.default for p in inspect.signature(ViT).parameters.values()}
+    """Return all settings of a named model, or of the model in a checkpoint.
+
+    A name of a model is that model; a file that is called so is ``./name``. A checkpoint is known by what is in it.
+    """
     if name in MODELS:
+        defaults = {p.name: p.default for p in inspect.signature(ViT).parameters.values()}
         return defaults | MODELS[name]
-    if Path(name).suffix != ".npz" and not Path(name).is_file():
+    return weights.model_config(_path(name))
+
+
+def open_model(name: str) -> ViT:
+    """Return a named model, freshly initialised, or the model in a checkpoint: the one of :func:`model_config`."""
+    return create_model(name) if name in MODELS else weights.load_model(_path(name))
+
+
+def _path(name: str) -> str:
+    """Return the path of a checkpoint; what is neither a file nor written like one was to be a model's name."""
+    if not (os.path.exists(name) or os.path.dirname(name) or name.endswith(".npz")):
         raise unknown_name("model", name, MODELS)
-    return weights.model_config(name)
+    return name
 
 
 def image_shape(config: dict[str, Any]) -> tuple[int, int, int]:
     """Return (C, H, W) of the images that a model takes."""
     return config["in_channels"], *pair("image_size", config["image_size"])
-
-
-def count_parameters(config: dict[str, Any]) -> int:
-    """Return the number of parameters of a model, without making it."""
-    channels, height, width = image_shape(config)
-    p, q = pair("patch_size", config["patch_size"])
-    dim, heads = config["dim"], config["heads"]
-    inner, hidden = heads * (config.get("dim_head") or dim // heads), config.get("mlp_dim") or 4 * dim
-    cls, patches = config["pool"] == "cls", (height // p) * (width // q)
-    attention = 3 * inner * (dim + bool(config["qkv_bias"])) + dim * (inner + 1)
-    block = attention + hidden * (dim + 1) + dim * (hidden + 1) + 4 * dim  # and two norms
-    embedding = dim * (channels * p * q + 1) + dim * cls + (config["position"] == "learned") * (patches + cls) * dim
-    head = config["num_classes"] * (dim + 1) + (config["head"] == "mlp") * dim * (dim + 1)
-    return int(embedding + config["depth"] * block + 2 * dim + head)
 
 
 # ---- measuring -------------------------------------------------------------------------------------------------------

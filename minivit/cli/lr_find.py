@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
     from minivit.cli.job import Job, typed_settings
     from minivit.cli.report import json_text
     from minivit.cli.settings import resolve
-    from minivit.errors import NonFiniteError
+    from minivit.errors import NonFiniteError, printable
     from minivit.study.curves import chart, write_svg
     from minivit.train.lr_find import lr_range_test, smoothed, suggest
     from minivit.train.step import TrainStep
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"suggestion  --lr {found[0]:.1e}, where the loss falls fastest")
         print(f"cautious    --lr {found[1]:.1e}, a tenth of where it is lowest")
     print(f"so far      --lr {s['train.lr']:.1e} ({s.origins['train.lr']})")
-    print(f"curve       {path}")
+    print(printable(f"curve       {path}"))
     return 0
 
 

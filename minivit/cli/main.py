@@ -7,10 +7,16 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from importlib import import_module
 from types import ModuleType
 
 from minivit import __version__
+from minivit.errors import MinivitError, printable
+
+TYPE_CHECKING = False  # as typing.TYPE_CHECKING, without the import
+if TYPE_CHECKING:
+    from typing import Any, TextIO
 
 COMMANDS = {
     "train": "train a model; without arguments, a Vision Transformer on handwritten digits",
@@ -32,9 +38,15 @@ OK, FAILURE, USAGE, BAD_INPUTS, INTERRUPTED = 0, 1, 2, 3, 130
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line ``argv`` (by default the process's) and return its exit code."""
-    warnings.formatwarning = lambda message, *where: f"minivit: warning: {message}\n"  # one line, as errors have
+    with redirect_stdout(_Escaping(sys.stdout)), redirect_stderr(_Escaping(sys.stderr)):
+        return _guarded(list(sys.argv[1:] if argv is None else argv))
+
+
+def _guarded(argv: list[str]) -> int:
+    """Run the command line; turn what ends it into a line and an exit code."""
+    warnings.formatwarning = lambda message, *where: f"minivit: warning: {_text(message)}\n"  # as errors have
     try:
-        return _run(list(sys.argv[1:] if argv is None else argv))
+        return _run(argv)
     except SystemExit as stop:  # from argparse, and from a training run that a signal ended
         return stop.code if isinstance(stop.code, int) else FAILURE
     except KeyboardInterrupt:
@@ -44,15 +56,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit would raise again
         return FAILURE
     except MemoryError as error:
-        return _fail(f"out of memory: {error}".removesuffix(": "), "use a smaller batch, model or image size")
+        what = f"out of memory: {error}".removesuffix(": ")
+        return _fail(MinivitError(what, "use a smaller batch, model or image size"))
     except OSError as error:
-        return _fail(str(error), "check the path, its permissions and the space left")
+        return _fail(MinivitError(str(error), "check the path, its permissions and the space left"))
     except Exception as error:
-        from minivit.errors import MinivitError
-
         if not isinstance(error, MinivitError):
             raise  # a bug: the traceback belongs in a report
-        return _fail(error.what, error.remedy)
+        return _fail(error)
 
 
 def _run(argv: list[str]) -> int:
@@ -114,7 +125,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> None:  # type: ignore[override]
         """Print what is wrong and how to learn more; exit with 2."""
-        print(f"{self.prog}: error: {message}\n  → see {self.prog} --help", file=sys.stderr)
+        print(f"{self.prog}: error: {MinivitError(message, f'see {self.prog} --help')}", file=sys.stderr)
         raise SystemExit(USAGE)
 
 
@@ -126,15 +137,21 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
-def number(kind: type) -> Callable[[str], float]:
-    """Return an argument's ``type``: a number, whole if ``kind`` is int."""
+def number(kind: type, low: float | None = None, high: float | None = None) -> Callable[[str], float]:
+    """Return an argument's ``type``: a number, whole if ``kind`` is int; from ``low`` to ``high`` if given."""
 
     def check(word: str) -> float:
+        shown = repr(word if len(word) <= 40 else f"{word[:39]}…")
         try:
-            return kind(word)
-        except ValueError:
+            value: float = kind(word)
+        except ValueError:  # no number, or one of more digits than Python reads
             takes = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"takes {takes}, not {word!r}") from None
+            raise argparse.ArgumentTypeError(f"takes {takes}, not {shown}") from None
+        if value == 0 and any(c in "123456789" for c in word.lower().partition("e")[0]):
+            raise argparse.ArgumentTypeError(f"{shown} is too small: it would be 0")
+        if low is not None and high is not None and not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"takes a number from {low:,} to {high:,}, not {shown}")
+        return value
 
     return check
 
@@ -152,6 +169,32 @@ def one_of(kind: str, known: Sequence[str]) -> Callable[[str], str]:
     return check
 
 
-def _fail(what: str, remedy: str) -> int:
-    print(f"minivit: error: {what}" + (f"\n  → {remedy}" if remedy else ""), file=sys.stderr)
+def _text(message: object) -> str:
+    return str(MinivitError(str(message)))  # with its own line breaks only
+
+
+def _fail(error: MinivitError) -> int:
+    print(f"minivit: error: {error}", file=sys.stderr)
     return FAILURE
+
+
+class _Escaping:
+    """A stream of text in which names can do nothing to a terminal: all passes as :func:`printable` has it.
+
+    Line breaks pass: whoever prints a name that may hold one escapes it. So does a carriage return that begins what is
+    written, with which a progress bar draws itself anew. What the stream's encoding does not have is escaped, too.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write ``text``, escaped; return its length."""
+        returns = "\r" * text.startswith("\r")
+        shown = returns + "\n".join(map(printable, text.removeprefix("\r").split("\n")))
+        encoding = getattr(self._stream, "encoding", None) or "utf-8"
+        self._stream.write(shown.encode(encoding, "backslashreplace").decode(encoding))
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)

@@ -50,10 +50,11 @@ def run(args: argparse.Namespace) -> int:
     """Print a row for each image; 3 if some could not be read."""
     from minivit.backend import auto_device
     from minivit.cli.checkpoints import open_trained
+    from minivit.errors import printable
 
     trained = open_trained(args.checkpoint)
     if trained.path != args.checkpoint:
-        print(f"checkpoint  {trained.path}", file=sys.stderr)
+        print(printable(f"checkpoint  {trained.path}"), file=sys.stderr)
     if trained.remark:
         warnings.warn(trained.remark, stacklevel=2)
     trained.model.to(auto_device(args.device)[0])
@@ -128,7 +129,7 @@ def _tell_of_others(folder: str, images: Sequence[Path]) -> None:
     import os
 
     from minivit.cli.report import plural
-    from minivit.errors import DataError
+    from minivit.errors import DataError, printable
 
     seen: set[str] = set()
     count = -len(images)
@@ -142,7 +143,7 @@ def _tell_of_others(folder: str, images: Sequence[Path]) -> None:
     if not images:
         raise DataError(f"{folder}: no image files", "give a folder that has some")
     if count:
-        print(f"skipped     {plural(count, 'file')} in {folder}: no images", file=sys.stderr)
+        print(printable(f"skipped     {plural(count, 'file')} in {folder}: no images"), file=sys.stderr)
 
 
 def read(source: str, model: ViT, fit: str) -> Iterator[tuple[str, np.ndarray]]:
@@ -227,8 +228,9 @@ def looks_inverted(image: np.ndarray, mean: Sequence[float]) -> bool:
 
 def _inverted_text(names: Sequence[str], count: int, turned: bool) -> str:
     from minivit.cli.report import plural
+    from minivit.errors import printable
 
-    some = ", ".join(names[:LISTED]) + (f" and {len(names) - LISTED:,} more" if len(names) > LISTED else "")
+    some = ", ".join(map(printable, names[:LISTED])) + (f" and {len(names) - LISTED:,} more" if len(names) > LISTED else "")
     alike = "looks like a negative" if len(names) == 1 else "look like negatives"
     remedy = "leave --invert out" if turned else "add --invert"
     return (
@@ -269,6 +271,8 @@ def _print_json(rows: list[dict[str, Any]]) -> None:
 def _print_csv(rows: list[dict[str, Any]]) -> None:
     import csv
 
+    from minivit.errors import printable
+
     others = [f"{word}_{n}" for n in range(2, RUNNERS_UP + 2) for word in ("class", "probability")]
     writer = csv.DictWriter(sys.stdout, ["file", "class", "probability", *others, "error"], lineterminator="\n")
     writer.writeheader()
@@ -276,4 +280,4 @@ def _print_csv(rows: list[dict[str, Any]]) -> None:
         flat = {key: value for key, value in row.items() if key != "runners_up"}
         for n, other in enumerate(row.get("runners_up", []), start=2):
             flat |= {f"class_{n}": other["class"], f"probability_{n}": other["probability"]}
-        writer.writerow(flat)
+        writer.writerow({key: printable(str(value)) for key, value in flat.items()})

@@ -10,10 +10,15 @@ from typing import Any
 import numpy as np
 
 from minivit import ops
+from minivit.errors import printable
 
 
 def text_table(head: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
-    """Return rows aligned under their headings, two spaces apart; the columns in ``right`` to the right."""
+    """Return rows aligned under their headings, two spaces apart; the columns in ``right`` to the right.
+
+    A cell that holds a name, perhaps with a line break in it, is shown as :func:`minivit.errors.printable` has it.
+    """
+    head, *rows = ([printable(cell) for cell in row] for row in (head, *rows))
     form = row_format([max(len(row[i]) for row in [head, *rows]) for i in range(len(head))], right)
     return "\n".join(form.format(*row).rstrip() for row in [head, *rows])
 

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from minivit.cli.options import OPTIONS, Option
-from minivit.errors import CheckpointError, ConfigError, MinivitError, unknown_name
+from minivit.errors import ConfigError, MinivitError, printable, unknown_name, value_text
+from minivit.nn.settings import check_settings
 
 
 class Settings(dict[str, Any]):
@@ -73,27 +74,39 @@ def _checked(key: str, value: Any, origin: str) -> Any:
     """Return ``value`` as the setting has it."""
     kind = known_settings()[key]
     if kind is float and type(value) is int:
-        value = float(value)
+        value = float(value) if value.bit_length() < 1000 else math.inf
     if isinstance(value, tuple):
         value = list(value)
     allowed = kind if isinstance(kind, tuple) else (kind,)
     if type(value) not in allowed or (isinstance(value, list) and [type(x) for x in value] != [int, int]):
         names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", list: "[height, width]"}
         raise ConfigError(
-            f"{key} = {value!r} ({origin}) is not {' or '.join(names[k] for k in allowed)}",
+            f"{key} = {value_text(value)} ({origin}) is not {' or '.join(names[k] for k in allowed)}",
             'text in quotes: name = "digits"' if str in allowed else f"for example --set {key}={_example(allowed)}",
         )
+    if isinstance(value, str) and not _is_text(value):
+        what = f"{key} = {value_text(value)} ({origin}) holds what is no text: a NUL, or bytes that are no UTF-8"
+        raise ConfigError(what, "a run's config.toml could not hold it: rename the file, or link to it by another name")
     setting = OPTIONS.get(key, Option(None, ""))
-    high = 0.999 if key.endswith(("dropout", "drop_path")) else setting.high
-    low = 0.0 if key.endswith(("dropout", "drop_path")) else setting.low
     if setting.choices and value not in setting.choices:
         raise unknown_name(key, value, setting.choices)
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{key} = {value!r} ({origin}) is out of range", "it must be finite")
-    if isinstance(value, int | float) and not ((low is None or value >= low) and (high is None or value <= high)):
-        limits = f"from {low:g} to {high:g}" if high is not None else f"at least {low:g}"
-        raise ConfigError(f"{key} = {value!r} ({origin}) is out of range", f"it must be {limits}")
+    if setting.low is not None and not setting.low <= value <= setting.high:
+        form = "{:,}" if kind is int else "{:g}"
+        limits = f"from {form.format(setting.low)} to {form.format(setting.high)}"
+        raise ConfigError(f"{key} = {value_text(value)} ({origin}) is out of range", f"it must be {limits}")
+    if key.startswith("model."):
+        try:
+            check_settings(**{key.removeprefix("model."): value})
+        except ConfigError as error:
+            raise ConfigError(f"model.{error.what} ({origin})", error.remedy) from error
     return value
+
+
+def _is_text(value: str) -> bool:
+    """Tell whether a string can be written to a file and name one."""
+    return "\0" not in value and not any("\ud800" <= c <= "\udfff" for c in value)
 
 
 def _example(kinds: tuple[type, ...]) -> str:
@@ -155,14 +168,21 @@ def resolve(typed: Mapping[str, Any], recipe: str | None = None, file: str | Pat
 
 def _sizes_in(path: str) -> dict[str, Any]:
     """Return the settings of the model in a checkpoint, but for those of its head."""
+    from minivit.models.zoo import MODELS
     from minivit.train.checkpoint import load_checkpoint
+    from minivit.train.weights import config_of
 
-    meta = load_checkpoint(path).meta
-    config = meta.get("model")
-    if not isinstance(config, dict) or not isinstance(meta.get("name"), str):
-        raise CheckpointError(f"{path} does not say which model it holds", "start from a run's last.npz or best.npz")
+    checkpoint = load_checkpoint(path)
+    config = config_of(checkpoint, path)
+    config |= {
+        "mlp_dim": config["mlp_dim"] or 4 * config["dim"],
+        "dim_head": config["dim_head"] or config["dim"] // config["heads"],
+    }
+    name = checkpoint.meta.get("name")
+    if not isinstance(name, str) or name not in MODELS:  # of a library's model: a name whose sizes are all replaced
+        name = "vit_cifar"
     sizes = {f"model.{key}": value for key, value in config.items() if key not in ("seed", "num_classes", "head")}
-    return {"model.name": meta["name"]} | {key: value for key, value in sizes.items() if value is not None}
+    return {"model.name": name} | sizes
 
 
 def take_model(settings: Settings, name: str) -> None:
@@ -221,9 +241,13 @@ def parse_assignment(text: str) -> tuple[str, Any]:
     if not equals or not key.strip():
         raise ConfigError(f"--set {text!r} is not KEY=VALUE", "for example --set model.depth=6")
     try:
-        return key.strip(), tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
+        found = tomllib.loads(f"value = {value}")
+    except RecursionError as error:
+        raise ConfigError(f"--set {key.strip()}: its value is nested too deep", "give a number or text") from error
+    except ValueError:  # TOML's own, or a number of too many digits
         return key.strip(), value.strip()
+    # more than one line is text
+    return key.strip(), found["value"] if found.keys() == {"value"} else value.strip()
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
@@ -255,13 +279,13 @@ def write_toml(settings: Settings) -> str:
         lines += ["", f"[{table}]"]
         rows = [(f"{key} = {_toml(v)}", settings.origins[f"{table}.{key}"]) for key, v in settings.table(table).items()]
         width = max(len(text) for text, _ in rows)
-        lines += [f"{text:{width}}  # {origin}" for text, origin in rows]
+        lines += [f"{text:{width}}  # {printable(origin)}" for text, origin in rows]
     return "\n".join(lines).lstrip("\n") + "\n"
 
 
 def _toml(value: Any) -> str:
     """Return a string, number, truth value or list of numbers as TOML, which shares JSON's spelling of them."""
-    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return printable(json.dumps(value, ensure_ascii=False))
 
 
 def _flat(tables: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from minivit.cli.main import number
+from minivit.cli.options import MANY
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -12,7 +13,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL|CKPT|RUN", nargs="?", default="vit_digits",
                         help="named model (default vit_digits), checkpoint, or a run's folder")  # fmt: skip
     parser.add_argument("--list", metavar="PATTERN", nargs="?", const="*", help="list the named models: vit_tiny_*")
-    parser.add_argument("--batch-size", "-b", type=number(int), default=64, help="images in a training step (64)")
+    parser.add_argument(
+        "--batch-size", "-b", type=number(int, 1, MANY), default=64, help="images in a training step (64)"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -23,27 +26,25 @@ def run(args: argparse.Namespace) -> int:
     from minivit.cli.checkpoints import find_model
     from minivit.cli.layers import figures, image_shape, model_config, report
     from minivit.cli.report import json_text
-    from minivit.errors import ConfigError
+    from minivit.errors import printable
 
-    if args.batch_size < 1:
-        raise ConfigError(f"batch size {args.batch_size}", "it must be at least 1")
     model = find_model(args.model)
     config = model_config(model)
     if args.json:
         about = {"model": model, "image": image_shape(config), "batch_size": args.batch_size}
         print(json_text(about | figures(config, args.batch_size)))
         return 0
-    print(f"{model}, one image of {' × '.join(map(str, image_shape(config)))}\n")
+    print(printable(model) + f", one image of {' × '.join(map(str, image_shape(config)))}\n")
     print(report(config, args.batch_size))
     return 0
 
 
 def list_models(pattern: str, as_json: bool) -> int:
     """Print the named models that match a shell pattern, with their sizes."""
-    from minivit.cli.layers import count_parameters, model_config
+    from minivit.cli.layers import model_config
     from minivit.cli.report import json_text, text_table
     from minivit.errors import unknown_name
-    from minivit.models.zoo import MODELS
+    from minivit.models.zoo import MODELS, count_parameters
     from minivit.models.zoo import list_models as names
 
     found = names(pattern)

@@ -46,4 +46,4 @@ def run(args: argparse.Namespace) -> int:
     """Train, test, and leave a run folder."""
     from minivit.cli import job
 
-    return job.resume(args) if args.resume else job.start(args)
+    return job.resume(args) if args.resume is not None else job.start(args)

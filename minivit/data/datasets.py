@@ -198,6 +198,8 @@ def _find(name: str | PathLike[str]) -> tuple[str, Path]:
     """Return the kind of a data set, and its file or the folder that holds its files."""
     from minivit.data.formats import find_files
 
+    if not str(name):
+        raise DataError("the data set has no name", f"name a folder, FILE.npz or one of {', '.join(NAMES)}")
     if name == "digits":
         return name, Path(__file__).parent / "digits" / "digits.npz"
     if isinstance(name, str) and name in NAMES:

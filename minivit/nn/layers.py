@@ -75,9 +75,9 @@ class MLP(Module):
     """Two linear layers with an activation between: (…, dim) → (…, hidden) → (…, dim)."""
 
     def __init__(self, dim: int, hidden: int, activation: str = "gelu", dropout: float = 0.0) -> None:
+        check_settings(dim=dim, hidden=hidden, activation=activation)
         if activation not in ops.ACTIVATIONS:
             raise unknown_name("activation", activation, ops.ACTIVATIONS)
-        check_settings(dim=dim, hidden=hidden)
         self.fc1 = Linear(dim, hidden)
         self.fc2 = Linear(hidden, dim)
         for layer in (self.fc1, self.fc2):

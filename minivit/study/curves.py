@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import html
 import math
 from collections.abc import Callable, Mapping, Sequence
-from html import escape
 from pathlib import Path
 
 from minivit.data.files import replacing
+from minivit.errors import printable
 
 Points = Sequence[tuple[float, float]]
 
@@ -39,6 +40,11 @@ STYLE = """\
 WIDTH, HEIGHT = 440, 260
 LEFT, RIGHT, TOP, BOTTOM = 52, 16, 36, 44  # margins around the plot
 MOST_DOTS = 60  # points of a line that are marked one by one, each with its figures to hover over
+
+
+def escape(text: str) -> str:
+    """Return text for HTML and SVG, in which what does not show is escaped as :func:`printable` has it."""
+    return html.escape(printable(text))
 
 
 def chart(

@@ -6,7 +6,6 @@ import base64
 import hashlib
 import io
 from collections.abc import Iterable, Mapping, Sequence
-from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +14,7 @@ import numpy as np
 from minivit import ops
 from minivit.data.datasets import class_names
 from minivit.data.files import replacing
-from minivit.study.curves import COLOURS, STYLE, chart
+from minivit.study.curves import COLOURS, STYLE, chart, escape
 from minivit.study.pictures import MOST_NAMED, enlarged
 
 if TYPE_CHECKING:
@@ -118,7 +117,7 @@ def write_report(
         f"The worst mistakes on the {split} images": _gallery(wrong, images, log_p, labels, names),
         "Some that are right": _gallery(right, images, log_p, labels, names),
         "Configuration": _config(config),
-        "Command and machine": f"<pre>{escape(command)}</pre>" if command else "",
+        "Command and machine": _pre(map(escape, command.rstrip("\n").split("\n"))) if command else "",
     }
     body = "".join(
         f"<section>\n<h2>{escape(name)}</h2>\n{html}\n</section>\n" for name, html in sections.items() if html
@@ -142,7 +141,7 @@ def write_report(
 </html>
 """
     with replacing(Path(path)) as f:
-        f.write(page.encode("utf-8", "replace"))  # a file name that is no text becomes "?"
+        f.write(page.encode())
 
 
 # ---- figures and curves ----------------------------------------------------------------------------------------------
@@ -344,7 +343,11 @@ def _embedded(picture: Image.Image, shrink: int) -> str:
 def _config(text: str) -> str:
     """Return config.toml with its comments, each value's origin, stepping back."""
     lines = []
-    for line in text.splitlines():
+    for line in text.rstrip("\n").split("\n"):
         value, hash_sign, origin = line.rpartition("  # ")
         lines.append(f"{escape(value)}<i>{hash_sign}{escape(origin)}</i>" if hash_sign else escape(line))
-    return "<pre>" + "\n".join(lines) + "</pre>" if text else ""
+    return _pre(lines) if text else ""
+
+
+def _pre(lines: Iterable[str]) -> str:
+    return "<pre>" + "\n".join(lines) + "</pre>"

@@ -10,6 +10,7 @@ Equal content gives equal bytes: the archive carries no time.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -23,12 +24,15 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from minivit.data.files import TEMPORARY, replacing
+from minivit.data.files import TEMPORARY, open_regular, replacing
 from minivit.errors import CheckpointError
 from minivit.nn.module import Module
 
 FORMAT = 1
 """Version of the layout, kept in the meta; raised when an older minivit could not read the file any more."""
+
+_NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EINVAL, errno.ENXIO, errno.ENAMETOOLONG, errno.ELOOP)
+"""What opening tells of a name that is no file's: a folder's, a pipe's, or none."""
 
 _SEAL = b"minivit sha256 "
 _SEAL_SIZE = len(_SEAL) + 64  # the digest in hexadecimal
@@ -56,7 +60,7 @@ def save_checkpoint(path: str | Path, arrays: Mapping[str, Any], meta: Mapping[s
     through a power cut is uncertain, the new one.
     """
     path = Path(path)
-    text = json.dumps({"format": FORMAT, **meta}, ensure_ascii=False)
+    text = json.dumps({"format": FORMAT, **meta})  # in ASCII: a class's name may hold bytes that are no UTF-8
     entries = {name: np.asarray(array, order="C") for name, array in arrays.items()}
     entries["meta"] = np.frombuffer(text.encode(), np.uint8)
     try:
@@ -103,12 +107,8 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     Raises CheckpointError, with what to do, if it is missing, damaged, cut short or no checkpoint of this version.
     """
     path = Path(path)
-    if not path.is_file():  # neither is a pipe, which would be waited on
-        raise CheckpointError(
-            f"there is no checkpoint {path}", "a run keeps its own as checkpoints/last.npz and best.npz in its folder"
-        )
     try:
-        with open(path, "rb") as f:
+        with open_regular(path) as f:
             size = os.fstat(f.fileno()).st_size
             f.seek(max(size - _SEAL_SIZE, 0))
             seal = f.read()
@@ -122,8 +122,11 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     except (CheckpointError, MemoryError):  # the latter is no fault of the file's
         raise
     except OSError as error:
+        if error.errno in _NO_FILE:
+            remedy = "a run keeps its own as checkpoints/last.npz and best.npz in its folder"
+            raise CheckpointError(f"there is no checkpoint {path}", remedy) from error
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}", "check its permissions") from error
-    except Exception as error:  # a file made to mislead, seal and all, can make the parsers raise anything
+    except Exception as error:  # a file made to mislead, seal and all, can make the parsers raise anything; a NUL
         raise _unusable(path, f"its contents make no sense ({type(error).__name__}: {error})") from error
     if version != FORMAT:
         raise CheckpointError(f"{path} has format {version}, this minivit reads {FORMAT}", "use a matching minivit")

@@ -60,6 +60,19 @@ class Progress:
     best: Row | None = None  # the row of the epoch with the highest validation accuracy
     history: list[Row] = field(default_factory=list)  # a row for each finished epoch
 
+    def __post_init__(self) -> None:
+        """Raise ValueError for what cannot be, because a checkpoint may say anything."""
+        counts = [self.epoch, self.batches, self.batch, self.images, self.skipped]
+        rows = self.history if self.best is None else [*self.history, self.best]
+        if not all(type(n) is int and 0 <= n < 1 << 63 for n in counts) or not isinstance(self.stopped, str):
+            raise ValueError("counts that are none")
+        numbers = [self.loss_sum, self.seconds, self.lr]
+        for row in rows:
+            numbers += [row["epoch"], row["step"], row["lr"], row["loss"], row["seconds"], row["images_per_second"]]
+            numbers += [row[key] for key in ("valid_loss", "valid_accuracy") if key in row]
+        if not all(type(x) in (int, float) for x in numbers) or len(self.history) != self.epoch:
+            raise ValueError("figures that are none")
+
 
 ON_NAN = ("stop", "skip", "rollback")
 MOST_SKIPPED = 10  # batches in a row: more are no accident
@@ -287,7 +300,7 @@ class Trainer:
             settings = dict(state.pop("settings"))
             progress = Progress(**state)
             own = self._settings(settings["total steps"])
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, ArithmeticError) as error:
             raise CheckpointError(f"{path} holds no training run", "resume from a run's last.npz") from error
         if differ := [
             f"{name} {settings.get(name)}, not {own[name]}" for name in own if settings.get(name) != own[name]

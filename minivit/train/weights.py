@@ -1,9 +1,11 @@
-"""Models out of checkpoints: as they were saved, or as the start of another."""
+"""Models into checkpoints and out of them: as they were saved, or as the start of another."""
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import json
+import math
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,15 +13,70 @@ from typing import Any
 
 import numpy as np
 
-from minivit.errors import CheckpointError, MinivitError
+from minivit.data import Dataset
+from minivit.data.folder import ImageFiles
+from minivit.errors import CheckpointError, ConfigError, DataError, MinivitError, unknown_name, value_text
 from minivit.models.positions import Grid, resize_positions
 from minivit.models.vit import ViT
+from minivit.models.zoo import parameter_shapes
 from minivit.nn.module import Module
-from minivit.nn.settings import pair
-from minivit.train.checkpoint import Checkpoint, load_checkpoint
+from minivit.nn.settings import check_settings, pair
+from minivit.train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 
 _HEAD = ("head.", "pre_logits.")  # what fine-tuning replaces
 _ENCODER = ("in_channels", "patch_size", "dim", "depth", "heads", "dim_head", "mlp_dim", "qkv_bias", "position")
+
+
+def save(model: ViT, path: str | Path, data: Dataset | None = None) -> None:
+    """Write ``model`` to ``path``, just as that is spelled, as a checkpoint: :func:`load_model` brings it back.
+
+    ``data``, the images that it was trained on, adds the names of its classes and the mean and standard deviation of
+    its channels (:func:`data_meta`). ``minivit predict`` cannot do without; ``minivit eval`` measures on that data set
+    if it has a name or is a file. The parameters keep their dtype. ::
+
+        mv.save(model, "cats.npz", data=train_images)  # then: minivit predict cats.npz photo.jpg
+
+    Raises ConfigError for a model that its settings do not describe: of another class than :class:`minivit.ViT`, or
+    with layers that were replaced. DataError if ``data`` has other classes or channels than the model;
+    CheckpointError if the file cannot be written.
+    """
+    if type(model) is not ViT:
+        what = f"{type(model).__name__} is not a ViT: a checkpoint could not say how to build it again"
+        remedy = "keep its parameters, save_checkpoint(path, {f'model/{n}': a for n, a in model.state_dict().items()}, "
+        raise ConfigError(what, remedy + "{}), build it yourself and use load_weights")
+    state, config = model.state_dict(), model.config
+    if differ := _difference(config, state):
+        remedy = "replace the head by model.reset_head(num_classes); build what else differs with mv.ViT(…)"
+        raise ConfigError(f"the model has layers that are not those of its settings: {differ}", remedy)
+    meta: dict[str, Any] = {"model": config}
+    if data is not None:
+        classes, channels = len(data.classes), data.images.shape[1]
+        if (classes, channels) != (config["num_classes"], config["in_channels"]):
+            raise DataError(
+                f"{data.name} has {classes} classes and {channels} channels, the model {config['num_classes']} and "
+                f"{config['in_channels']}",
+                "give the data set that the model was trained on",
+            )
+        meta["data"] = data_meta(data)
+    save_checkpoint(path, {f"model/{name}": array for name, array in state.items()}, meta)
+
+
+def data_meta(data: Dataset) -> dict[str, Any]:
+    """Return what a checkpoint keeps of the images that a model was trained on.
+
+    ``name``; ``fit``, how other image files are brought to the model's size ("crop" or "stretch"), and ``bad_images``,
+    what becomes of those that cannot be read; the names of the ``classes``; a hash of the ``labels``; ``mean`` and
+    ``std`` of each channel of images / 255.
+    """
+    return {
+        "name": data.name,
+        "fit": "crop" if isinstance(data.images, ImageFiles) else "stretch",
+        "bad_images": "stop",
+        "classes": list(data.classes),
+        "labels": hashlib.sha256(data.labels.tobytes()).hexdigest(),
+        "mean": list(data.mean),
+        "std": list(data.std),
+    }
 
 
 def load_weights(model: Module, path: str | Path) -> None:
@@ -28,7 +85,12 @@ def load_weights(model: Module, path: str | Path) -> None:
     Of a run that kept an average of them (:class:`minivit.train.ema.EMA`) they are the averaged ones. Raises
     CheckpointError if the file cannot be used, or names the parameters that differ.
     """
-    model.load_state_dict(_parameters(load_checkpoint(path)))
+    try:
+        model.load_state_dict(_parameters(load_checkpoint(path)))
+    except CheckpointError as error:
+        if error.what.startswith("the state does not fit"):
+            raise CheckpointError(f"{path}: {error.what}", f"{error.remedy}; or mv.load_model(path)") from error
+        raise
 
 
 def load_model(path: str | Path) -> ViT:
@@ -36,24 +98,29 @@ def load_model(path: str | Path) -> ViT:
 
     Of these :func:`load_weights` says which they are. Raises CheckpointError if the file cannot be used.
     """
-    return read_model(path)[0]
+    return _build(load_checkpoint(path), path)
 
 
 def read_model(path: str | Path) -> tuple[ViT, dict[str, Any]]:
-    """Return :func:`load_model`'s model, and the checkpoint's meta."""
+    """Return :func:`load_model`'s model, and the checkpoint's meta, its ``data`` as :func:`data_of` returns them."""
     checkpoint = load_checkpoint(path)
-    config, state = _config(checkpoint, path), _parameters(checkpoint)
+    model = _build(checkpoint, path)
+    return model, checkpoint.meta | {"data": data_of(checkpoint, path)}
+
+
+def model_config(path: str | Path) -> dict[str, Any]:
+    """Return all settings of the model in a checkpoint: ``ViT(**model_config(path))`` is one like it, untrained."""
+    return config_of(load_checkpoint(path), path)
+
+
+def _build(checkpoint: Checkpoint, path: str | Path) -> ViT:
+    config, state = config_of(checkpoint, path), _parameters(checkpoint)
     try:
         model = ViT(**config).to(np.result_type(*state.values()))
     except (TypeError, ValueError) as error:
         raise _unusable_settings(path, error) from error
     model.load_state_dict(state)
-    return model.eval(), checkpoint.meta
-
-
-def model_config(path: str | Path) -> dict[str, Any]:
-    """Return all settings of the model in a checkpoint: ``ViT(**model_config(path))`` is one like it, untrained."""
-    return _config(load_checkpoint(path), path)
+    return model.eval()
 
 
 def init_from(model: ViT, path: str | Path) -> list[str]:
@@ -71,7 +138,7 @@ def init_from(model: ViT, path: str | Path) -> list[str]:
         print("\\n".join(init_from(model, path)))  # a line for each thing that is not as in the checkpoint
     """
     checkpoint = load_checkpoint(path)
-    old, new = _config(checkpoint, path), model.config
+    old, new = config_of(checkpoint, path), model.config
     state = {name: a for name, a in _parameters(checkpoint).items() if not name.startswith(_HEAD)}
     own = model.state_dict()
     try:
@@ -91,16 +158,84 @@ def _parameters(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
     return checkpoint.under("model") | checkpoint.under("ema")  # parameters that were frozen have no average
 
 
-def _config(checkpoint: Checkpoint, path: str | Path) -> dict[str, Any]:
+def config_of(checkpoint: Checkpoint, path: str | Path) -> dict[str, Any]:
+    """Return all settings of a checkpoint's model, each one that can be and all such as its arrays ask for.
+
+    So a model of these settings takes no more memory than the file. Raises CheckpointError, with ``path``, otherwise.
+    """
     config = checkpoint.meta.get("model")
     if not isinstance(config, dict):
         raise CheckpointError(f"{path} does not say which model it holds", "build it yourself and use load_weights")
-    settings = inspect.signature(ViT).parameters.values()
-    return {p.name: p.default for p in settings if p.name != "recompute"} | config
+    defaults = {p.name: p.default for p in inspect.signature(ViT).parameters.values() if p.name != "recompute"}
+    config = defaults | config
+    try:
+        for name, value in check_settings(**config).items():
+            if name not in defaults:
+                raise unknown_name("setting", name, defaults)
+            if value is None and defaults[name] is not None:
+                raise ConfigError(f"{name} is null", "it must have a value")
+        differ = _difference(config, _parameters(checkpoint))
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise _unusable_settings(path, error) from error
+    if differ:
+        what = f"{path}: its model's settings are not those of its arrays: {differ}"
+        raise CheckpointError(what, "use another: this file's settings, or its arrays, were changed")
+    return config
+
+
+def _difference(config: Mapping[str, Any], state: Mapping[str, np.ndarray]) -> str:
+    """Return the first difference of the arrays that settings ask for and those of ``state``, or "".
+
+    Compares no more arrays than there are, whatever the settings are: nothing is made of their size.
+    """
+    seen = set()
+    for name, shape, settings in parameter_shapes(config):
+        asked = ", ".join(f"{key} {config[key]}" for key in settings.split(", "))
+        if name not in state:
+            return f"{asked} asks for {name} {shape}, which is missing"
+        if state[name].shape != shape:
+            return f"{asked} asks for {name} {shape}, which is {state[name].shape}"
+        seen.add(name)
+    if beyond := sorted(state.keys() - seen):
+        asked = ", ".join(f"{key} {config[key]}" for key in ("depth", "pool", "position", "head", "qkv_bias"))
+        return f"{asked} has no use for {beyond[0]} {state[beyond[0]].shape}"
+    return ""
+
+
+def data_of(checkpoint: Checkpoint, path: str | Path) -> dict[str, Any]:
+    """Return what a checkpoint says of its data: what :func:`data_meta` returns, or a part of it.
+
+    Raises CheckpointError if an entry is not what it should be.
+    """
+    found, config = checkpoint.meta.get("data", {}), config_of(checkpoint, path)
+    classes, channels = config["num_classes"], config["in_channels"]
+
+    def numbers(value: Any, least: float) -> bool:
+        fine = isinstance(value, list) and len(value) == channels and all(type(x) in (int, float) for x in value)
+        return fine and all(abs(x) < 1e30 and x > least for x in value)
+
+    rules = {
+        "name": (lambda v: isinstance(v, str) and v, "text"),
+        "fit": (lambda v: v in ("crop", "stretch"), "'crop' or 'stretch'"),
+        "bad_images": (lambda v: v in ("stop", "skip"), "'stop' or 'skip'"),
+        "classes": (
+            lambda v: isinstance(v, list) and len(v) <= classes and all(isinstance(name, str) for name in v),
+            f"a list of at most {classes} names",
+        ),
+        "mean": (lambda v: numbers(v, -math.inf), f"a list of {channels} numbers"),
+        "std": (lambda v: numbers(v, 0.0), f"a list of {channels} numbers above 0"),
+    }
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path}: what it says of its data is no table", "use another")
+    for key, (rule, expected) in rules.items():
+        if key in found and not rule(found[key]):
+            raise CheckpointError(f"{path}: data.{key} is {value_text(found[key])}, not {expected}", "use another")
+    return found
 
 
 def _unusable_settings(path: str | Path, error: Exception) -> CheckpointError:
-    return CheckpointError(f"{path}: its model's settings cannot be used: {error}", "use another")
+    what = error.what if isinstance(error, MinivitError) else f"{type(error).__name__}: {error}"
+    return CheckpointError(f"{path}: its model's settings cannot be used: {what}", "use another")
 
 
 def _grid(config: Mapping[str, Any]) -> Grid:
