@@ -230,7 +230,9 @@ def _inverted_text(names: Sequence[str], count: int, turned: bool) -> str:
     from minivit.cli.report import plural
     from minivit.errors import printable
 
-    some = ", ".join(map(printable, names[:LISTED])) + (f" and {len(names) - LISTED:,} more" if len(names) > LISTED else "")
+    some = ", ".join(map(printable, names[:LISTED])) + (
+        f" and {len(names) - LISTED:,} more" if len(names) > LISTED else ""
+    )
     alike = "looks like a negative" if len(names) == 1 else "look like negatives"
     remedy = "leave --invert out" if turned else "add --invert"
     return (
