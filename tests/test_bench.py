@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from typing import Any
 
@@ -213,6 +214,26 @@ def test_bench_prints_speeds_and_a_profile(capsys: pytest.CaptureFixture[str]) -
     assert times[:-1] == sorted(times[:-1], reverse=True)
     names = {row.split("  ")[0] for row in table}
     assert {"linear", "outside operations", "optimizer's update", "total"} <= names
+
+
+def test_bench_in_json(capsys: pytest.CaptureFixture[str]) -> None:
+    args = ["bench", "vit_digits", "-b", "5", "--steps", "2", "--threads", "1", "--micro-batch", "2", "--profile"]
+    assert main([*args, "--device", "cpu", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    expected = {"model": "vit_digits", "parameters": 136138, "image": [1, 8, 8], "device": "cpu", "threads": 1}
+    expected |= {"batch_size": 5, "micro_batch": 2, "steps": 2}
+    assert {key: found[key] for key in expected} == expected
+    assert [row["work"] for row in found["speed"]] == ["training step", "forward only"]
+    for row in found["speed"]:
+        low, high = row["seconds_range"]
+        assert 0 < low <= row["seconds"] <= high
+        assert row["images_per_second"] * row["seconds"] == pytest.approx(5)
+        assert row["flops_per_second"] * row["seconds"] == pytest.approx(row["flops"])
+    assert found["sgemm_flops_per_second"] > 0
+    *rows, total = found["profile"]
+    assert sum(row["seconds"] for row in rows) == pytest.approx(total["seconds"])
+    assert total["share"] == 1.0
+    assert {"linear", "outside operations", "optimizer's update"} <= {row["operation"] for row in rows}
 
 
 @pytest.mark.parametrize(

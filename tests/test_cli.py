@@ -578,9 +578,10 @@ def test_eval_agrees_with_the_run_and_gives_json(
 
 
 def test_eval_refuses_data_of_another_kind(checkpoint: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    np.savez("many.npz", test_images=np.ones((12, 8, 8), np.uint8), test_labels=np.arange(12))
+    names = np.array([f"kind {i}" for i in range(12)])
+    np.savez("many.npz", test_images=np.ones((12, 8, 8), np.uint8), test_labels=np.arange(12), classes=names)
     assert main(["eval", checkpoint, "--data", "many.npz"]) == 1
-    assert "many.npz has 12 classes, the model knows 10" in capsys.readouterr().err
+    assert "many.npz and the model share no class" in capsys.readouterr().err
     np.savez("large.npz", test_images=np.ones((12, 9, 9), np.uint8), test_labels=np.arange(12) % 10)
     assert main(["eval", checkpoint, "--data", "large.npz"]) == 1
     assert "the model takes images of shape (B, 1, 8, 8)" in capsys.readouterr().err
@@ -795,6 +796,24 @@ def test_summary_of_a_checkpoint_and_the_list(checkpoint: str, capsys: pytest.Ca
     assert [line.split()[-1] for line in out.splitlines()[1:]] == ["86,567,656", "22,050,664", "5,717,416"]
 
 
+def test_summary_in_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["summary", "vit_digits", "-b", "16", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["model"], found["image"], found["batch_size"]) == ("vit_digits", [1, 8, 8], 16)
+    for key in ("parameters", "flops", "kept"):
+        assert sum(layer[key] for layer in found["layers"]) == found["total"][key] > 0
+    assert found["layers"][-1] | {"flops": 0, "kept": 0} == {
+        "layer": "head", "output": [10], "parameters": 650, "flops": 0, "kept": 0,
+    }  # fmt: skip
+    memory = found["memory"]
+    peaks = {name: memory.pop(name) for name in ("peak_cpu", "peak_gpu")}
+    assert peaks["peak_cpu"] == sum(memory.values())
+    assert memory["parameters"] == 4 * found["total"]["parameters"]
+    assert main(["summary", "--list", "vit_tiny_patch16_224", "--json"]) == 0
+    (model,) = json.loads(capsys.readouterr().out)
+    assert (model["model"], model["parameters"], model["depth"]) == ("vit_tiny_patch16_224", 5717416, 12)
+
+
 # ---- gradcheck and doctor --------------------------------------------------------------------------------------------
 
 
@@ -873,6 +892,21 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
         "ok    one training",
     ):
         assert said in out
+
+
+def test_doctor_in_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def broken() -> str:
+        raise ValueError("nothing works")
+
+    monkeypatch.setattr("minivit.cli.doctor.attention_gradient", broken)
+    assert main(["doctor", "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["minivit"] == mv.__version__
+    assert found["memory"] > 1e6
+    assert {"python", "numpy", "system", "cpu", "blas", "gpu"} <= set(found)
+    first, second = found["tests"]
+    assert (first["test"], first["ok"], first["said"]) == ("gradient of attention", False, "ValueError: nothing works")
+    assert second["ok"] and "loss" in second["said"]
 
 
 def test_doctor_tells_of_a_failure(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -119,6 +119,55 @@ def test_runs_on_other_data_are_not_compared(tmp_path, capsys):
     assert "other data" in capsys.readouterr().out
 
 
+def recording(folder, right, count=1000, data="digits", settings=(), test=None, **recorded):
+    """Make a run whose checkpoint records this of its data, and ``test`` as the hash of its test images."""
+    make_run(folder, right=right, count=count, data=data, **dict(settings))
+    digests = {} if test is None else {"test images": test, "training images": "0"}
+    meta = {"data": recorded, "run": {"data": digests}}
+    save_checkpoint(folder / "checkpoints" / "last.npz", {"model/w": np.zeros((3, 5))}, meta)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("one", "two", "why"),
+    [
+        ({"classes": ["a", "b"]}, {"classes": ["a", "c"]}, "their classes are not the same"),
+        ({"classes": ["a", "b"]}, {"classes": ["b", "a"]}, ""),
+        ({"labels": "1"}, {"labels": "2"}, "the labels of their data are not the same"),
+        ({"labels": "1"}, {"labels": "2", "settings": {"seed": 1}}, ""),  # other images held out of the same data
+        ({"count": 1000}, {"count": 900}, "they were tested on 1,000 and 900 images"),
+        ({"test": "1"}, {"test": "2"}, "their test images are not the same"),
+        ({"test": "1"}, {"test": "1", "data": "elsewhere/digits"}, ""),
+        ({"test": "1"}, {"data": "mnist"}, "they were tested on other data"),
+    ],
+)
+def test_only_runs_with_the_same_test_images_are_compared(tmp_path, one, two, why, capsys):
+    folders = [recording(tmp_path / name, 800, **recorded) for name, recorded in (("a", one), ("b", two))]
+    found = difference(*map(read_run, folders))
+    assert found["why"] == why
+    assert (found["difference"] is None) == bool(why)
+    assert main(["compare", *map(str, folders)]) == 0
+    assert (f"b and a: {why}: their accuracies cannot be compared" in capsys.readouterr().out) == bool(why)
+
+
+@pytest.mark.parametrize("meta", [{"data": 5}, {"data": {"classes": 3}}, {"run": []}, {"run": {"data": 1}}])
+def test_records_that_make_no_sense_are_refused(tmp_path, meta):
+    folder = make_run(tmp_path / "a", right=900)
+    save_checkpoint(folder / "checkpoints" / "last.npz", {"model/w": np.zeros((3, 5))}, meta)
+    with pytest.raises(CheckpointError, match=r"last\.npz: what it records of its data cannot be read"):
+        read_run(folder)
+
+
+def test_a_loss_that_is_nan_is_null_in_json(tmp_path, capsys):
+    folder = make_run(tmp_path / "a", right=900)
+    table = folder / "results.csv"
+    table.write_text(table.read_text().replace("0.6666666666666666", "nan"))
+    assert main(["compare", "--json", str(folder), str(folder)]) == 0
+    out = capsys.readouterr().out
+    assert "NaN" not in out
+    assert json.loads(out)["runs"][0]["loss"] is None
+
+
 def test_json(tmp_path, capsys):
     folders = [make_run(tmp_path / "a", right=900, lr=0.1), make_run(tmp_path / "b", right=800, lr=0.2)]
     assert main(["compare", "--json", *map(str, folders)]) == 0

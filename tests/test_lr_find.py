@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from xml.etree import ElementTree
 
@@ -142,6 +143,19 @@ def test_the_command_prints_a_rate_and_draws_the_curve(tmp_path, monkeypatch, ca
     assert [path.name for path in tmp_path.iterdir()] == ["lr-find.svg"]
     assert main(["lr-find", *small, "--seed", "1", "-o", str(tmp_path / "other.svg")]) == 0
     assert (tmp_path / "other.svg").exists()
+
+
+def test_the_command_in_json(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    small = ["--set", "model.depth=1", "--set", "model.dim=16", "--set", "model.heads=2", "--batch-size", "16"]
+    assert main(["lr-find", "digits", *small, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    points = found["points"]
+    assert [p["smoothed"] for p in points] == pytest.approx(smoothed([p["loss"] for p in points]))
+    assert (found["suggestion"], found["cautious"]) == suggest([(p["lr"], p["loss"]) for p in points])
+    assert found["curve"] == "lr-find.svg"
+    assert (tmp_path / "lr-find.svg").exists()
+    assert found["so_far"] > 0
 
 
 def test_the_command_takes_the_settings_of_a_run(capsys):

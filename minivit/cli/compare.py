@@ -18,12 +18,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the comparison."""
-    import json
+    from minivit.cli.report import json_text
 
     runs = [read_run(Path(folder)) for folder in (args.first, *args.others)]
     keys = differing([run["settings"] for run in runs])
     if args.json:
-        print(json.dumps({"runs": runs, "differ": keys, "differences": [difference(runs[0], r) for r in runs[1:]]}))
+        differences = [difference(runs[0], other) for other in runs[1:]]
+        print(json_text({"runs": runs, "differ": keys, "differences": differences}))
     else:
         print(report(runs, keys))
     return 0
@@ -36,7 +37,8 @@ def read_run(folder: Path) -> dict[str, Any]:
     """Return what a run folder says: ``settings`` by dotted key, and the results that there are, else None.
 
     These are epochs, seconds, images_per_second, parameters; loss and valid_accuracy of the last epoch, best_accuracy
-    of validation with its best_epoch; test_accuracy with its 95% test_interval, test_loss and test_count.
+    of validation with its best_epoch; test_accuracy with its 95% test_interval, test_loss and test_count; and in
+    ``data``, as far as the checkpoint records them, the classes' names and what labels and test images hash to.
     """
     from minivit.cli.settings import read_toml
     from minivit.errors import ConfigError
@@ -49,10 +51,12 @@ def read_run(folder: Path) -> dict[str, Any]:
     seconds = sum(row["seconds"] for row in rows)
     images = sum(row["images_per_second"] * row["seconds"] for row in rows)
     test = _test(folder / "metrics.jsonl")
+    parameters, data = _recorded(folder / "checkpoints" / "last.npz")
     return {
         "folder": str(folder),
         "settings": read_toml(folder / "config.toml"),
-        "parameters": _parameters(folder / "checkpoints" / "last.npz"),
+        "parameters": parameters,
+        "data": data,
         "epochs": len(rows),
         "seconds": seconds,
         "images_per_second": images / seconds if seconds else None,
@@ -96,10 +100,26 @@ def _test(path: Path) -> dict[str, Any]:
     return found
 
 
-def _parameters(path: Path) -> int | None:
+def _recorded(path: Path) -> tuple[int | None, dict[str, Any]]:
+    """Return the number of parameters in a checkpoint, and what it records of the data."""
+    from minivit.errors import CheckpointError
     from minivit.train.checkpoint import load_checkpoint
 
-    return sum(a.size for a in load_checkpoint(path).under("model").values()) if path.is_file() else None
+    if not path.is_file():
+        return None, {}
+    checkpoint = load_checkpoint(path)
+    kept: dict[str, Any] = {}
+    try:
+        data, digests = checkpoint.meta.get("data", {}), checkpoint.meta.get("run", {}).get("data", {})
+        if "classes" in data:
+            kept["classes"] = [*map(str, data["classes"])]
+        if "labels" in data:
+            kept["labels"] = str(data["labels"])
+        if test := {name: str(digest) for name, digest in digests.items() if name.startswith("test ")}:
+            kept["test"] = test
+    except (AttributeError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: what it records of its data cannot be read", "use another") from error
+    return sum(a.size for a in checkpoint.under("model").values()), kept
 
 
 # ---- comparing -------------------------------------------------------------------------------------------------------
@@ -118,18 +138,44 @@ def difference(first: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, 
     difference between independent proportions", Statistics in Medicine 17, method 10): with shares p in (l, u) it runs
     from p₂ - p₁ - √((p₂ - l₂)² + (u₁ - p₁)²) to p₂ - p₁ + √((u₂ - p₂)² + (p₁ - l₁)²). It takes the test images of the
     two for different ones; where they are the same, as they mostly are, it is wider than need be. ``beyond_chance`` is
-    None where there is nothing to compare: a run without a test accuracy, or tested on other data.
+    None where there is nothing to compare: a run without a test accuracy, or tested on other data, as ``why`` says.
     """
     from math import hypot
 
-    found: dict[str, Any] = {"first": first["folder"], "other": other["folder"]}
-    same = first["settings"].get("data.name") == other["settings"].get("data.name")
-    if None in (first["test_interval"], other["test_interval"]) or not same:
+    found: dict[str, Any] = {"first": first["folder"], "other": other["folder"], "why": other_data(first, other)}
+    if None in (first["test_interval"], other["test_interval"]) or found["why"]:
         return found | {"difference": None, "interval": None, "beyond_chance": None}
     p, (low, high) = first["test_accuracy"], first["test_interval"]
     q, (other_low, other_high) = other["test_accuracy"], other["test_interval"]
     interval = [q - p - hypot(q - other_low, high - p), q - p + hypot(other_high - q, p - low)]
     return found | {"difference": q - p, "interval": interval, "beyond_chance": interval[0] > 0 or interval[1] < 0}
+
+
+def other_data(first: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    """Return why the test images of two runs are not the same ones with the same classes, or "".
+
+    A hash of the test images decides where both checkpoints record one. Else it is the data's name, the number of test
+    images and, where both runs part the training images in the same way, the hash of the training labels: two data
+    sets that agree in all of these pass for one.
+    """
+    one, two = first.get("data", {}), other.get("data", {})
+    both = one.keys() & two.keys()
+    if "classes" in both and sorted(one["classes"]) != sorted(two["classes"]):
+        return "their classes are not the same"
+    if "test" in both:
+        return "" if one["test"] == two["test"] else "their test images are not the same"
+    if first["settings"].get("data.name") != other["settings"].get("data.name"):
+        return "they were tested on other data"
+    if (a := first.get("test_count")) and (b := other.get("test_count")) and a != b:
+        return f"they were tested on {a:,} and {b:,} images"
+    alike = all(first["settings"].get(key) == other["settings"].get(key) for key in PARTING)
+    if alike and "labels" in both and one["labels"] != two["labels"]:
+        return "the labels of their data are not the same"
+    return ""
+
+
+PARTING = ("data.val_fraction", "data.overfit", "data.bad_images", "train.seed")
+"""Settings that decide which of the training images are held out, and so which labels are hashed."""
 
 
 # ---- showing ---------------------------------------------------------------------------------------------------------
@@ -181,8 +227,8 @@ def verdict(first: Mapping[str, Any], other: Mapping[str, Any], first_name: str,
     """Return whether the test accuracies of two runs differ, as a sentence."""
     found = difference(first, other)
     if found["difference"] is None:
-        if first["settings"].get("data.name") != other["settings"].get("data.name"):
-            return f"{name} and {first_name} were tested on other data: their accuracies cannot be compared"
+        if found["why"]:
+            return f"{name} and {first_name}: {found['why']}: their accuracies cannot be compared"
         untested = [n for run, n in ((first, first_name), (other, name)) if run["test_accuracy"] is None]
         return f"{name} and {first_name}: no test accuracy in {' and '.join(untested)}"
     points, (low, high) = 100 * found["difference"], found["interval"]

@@ -14,38 +14,41 @@ PARTS = ("numpy", "pillow", "tqdm", "threadpoolctl")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add nothing: the command takes no arguments."""
+    """Add the command's arguments."""
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the report; 1 if a test fails."""
     from minivit.backend import cuda_status, total_memory
-    from minivit.cli.report import bytes_text
+    from minivit.cli.report import bytes_text, json_text
 
-    for name, version in versions().items():
-        print(f"{name:14}{version}")
-    print(f"{'system':14}{system_text()}")
-    print(f"{'cpu':14}{cpu_text()}")
-    print(f"{'memory':14}{bytes_text(total_memory())}")
-    print(f"{'blas':14}{blas_text()}")
-    print(f"{'gpu':14}{cuda_status() or gpu_text()}\n")
+    memory = total_memory()
+    found: dict[str, object] = {**versions(), "system": system_text(), "cpu": cpu_text()}
+    found |= {"memory": bytes_text(memory), "blas": blas_text(), "gpu": cuda_status() or gpu_text()}
+    if not args.json:
+        print("".join(f"{name:14}{text}\n" for name, text in found.items()))
     tests = {
         "gradient of attention": attention_gradient,
         "one training step on the digits": training_step,
     }
-    passed = [_passes(name, test) for name, test in tests.items()]  # all of them, whatever the first gives
-    return 0 if all(passed) else 1
+    results = []
+    for name, test in tests.items():  # all of them, whatever the first gives
+        started = time.perf_counter()
+        ok, said = _try(test)
+        results.append({"test": name, "ok": ok, "said": said, "seconds": time.perf_counter() - started})
+        if not args.json:
+            print(f"ok    {name}: {said} ({results[-1]['seconds']:.2f} s)" if ok else f"FAIL  {name}: {said}")
+    if args.json:
+        print(json_text(found | {"memory": memory, "tests": results}))
+    return 0 if all(result["ok"] for result in results) else 1
 
 
-def _passes(name: str, test: Callable[[], str]) -> bool:
-    started = time.perf_counter()
+def _try(test: Callable[[], str]) -> tuple[bool, str]:
     try:
-        found = test()
+        return True, test()
     except Exception as error:  # whatever it is, the other tests should still run
-        print(f"FAIL  {name}: {type(error).__name__}: {error}")
-        return False
-    print(f"ok    {name}: {found} ({time.perf_counter() - started:.2f} s)")
-    return True
+        return False, f"{type(error).__name__}: {error}"
 
 
 def attention_gradient() -> str:

@@ -13,8 +13,8 @@ MOST_PARAMETERS = 20_000_000
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    parser.add_argument("model", metavar="MODEL|CKPT", nargs="?",
-                        help="named model or checkpoint (by default all operations)")  # fmt: skip
+    parser.add_argument("model", metavar="MODEL|CKPT|RUN", nargs="?",
+                        help="named model, checkpoint or a run's folder (by default all operations)")  # fmt: skip
     parser.add_argument(
         "--order", type=number(int), choices=(1, 2), default=2, help="2 (default): also second derivatives"
     )
@@ -27,7 +27,9 @@ def run(args: argparse.Namespace) -> int:
     """Print a table; 1 if a gradient is wrong, or a wrong one was not found."""
     if args.model is None:
         return check_operations(args.order, args.seed)
-    return check_model(args.model, args.order, args.seed)
+    from minivit.cli.checkpoints import find_model
+
+    return check_model(find_model(args.model), args.order, args.seed)
 
 
 def check_operations(order: int, seed: int) -> int:

@@ -142,10 +142,30 @@ def _owner(array: Any) -> Any:
 def report(config: dict[str, Any], batch_size: int) -> str:
     """Return the table of layers and the totals for training."""
     rows, total = _all_rows(config)
-    table = [_cells(name, row) for name, row in rows if row.parameters or row.flops or row.kept]  # not drop path at 0
+    table = [_cells(name, row) for name, row in rows if _costs(row)]
     table.append(_cells("total", Row((), total.parameters, total.flops, total.kept)))
     head = ["layer", "output", "parameters", "FLOPs", "kept for backward"]
     return text_table(head, table, right=(2, 3, 4)) + "\n\n" + _memory(config, total, batch_size)
+
+
+def figures(config: dict[str, Any], batch_size: int) -> dict[str, Any]:
+    """Return what :func:`report` shows, as what JSON can hold: sizes in bytes, shapes without the batch axis."""
+    rows, total = _all_rows(config)
+    sizes = _sizes(total, _team(config), batch_size)
+    totals = {"parameters": total.parameters, "flops": total.flops, "kept": total.kept}
+    return {
+        "layers": [
+            {"layer": name, "output": row.shape[1:], "parameters": row.parameters, "flops": row.flops, "kept": row.kept}
+            for name, row in rows
+            if _costs(row)
+        ],
+        "total": totals,
+        "memory": sizes | {"peak_cpu": sum(sizes.values()), "peak_gpu": _on_a_gpu(total, batch_size)},
+    }
+
+
+def _costs(row: Row) -> bool:
+    return bool(row.parameters or row.flops or row.kept)  # drop path at 0 does not
 
 
 def _all_rows(config: dict[str, Any]) -> tuple[list[tuple[str, Row]], Row]:
@@ -176,15 +196,19 @@ def _cells(name: str, row: Row) -> list[str]:
 def _sizes(total: Row, team: Team, batch_size: int) -> dict[str, int]:
     """Return the bytes that a training step takes on the CPU, in micro-batches."""
     weights = 4 * total.parameters
-    start, stop = team.pieces(batch_size)[0]
-    at_once = min(team.threads * (stop - start), batch_size)
     return {
         "parameters": weights,
         "gradient": weights,
-        "AdamW's state": 2 * weights,
-        f"buffers of {plural(team.threads, 'thread')}": team.threads * weights,
-        f"kept for backward, {plural(at_once, 'image')} at once": at_once * total.kept,
+        "optimizer": 2 * weights,  # AdamW's state
+        "buffers": team.threads * weights,
+        "kept": _at_once(team, batch_size) * total.kept,
     }
+
+
+def _at_once(team: Team, batch_size: int) -> int:
+    """Return how many images are worked on at once, all threads together."""
+    start, stop = team.pieces(batch_size)[0]
+    return min(team.threads * (stop - start), batch_size)
 
 
 def peak_memory(config: dict[str, Any], team: Team, batch_size: int) -> int:
@@ -192,14 +216,28 @@ def peak_memory(config: dict[str, Any], team: Team, batch_size: int) -> int:
     return sum(_sizes(_all_rows(config)[1], team, batch_size).values())
 
 
-def _memory(config: dict[str, Any], total: Row, batch_size: int) -> str:
-    """Return what a training step takes: on the CPU in micro-batches, on a GPU in one piece."""
+def _team(config: dict[str, Any]) -> Team:
     model = outline(config)
     model.blocks = model.blocks[:1] * config["depth"]  # micro-batches depend on how many there are
-    sizes = _sizes(total, Team(model, None, None), batch_size)
+    return Team(model, None, None)
+
+
+def _on_a_gpu(total: Row, batch_size: int) -> int:
+    """Return the bytes that a training step takes on a GPU, in one piece."""
+    return 5 * 4 * total.parameters + batch_size * total.kept
+
+
+def _memory(config: dict[str, Any], total: Row, batch_size: int) -> str:
+    """Return what a training step takes: on the CPU in micro-batches, on a GPU in one piece."""
+    team = _team(config)
+    sizes = _sizes(total, team, batch_size)
+    titles = {
+        "optimizer": "AdamW's state",
+        "buffers": f"buffers of {plural(team.threads, 'thread')}",
+        "kept": f"kept for backward, {plural(_at_once(team, batch_size), 'image')} at once",
+    }
     lines = [f"training step of {plural(batch_size, 'image')}, float32:"]
-    lines += [f"  {name:44}{bytes_text(size):>8}" for name, size in sizes.items()]
+    lines += [f"  {titles.get(name, name):44}{bytes_text(size):>8}" for name, size in sizes.items()]
     lines.append(f"  {'peak on the CPU, about':44}{bytes_text(sum(sizes.values())):>8}")
-    one_piece = 5 * 4 * total.parameters + batch_size * total.kept
-    lines.append(f"  {'peak on a GPU, in one piece, about':44}{bytes_text(one_piece):>8}")
+    lines.append(f"  {'peak on a GPU, in one piece, about':44}{bytes_text(_on_a_gpu(total, batch_size)):>8}")
     return "\n".join(lines)

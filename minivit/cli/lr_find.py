@@ -18,6 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", "-o", metavar="FILE", default="lr-find.svg", help="picture of the curve, or a folder for it"
     )
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -25,13 +26,14 @@ def run(args: argparse.Namespace) -> int:
     from itertools import count
 
     from minivit.cli.job import Job, typed_settings
+    from minivit.cli.report import json_text
     from minivit.cli.settings import resolve
     from minivit.errors import NonFiniteError, printable
     from minivit.study.curves import chart, write_svg
     from minivit.train.lr_find import lr_range_test, smoothed, suggest
     from minivit.train.step import TrainStep
 
-    job = Job(resolve(typed_settings(args), args.recipe, args.config), quiet=False)
+    job = Job(resolve(typed_settings(args), args.recipe, args.config), quiet=args.json)
     s = job.settings
     clip, threads, micro_batch = s["train.clip_grad"] or None, s["train.threads"], s["train.micro_batch"]
     step = TrainStep(job.model, job.make_optimizer(), job.loss, threads, micro_batch, clip, s["train.seed"])
@@ -39,22 +41,27 @@ def run(args: argparse.Namespace) -> int:
     if not points:
         raise NonFiniteError("the first loss is not finite", "look at the data: minivit data DATA")
     smooth = smoothed([loss for _, loss in points])
-    print(f"\n{table(points, smooth)}\n")
     found = suggest(points)
-    marks = {}
-    if found is None:
-        print("no suggestion: the loss never fell below its first value")
-    else:
-        marks = {"falls fastest": found[0], "a tenth of the lowest": found[1]}
-        print(f"suggestion  --lr {found[0]:.1e}, where the loss falls fastest")
-        print(f"cautious    --lr {found[1]:.1e}, a tenth of where it is lowest")
-    print(f"so far      --lr {s['train.lr']:.1e} ({s.origins['train.lr']})")
     path = Path(args.output)
     if path.is_dir():
         path /= "lr-find.svg"
+    marks = {} if found is None else {"falls fastest": found[0], "a tenth of the lowest": found[1]}
     means = [(lr, mean) for (lr, _), mean in zip(points, smooth, strict=True)]
     title = f"Smoothed loss of {s['model.name']} on {job.title}"
     write_svg(path, chart(title, {"loss": means}, "learning rate", log_x=True, marks=marks))
+    if args.json:
+        rows = [{"lr": lr, "loss": loss, "smoothed": mean} for (lr, loss), mean in zip(points, smooth, strict=True)]
+        suggestion, cautious = found or (None, None)
+        about = {"suggestion": suggestion, "cautious": cautious, "so_far": s["train.lr"], "curve": str(path)}
+        print(json_text(about | {"points": rows}))
+        return 0
+    print(f"\n{table(points, smooth)}\n")
+    if found is None:
+        print("no suggestion: the loss never fell below its first value")
+    else:
+        print(f"suggestion  --lr {found[0]:.1e}, where the loss falls fastest")
+        print(f"cautious    --lr {found[1]:.1e}, a tenth of where it is lowest")
+    print(f"so far      --lr {s['train.lr']:.1e} ({s.origins['train.lr']})")
     print(printable(f"curve       {path}"))
     return 0
 

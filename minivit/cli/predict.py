@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Collection, Iterator
+import warnings
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,67 +14,137 @@ from minivit.cli.main import BAD_INPUTS, OK, one_of
 if TYPE_CHECKING:
     import numpy as np
 
+    from minivit.cli.checkpoints import Trained
     from minivit.models.vit import ViT
 
 RUNNERS_UP = 2
+LISTED = 8
+"""So many files are named in a warning."""
+
+DARK, BRIGHT = 0.35, 0.55
+"""Means, of 0 to 1, up to which training images are dark, and from which an image is not: :func:`looks_inverted`."""
+
+AT_ONCE = 512
+"""Images held in memory before they are classified."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    parser.add_argument("checkpoint", metavar="CKPT", help="checkpoint, such as runs/digits-1/checkpoints/last.npz")
+    parser.add_argument(
+        "checkpoint", metavar="CKPT|RUN",
+        help="checkpoint, or a run's folder, such as runs/digits-1: its best checkpoint if there is one, else the last",
+    )  # fmt: skip
     parser.add_argument(
         "images", metavar="IMAGE", nargs="+",
-        help="image file, .npy or .npz of images as bytes, or - for an image on standard input; digits are expected "
-        "as light strokes on black",
+        help="image file, folder of them, .npy or .npz of images as bytes, or - for an image on standard input",
     )  # fmt: skip
+    parser.add_argument("--invert", action="store_true",
+                        help="turn dark into light: for black on white, where it learned white on black")  # fmt: skip
     parser.add_argument("--format", type=one_of("format", ("table", "json", "csv")), default="table",
                         help="table (default), json or csv")  # fmt: skip
+    parser.add_argument("--json", action="store_const", const="json", dest="format", help="print JSON: --format json")
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, …")
 
 
 def run(args: argparse.Namespace) -> int:
     """Print a row for each image; 3 if some could not be read."""
-    import numpy as np
-
-    from minivit import ops
     from minivit.backend import auto_device, keep_freed_memory
-    from minivit.data import standardize
-    from minivit.data.datasets import class_names
-    from minivit.errors import CheckpointError, MinivitError
-    from minivit.train.step import predict_logits
-    from minivit.train.weights import read_model
+    from minivit.cli.checkpoints import open_trained
+    from minivit.errors import printable
 
     keep_freed_memory()
-    model, meta = read_model(args.checkpoint)
-    model.to(auto_device(args.device)[0])
-    recorded = meta["data"]
-    if missing := [key for key in ("classes", "mean", "std") if key not in recorded]:
-        raise CheckpointError(
-            f"{args.checkpoint} holds no {', '.join(missing)} of the images that the model was trained on",
-            "save it with them: mv.save(model, path, data=dataset)",
-        )
+    trained = open_trained(args.checkpoint)
+    if trained.path != args.checkpoint:
+        print(printable(f"checkpoint  {trained.path}"), file=sys.stderr)
+    if trained.remark:
+        warnings.warn(trained.remark, stacklevel=2)
+    trained.model.to(auto_device(args.device)[0])
     rows: list[dict[str, Any]] = []
-    good: list[np.ndarray] = []
-    for source in args.images:
-        try:
-            for name, image in read(source, model, recorded.get("fit", "stretch")):
-                rows.append({"file": name})
-                good.append(image)
-        except MinivitError as error:  # the others may be sound
-            rows.append({"file": source, "error": f"{error.what.removeprefix(f'{source}: ')} → {error.remedy}"})
-    if good:
-        images = standardize(np.stack(good), recorded["mean"], recorded["std"])  # (N, C, H, W)
-        probabilities = ops.softmax(predict_logits(model, images))  # (N, K)
-        classes = class_names(recorded["classes"], probabilities.shape[1])
-        answers = iter(probabilities)
-        for row in rows:
-            if "error" not in row:
-                row |= _answer(next(answers), classes)
+    waiting: list[tuple[dict[str, Any], np.ndarray]] = []
+    inverted: list[str] = []
+    for name, image in read_all(args.images, trained):
+        rows.append({"file": name})
+        if isinstance(image, str):
+            rows[-1]["error"] = image
+            continue
+        if args.invert:
+            image = negative(image)
+        if looks_inverted(image, trained.mean):
+            inverted.append(name)
+        waiting.append((rows[-1], image))
+        if len(waiting) == AT_ONCE:
+            classify(trained, waiting)
+            waiting.clear()
+    classify(trained, waiting)
+    if inverted:
+        warnings.warn(_inverted_text(inverted, len(rows), args.invert), stacklevel=2)
     {"table": _print_table, "json": _print_json, "csv": _print_csv}[args.format](rows)
     return BAD_INPUTS if any("error" in row for row in rows) else OK
 
 
+def classify(trained: Trained, waiting: list[tuple[dict[str, Any], np.ndarray]]) -> None:
+    """Add to the row of each image, uint8 (C, H, W), what it is, or the error that it has no finite answer."""
+    import numpy as np
+
+    from minivit import ops
+    from minivit.data import standardize
+    from minivit.data.datasets import class_names
+    from minivit.train.step import predict_logits
+
+    if not waiting:
+        return
+    images = standardize(np.stack([image for _, image in waiting]), trained.mean, trained.std)  # (N, C, H, W)
+    logits = predict_logits(trained.model, images)  # (N, K)
+    classes = class_names(trained.classes, logits.shape[1])
+    for (row, _), own in zip(waiting, logits, strict=True):
+        if np.isfinite(own).all():
+            row |= _answer(ops.softmax(own), classes)
+        else:
+            row["error"] = "the model gives NaN or infinity → train it again with a lower learning rate"
+
+
 # ---- images in -------------------------------------------------------------------------------------------------------
+
+
+def read_all(sources: Sequence[str], trained: Trained) -> Iterator[tuple[str, np.ndarray | str]]:
+    """Yield (name, image uint8 (C, H, W)) for each image of each source; or, where it cannot be read, the reason."""
+    from minivit.data.datasets import reading
+    from minivit.data.folder import image_files
+    from minivit.errors import MinivitError
+
+    for source in sources:
+        try:
+            if Path(source).is_dir():
+                with reading(source, "check its permissions"):
+                    files = image_files(Path(source))
+                _tell_of_others(source, files)
+                yield from read_all([str(file) for file in files], trained)
+            else:
+                yield from read(source, trained.model, trained.data.get("fit", "stretch"))
+        except MinivitError as error:  # the others may be sound
+            yield source, f"{error.what.removeprefix(f'{source}: ')} → {error.remedy}"
+
+
+def _tell_of_others(folder: str, images: Sequence[Path]) -> None:
+    """Say how many files of a folder are no images; raise DataError if all are."""
+    import os
+
+    from minivit.cli.report import plural
+    from minivit.errors import DataError, printable
+
+    seen: set[str] = set()
+    count = -len(images)
+    for root, folders, names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(root)) in seen:  # as image_files does
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        count += sum(not name.startswith(".") for name in names)
+    if not images:
+        raise DataError(f"{folder}: no image files", "give a folder that has some")
+    if count:
+        print(printable(f"skipped     {plural(count, 'file')} in {folder}: no images"), file=sys.stderr)
 
 
 def read(source: str, model: ViT, fit: str) -> Iterator[tuple[str, np.ndarray]]:
@@ -98,9 +169,12 @@ def read_arrays(path: Path, shape: tuple[int, int, int]) -> np.ndarray:
     An .npy file holds one array; in an .npz the array is called ``images``, ``test_images`` or is the only one. It may
     be (N, C, H, W), (N, H, W, C) or, for one channel, (N, H, W) or (H, W).
     """
+    import os
+
     import numpy as np
 
     from minivit.data.datasets import channels_first, read_npy, read_npz, reading
+    from minivit.data.files import open_regular
     from minivit.errors import DataError
 
     def choose(names: Collection[str]) -> dict[str, str]:
@@ -112,8 +186,8 @@ def read_arrays(path: Path, shape: tuple[int, int, int]) -> np.ndarray:
     if path.suffix.lower() == ".npz":
         found = read_npz(path, choose)["images"]
     else:
-        with reading(str(path), "save it with np.save"), open(path, "rb") as f:
-            found = read_npy(f, path.stat().st_size)
+        with reading(str(path), "save it with np.save"), open_regular(path) as f:
+            found = read_npy(f, os.fstat(f.fileno()).st_size)
     channels = shape[0]
     images = found[None] if found.ndim == 2 else found  # (H, W) → (1, H, W)
     images = channels_first(images, path, (channels,))
@@ -125,6 +199,47 @@ def read_arrays(path: Path, shape: tuple[int, int, int]) -> np.ndarray:
             f"save np.uint8 images, 0 to 255, of shape (N, {', '.join(map(str, shape))})",
         )
     return images
+
+
+# ---- black on white --------------------------------------------------------------------------------------------------
+
+
+def negative(image: np.ndarray) -> np.ndarray:
+    """Return the negative of an image uint8 (C, H, W); a fourth channel is transparency, and stays."""
+    turned = 255 - image
+    turned[3:] = image[3:]
+    return turned
+
+
+def looks_inverted(image: np.ndarray, mean: Sequence[float]) -> bool:
+    """Tell whether the model most likely learned from negatives of images like this one, uint8 (C, H, W).
+
+    So it is where the training images are mostly dark, with a ``mean`` of a third at most (photos have about a half),
+    and this one is bright: all of it, and its border, which strokes leave free. Or the other way round.
+    """
+    import numpy as np
+
+    colours = image[:3] / np.float32(255)  # (C, H, W)
+    border = np.concatenate([colours[:, [0, -1]].ravel(), colours[:, 1:-1, [0, -1]].ravel()])
+    learned, here, around = float(np.mean(mean[:3])), float(colours.mean()), float(border.mean())
+    if learned > 0.5:
+        learned, here, around = 1 - learned, 1 - here, 1 - around
+    return learned <= DARK and here >= BRIGHT and around >= BRIGHT
+
+
+def _inverted_text(names: Sequence[str], count: int, turned: bool) -> str:
+    from minivit.cli.report import plural
+    from minivit.errors import printable
+
+    some = ", ".join(map(printable, names[:LISTED])) + (
+        f" and {len(names) - LISTED:,} more" if len(names) > LISTED else ""
+    )
+    alike = "looks like a negative" if len(names) == 1 else "look like negatives"
+    remedy = "leave --invert out" if turned else "add --invert"
+    return (
+        f"{len(names):,} of {plural(count, 'image')} {alike} of what the model learned from, such as "
+        f"black on white instead of white on black: {some}; the classes are then wrong: {remedy}"
+    )
 
 
 # ---- answers out -----------------------------------------------------------------------------------------------------
@@ -151,9 +266,9 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
 
 
 def _print_json(rows: list[dict[str, Any]]) -> None:
-    import json
+    from minivit.cli.report import json_text
 
-    print(json.dumps(rows, indent=1))
+    print(json_text(rows))
 
 
 def _print_csv(rows: list[dict[str, Any]]) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,19 +37,21 @@ def wilson_interval(right: int, total: int) -> tuple[float, float]:
     return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
 
 
-def measure(logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+def measure(logits: np.ndarray, labels: np.ndarray, unknown: int = 0) -> dict[str, Any]:
     """Return what logits (N, K) are worth against labels (N,).
 
     ``loss`` (mean cross-entropy), ``accuracy`` with its 95% ``interval``, ``top5`` where there are ten classes or more,
-    ``count``, ``right``, and ``confusion`` (K, K): row = label, column = prediction.
+    ``count``, ``right``, and ``confusion`` (K, K): row = label, column = prediction. Labels K to K + ``unknown`` - 1
+    are of classes that the model does not know: none of their images is right, the loss leaves them out, and confusion
+    is (K + unknown, K).
     """
     classes = logits.shape[1]
     predicted = logits.argmax(axis=1)  # (N,)
-    confusion = np.zeros((classes, classes), np.int64)
+    confusion = np.zeros((classes + unknown, classes), np.int64)
     np.add.at(confusion, (labels, predicted), 1)
-    right, count = int(np.trace(confusion)), len(labels)
+    right, count, known = int(np.trace(confusion)), len(labels), labels < classes
     result = {
-        "loss": float(ops.cross_entropy(logits, labels)),
+        "loss": float(ops.cross_entropy(logits[known], labels[known])),
         "accuracy": right / count,
         "interval": wilson_interval(right, count),
         "count": count,
@@ -55,9 +59,25 @@ def measure(logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
         "confusion": confusion,
     }
     if classes >= 10:
-        higher = (logits > np.take_along_axis(logits, labels[:, None], axis=1)).sum(axis=1)  # (N,)
-        result["top5"] = float((higher < 5).mean())
+        own = np.take_along_axis(logits[known], labels[known, None], axis=1)
+        higher = (logits[known] > own).sum(axis=1)  # (N without the unknown,)
+        result["top5"] = int((higher < 5).sum()) / count
     return result
+
+
+def json_text(value: Any) -> str:
+    """Return ``value`` as JSON; arrays become lists, and what is not finite null: NaN and infinity are not JSON."""
+    return json.dumps(_plain(value), allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(v) for key, v in value.items()}
+    if isinstance(value, np.ndarray | np.generic):
+        value = value.tolist()
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def percent_interval(result: dict[str, Any]) -> str:

@@ -1,0 +1,89 @@
+"""What a command is given as CKPT: a checkpoint or a run's folder; its model, and what it records of its data."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from minivit.data.datasets import class_names
+from minivit.errors import CheckpointError, NonFiniteError
+from minivit.models.vit import ViT
+from minivit.models.zoo import MODELS
+from minivit.train.weights import read_model
+
+
+def find_checkpoint(given: str) -> str:
+    """Return the checkpoint that is meant: ``given`` itself, or of a run's folder the best one.
+
+    That is ``checkpoints/best.npz`` where the run chose among its epochs by images held out, else ``last.npz``. Raises
+    CheckpointError for a folder that has neither.
+    """
+    folder = Path(given)
+    if not folder.is_dir():
+        return given
+    for name in ("best.npz", "last.npz"):
+        if (path := folder / "checkpoints" / name).is_file():
+            return str(path)
+    if (folder / "config.toml").is_file():
+        raise CheckpointError(f"the run {given} has no checkpoint yet", "wait for its first epoch, or train it again")
+    raise CheckpointError(
+        f"{given} is no run folder: it has no checkpoints/last.npz",
+        "give runs/NAME, as minivit train made it, or a checkpoint",
+    )
+
+
+def find_model(given: str) -> str:
+    """Return the name of a named model, or the checkpoint that is meant: see :func:`find_checkpoint`."""
+    return given if given in MODELS else find_checkpoint(given)
+
+
+def run_of(checkpoint: str) -> Path | None:
+    """Return the folder of the run that keeps a checkpoint, or None if it lies anywhere else."""
+    folder = Path(checkpoint).resolve().parent
+    return folder.parent if folder.name == "checkpoints" and (folder.parent / "config.toml").is_file() else None
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model from the checkpoint ``path``, in eval mode, and the checkpoint's ``meta``.
+
+    ``classes`` are the names of the model's classes, () where none are recorded. ``mean`` and ``std`` standardise its
+    images; where none are recorded they are 0 and 1, and ``remark`` says so.
+    """
+
+    path: str
+    model: ViT
+    meta: dict[str, Any]
+    classes: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    remark: str
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """What is recorded of the data that it was trained on."""
+        found: dict[str, Any] = self.meta.get("data", {})
+        return found
+
+
+def open_trained(given: str) -> Trained:
+    """Read the model of a checkpoint or a run's folder.
+
+    Raises CheckpointError if it cannot be used, and NonFiniteError, naming the first, if a parameter is not finite.
+    """
+    path = find_checkpoint(given)
+    model, meta = read_model(path)
+    for name, p in model.named_parameters():
+        if not math.isfinite(p.data.min()) or not math.isfinite(p.data.max()):  # both are NaN if any element is
+            remedy = "use a checkpoint from before the training diverged, or train again with a lower learning rate"
+            raise NonFiniteError(f"{path}: the parameter {name} holds NaN or infinity", remedy)
+    data, channels, remark = meta.get("data", {}), model.config["in_channels"], ""
+    mean, std = data.get("mean"), data.get("std")
+    if mean is None or std is None:
+        mean, std = [0.0] * channels, [1.0] * channels
+        remark = f"{path} records no mean and standard deviation: its images are given to it as pixels / 255"
+    names = data.get("classes")
+    classes = tuple(class_names(names, model.config["num_classes"])) if names else ()
+    return Trained(path, model, meta, classes, tuple(mean), tuple(std), remark)
