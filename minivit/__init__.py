@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from minivit.models.zoo import create_model, list_models
     from minivit.nn.random import random_key
     from minivit.train import optim
+    from minivit.train.classifier import ViTClassifier
     from minivit.train.step import TrainStep, predict_logits
     from minivit.train.trainer import Trainer
     from minivit.train.weights import load_model, load_weights, save
@@ -35,6 +36,7 @@ _HOMES = {
     "TrainStep": "train.step",
     "Trainer": "train.trainer",
     "ViT": "models.vit",
+    "ViTClassifier": "train.classifier",
     "check_grads": "autograd.check",
     "check_module": "autograd.check",
     "create_model": "models.zoo",
@@ -64,6 +66,7 @@ __all__ = [
     "TrainStep",
     "Trainer",
     "ViT",
+    "ViTClassifier",
     "__version__",
     "check_grads",
     "check_module",

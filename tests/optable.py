@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -43,18 +44,25 @@ def _logsumexp(row: list[float]) -> float:
     return max(row) + math.log(math.fsum(math.exp(x - max(row)) for x in row))
 
 
+def _offsets(row: list[float]) -> list[float]:
+    """Return numbers less their mean, which a float would round."""
+    mean = sum(map(Fraction, row)) / len(row)
+    return [float(Fraction(v) - mean) for v in row]
+
+
 def _var(x: np.ndarray, axis: Any = None, keepdims: bool = False, correction: int = 0) -> np.ndarray:
-    squares = _reduced(lambda row: math.fsum((v - _mean(row)) ** 2 for v in row) / (len(row) - correction))
+    squares = _reduced(lambda row: math.fsum(v**2 for v in _offsets(row)) / (len(row) - correction))
     return squares(x, axis, keepdims)
 
 
 def _softmax(x: np.ndarray, axis: int = -1) -> np.ndarray:
-    return _each(math.exp)(x - _reduced(_logsumexp)(x, axis, True))
+    e = _each(math.exp)(x - _reduced(max)(x, axis, True))
+    return e / _reduced(math.fsum)(e, axis, True)
 
 
 def _layer_norm(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, eps: float = 1e-6) -> np.ndarray:
-    mean, var = _reduced(_mean)(x, -1, True), _var(x, -1, True)
-    return (x - mean) / np.sqrt(var + eps) * weight + bias
+    offsets = np.array([_offsets(row) for row in x.reshape(-1, x.shape[-1]).tolist()]).reshape(x.shape)
+    return offsets / np.sqrt(_var(x, -1, True) + eps) * weight + bias
 
 
 def _gelu(x: np.ndarray, approximate: str = "none") -> np.ndarray:
@@ -82,8 +90,8 @@ def _attention(
         for t in range(q.shape[-2]):
             allowed = [j for j in range(k.shape[-2]) if not mask[(*i, t, j)]]
             scores = [math.fsum(q[(*i, t)] * k[(*i, j)]) * (scale or 1 / math.sqrt(q.shape[-1])) for j in allowed]
-            for j, score in zip(allowed, scores, strict=True):
-                out[(*i, t)] += math.exp(score - _logsumexp(scores)) * drop[(*i, t, j)] * v[(*i, j)]
+            for j, p in zip(allowed, _softmax(np.array(scores)) if allowed else [], strict=True):
+                out[(*i, t)] += p * drop[(*i, t, j)] * v[(*i, j)]
     return out
 
 

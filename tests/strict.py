@@ -178,7 +178,7 @@ class ndarray:
     __array_priority__ = 100
     __hash__ = None  # type: ignore[assignment]
 
-    def __array__(self, *args: object, **kwargs: object) -> Any:
+    def __array__(self, dtype: Any = None) -> Any:  # without NumPy 2's ``copy``, of which np.array warns first
         raise TypeError("Implicit conversion to a NumPy array is not allowed. Please use `.get()`.")
 
     def __array_function__(self, function: Callable, *args: object) -> Any:
@@ -457,6 +457,14 @@ def _defers_to(other: object) -> bool:
     return getattr(other, "__array_priority__", 0) > ndarray.__array_priority__
 
 
+def _product_of_arrays(a: Any, b: Any) -> ndarray:
+    """Return a @ b: CuPy's operator goes past its ufunc, whose words for another type are not Cython's."""
+    for x in (a, b):
+        if not isinstance(x, ndarray):
+            raise TypeError(f"Cannot convert {type(x).__module__}.{type(x).__name__} to cupy._core.core.ndarray")
+    return cupy.matmul(a, b)
+
+
 def _complete_ndarray() -> None:
     for name in ("dtype", "itemsize", "nbytes", "ndim", "shape", "size", "strides"):
         setattr(ndarray, name, property(operator.attrgetter(f"_host.{name}")))
@@ -477,6 +485,8 @@ def _complete_ndarray() -> None:
     binary |= {"and": "bitwise_and", "or": "bitwise_or", "xor": "bitwise_xor", "divmod": "divmod", "matmul": "matmul"}
     for name, ufunc in (unary | compare | binary).items():
         f = getattr(cupy, ufunc)
+        if name == "matmul":
+            f = _product_of_arrays
         setattr(ndarray, f"__{name}__", lambda a, *b, f=f: NotImplemented if any(map(_defers_to, b)) else f(a, *b))
         if name in binary:
             setattr(ndarray, f"__r{name}__", lambda a, b, f=f: f(b, a))

@@ -610,3 +610,91 @@ def test_arrays_on_two_devices_are_refused(strict_cupy):
     x = mv.tensor(np.ones(3))
     with pytest.raises(DeviceError, match=r"mul: \(3,\) is on cuda:0, \(3,\) on cpu\n  → move one side"):
         x.to("cuda") * x
+
+
+# ---- float16, and numbers that hardly differ -------------------------------------------------------------------------
+
+
+def gradients_both_ways(function: Any, args: Any, at: list[int], cotangent: Any) -> list[list[Any]]:
+    """Return the output and the gradients of the plain operation, and of its fast twin if there is one."""
+    out, plain = backward(function, args, at, cotangent)
+    results = [[out.data, *plain]]
+    if function._fast:
+        with mv.first_order():
+            out, fast = backward(function, args, at, cotangent)
+        results.append([out.data, *fast])
+    return results
+
+
+@rows
+def test_float16_is_as_near_as_its_digits(sample):
+    args = as_type(np.float16, sample.build())
+    at, exact = places(sample, args), as_type(np.float64, args)
+    cotangent = cotangent_for(sample.function(*args))
+    expected, gradients = backward(sample.function, exact, at, cotangent.astype(np.float64))
+    for actual in gradients_both_ways(sample.function, args, at, cotangent):
+        for a, e in zip(actual, [expected.data, *gradients], strict=True):
+            assert a.dtype == np.float16
+            assert_near(a, e, 2e-3)  # two units of the last place
+
+
+WIDE: dict[str, tuple[Any, Any]] = {
+    "softmax": (ops.softmax, [[30.0, 29.0, 0.0, -30.0]]),
+    "softmax, saturated": (ops.softmax, [[60.0, 59.0, 0.0, -60.0], [6e4, 6e4, -6e4, 1.0]]),
+    "softmax of many": (ops.softmax, np.full((2, 4096), 5.0)),
+    "softmax over rows": (lambda x: ops.softmax(x, 0), np.full((4096, 2), 5.0)),
+    "log_softmax": (ops.log_softmax, [[6e4, 6e4, 1e3, 1.0], [0.0] * 4]),
+    "logsumexp": (ops.logsumexp, [[6e4, 6e4, -6e4, 1.0], [0.0] * 4]),
+    "layer_norm": (
+        lambda x: ops.layer_norm(x, mv.tensor(np.ones(96, x.dtype)), mv.tensor(np.ones(96, x.dtype))),
+        [np.linspace(-6e4, 6e4, 96), np.full(96, 2000.0)],
+    ),
+    "mean": (lambda x: ops.mean(x, 0), np.full((4096, 2), 100.0)),
+    "var": (lambda x: ops.var(x, 0), np.where(np.arange(4096)[:, None] % 2, 400.0, 300.0) + np.zeros(2)),
+    "sum": (lambda x: ops.sum(x, 0), np.ones((4096, 2))),
+    "a bias over many rows": (lambda x: ops.sum(np.zeros((4096, 2), x.dtype) + x), [1.0, 2.0]),
+    "gelu": (ops.gelu, [-300.0, -20.0, 20.0, 300.0]),
+    "gelu, tanh": (lambda x: ops.gelu(x, "tanh"), [-300.0, -20.0, 20.0, 300.0]),
+    "attention": (lambda x: ops.attention(x, x, x), 60.0 * np.eye(5, 32) + 30.0),
+    "attention, masked": (lambda x: ops.attention(x, x, x, np.tri(5) > 0), 60.0 * np.eye(5, 32) + 30.0),
+    "self_attention": (lambda x: ops.self_attention(x, 2), 6.0 * np.eye(5, 48)[None] + 3.0),
+}
+
+
+@pytest.mark.parametrize("fast", [False, True], ids=["plain", "fast"])
+@pytest.mark.parametrize("name", WIDE)
+def test_float16_overflows_only_where_the_result_does(name, fast):
+    fn, values = WIDE[name]
+    x = np.asarray(values, np.float16)
+    expected = mv.tensor(x.astype(np.float64), requires_grad=True)
+    wide = fn(expected)
+    cotangent = np.asarray(np.linspace(0.5, 1.0, wide.size).reshape(wide.shape), np.float16)
+    wide.backward(cotangent.astype(np.float64))
+    half = mv.tensor(x, requires_grad=True)
+    with mv.first_order() if fast else contextlib.nullcontext():
+        out = fn(half)
+    out.backward(cotangent)
+    assert out.dtype == half.grad.dtype == np.float16
+    for a, e in ((out.data, wide.data), (half.grad, expected.grad)):
+        assert_near(a, e, 3e-3)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("width", [7, 64, 192])
+def test_layer_norm_of_equal_and_almost_equal_numbers(dtype, width):
+    digits = np.finfo(dtype).eps
+    equal = np.repeat(np.array([[1000.0], [0.1], [-1e6], [3e-5]], dtype), width, axis=1)
+    close = (1e4 + 0.01 * normal(Key(1), (50, width))).astype(dtype)
+    outlier = normal(Key(2), (50, width)).astype(dtype)
+    outlier[:, 0] = 1e5
+    ones, zeros = np.ones(width, dtype), np.zeros(width, dtype)
+    for x in (equal, close, outlier, np.concatenate([close[:1], normal(Key(3), (2000, width)).astype(dtype)])):
+        exact = x.astype(np.float64) - x[:, :1]
+        exact -= exact.mean(-1, keepdims=True)
+        squares = (exact**2).mean(-1)
+        exact /= np.sqrt(squares[:, None] + 1e-6)
+        for out, *_ in gradients_both_ways(ops.layer_norm, [x, ones, zeros], [0, 1, 2], np.ones_like(x)):
+            assert_near(out, exact, 30 * digits)
+            if x is equal:
+                assert (out == 0).all()
+        np.testing.assert_allclose(ops.var(x, -1), squares, rtol=30 * digits, atol=0)

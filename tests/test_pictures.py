@@ -11,7 +11,9 @@ from PIL import Image
 
 from minivit.backend import Key, random_bits, uniform
 from minivit.errors import ShapeError
-from minivit.study.pictures import HEAT, PAPER, RED, attention_overlay, heat, mosaic
+from minivit.study import lettering
+from minivit.study.lettering import drawable_names, lettered
+from minivit.study.pictures import HEAT, PAPER, RED, attention_overlay, confusion_picture, heat, mosaic
 
 IMAGES = (random_bits(Key(0), (7, 1, 8, 8)) >> 24).astype(np.uint8)
 ATTENTION = uniform(Key(1), (7, 4, 2))
@@ -132,3 +134,73 @@ def test_overlays_need_one_of_each(tmp_path):
 def test_pillow_is_imported_late():
     code = "import sys, minivit.study.pictures; assert 'PIL' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# ---- names that Pillow's own font cannot write -----------------------------------------------------------------------
+
+NAMES = [
+    "cat", "Käse", "кошка", "γάτα", "狗", "قطة", "🐶", "cat 狗", "e\u0301te\u0301", "\u202egod\x1b[31m\n!", "Łódź",
+    "日本", "\udcff", "", "\u0e41\u0e21\u0e27", "👩\u200d🚀", "\U0010ffff", "\u0301", "x" * 300,
+]  # fmt: skip
+
+
+@pytest.fixture(params=["the system's fonts", "no font"])
+def fonts(request, monkeypatch):
+    lettering._spelled.cache_clear()
+    if request.param == "no font":
+        monkeypatch.setattr(lettering, "_font_files", list)
+    yield request.param
+    lettering._spelled.cache_clear()
+
+
+def is_drawn(text: str, font) -> bool:
+    """Tell whether no letter is drawn as the box that stands for a missing one."""
+    box = font.getmask("\U0010ffff")
+    return not any(c != " " and bytes(font.getmask(c)) == bytes(box) and font.getmask(c).size == box.size for c in text)
+
+
+@pytest.mark.parametrize("name", NAMES, ids=ascii)
+def test_no_name_has_boxes(fonts, name):
+    for text in (name, drawable_names([name])[0]):
+        words, font = lettered(text, 14)
+        assert is_drawn(words, font)
+        assert words or text in ("", "\u0301")  # a mark alone may be nothing
+        cut, font = lettered(text, 14, 60)
+        assert is_drawn(cut, font) and font.getlength(cut) <= 60
+
+
+def test_every_class_has_a_name_of_its_own(fonts):
+    names = [*NAMES, "Kase", "class 4", "a", "a\u200b", "猫"]
+    drawn = drawable_names(names)
+    assert len(set(drawn)) == len(names)
+    assert drawn[0] == "cat" and drawn[12] == "class #12"  # there is a "class 4" already
+    if fonts == "no font":
+        assert drawn[1:4] == ["class #1", "class #2", "class #3"]  # Käse without its dots is Kase, which is another
+        assert drawable_names(["Käse", "ÆØå", "Łódź", "🐶"]) == ["Kase", "AEOa", "Lodz", "dog face"]
+
+
+def test_names_that_differ_are_drawn_differently(tmp_path, fonts):
+    pictures = []
+    for name in ("狗", "猫", "ä", "ж", "🐶"):
+        mosaic(IMAGES[:1], [name], tmp_path / "m.png", title="")
+        confusion_picture(np.eye(2, dtype=int), [name, "b"], tmp_path / "c.png")
+        pictures.append(pixels_of(tmp_path / "m.png").tobytes())
+    assert len(set(pictures)) == len(pictures)
+
+
+def test_a_damaged_font_is_passed_over(tmp_path, monkeypatch):
+    broken = tmp_path / "a.ttf"
+    broken.write_bytes(b"no font")
+    monkeypatch.setattr(lettering, "_font_files", lambda: [str(broken), str(tmp_path / "gone.ttf")])
+    lettering._spelled.cache_clear()
+    assert lettered("狗", 14)[0] == "U+72D7"
+    lettering._spelled.cache_clear()
+
+
+def test_fonts_are_found_in_folders_and_plain_ones_come_first(tmp_path, monkeypatch):
+    for name in ("Zeta-Bold.ttf", "Zeta.otf", "DejaVuSans.ttf", "sub/NotoSansCJK.ttc", "readme.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    monkeypatch.setattr(lettering, "FOLDERS", (str(tmp_path), str(tmp_path / "none")))
+    found = [file.rpartition("/")[2] for file in lettering._font_files.__wrapped__()]
+    assert found == ["DejaVuSans.ttf", "NotoSansCJK.ttc", "Zeta.otf", "Zeta-Bold.ttf"]

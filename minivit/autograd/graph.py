@@ -246,5 +246,7 @@ def unbroadcast(grad: Any, shape: tuple[int, ...]) -> Any:
         return grad
     stretched = [i + extra for i, n in enumerate(shape) if n == 1 and grad.shape[i + extra] != 1]
     axes = (*range(extra), *stretched)
+    if axes and grad.dtype == np.float16:  # in which a sum of ones stops at 2048
+        return unbroadcast(grad.astype(np.float32), shape).astype(np.float16)
     summed = grad.sum(axis=axes, keepdims=True) if axes else grad
     return summed.reshape(shape) if summed.shape[extra:] == shape else summed  # else it is wrong: the caller says so

@@ -13,6 +13,7 @@ from minivit.backend import to_device, to_numpy
 from minivit.data import Dataset, Loader
 from minivit.models.vit import ViT
 from minivit.nn.module import mode
+from minivit.study.lettering import drawable_names
 from minivit.study.pictures import attention_overlay, confusion_picture, mosaic, predictions_picture
 from minivit.study.report import write_report
 from minivit.train.step import predict_logits
@@ -25,7 +26,7 @@ def draw_batch(loader: Loader, path: Path, title: str) -> None:
     images, labels = next(loader.batches(0))
     mean, std = (np.array(x, np.float32)[:, None, None] for x in (loader.mean, loader.std))  # (C, 1, 1)
     pixels = ((images * std + mean) * 255).round().clip(0, 255).astype(np.uint8)[:SHOWN, :3]  # drawn without alpha
-    names = loader.dataset.classes
+    names = drawable_names(loader.dataset.classes)
     mosaic(pixels, [_label_text(label, names) for label in labels[:SHOWN]], path, title=title)
 
 
@@ -54,7 +55,7 @@ def draw_attention(model: ViT, loader: Loader, path: Path) -> None:
     weights = to_numpy(maps.data).mean(axis=1)  # (B, heads, T, T) → (B, T, T)
     weights = weights[:, 0, 1:] if model.pool == "cls" else weights.mean(axis=1)  # → (B, patches)
     logits = predict_logits(model, images)
-    names = loader.dataset.classes
+    names = drawable_names(loader.dataset.classes)
     attention_overlay(
         _drawable(loader.dataset),
         np.ascontiguousarray(weights).reshape(-1, *model.patch_embed.grid),
@@ -89,15 +90,15 @@ def write_results(
     chosen, the report shows single ones, not how good the model is.
     """
     shown = loader.dataset
-    names = shown.classes
+    names, drawable = shown.classes, drawable_names(shown.classes)
     few = spread_out(shown)
     sample = Loader(few, len(few), loader.key, mean=loader.mean, std=loader.std, shuffle=False)
     draw_attention(model, sample, folder / "attention.png")
     predicted = predict_logits(model, next(sample.batches(0))[0]).argmax(axis=1)
     predictions_picture(
         _drawable(few),
-        [names[i] for i in few.labels],
-        [names[i] for i in predicted],
+        [drawable[i] for i in few.labels],
+        [drawable[i] for i in predicted],
         folder / "predictions.png",
         title=f"Predictions on {split} images",
     )

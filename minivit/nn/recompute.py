@@ -66,8 +66,8 @@ class _Again:
                 sums[leaf] = sums[leaf] + part if leaf in sums else part
         if not sums.keys() <= {x.node, *parents}:
             raise GraphError(
-                "a recomputed function reads a Tensor that requires a gradient and is neither its input nor a parameter "
-                "of its module",
+                "a recomputed function reads a Tensor that requires a gradient, and is neither its input nor a"
+                " parameter of its module",
                 "make it a Parameter of the module that recompute(…) is given",
             )
         results: list[Any] = []

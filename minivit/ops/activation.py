@@ -9,6 +9,7 @@ from minivit.autograd.op import op, raw
 from minivit.backend import Array, array_module
 from minivit.errors import ConfigError
 from minivit.ops.elementwise import erf, exp, maximum, tanh, where
+from minivit.ops.reduce import narrow, wide
 
 _SQRT_HALF = math.sqrt(0.5)
 TANH_SCALE = math.sqrt(2.0 / math.pi)
@@ -57,7 +58,7 @@ def gelu(x: Array, approximate: str = "none") -> Array:
 
     ``approximate="none"`` is exact, by erf; ``"tanh"`` is 0.5x(1 + tanh(√(2/π)(x + 0.044715x³))), at most 5e-4 away.
     """
-    return x * gelu_cdf(x, approximate)
+    return narrow(wide(x) * gelu_cdf(wide(x), approximate), x)
 
 
 def gelu_cdf(x: Any, approximate: str) -> Any:
@@ -71,12 +72,13 @@ def gelu_cdf(x: Any, approximate: str) -> Any:
 
 @gelu.vjp
 def _(g: Any, out: Any, x: Any, approximate: str, needs: tuple[bool, ...]) -> Any:
+    x = wide(x)
     cdf = gelu_cdf(x, approximate)
     if approximate == "none":
         pdf = exp(x * x * -0.5) * (1.0 / math.sqrt(2.0 * math.pi))
     else:  # d/dx ½(1 + tanh u) = 2·cdf·(1 - cdf)·u′
         pdf = cdf * (1.0 - cdf) * (2.0 * TANH_SCALE + (6.0 * TANH_SCALE * TANH_CUBIC) * x * x)
-    return g * (cdf + x * pdf)
+    return narrow(wide(g) * (cdf + x * pdf), g)
 
 
 @gelu.composed

@@ -14,7 +14,7 @@ from minivit.ops.dropout import keep_scale
 from minivit.ops.elementwise import where
 from minivit.ops.matmul import matmul
 from minivit.ops.normalize import softmax
-from minivit.ops.reduce import sum
+from minivit.ops.reduce import narrow, sum, wide
 from minivit.ops.shape import pad, stack, swapaxes
 
 FORBIDDEN = -1e30  # a score that no allowed one comes near, and yet finite: a row of them alone has no NaN
@@ -26,7 +26,12 @@ def attention_weights(q: Any, k: Any, mask: Any = None, scale: float | None = No
     ``mask`` (bool, broadcast to the result, True = may not attend). A query that may attend to nothing gets zeros.
     ``scale`` is 1/√d unless given. Works on arrays and on Tensors.
     """
-    scores = matmul(q, swapaxes(k, -1, -2)) * (1.0 / math.sqrt(q.shape[-1]) if scale is None else scale)
+    return narrow(_weights(q, k, mask, scale), q)
+
+
+def _weights(q: Any, k: Any, mask: Any, scale: float | None) -> Any:
+    """Return P, of float16 as float32: scores are soon too large for float16."""
+    scores = matmul(wide(q), swapaxes(wide(k), -1, -2)) * (1.0 / math.sqrt(q.shape[-1]) if scale is None else scale)
     if mask is None:
         return softmax(scores)
     return where(mask, 0.0, softmax(where(mask, FORBIDDEN, scores)))
@@ -49,9 +54,9 @@ def attention(
     ``dropout`` drops entries of P, by ``key``; with several axes before Tq the first is the batch.
     """
     check_inputs(q, k, v, mask, dropout, key)
-    p = attention_weights(q, k, _on_device(mask, q), scale)
+    p = _weights(q, k, _on_device(mask, q), scale)
     drop = _drop(p, dropout, key, first_row)
-    return (p if drop is None else p * drop) @ v
+    return narrow((p if drop is None else p * drop) @ wide(v), q)
 
 
 def check_inputs(q: Array, k: Array, v: Array, mask: Any, dropout: float, key: Key | None) -> None:
@@ -94,17 +99,19 @@ def _drop(p: Array, dropout: float, key: Key | None, first_row: int) -> Array | 
 def _(g: Any, out: Any, q: Any, k: Any, v: Any, mask: Any, scale: Any, dropout: float, key: Any, first_row: int,
       needs: tuple[bool, ...]) -> Any:  # fmt: skip
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
-    p = attention_weights(q, k, _on_device(mask, raw(q)), scale)  # computed again rather than kept: T² numbers a head
+    like, g, q, k, v = g, wide(g), wide(q), wide(k), wide(v)
+    p = _weights(q, k, _on_device(mask, raw(q)), scale)  # computed again rather than kept: T² numbers a head
     drop = _drop(raw(p), dropout, key, first_row)
-    gv = matmul(swapaxes(p if drop is None else p * drop, -1, -2), g) if needs[2] else None  # dV = Pᵀ·dO
+    kept = p if drop is None else p * drop
+    gv = narrow(matmul(swapaxes(kept, -1, -2), g), like) if needs[2] else None  # dV = Pᵀ·dO
     if not (needs[0] or needs[1]):
         return None, None, gv
     gp = matmul(g, swapaxes(v, -1, -2))  # dP = dO·Vᵀ
     if drop is not None:
         gp = gp * drop
     gs = p * (gp - sum(p * gp, -1, True)) * scale  # dS: softmax's whole Jacobian, not its diagonal
-    return (matmul(gs, k) if needs[0] else None,  # dQ = dS·K
-            matmul(swapaxes(gs, -1, -2), q) if needs[1] else None,  # dK = dSᵀ·Q
+    return (narrow(matmul(gs, k), like) if needs[0] else None,  # dQ = dS·K
+            narrow(matmul(swapaxes(gs, -1, -2), q), like) if needs[1] else None,  # dK = dSᵀ·Q
             gv)  # fmt: skip
 
 

@@ -7,6 +7,7 @@ wants (a derivative, probabilities, 1/σ) instead of computing it again; sums ov
 vector of ones, which BLAS does several times faster than ``sum``; and they skip the softmax's row maxima where no score
 is large enough to overflow.
 
+float16, which BLAS does not know and in which scores and squares overflow, is worked off in float32.
 A twin's forward returns (out, kept); its gradient gets (g, kept, needs) and changes neither g nor what it did not make.
 """
 
@@ -25,6 +26,7 @@ from minivit.backend import Key
 from minivit.ops import activation, attention, dropout, loss, matmul, normalize
 from minivit.ops.dropout import keep_scale
 from minivit.ops.elementwise import ERF_TANH, tanh_of_odd
+from minivit.ops.reduce import HALF, narrow, wide
 
 Needs = tuple[bool, ...]
 
@@ -34,6 +36,12 @@ def _ones(n: int, dtype: np.dtype) -> np.ndarray:
     ones = np.ones(n, dtype)
     ones.flags.writeable = False
     return ones
+
+
+@functools.lru_cache(maxsize=256)
+def _shares(n: int, dtype: np.dtype) -> np.ndarray:
+    """Return n times 1/n, whose product with a row is the row's mean."""
+    return _ones(n, dtype) / n
 
 
 def _column_sums(rows: np.ndarray) -> np.ndarray:
@@ -78,31 +86,44 @@ def _(g: np.ndarray, kept: Any, needs: Needs) -> Any:
 # ---- layer_norm ------------------------------------------------------------------------------------------------------
 
 
-@normalize.layer_norm.fast
-def _(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, eps: float) -> Any:
-    n = x.shape[-1]
-    rows = x.reshape(-1, n)  # (…, D) → (rows, D)
-    mean = _ones(n, x.dtype) / n  # its product with a row is the row's mean
-    x_hat = rows - (rows @ mean)[:, None]
-    std = ((x_hat * x_hat) @ mean)[:, None]  # (rows, 1): σ², and in place √(σ² + eps)
+FAR = 100.0  # standard deviations from 0 to a row's mean: further off, the mean's own rounding is seen in what is left
+
+
+def _centred(rows: np.ndarray, eps: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return rows (rows, D) less their means, the means, and √(σ² + eps)."""
+    shares = _shares(rows.shape[1], rows.dtype)
+    mean = rows @ shares
+    offsets = rows - mean[:, None]
+    std = (offsets * offsets) @ shares
     std += eps
     np.sqrt(std, out=std)
+    return offsets, mean, std
+
+
+@normalize.layer_norm.fast
+def _(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, eps: float) -> Any:
+    rows = wide(x).reshape(-1, x.shape[-1])  # (…, D) → (rows, D)
+    x_hat, mean, std = _centred(rows, eps)
+    mean /= std
+    if not mean @ mean < FAR * FAR:  # squares add up to at least the largest
+        x_hat, _, std = _centred(rows - rows[:, :1], eps)
+    std = std[:, None]
     x_hat /= std
     out = x_hat * weight
     out += bias
-    return out.reshape(x.shape), (x_hat, std, weight)
+    return narrow(out, x).reshape(x.shape), (x_hat, std, weight)
 
 
 @normalize.layer_norm.fast_vjp
 def _(g: np.ndarray, kept: Any, needs: Needs) -> Any:
     x_hat, std, weight = kept
-    shape, g = g.shape, g.reshape(x_hat.shape)
+    like, g = g, wide(g).reshape(x_hat.shape)
     product = g * x_hat
-    g_weight = _column_sums(product) if needs[1] else None
-    g_bias = _column_sums(g) if needs[2] else None
+    g_weight = narrow(_column_sums(product), like) if needs[1] else None
+    g_bias = narrow(_column_sums(g), like) if needs[2] else None
     if not needs[0]:
         return None, g_weight, g_bias
-    mean_weight = weight / g.shape[-1]  # its product with a row is the mean of row·weight
+    mean_weight = wide(weight) / g.shape[-1]  # its product with a row is the mean of row·weight
     along_one = (g @ mean_weight)[:, None]
     along_x_hat = (product @ mean_weight)[:, None]
     gx = g * weight
@@ -110,7 +131,7 @@ def _(g: np.ndarray, kept: Any, needs: Needs) -> Any:
     product += along_one
     gx -= product
     gx /= std
-    return gx.reshape(shape), g_weight, g_bias
+    return narrow(gx, like).reshape(like.shape), g_weight, g_bias
 
 
 # ---- gelu ------------------------------------------------------------------------------------------------------------
@@ -139,7 +160,7 @@ def _gelu_block(x: np.ndarray, out: np.ndarray, slope: np.ndarray) -> None:
 
 @activation.gelu.fast
 def _(x: np.ndarray, approximate: str) -> Any:
-    shape, x = x.shape, np.atleast_1d(x)  # NumPy's results of 0-d arrays cannot be written to
+    shape, like, x = x.shape, x, np.atleast_1d(wide(x))  # NumPy's results of 0-d arrays cannot be written to
     if approximate == "none" and x.dtype == np.float32:
         x = np.ascontiguousarray(x)
         out, slope = np.empty_like(x), np.empty_like(x if recording.enabled else x.reshape(-1)[:BLOCK])
@@ -148,7 +169,7 @@ def _(x: np.ndarray, approximate: str) -> Any:
             part = slice(start, min(start + BLOCK, x.size))
             into = part if recording.enabled else slice(part.stop - start)  # else one block serves for all
             _gelu_block(flat[part], flat_out[part], flat_slope[into])
-        return out.reshape(shape), slope
+        return narrow(out, like).reshape(shape), narrow(slope, like)
     cdf = activation.gelu_cdf(x, approximate)
     out = x * cdf
     if approximate == "none":  # kept: Φ + x·φ, the derivative itself: the gradient is then one product
@@ -165,7 +186,7 @@ def _(x: np.ndarray, approximate: str) -> Any:
     slope *= out
     slope *= 1.0 - cdf
     cdf += slope
-    return out.reshape(shape), cdf
+    return narrow(out, like).reshape(shape), narrow(cdf, like)
 
 
 @activation.gelu.fast_vjp
@@ -177,7 +198,7 @@ def _(g: np.ndarray, kept: np.ndarray, needs: Needs) -> Any:
 
 
 def _softmax_rows(scores: np.ndarray) -> np.ndarray:
-    """Make scores (…, n) probabilities, in place."""
+    """Make scores (…, n), float32 or float64, probabilities, in place."""
     if not (scores.max(initial=0.0) < 60.0 and scores.min(initial=0.0) > -60.0):  # else no e^x overflows or vanishes
         scores -= scores.max(axis=-1, keepdims=True)
     np.exp(scores, out=scores)
@@ -191,7 +212,7 @@ def _softmax_rows(scores: np.ndarray) -> np.ndarray:
 def _(x: np.ndarray, axis: int) -> Any:
     if axis % x.ndim != x.ndim - 1:
         return (out := normalize.softmax.forward(x, axis)), (out, axis)
-    out = _softmax_rows(x.copy())
+    out = narrow(_softmax_rows(wide(x) if x.dtype == HALF else x.copy()), x)
     return out, (out, -1)
 
 
@@ -261,6 +282,7 @@ def _attend(
     lead = _broadcast(q.shape[:-2], k.shape[:-2])
     if mask is not None:
         mask = np.broadcast_to(raw(mask), (*lead, q.shape[-2], k.shape[-2]))
+    like, q, k, v = q, wide(q), wide(k), wide(v)
     out = np.empty_like(q, shape=(*_broadcast(lead, v.shape[:-2]), q.shape[-2], v.shape[-1]))
     scaled_kt = _transposed(k, scale)
     for head, rows, row in _blocks(q, k, v, first_row):
@@ -268,7 +290,7 @@ def _attend(
         p, drop = _probabilities(q[head][..., rows, :], scaled_kt[head], masked, p_drop, key, row)
         np.matmul(p if drop is None else p * drop, v[head], out=out[head][..., rows, :])
     made = (p, drop) if _is_short(q, k, v) else None
-    return out, (q, k, v, (mask, scale, p_drop, key, first_row), out, made)
+    return narrow(out, like), (q, k, v, (mask, scale, p_drop, key, first_row), out, made)
 
 
 def _attend_back(g: np.ndarray, kept: Any, gq: np.ndarray, gk: np.ndarray, gv: np.ndarray) -> None:
@@ -276,6 +298,7 @@ def _attend_back(g: np.ndarray, kept: Any, gq: np.ndarray, gk: np.ndarray, gv: n
     q, k, v, (mask, scale, p_drop, key, first_row), out, made = kept
     scaled_kt: Any = None if made else _transposed(k, scale)
     vt = _transposed(v)
+    g = wide(g)
     for head, rows, row in _blocks(q, k, v, first_row):
         masked = None if mask is None else mask[head][..., rows, :]
         q_rows, g_rows, out_rows = (x[head][..., rows, :] for x in (q, g, out))
@@ -299,7 +322,7 @@ def _attend_back(g: np.ndarray, kept: Any, gq: np.ndarray, gk: np.ndarray, gv: n
 def _(g: np.ndarray, kept: Any, needs: Needs) -> Any:
     grads = [np.empty((*g.shape[:-2], *x.shape[-2:]), x.dtype) for x in kept[:3]]  # q, k, v
     _attend_back(g, kept, *grads)
-    return grads
+    return [narrow(grad, g) for grad in grads]
 
 
 @attention.self_attention.fast
@@ -313,12 +336,12 @@ def _(qkv: np.ndarray, heads: int, queries: int | None, *settings: Any) -> Any:
 @attention.self_attention.fast_vjp
 def _(g: np.ndarray, kept: Any, needs: Needs) -> Any:
     qkv, heads, queries, kept = kept
-    grad = np.empty_like(qkv)  # (B, T, 3·H·d): in one piece, as the projection's gradient reads it
+    grad = np.empty_like(wide(qkv))  # (B, T, 3·H·d): in one piece, as the projection's gradient reads it
     gq, gk, gv = attention.split_heads(grad, 3, heads)
     if queries is not None:
         gq[..., queries:, :] = 0.0
     _attend_back(attention.split_heads(g, 1, heads)[0], kept, gq[..., :queries, :], gk, gv)
-    return (grad,)
+    return (narrow(grad, qkv),)
 
 
 # ---- cross_entropy ---------------------------------------------------------------------------------------------------

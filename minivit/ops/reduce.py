@@ -5,12 +5,16 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
+
 from minivit.autograd.op import op, raw
 from minivit.backend import Array, array_module
+from minivit.ops.convert import convert
 from minivit.ops.elementwise import exp
 from minivit.ops.shape import broadcast_to
 
 Axis = int | tuple[int, ...] | None
+HALF = np.dtype(np.float16)
 
 
 def _axes(axis: Axis, ndim: int) -> tuple[int, ...]:
@@ -29,10 +33,31 @@ def _keep(g: Any, shape: tuple[int, ...], axis: Axis) -> Any:
     return g.reshape(tuple([1 if i in axes else n for i, n in enumerate(shape)]))
 
 
+def wide(x: Any) -> Any:
+    """Return an array or a Tensor, float16 as float32: a sum in float16 ends at 65504, and of ones stops at 2048."""
+    return convert(x, np.float32) if x.dtype == HALF else x
+
+
+def narrow(out: Any, x: Any) -> Any:
+    """Return what was made of :func:`wide` x as float16 again, if x is."""
+    return convert(out, HALF) if x.dtype == HALF else out
+
+
+def centred(x: Any, axis: Axis) -> Any:
+    """Return x less its mean over ``axis``; on arrays or on Tensors.
+
+    The first number is taken off before: equal numbers give 0 exactly, and numbers far from 0 keep their digits, where
+    the mean itself is off by a rounding of its size.
+    """
+    axes = _axes(axis, len(x.shape))
+    x = x - raw(x)[tuple([slice(0, 1) if i in axes else slice(None) for i in range(len(x.shape))])]
+    return x - mean(x, axis, True)
+
+
 @op()
 def sum(x: Array, axis: Axis = None, keepdims: bool = False) -> Array:
     """Return the sum over ``axis``."""
-    return x.sum(axis=axis, keepdims=keepdims)
+    return narrow(wide(x).sum(axis=axis, keepdims=keepdims), x)
 
 
 sum.vjps(lambda g, out, x, axis, keepdims: broadcast_to(_keep(g, x.shape, axis), x.shape))
@@ -41,7 +66,7 @@ sum.vjps(lambda g, out, x, axis, keepdims: broadcast_to(_keep(g, x.shape, axis),
 @op()
 def mean(x: Array, axis: Axis = None, keepdims: bool = False) -> Array:
     """Return the mean over ``axis``."""
-    return x.sum(axis=axis, keepdims=keepdims) / _count(x.shape, axis)
+    return narrow(wide(x).sum(axis=axis, keepdims=keepdims) / _count(x.shape, axis), x)
 
 
 @mean.vjp
@@ -52,15 +77,14 @@ def _(g: Any, out: Any, x: Any, axis: Axis, keepdims: bool, needs: tuple[bool, .
 @op(save=("x",))
 def var(x: Array, axis: Axis = None, keepdims: bool = False, correction: int = 0) -> Array:
     """Return Σ(x - mean)² / (n - correction) over ``axis``; ``correction=1`` is the unbiased estimate."""
-    n = _count(x.shape, axis)
-    centred = x - x.sum(axis=axis, keepdims=True) / n
-    return (centred * centred).sum(axis=axis, keepdims=keepdims) / (n - correction)
+    offsets = centred(wide(x), axis)
+    squares = (offsets * offsets).sum(axis=axis, keepdims=keepdims)
+    return narrow(squares / (_count(x.shape, axis) - correction), x)
 
 
 @var.vjp
 def _(g: Any, out: Any, x: Any, axis: Axis, keepdims: bool, correction: int, needs: tuple[bool, ...]) -> Any:
-    centred = x - mean(x, axis, True)
-    return _keep(g * (2.0 / (_count(x.shape, axis) - correction)), x.shape, axis) * centred
+    return _keep(g * (2.0 / (_count(x.shape, axis) - correction)), x.shape, axis) * centred(x, axis)
 
 
 def _largest(x: Array, axis: Axis) -> Array:
@@ -94,15 +118,15 @@ def _(g: Any, out: Any, x: Any, axis: Axis, keepdims: bool, needs: tuple[bool, .
     return _keep(g, x.shape, axis) * (chosen / chosen.sum(axis=axis, keepdims=True))
 
 
-@op(save=("x", "out"))
+@op(save=("x",))
 def logsumexp(x: Array, axis: Axis = -1, keepdims: bool = False) -> Array:
     """Return log Σ eˣ over ``axis``, shifted by the largest x so that nothing overflows."""
-    xp = array_module(x)
-    top = x.real.max(axis=axis, keepdims=True)
-    out = xp.log(xp.exp(x - top).sum(axis=axis, keepdims=True)) + top
+    xp, top = array_module(x), wide(x.real.max(axis=axis, keepdims=True))
+    out = narrow(xp.log(xp.exp(wide(x) - top).sum(axis=axis, keepdims=True)) + top, x)
     return out if keepdims else out.squeeze(_axes(axis, x.ndim))
 
 
 @logsumexp.vjp
 def _(g: Any, out: Any, x: Any, axis: Axis, keepdims: bool, needs: tuple[bool, ...]) -> Any:
-    return _keep(g, x.shape, axis) * exp(x - _keep(out, x.shape, axis))
+    p = exp(wide(x) - wide(raw(x).real.max(axis=axis, keepdims=True)))  # e^(x - out) would have out's rounding in it
+    return _keep(g, x.shape, axis) * narrow(p / sum(p, axis, True), x)

@@ -1,8 +1,9 @@
 """Sample inputs for every operation: what the gradient checks, their mutants and the tests run on.
 
 The samples look for trouble: odd sizes, axes of length 1 and missing leading axes (broadcasting), three axes and more,
-negative axes, logits 200 apart, a scale other than 1 and a shift other than 0, masks that leave a query nothing to
-attend to, indices named twice, 0-d arrays. None lies on a kink, where there is no derivative to check.
+negative axes, logits 200 apart, one key that takes all attention, rows of equal numbers and of almost equal ones far
+from 0, a scale other than 1 and a shift other than 0, masks that leave a query nothing to attend to, indices named
+twice, 0-d arrays. None lies on a kink, where there is no derivative to check.
 """
 
 from __future__ import annotations
@@ -40,6 +41,12 @@ class Draw:
         x = self(*shape)
         x[..., ::2] += 200.0
         return x + 200.0 * np.arange(shape[-2])[:, None]
+
+    def almost_equal(self, *shape: int) -> np.ndarray:
+        """Return numbers a hundredth apart at 10,000, those of the first row all equal."""
+        x = 1e4 + 0.01 * self(*shape)
+        x[0] = 1e4 + 0.1
+        return x
 
     def integers(self, n: int, *shape: int) -> np.ndarray:
         """Return integers from 0 to n-1 as int64."""
@@ -160,6 +167,7 @@ _ROWS: dict[str, dict[str, Callable[[Draw], tuple[Any, ...]]]] = {
         "a negative axis, unbiased": lambda r: (r(2, 3, 5), -2, False, 1),
         "two axes, kept": lambda r: (r(3, 1, 5), (0, -1), True),
         "far from zero": lambda r: (r(3, 5) + 200.0, -1, True),
+        "almost equal numbers, one row of equal ones": lambda r: (r.almost_equal(3, 5), -1, True),
     },
     "max": {
         "over all": lambda r: (r(2, 3, 5),),
@@ -273,6 +281,8 @@ _ROWS: dict[str, dict[str, Callable[[Draw], tuple[Any, ...]]]] = {
         "the first axis": lambda r: (r(3, 3), 0),
         "200 apart": lambda r: (r.far_apart(3, 5),),
         "one wide": lambda r: (r(3, 1),),
+        "saturated": lambda r: (300.0 * np.eye(3, 5) + r(3, 5),),
+        "equal scores": lambda r: (np.repeat([[300.0], [0.0], [-300.0]], 7, axis=1),),
     },
     "log_softmax": {
         "the last axis": lambda r: (r(2, 3, 5),),
@@ -284,6 +294,10 @@ _ROWS: dict[str, dict[str, Callable[[Draw], tuple[Any, ...]]]] = {
         "a large eps": lambda r: (r(3, 3), r(3), r(3), 0.5),
         "rows far from zero": lambda r: (r.far_apart(3, 5), r.positive(5), r(5)),
         "a single vector": lambda r: (r(5), r.positive(5), r(5)),
+        "rows of equal numbers": lambda r: (
+            np.concatenate([r(2, 7), np.repeat([[1000.0], [0.1]], 7, axis=1)]), r.positive(7), r(7)
+        ),
+        "almost equal numbers, one row of equal ones": lambda r: (r.almost_equal(3, 9), r.positive(9), r(9)),
     },
     "attention": {
         "heads": lambda r: (r(2, 2, 3, 2), r(2, 2, 3, 2), r(2, 2, 3, 2)),
@@ -295,6 +309,15 @@ _ROWS: dict[str, dict[str, Callable[[Draw], tuple[Any, ...]]]] = {
             r(2, 1, 3, 3), r(2, 1, 3, 3), r(2, 1, 3, 3), r.mask(2, 1, 3, 3), 0.3
         ),
         "200 apart": lambda r: (r(3, 2), r(5, 2) + 200.0 * (np.arange(5) % 2)[:, None], r(5, 2)),
+        "saturated": lambda r: (100.0 * np.eye(3, 5), 100.0 * np.eye(4, 5), r(4, 2)),
+        "saturated, but the winners may not be attended to": lambda r: (
+            100.0 * np.eye(3, 5) + 0.1 * r(3, 5), 100.0 * np.eye(4, 5) + 0.1 * r(4, 5), r(4, 2), np.eye(3, 4) > 0
+        ),
+        "equal keys": lambda r: (
+            np.concatenate([r(1, 3, 4), np.full((1, 3, 4), 100.0)]),
+            np.concatenate([r(1, 7, 4), np.full((1, 7, 4), 100.0)]),
+            r(2, 7, 2),
+        ),
         "dropout": lambda r: (r(2, 3, 2), r(2, 5, 2), r(2, 5, 3), None, None, 0.3, _KEY, 5),
     },
     "self_attention": {

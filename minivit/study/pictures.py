@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from os import PathLike
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from minivit.errors import ShapeError
+from minivit.study.lettering import drawable_names, lettered, write
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -101,7 +102,7 @@ def confusion_picture(
     A cell's colour is its share of its row, by its square root, so that rare mistakes show: blue where right, red where
     wrong. Up to 20 classes have their names and counts; more are numbered along the edges.
     """
-    from PIL import Image, ImageDraw, ImageFont
+    from PIL import Image, ImageDraw
 
     count = len(confusion)
     if confusion.shape != (count, count) or len(classes) != count or count == 0:
@@ -115,18 +116,17 @@ def confusion_picture(
     cells = (np.array(PAPER) * (1 - depth) + most * depth).round().astype(np.uint8)
     heat_map = Image.fromarray(cells).resize((cell * count, cell * count), Image.Resampling.NEAREST)
 
-    font, title_font = ImageFont.load_default(TEXT_SIZE), ImageFont.load_default(TITLE_SIZE)
-    ruler = ImageDraw.Draw(heat_map)
-    shown = {i: _cut(name, 140, font) for i, name in enumerate(classes)} if named else _every(count)
-    room = int(max(ruler.textlength(text, font) for text in shown.values())) + 10  # for names, beside and above
+    names = dict(enumerate(drawable_names(classes))) if named else _every(count)
+    shown = {i: lettered(name, TEXT_SIZE, 140) for i, name in names.items()}
+    room = int(max(font.getlength(text) for text, font in shown.values())) + 10  # for names, beside and above
     left, top = MARGIN + room, MARGIN + TITLE_SIZE + 16 + LINE + 6 + room
     sheet = Image.new("RGB", (max(left + heat_map.width + MARGIN, 420), top + heat_map.height + MARGIN), PAPER)
     sheet.paste(heat_map, (left, top))
     draw = ImageDraw.Draw(sheet)
-    draw.text((MARGIN, MARGIN), title, INK, title_font)
+    write(draw, (MARGIN, MARGIN), title, INK, TITLE_SIZE)
     note = f"label by row, prediction by column: {np.trace(confusion):,} of {confusion.sum():,} right"
-    draw.text((MARGIN, MARGIN + TITLE_SIZE + 10), note, FAINT, font)
-    for i, text in shown.items():
+    write(draw, (MARGIN, MARGIN + TITLE_SIZE + 10), note, FAINT, TEXT_SIZE)
+    for i, (text, font) in shown.items():
         middle = cell * i + cell // 2
         draw.text((left - 8, top + middle), text, INK, font, anchor="rm")
         upright = Image.new("L", (room, LINE), 0)
@@ -136,7 +136,7 @@ def confusion_picture(
     if named:
         for (i, j), n in np.ndenumerate(confusion):
             place = (left + cell * j + cell // 2, top + cell * i + cell // 2)
-            draw.text(place, f"{n}" if n else "·", INK if n else FAINT, font, anchor="mm")
+            write(draw, place, f"{n}" if n else "·", INK if n else FAINT, TEXT_SIZE, anchor="mm")
     draw.rectangle((left - 1, top - 1, left + heat_map.width, top + heat_map.height), outline=FAINT)
     sheet.save(path, "PNG", optimize=True)
 
@@ -202,23 +202,23 @@ def _write_sheet(
     legend: bool = False,
 ) -> None:
     """Write tiles of one size in a grid, each with its lines of text, under a title, a note and the heat's colours."""
-    from PIL import Image, ImageDraw, ImageFont
+    from PIL import Image, ImageDraw
 
     columns = max(1, min(columns, len(tiles)))
     rows = -(-len(tiles) // columns)
-    font, title_font = ImageFont.load_default(TEXT_SIZE), ImageFont.load_default(TITLE_SIZE)
     tile_w, tile_h = tiles[0].size
     cell_w, cell_h = tile_w + GAP, tile_h + LINE * len(captions[0]) + GAP + 2
     top = MARGIN + TITLE_SIZE + 16 + (LINE + 6 if note or legend else 0)
     width, height = columns * cell_w - GAP + 2 * MARGIN, top + rows * cell_h - GAP + MARGIN
     sheet = Image.new("RGB", (width, height), PAPER)
     draw = ImageDraw.Draw(sheet)
-    draw.text((MARGIN, MARGIN), title, INK, title_font)
-    draw.text((MARGIN, MARGIN + TITLE_SIZE + 10), note, FAINT, font)
+    write(draw, (MARGIN, MARGIN), title, INK, TITLE_SIZE)
+    write(draw, (MARGIN, MARGIN + TITLE_SIZE + 10), note, FAINT, TEXT_SIZE)
     if legend:
         x, y = width - MARGIN, MARGIN + TITLE_SIZE + 10
-        draw.text((x, y), "most", FAINT, font, anchor="ra")
-        x -= int(draw.textlength("most", font)) + 8 + 120
+        most, font = lettered("most", TEXT_SIZE)
+        draw.text((x, y), most, FAINT, font, anchor="ra")
+        x -= int(font.getlength(most)) + 8 + 120
         sheet.paste(Image.fromarray(np.tile(heat(np.linspace(0, 1, 120)), (12, 1, 1))), (x, y + 3))
         draw.text((x - 8, y), "no attention", FAINT, font, anchor="ra")
     for i, (tile, lines) in enumerate(zip(tiles, captions, strict=True)):
@@ -228,13 +228,6 @@ def _write_sheet(
             draw.rectangle((x - 3, y - 3, x + tile_w + 2, y + tile_h + 2), outline=RED, width=2)
         for n, (text, colour) in enumerate(lines):
             place = (x + tile_w / 2, y + tile_h + 4 + n * LINE)
-            draw.text(place, _cut(text, cell_w - 2, font), colour, font, anchor="ma")
+            words, font = lettered(text, TEXT_SIZE, cell_w - 2)
+            draw.text(place, words, colour, font, anchor="ma")
     sheet.save(path, "PNG", optimize=True)
-
-
-def _cut(text: str, width: float, font: Any) -> str:
-    """Return a text cut to ``width`` pixels, on one line."""
-    text = " ".join(text.split())[:200]
-    while len(text) > 2 and font.getlength(text) > width:
-        text = text.removesuffix("…")[:-1] + "…"
-    return text
