@@ -698,3 +698,15 @@ def test_layer_norm_of_equal_and_almost_equal_numbers(dtype, width):
             if x is equal:
                 assert (out == 0).all()
         np.testing.assert_allclose(ops.var(x, -1), squares, rtol=30 * digits, atol=0)
+
+
+def test_a_loss_of_many_rows_in_float16():
+    logits = np.zeros((40_000, 10), np.float16)
+    logits[:, 0] = 8  # 8 a row, which add up to far more than float16 holds
+    labels = np.ones(len(logits), np.int64)
+    plain = ops.cross_entropy(mv.tensor(logits, requires_grad=True), labels)
+    with mv.first_order():
+        fast = ops.cross_entropy(mv.tensor(logits, requires_grad=True), labels)
+    for loss in (plain, fast):
+        assert loss.dtype == np.float16
+        assert abs(loss.item() - 8.003) < 0.01

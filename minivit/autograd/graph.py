@@ -141,10 +141,7 @@ class Node:
         return args, out, kept
 
 
-def _no_tensor() -> None:
-    return None
-
-
+_no_tensor = lambda: None
 _HERE = contextlib.nullcontext()
 
 

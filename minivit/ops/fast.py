@@ -351,7 +351,7 @@ def _(g: np.ndarray, kept: Any, needs: Needs) -> Any:
 def _(logits: np.ndarray, target: np.ndarray) -> Any:
     log_p = normalize.log_softmax.forward(logits, -1)
     rows = loss.count_rows(logits.shape)
-    out = np.asarray(np.vecdot(log_p, target).sum() / -rows, logits.dtype)
+    out = np.asarray(wide(np.vecdot(log_p, target)).sum() / -rows, logits.dtype)
     p = np.exp(log_p, out=log_p)
     p *= target.sum(axis=-1, keepdims=True)
     p -= target

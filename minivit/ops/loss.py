@@ -13,7 +13,7 @@ from minivit.backend import Array, array_module, device_of, is_array, on_device_
 from minivit.errors import ConfigError, DataError, DTypeError, ShapeError
 from minivit.ops.convert import convert
 from minivit.ops.normalize import log_softmax, softmax
-from minivit.ops.reduce import sum
+from minivit.ops.reduce import narrow, sum, wide
 
 
 def cross_entropy(logits: Any, labels: Any, smoothing: float = 0.0) -> Any:
@@ -78,7 +78,7 @@ def check_labels(labels: Array, classes: int) -> None:
 
 @op(save=("logits", "target"))
 def _cross_entropy(logits: Array, target: Array) -> Array:
-    return (log_softmax(logits) * target).sum() / -count_rows(logits.shape)
+    return narrow(wide(log_softmax(logits) * target).sum() / -count_rows(logits.shape), logits)
 
 
 @_cross_entropy.vjp
