@@ -413,6 +413,8 @@ class _Part:
         if method == "auto" and self.is_analytic is None:
             return self.judge("central", rtol, atol, whole, zero=False)  # the complex step alone proves no fault
         excess = abs(self.analytic - numeric) - atol
+        if how == "complex" and excess > 0.1 * scale and self.agrees():
+            return result(numeric, scale)  # wrong: rounding cannot do that where a difference confirms the step
         own, of_step = self.shaken(EPSILON, how, excess)
         noise = DOUBT * (own + of_step + noise)
         if excess > allowed * scale + noise:
@@ -425,7 +427,7 @@ class _Part:
         """Return the derivative that is natural here if both derivatives are zero beside it, else 0.
 
         They are if rounding made them: they are small beside that of a function of this size with an argument of this
-        size, and, if not 0, a change of the 8th digit of what goes in makes other numbers of them. A derivative that is
+        size, and, if not 0, a change of the 6th digit of what goes in makes other numbers of them. A derivative that is
         only small keeps its first digits then.
         """
         try:
@@ -435,7 +437,7 @@ class _Part:
         natural = max(self.problem.natural, around if math.isfinite(around) else 0.0) / self.size
         if max(self.terms, abs(numeric)) > ZERO * natural:
             return 0.0
-        own, of_step = self.shaken(1e-8, how)
+        own, of_step = self.shaken(1e-6, how)
         made = self.terms <= DOUBT * own and abs(self.analytic - numeric) <= DOUBT * (own + of_step + noise)
         return natural if made else 0.0
 

@@ -60,9 +60,8 @@ def check_operations(order: int, seed: int) -> int:
                 faults.append(f"{sample}: {error}")
                 continue  # the true gradient is not known: neither are its mutants
             with np.errstate(all="ignore"):  # a wrong gradient may well divide by zero
-                verdict = check_mutants(
-                    sample.function, arguments, seed, SCALES if sample is samples[0] else SCALES[:1]
-                )
+                scales = SCALES if sample is samples[0] else SCALES[:1]
+                verdict = check_mutants(sample.function, arguments, seed, scales)
             killed, total = killed + verdict.killed, total + verdict.total
             faults += [f"{sample}: this wrong gradient was not found: {survivor}" for survivor in verdict.survivors]
         errors = [max((c.error for c in checks if c.order == o), default=None) for o in orders]
