@@ -41,6 +41,10 @@ class GradientError(MinivitError, AssertionError):
     """A gradient that a check has shown to be wrong."""
 
 
+class UndecidedError(MinivitError, ArithmeticError):
+    """Rounding hides whether a gradient is right."""
+
+
 class NonFiniteError(MinivitError, ArithmeticError):
     """NaN or infinity where a finite number is needed."""
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 
 import numpy as np
 import pytest
 
 import minivit as mv
-from minivit.autograd.mutate import Verdict, check_mutants, check_op, mutants
+from minivit import ops
+from minivit.autograd.check import judged
+from minivit.autograd.mutate import SCALES, Verdict, check_mutants, check_op, mutants, refuses
 from minivit.autograd.op import OPS
-from minivit.errors import GradientError
+from minivit.errors import GradientError, UndecidedError
 from minivit.ops.samples import SAMPLES
 
 counted: Counter[str] = Counter()
@@ -19,8 +22,8 @@ killed: Counter[str] = Counter()
 
 @pytest.mark.parametrize("name", sorted(OPS))
 def test_every_mutant_is_killed(name):
-    for sample in (s for s in SAMPLES if s.op == name):
-        verdict = check_mutants(sample.function, sample.build())
+    for i, sample in enumerate(s for s in SAMPLES if s.op == name):
+        verdict = check_mutants(sample.function, sample.build(), scales=SCALES if i == 0 else SCALES[:1])
         assert not verdict.survivors, f"{sample}: the check accepts {verdict.survivors}"
         killed[name] += verdict.killed
         counted[name] += verdict.total
@@ -34,7 +37,7 @@ def test_the_number_of_mutants(capsys):
     with capsys.disabled():
         print(f"\nmutants killed: {killed.total()} of {counted.total()}, in {len(counted)} operations; ", end="")
         print(f"fewest {counted[fewest]} ({fewest})")
-    assert counted.total() > 2000
+    assert counted.total() > 6000
 
 
 def row(name: str, label: str):
@@ -46,6 +49,8 @@ def row(name: str, label: str):
     [
         "gradient 0 1% too large",
         "gradient 1 zero",
+        "gradient 2 a millionth",
+        "gradient 0 a million times too large",
         "gradient 0 the sign flipped",
         "gradient 0 transposed",
         "gradient 1 shifted along the second axis",
@@ -64,8 +69,10 @@ def test_attention_has_the_mutants_that_it_should(change):
     found = [m for description, m in mutants(sample.function, sample.build()) if change in description]
     assert len(found) == 1
     for mutated in found:
-        with mutated, pytest.raises(GradientError):
-            check_op(sample.function, sample.build())
+        with mutated:
+            for scale in SCALES:
+                with pytest.raises(GradientError):
+                    check_op(sample.function, sample.build(), scale=scale)
     check_op(sample.function, sample.build())  # and the operation is itself again
 
 
@@ -80,7 +87,34 @@ def test_what_changes_nothing_is_not_counted():
     assert check_mutants(OPS["neg"], [x.data]).total < check_mutants(OPS["neg"], [np.ones((3, 3))]).total
 
 
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize(("name", "label"), [("mul", "broadcast both ways"), ("softmax", "the last axis")])
+def test_differences_alone_refuse_every_mutant_on_every_scale(name, label, scale, monkeypatch):
+    central = functools.partial(judged, method="central")
+    monkeypatch.setattr("minivit.autograd.mutate.judged", central)
+    sample = row(name, label)
+    assert mv.check_grads(sample.function, sample.build(), method="central").passed
+    verdict = check_mutants(sample.function, sample.build(), scales=[scale])
+    assert verdict.total > 20 and not verdict.survivors
+
+
+def test_on_every_scale_the_gradients_are_that_large():
+    for scale in SCALES:
+        report = check_op(OPS["exp"], [np.ones(3)], scale=scale)
+        assert report.checks[0].analytic == pytest.approx(scale * check_op(OPS["exp"], [np.ones(3)]).checks[0].analytic)
+
+
+def test_refusing_is_not_being_undecided():
+    def steps(x: mv.Tensor) -> mv.Tensor:
+        return ops.maximum(x, 1.0)  # at its kink
+
+    with pytest.raises(UndecidedError):
+        mv.check_grads(steps, [np.ones(3)], order=1)
+    assert not refuses(steps, [np.ones(3)], seed=0)
+
+
 def test_a_blind_check_would_be_found_out(monkeypatch):
-    monkeypatch.setattr("minivit.autograd.mutate.check_op", lambda op, args, seed: None)  # accepts everything
+    monkeypatch.setattr("minivit.autograd.mutate.refuses", lambda fn, arrays, seed: False)  # accepts everything
     verdict = check_mutants(OPS["exp"], [np.ones(3)])
-    assert isinstance(verdict, Verdict) and verdict.killed == 0 and len(verdict.survivors) == verdict.total > 3
+    assert isinstance(verdict, Verdict) and verdict.killed == 0 and len(verdict.survivors) == verdict.total > 9
+    assert {s.partition(", scale ")[2] for s in verdict.survivors} == {"", "1e-06", "1e+06"}

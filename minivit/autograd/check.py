@@ -3,17 +3,26 @@
 Every argument is moved along a random direction and the change of the output, weighed with a random cotangent, is held
 against the gradient. Where the function is analytic the derivative comes from a complex step, f(x + ih·v) with
 h = 1e-20: nothing is subtracted, so it is exact to the last bits (Squire and Trapp 1998, "Using complex variables to
-estimate derivatives of real functions", SIAM Review 40(1)). Elsewhere it comes from a central difference.
+estimate derivatives of real functions", SIAM Review 40(1)). Elsewhere it comes from a central difference. A function
+that is not analytic still gives a number for a complex step, a wrong one: a difference has to confirm it, roughly.
 
 The cotangent is random for a reason: seeded with ones, the true gradient of a softmax is zero, and so are many wrong
 ones.
+
+Steps follow the size of the argument, and an error is relative to the derivative that is checked, never to a fixed
+number: a gradient of 1e-9 is checked as sharply as one of 1e9. What rounding leaves in doubt is measured then, by other
+steps and by changes in the last bits of all that goes in: an error that it explains is not blamed on the gradient, and
+does not pass either, unless the derivative is zero to rounding.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import inspect
+import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,12 +32,32 @@ from minivit.autograd.graph import no_grad
 from minivit.autograd.tensor import Tensor, tensor
 from minivit.autograd.tensor import grad_or_zeros as grad
 from minivit.backend import Key, is_array, normal, random_bits
-from minivit.errors import ConfigError, DTypeError, GradientError, GraphError
+from minivit.errors import ConfigError, DTypeError, GradientError, GraphError, NonFiniteError, UndecidedError
+
+__tracebackhide__ = True  # pytest then ends its traceback at the line that called the check
 
 COMPLEX_STEP = 1e-20
-DIFFERENCE_STEP = 1e-5
+"""The complex step, as a share of the argument's size."""
+
+NEAR_STEPS = (-5, -6, -4, -7, -3)
+"""Exponents of ten: steps of a central difference, as shares of the argument's size, in the order of trying."""
+
+LEAST_STEP = -10
+
 TOLERANCE = {("complex", 1): 1e-12, ("complex", 2): 1e-12, ("central", 1): 1e-7, ("central", 2): 1e-6}
 """Largest relative error allowed, by method and order."""
+
+ZERO = 1e-7
+"""Rounding that leaves a derivative in doubt may be at most this much of the function's size over its argument's."""
+
+DOUBT = 10.0
+"""An error counts as one when it is this many times the noise that was measured."""
+
+DECADES = 6
+"""Entries of an argument whose sizes lie more decades apart are moved apart, each group by steps of its own size."""
+
+EPSILON = float(np.finfo(np.float64).eps)
+SMALLEST = 1e-270  # of an argument: its complex step must be a number
 
 
 @dataclass(frozen=True)
@@ -77,7 +106,13 @@ class GradientReport:
 
 
 def check_grads(
-    fn: Callable[..., Tensor], args: Sequence[Any], order: int = 2, method: str = "auto", seed: int = 0
+    fn: Callable[..., Tensor],
+    args: Sequence[Any],
+    order: int = 2,
+    method: str = "auto",
+    seed: int = 0,
+    rtol: float | None = None,
+    atol: float | None = None,
 ) -> GradientReport:
     """Check the gradient of ``fn`` in every floating argument; raise GradientError if one is wrong.
 
@@ -85,6 +120,14 @@ def check_grads(
     hold floating numbers are checked, as float64, the others are passed on as they are. ``order=2`` also checks the
     gradient of the gradient, in the arguments and in the cotangent. ``method`` is ``"complex"``, ``"central"`` or
     ``"auto"``: the complex step, and the central difference where ``fn`` turns out not to be analytic.
+
+    A derivative along a random direction (standard normal, as is the cotangent) may be off by
+    ``rtol·|derivative| + atol``. By default ``rtol`` is 1e-12 for the complex step and 1e-7 (order 2: 1e-6) for the
+    central difference, and ``atol`` 0.
+
+    Raises GradientError where a gradient is wrong, UndecidedError where rounding hides whether it is, NonFiniteError
+    for NaN or infinity, ConfigError for a function that does not repeat itself, GraphError for a gradient that cannot
+    be differentiated again.
     """
     leaves: dict[str, Tensor] = {}
     values, names = list(args), _argument_names(fn, len(args))
@@ -94,15 +137,23 @@ def check_grads(
             values[i] = leaves[names[i]] = tensor(np.array(data, np.float64), requires_grad=True)
     if not leaves:
         raise GraphError("check_grads: no argument holds floating numbers", "pass float arrays")
-    return _check(lambda: fn(*values), leaves, order, method, seed)
+    return _check(lambda: fn(*values), leaves, order, method, seed, rtol, atol)
 
 
-def check_module(module: Any, *inputs: Any, order: int = 1, method: str = "auto", seed: int = 0) -> GradientReport:
+def check_module(
+    module: Any,
+    *inputs: Any,
+    order: int = 1,
+    method: str = "auto",
+    seed: int = 0,
+    rtol: float | None = None,
+    atol: float | None = None,
+) -> GradientReport:
     """Check the gradient of ``module(*inputs)`` in every unfrozen parameter; raise GradientError if one is wrong.
 
     The module must be float64 (``module.to(np.float64)``) and must give equal outputs for equal inputs: call
     ``eval()``, or fix the random key inside. Parameters that are all zero, like a fresh head, hide what lies before
-    them: give them other values first.
+    them: give them other values first. Settings and errors are those of :func:`check_grads`.
     """
     leaves = {name: p for name, p in module.named_parameters() if p.requires_grad}
     if not leaves:
@@ -110,7 +161,7 @@ def check_module(module: Any, *inputs: Any, order: int = 1, method: str = "auto"
     for name, p in leaves.items():
         if p.dtype != np.float64:
             raise DTypeError(f"check_module: {name} is {p.dtype}", "check in float64: module.to(np.float64)")
-    return _check(lambda: module(*inputs), leaves, order, method, seed)
+    return _check(lambda: module(*inputs), leaves, order, method, seed, rtol, atol)
 
 
 def _argument_names(fn: Callable[..., Any], count: int) -> list[str]:
@@ -127,107 +178,149 @@ def _argument_names(fn: Callable[..., Any], count: int) -> list[str]:
 
 
 def _check(
-    fn: Callable[[], Tensor], leaves: Mapping[str, Tensor], order: int, method: str, seed: int
+    fn: Callable[[], Tensor],
+    leaves: Mapping[str, Tensor],
+    order: int,
+    method: str,
+    seed: int,
+    rtol: float | None,
+    atol: float | None,
 ) -> GradientReport:
+    report = GradientReport()
+    for problem, leaf, check in judged(fn, leaves, order, method, seed, rtol, atol):
+        report.checks.append(check)
+        if not check.passed:
+            problem.repeat()  # blame nobody for a function that changes from call to call
+            raise GradientError(
+                f"wrong gradient of order {check.order} for {check.name} {leaf.shape}: along a random direction it "
+                f"gives {check.analytic:.12g}, the {check.method} step {check.numeric:.12g} "
+                f"(relative error {check.error:.1e}, allowed {check.tolerance:.0e}); {problem.locate(leaf, check)}",
+                "mend the gradient under that operation's forward; to narrow it down, check its parts alone",
+            )
+    return report
+
+
+def judged(
+    fn: Callable[[], Tensor],
+    leaves: Mapping[str, Tensor],
+    order: int = 2,
+    method: str = "auto",
+    seed: int = 0,
+    rtol: float | None = None,
+    atol: float | None = None,
+) -> Iterator[tuple[_First, Tensor, Check]]:
+    """Yield (what is differentiated, the argument, its check) for every order and argument, passed or not."""
     if method not in ("auto", "complex", "central") or order not in (1, 2):
         raise ConfigError(f"method={method!r}, order={order}", "method is auto, complex or central; order 1 or 2")
+    for name, value in {"rtol": rtol, "atol": atol}.items():
+        if value is not None and not 0.0 <= value < math.inf:
+            raise ConfigError(f"{name}={value!r}", f"{name} is a number from 0 up, or None for the built-in tolerance")
+    for name, leaf in leaves.items():
+        _finite(leaf.numpy(), f"the argument {name}", "check at finite numbers")
     key = Key(seed, stream=0xC4EC)
-    report = GradientReport()
     for k in range(1, order + 1):
         problem = _First(fn, leaves, key) if k == 1 else _Second(fn, leaves, key)
         for i, (name, leaf) in enumerate(problem.leaves.items()):
             direction = normal(key.child(1000 + i), leaf.shape)
-            check = problem.check(name, leaf, direction, method)
-            report.checks.append(check)
-            if not check.passed:
-                raise GradientError(
-                    f"wrong gradient of order {k} for {name} {leaf.shape}: along a random direction it gives "
-                    f"{check.analytic:.12g}, the {check.method} step {check.numeric:.12g} "
-                    f"(relative error {check.error:.1e}, allowed {check.tolerance:.0e}); {problem.locate(leaf, check)}",
-                    "mend the gradient under that operation's forward; to narrow it down, check its parts alone",
-                )
-    return report
+            try:
+                check = problem.check(name, direction, method, rtol, atol or 0.0)
+            except UndecidedError:
+                problem.repeat()
+                raise
+            yield problem, leaf, check
 
 
 class _First:
-    """Order 1: the scalar s = Σ cotangent · fn() and its gradient in every leaf."""
+    """Order 1: the scalar s = Σ weight · fn() and its gradient in every leaf."""
 
     order = 1
 
     def __init__(self, fn: Callable[[], Tensor], leaves: Mapping[str, Tensor], key: Key) -> None:
         self.fn, self.leaves = fn, dict(leaves)
-        output = fn()
+        with np.errstate(all="ignore"):  # what is not finite is said below
+            output = fn()
         if not isinstance(output, Tensor):
             raise GraphError(f"the function to check returned {type(output).__name__}", "return one Tensor")
-        self.cotangent = normal(key.child(1), output.shape)
-        self.norm = float(np.linalg.norm(self.cotangent))
-        self.gradients = self._gradients(output)
+        _finite(output.numpy(), "the output of the function to check", "choose arguments at which it is finite")
+        self.output = output.numpy()
+        self.gradients: dict[str, np.ndarray] = {}
+        self.repeat()
+        self.prepare(output, key)
+        with np.errstate(all="ignore"):
+            self.gradients = self.differentiate()
+        for name, g in self.gradients.items():
+            _finite(
+                g,
+                f"the function is finite, but its gradient of order {self.order} for {name}",
+                "keep away from points where there is no derivative (√x at 0), or mend the gradient",
+            )
+        self.here = self.terms()
+        self.natural = float(np.abs(self.here).sum())  # the size that s has, or would have if it were not zero
 
-    def _gradients(self, output: Tensor) -> dict[str, np.ndarray]:
-        return dict(zip(self.leaves, _values(grad(output, list(self.leaves.values()), self.cotangent)), strict=True))
+    def prepare(self, output: Tensor, key: Key) -> None:
+        """Draw the weights."""
+        self.weights = [normal(key.child(1), output.shape)]
 
-    def scalar(self) -> complex:
-        """Return s with the leaves as they are now."""
+    def repeat(self) -> None:
+        """Raise unless the function, and its gradient if known, come out as before (but for the last bits)."""
         with no_grad():
-            return (self.fn().data * self.cotangent).sum()
+            again = self.fn().numpy()
+        gradients = self.differentiate() if self.gradients else {}
+        if not (_close(again, self.output) and all(_close(g, self.gradients[n]) for n, g in gradients.items())):
+            raise ConfigError(
+                "the function to check gives another result each time it is called with the same arguments",
+                "take the randomness out: module.eval(), or the same random key in every call; and let it keep no "
+                "state from call to call",
+            )
 
-    def check(self, name: str, leaf: Tensor, direction: np.ndarray, method: str) -> Check:
-        """Return the check of one leaf along ``direction``."""
-        products = self.gradients[name] * direction
-        analytic = float(products.sum())
-        # an error is relative to the sum's terms, not to a sum that may cancel, nor to a gradient that is truly zero
-        floor = max(float(np.abs(products).sum()), 1e-3 * self.norm * float(np.linalg.norm(direction)), 1e-300)
+    def differentiate(self) -> dict[str, np.ndarray]:
+        """Return the gradient of s in every leaf."""
+        gradients = grad(self.fn(), list(self.leaves.values()), self.weights[0])
+        return {name: g.numpy() for name, g in zip(self.leaves, gradients, strict=True)}
 
-        def result(numeric: float, how: str) -> Check:
-            error = abs(analytic - numeric) / max(floor, abs(numeric))
-            return Check(name, self.order, how, analytic, numeric, error, TOLERANCE[how, self.order])
+    def terms(self) -> np.ndarray:
+        """Return the terms of s, with the leaves as they are now."""
+        with no_grad():
+            return np.ravel(self.fn().data * self.weights[0])
 
-        if method == "central":
-            return result(self.central(leaf, direction), "central")
-        numeric = self.complex(leaf, direction)
-        exact = result(numeric, "complex") if numeric is not None else None
-        if exact is not None and (exact.passed or method == "complex"):
-            return exact
-        if method == "complex":
-            raise GradientError(f"{name}: the function cannot run on complex numbers", 'use method="central"')
-        central = result(self.central(leaf, direction), "central")
-        # the complex step's verdict stands, unless the difference shows that the function is not analytic
-        agree = exact is not None and abs(exact.numeric - central.numeric) <= 1e-5 * max(floor, abs(central.numeric))
-        return exact if agree and exact is not None else central
+    # ---- the verdict ----
 
-    def complex(self, leaf: Tensor, direction: np.ndarray) -> float | None:
-        """Return ds/dh by a complex step, or None if the function cannot run on complex numbers."""
-        with _Moved(self.leaves, leaf, 1j * COMPLEX_STEP * direction), warnings.catch_warnings():
-            warnings.simplefilter("error", np.exceptions.ComplexWarning)  # an imaginary part thrown away
-            try:
-                return float(np.imag(self.scalar()) / COMPLEX_STEP)
-            except (TypeError, np.exceptions.ComplexWarning):
-                return None
+    def check(self, name: str, direction: np.ndarray, method: str, rtol: float | None, atol: float) -> Check:
+        """Return the check of one leaf along ``direction``: the worst, if its entries are of very different sizes."""
+        leaf = self.leaves[name].numpy()
+        whole = float(np.abs(self.gradients[name] * direction).sum())
+        parts = [_Part(self, name, direction * entries, size, self.gradients) for entries, size in _alike(leaf)]
+        if method != "central" and not all(part.takes_complex(method) for part in parts):
+            method = "central"
+        checks = [part.judge(method, rtol, atol, whole) for part in parts]
+        return max(checks, key=lambda c: (not c.passed, c.error))
 
-    def central(self, leaf: Tensor, direction: np.ndarray) -> float:
-        """Return ds/dh by a central difference."""
-        with _Moved(self.leaves, leaf, DIFFERENCE_STEP * direction):
-            up = self.scalar()
-        with _Moved(self.leaves, leaf, -DIFFERENCE_STEP * direction):
-            down = self.scalar()
-        return float(np.real(up - down) / (2 * DIFFERENCE_STEP))
+    def moved(self, leaf: Tensor, step: np.ndarray) -> np.ndarray:
+        """Return the terms of s with one leaf moved by ``step``."""
+        with _holding({leaf: np.asarray(leaf.data + step)}), np.errstate(all="ignore"):
+            return self.terms()
 
     def locate(self, leaf: Tensor, check: Check) -> str:
         """Name the entry of the gradient that is farthest off (of 256 entries, if there are more)."""
-        name = next(n for n, x in self.leaves.items() if x is leaf)
         some = np.arange(leaf.size)
         if leaf.size > 256:
             some = np.unique(random_bits(Key(0), (256,)) % leaf.size)
         worst, text = -1.0, ""
-        for i in some:
-            unit = np.zeros(leaf.shape)
-            unit.reshape(-1)[i] = 1.0
-            numeric = self.complex(leaf, unit) if check.method == "complex" else self.central(leaf, unit)
-            analytic = float(self.gradients[name].reshape(-1)[i])
-            off = abs(analytic - (numeric if numeric is not None else np.nan))
-            if not off <= worst:
-                index = tuple(int(j) for j in np.unravel_index(i, leaf.shape))
-                worst, text = off, f"worst entry {list(index)}: {analytic:.12g}, should be {numeric:.12g}"
+        for entries, size in _alike(leaf.numpy()):
+            step = None
+            for i in some[entries.reshape(-1)[some]]:
+                unit = np.zeros(leaf.shape)
+                unit.reshape(-1)[i] = 1.0
+                part = _Part(self, check.name, unit, size, self.gradients)
+                numeric = part.stepped if check.method == "complex" else None
+                if check.method == "central":
+                    step = part.best()[2] if step is None else step  # what is best for one is good for the others
+                    numeric = part.values[step] if part.compute(step) else None
+                numeric = math.nan if numeric is None else numeric
+                off = abs(part.analytic - numeric)
+                if not off <= worst:
+                    index = tuple(int(j) for j in np.unravel_index(i, leaf.shape))
+                    worst, text = off, f"worst entry {list(index)}: {part.analytic:.12g}, should be {numeric:.12g}"
         return text
 
 
@@ -237,45 +330,334 @@ class _Second(_First):
     order = 2
 
     def __init__(self, fn: Callable[[], Tensor], leaves: Mapping[str, Tensor], key: Key) -> None:
-        self.inner = list(leaves.values())
-        output = fn()
+        super().__init__(fn, leaves, key)
+        size = float(np.abs(self.output * self.seed.numpy()).sum())
+        self.natural = max([self.natural, *[size / part for x in self.inner for _, part in _alike(x.numpy())]])
+
+    def prepare(self, output: Tensor, key: Key) -> None:
+        """Draw the weights, and make the cotangent a leaf."""
+        self.inner = list(self.leaves.values())
         self.seed = tensor(normal(key.child(1), output.shape), requires_grad=True)
         self.weights = [normal(key.child(2).child(i), x.shape) for i, x in enumerate(self.inner)]
-        self.fn, self.leaves = fn, {**leaves, "the cotangent": self.seed}
-        self.norm = float(np.sqrt(sum(float((w * w).sum()) for w in self.weights)))
-        firsts = grad(output, self.inner, self.seed, create_graph=True)
+        self.leaves["the cotangent"] = self.seed
+
+    def differentiate(self) -> dict[str, np.ndarray]:
+        """Return the gradient of s in every leaf and in the cotangent."""
+        output = self.fn()
+        try:
+            firsts = grad(output, self.inner, self.seed, create_graph=True)
+        except GraphError as error:
+            raise error.with_traceback(
+                None
+            ) from error.__cause__  # the walk back is none of the reader's business, the cause is
         s: Any = sum((g * w).sum() for g, w in zip(firsts, self.weights, strict=True))
-        if s.requires_grad:
-            self.gradients = dict(zip(self.leaves, _values(grad(s, list(self.leaves.values()))), strict=True))
-        else:
-            self.gradients = {n: np.zeros(x.shape) for n, x in self.leaves.items()}
+        if not s.requires_grad:
+            return {name: np.zeros(x.shape) for name, x in self.leaves.items()}
+        gradients = grad(s, list(self.leaves.values()))
+        return {name: g.numpy() for name, g in zip(self.leaves, gradients, strict=True)}
 
-    def scalar(self) -> complex:
-        """Return s with the leaves and the cotangent as they are now."""
+    def terms(self) -> np.ndarray:
+        """Return the terms of s, with the leaves and the cotangent as they are now."""
         firsts = grad(self.fn(), self.inner, self.seed.data)
-        return sum((g.data * w).sum() for g, w in zip(firsts, self.weights, strict=True))
+        return np.concatenate([np.ravel(g.data * w) for g, w in zip(firsts, self.weights, strict=True)])
 
 
-class _Moved:
-    """Holds one leaf moved by ``step``; if that is complex, all leaves are complex meanwhile."""
-
-    def __init__(self, leaves: Mapping[str, Tensor], leaf: Tensor, step: np.ndarray) -> None:
-        self.leaves, self.leaf, self.step = list(leaves.values()), leaf, np.asarray(step)
-
-    def __enter__(self) -> None:
-        self.before = [(x, x.data) for x in self.leaves]
-        for x in self.leaves:
-            self._set(x, x.data.astype(self.step.dtype) + (self.step if x is self.leaf else 0))
-
-    def __exit__(self, *_: Any) -> None:
-        for x, data in self.before:
-            self._set(x, data)
-
-    def _set(self, x: Tensor, data: np.ndarray) -> None:
-        x.data = np.asarray(data)
-        x.requires_grad = False  # a new leaf node, with the new dtype
-        x.requires_grad = True
+# ---- a derivative along a direction ----------------------------------------------------------------------------------
 
 
-def _values(gradients: Sequence[Tensor]) -> list[np.ndarray]:
-    return [g.numpy() for g in gradients]
+class _Part:
+    """Entries of one leaf that move together along ``direction``: what their gradient says of s, and what s does.
+
+    ``size`` is the size of these entries. The numerical derivatives are a complex step and central differences,
+    D(h) = (s(x + h·v) - s(x - h·v)) / 2h; they are computed when asked for.
+    """
+
+    def __init__(
+        self, problem: _First, name: str, direction: np.ndarray, size: float, gradients: Mapping[str, np.ndarray]
+    ) -> None:
+        self.problem, self.name, self.direction, self.size = problem, name, direction, size
+        self.leaf, self.here = problem.leaves[name], problem.here
+        products = gradients[name] * direction
+        self.analytic, self.terms = float(products.sum()), float(np.abs(products).sum())
+        self.values: dict[int, float] = {}  # D by the exponent of its step, h = 10ᵏ · size
+        self.changed: dict[int, np.ndarray] = {}  # which terms of s the step changes
+
+    # ---- the verdict ----
+
+    def judge(self, method: str, rtol: float | None, atol: float, whole: float, zero: bool = True) -> Check:
+        """Return the check; ``whole`` is the sum that these entries' terms belong to, ``zero``: it may be zero."""
+        how = "central" if method == "central" else "complex"
+        allowed = TOLERANCE[how, self.problem.order] if rtol is None else rtol
+
+        def result(value: float, scale: float) -> Check:
+            error = max(abs(self.analytic - value) - atol, 0.0)
+            error = error / scale if error else 0.0
+            return Check(self.name, self.problem.order, how, self.analytic, value, error, allowed)
+
+        # an error is relative to the sum's terms, not to a sum that may cancel
+        if how == "central":
+            close = self.near(self.analytic, allowed, atol)
+            if close is not None:
+                return result(close, max(self.terms, abs(close)))
+            numeric, noise, _ = self.best()
+        else:
+            assert self.stepped is not None
+            numeric, noise = self.stepped, 0.0
+        scale = max(self.terms, abs(numeric))
+        check = result(numeric, scale)
+        if check.passed and noise <= allowed * scale + atol:
+            return check
+        if zero and (natural := self.zero(how, numeric, noise)):
+            check = result(numeric, natural)
+            if check.passed:
+                return check
+        if method == "auto" and self.is_analytic is None:
+            return self.judge("central", rtol, atol, whole, zero=False)  # the complex step alone proves no fault
+        excess = abs(self.analytic - numeric) - atol
+        if how == "complex" and excess > 0.1 * scale and self.agrees():
+            return result(numeric, scale)  # wrong: rounding cannot do that where a difference confirms the step
+        own, of_step = self.shaken(EPSILON, how, excess)
+        noise = DOUBT * (own + of_step + noise)
+        if excess > allowed * scale + noise:
+            return result(numeric, scale)  # wrong
+        if max(excess, noise) <= allowed * whole:
+            return result(numeric, whole)  # too small a part of the argument's derivative to count
+        raise self.undecided(check, noise)
+
+    def zero(self, how: str, numeric: float, noise: float) -> float:
+        """Return the derivative that is natural here if both derivatives are zero beside it, else 0.
+
+        They are if rounding made them: they are small beside that of a function of this size with an argument of this
+        size, and, if not 0, a change of the 6th digit of what goes in makes other numbers of them. A derivative that is
+        only small keeps its first digits then.
+        """
+        try:
+            around = float(np.abs(self.problem.moved(self.leaf, self.size * self.direction)).sum())
+        except (ArithmeticError, ValueError):  # the function refuses what lies so far away
+            around = math.nan
+        natural = max(self.problem.natural, around if math.isfinite(around) else 0.0) / self.size
+        if max(self.terms, abs(numeric)) > ZERO * natural:
+            return 0.0
+        own, of_step = self.shaken(1e-6, how)
+        made = self.terms <= DOUBT * own and abs(self.analytic - numeric) <= DOUBT * (own + of_step + noise)
+        return natural if made else 0.0
+
+    def shaken(self, by: float, how: str, excess: float = 0.0) -> tuple[float, float]:
+        """Return how much the gradient's derivative, and the complex step's, change if all that goes in does ``by``.
+
+        Of five changes the largest; of one, if that leaves no doubt about an ``excess``.
+        """
+        problem, own, of_step = self.problem, 0.0, 0.0
+        weights = problem.weights
+        for j in range(5):
+            key = Key(j, stream=0x0B17)
+            moved = {x: _nudged(x.data, by, key.child(i)) for i, x in enumerate(problem.leaves.values())}
+            problem.weights = [_nudged(w, by, key.child(1000 + i)) for i, w in enumerate(weights)]
+            direction = _nudged(self.direction, by, key.child(2000))
+            with _holding(moved):
+                again = _Part(problem, self.name, direction, self.size, problem.differentiate())
+                own = max(own, abs(again.analytic - self.analytic))
+                if how == "complex" and again.stepped is not None and self.stepped is not None:
+                    of_step = max(of_step, abs(again.stepped - self.stepped))
+            problem.weights = weights
+            if excess > 1e3 * DOUBT * (own + of_step):
+                break
+        return own, of_step
+
+    def undecided(self, check: Check, noise: float) -> UndecidedError:
+        """Return the error for a gradient of which rounding hides whether it is right."""
+        derivative = max(abs(check.analytic), abs(check.numeric))
+        return UndecidedError(
+            f"cannot tell whether the gradient of order {check.order} for {check.name} {self.leaf.shape} is right: "
+            f"along a random direction it gives {check.analytic:.12g}, the {check.method} step {check.numeric:.12g}; "
+            f"an error of {check.tolerance:.0e} · {derivative:.1e} is allowed, but rounding alone may make {noise:.1e}",
+            "check at arguments where the function changes more or cancels less, and off its kinks; or allow as much: "
+            f"rtol={_up(noise / derivative)} or atol={_up(noise)}",
+        )
+
+    # ---- the complex step ----
+
+    @functools.cached_property
+    def stepped(self) -> float | None:
+        """ds/dh by a complex step, or None if the function cannot run on complex numbers."""
+        h = COMPLEX_STEP * self.size
+        moved = {x: x.data.astype(np.complex128) for x in self.problem.leaves.values()}
+        moved[self.leaf] = np.asarray(moved[self.leaf] + 1j * h * self.direction)
+        with _holding(moved), np.errstate(all="ignore"), warnings.catch_warnings():
+            warnings.simplefilter("error", np.exceptions.ComplexWarning)  # an imaginary part thrown away
+            try:
+                value = float(np.imag(self.problem.terms()).sum() / h)
+            except (TypeError, np.exceptions.ComplexWarning):
+                return None
+        return value if math.isfinite(value) else None
+
+    def takes_complex(self, method: str) -> bool:
+        """Return whether differences leave the complex step standing; raise if ``method`` allows no other."""
+        if self.stepped is None:
+            what = "the function cannot run on complex numbers"
+        elif self.is_analytic is False:
+            what = f"the complex step gives {self.stepped:.12g}, differences {self.best()[0]:.12g}: it is not analytic"
+        else:
+            return True
+        if method == "complex":
+            raise GradientError(f"{self.name}: {what}", 'use method="central"')
+        return False
+
+    @functools.cached_property
+    def is_analytic(self) -> bool | None:
+        """Whether the function is analytic, as differences that agree with the complex step show; None if unknown."""
+        if self.agrees() or self.agrees_beside(1.0, 1e-3):  # it may have a kink just here
+            return True
+        value, noise, _ = self.best()
+        if self.stepped is None or abs(self.stepped - value) > DOUBT * noise:
+            return False
+        # it may change too little just here
+        return self.agrees_beside(1.0, 0.3) or self.agrees_beside(0.1, 0.3) or self.agrees_beside(0.0, 1.0) or None
+
+    def agrees(self) -> bool:
+        """Return whether a difference is equal to the complex step."""
+        if self.stepped is None:
+            return False
+        if self.stepped == 0.0 and all(self.compute(k) and not self.changed[k].any() for k in (-5, -1)):
+            return True
+        return self.near(self.stepped, TOLERANCE["central", self.problem.order]) is not None
+
+    def agrees_beside(self, scale: float, by: float) -> bool:
+        """Return whether one is at arguments ``scale`` times as large, changed at random by this share of them.
+
+        With scale 0 they are standard normal.
+        """
+        moved = {}
+        for i, x in enumerate(self.problem.leaves.values()):
+            noise = normal(Key(i, stream=0x0FF), x.shape)
+            sizes = np.abs(x.data) + np.where(x.data == 0.0, np.abs(x.data).max(initial=0.0) or 1.0, 0.0)
+            moved[x] = np.asarray(scale * (x.data + by * sizes * noise) if scale else noise)
+        size = self.size * scale if scale else 1.0
+        with _holding(moved):
+            part = _Part(self.problem, self.name, self.direction, size, self.problem.gradients)
+            try:
+                part.here = self.problem.moved(self.leaf, 0.0 * self.direction)
+            except (ArithmeticError, ValueError):  # the function refuses them
+                return False
+            return part.agrees()
+
+    # ---- central differences ----
+
+    def compute(self, k: int) -> bool:
+        """Compute D for a step of 10ᵏ · size, and return whether it says anything about the derivative here."""
+        if k not in self.values:
+            h, here = 10.0**k * self.size, self.here
+            try:
+                up, down = (self.problem.moved(self.leaf, step * self.direction) for step in (h, -h))
+            except (ArithmeticError, ValueError):  # the function refuses what lies so far away
+                return False
+            if not up.shape == down.shape == here.shape:
+                return False
+            with np.errstate(all="ignore"):
+                value = float((up - down).sum() / (2.0 * h))
+                bent = float(np.abs(up + down - 2.0 * here).sum()) > 0.1 * float(np.abs(here).sum())
+            if math.isfinite(value) and not (bent and k >= 0):
+                self.values[k], self.changed[k] = value, (up != here) | (down != here)
+        return k in self.values
+
+    def refined(self, k: int) -> float:
+        """Return (100·D(h) - D(10h)) / 99: it has no error in h² (Richardson 1911, doi:10.1098/rsta.1911.0009)."""
+        return self.values[k] + (self.values[k] - self.values[k + 1]) / 99.0
+
+    def near(self, derivative: float, rtol: float, atol: float = 0.0) -> float | None:
+        """Return a difference, of a small step, that is equal to ``derivative`` while rounding is far less."""
+        for k in NEAR_STEPS:
+            if self.compute(k):
+                rounding = EPSILON * float(np.abs(self.here).sum()) / (10.0**k * self.size)
+                refined = [self.refined(i) for i in (k, k - 1) if i in self.values and i + 1 in self.values]
+                for value in [self.values[k], *refined]:
+                    allowed = rtol * max(self.terms, abs(value)) + atol
+                    if abs(derivative - value) <= allowed and DOUBT * rounding <= allowed:
+                        return value
+        return None
+
+    def best(self) -> tuple[float, float, int]:
+        """Return the difference with the least noise, this noise and the exponent of its step.
+
+        Noise is how far two neighbours are apart; to have a meaning, that is little beside them or what rounding does.
+        From afar a function may look flat: a larger step that contradicts a smaller one does not count.
+        """
+        reach = math.ceil(math.log10(max(float(np.abs(self.leaf.data).max(initial=0.0)) / self.size, 1.0)))
+        d = {k: self.values[k] for k in range(LEAST_STEP, reach + 7) if self.compute(k)}
+        changed = np.any([self.changed[k] for k in d], axis=0) if d else False
+        rounding = EPSILON * float(np.abs(self.here).sum(where=changed)) / self.size
+        noise: dict[int, float] = {}
+        for k in (k for k in d if k + 1 in d):
+            apart, least = abs(d[k] - d[k + 1]), rounding / 10.0**k
+            below = abs(d[k - 1] - d[k]) / 10.0 if k - 1 in d else 0.0  # a step of a tenth: ten times the rounding
+            settled = k < -1 or apart <= max(0.1 * abs(d[k]), DOUBT * least)
+            if settled and all(abs(d[k] - d[j]) <= DOUBT * noise[j] for j in noise):
+                noise[k] = max(apart, below, least)
+        if not noise:
+            raise NonFiniteError(
+                f"the function to check is finite, but not around {self.name}: it has no derivative there",
+                "choose arguments inside the function's domain, not on its edge",
+            )
+        k = min(noise, key=lambda k: noise[k])
+        return self.refined(k), noise[k], k
+
+
+# ---- helpers ---------------------------------------------------------------------------------------------------------
+
+
+def _alike(x: np.ndarray) -> list[tuple[np.ndarray, float]]:
+    """Return groups of entries of about the same size: (which entries, their mean size, 1 if all are zero)."""
+    sizes = np.abs(x)
+    some = sizes > 0.0
+    if not some.any():
+        return [(np.ones(x.shape, bool), 1.0)]
+    logs = np.log10(sizes, out=np.full(x.shape, np.log10(sizes.max())), where=some)  # zeros go with the largest
+    groups = (logs.max() - logs) // DECADES
+    parts = [groups == g for g in np.unique(groups)]
+    return [(part, max(float(sizes[part & some].mean()), SMALLEST)) for part in parts]
+
+
+@contextlib.contextmanager
+def _holding(arrays: Mapping[Tensor, np.ndarray]) -> Iterator[None]:
+    """Let these leaves hold other arrays meanwhile."""
+    before = {x: x.data for x in arrays}
+    try:
+        for x, data in arrays.items():
+            _put(x, data)
+        yield
+    finally:
+        for x, data in before.items():
+            _put(x, data)
+
+
+def _put(x: Tensor, data: np.ndarray) -> None:
+    x.data = data
+    x.requires_grad = False  # a new leaf node, with the new dtype
+    x.requires_grad = True
+
+
+def _nudged(x: np.ndarray, by: float, key: Key) -> np.ndarray:
+    """Return ``x`` with a random relative change of each entry, some 2 · ``by``."""
+    return np.asarray(x * (1.0 + 2.0 * by * normal(key, x.shape)))
+
+
+def _finite(x: np.ndarray, what: str, remedy: str) -> None:
+    """Raise NonFiniteError if there is a NaN or infinity in ``x``, and say where."""
+    bad = np.flatnonzero(~np.isfinite(x))
+    if bad.size:
+        index = [int(i) for i in np.unravel_index(bad[0], x.shape)]
+        raise NonFiniteError(
+            f"{what} has {bad.size} of {x.size} entries that are NaN or infinite, the first at {index}: "
+            f"{x.reshape(-1)[bad[0]]}",
+            remedy,
+        )
+
+
+def _close(a: np.ndarray, b: np.ndarray) -> bool:
+    """Return whether two results of one computation are equal, but for the last bits."""
+    return a.shape == b.shape and bool(np.all(np.abs(a - b) <= 1e-10 * np.abs(b).max(initial=0.0)))
+
+
+def _up(x: float) -> str:
+    """Return a power of ten, not less than ``x``."""
+    return f"1e{math.ceil(math.log10(x))}" if x > 0.0 else "0"

@@ -4,7 +4,8 @@ A check that accepts a wrong gradient is worth nothing, and does not tell. So ea
 two ways: what it returns is changed (a sign, a factor, an axis, zeros, another input's gradient, …), and its source is
 (``+`` for ``-``, ``*`` for ``/``, a factor dropped, another constant, another variable, …; DeMillo, Lipton and Sayward
 1978, "Hints on test data selection"). A spoiled gradient that raises, or whose values are the true ones after all,
-is no mutant and is not counted. Every other one must end in a GradientError.
+is no mutant and is not counted. Every other one must be refused, and that also where the operation stands between two
+factors that make its gradients a millionth, or a million times, what they are.
 """
 
 from __future__ import annotations
@@ -15,51 +16,67 @@ import copy
 import functools
 import inspect
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from minivit.autograd.check import GradientReport, check_grads
-from minivit.autograd.op import Op
+from minivit.autograd.check import GradientReport, check_grads, judged
+from minivit.autograd.op import OPS, Op
 from minivit.autograd.tensor import Tensor, tensor
 from minivit.autograd.tensor import grad_or_zeros as grad
 from minivit.backend import Key, is_array, normal
-from minivit.errors import GradientError
+from minivit.errors import GradientError, NonFiniteError, UndecidedError
+
+SCALES = (1.0, 1e-6, 1e6)
+"""How large the gradients are made that are checked, mutants and true ones."""
 
 
 class Verdict(NamedTuple):
-    """How the mutants of one operation fared on one sample."""
+    """How the mutants of one operation fared on one sample, each on every scale."""
 
     killed: int
     total: int
     survivors: list[str]
 
 
-def check_op(op: Op, args: Sequence[Any], order: int = 2, seed: int = 0) -> GradientReport:
-    """Check the gradient of ``op(*args)`` in every array at a differentiable position (see check_grads)."""
-    fn, inputs = _function(op, args)
+def check_op(op: Op, args: Sequence[Any], order: int = 2, seed: int = 0, scale: float = 1.0) -> GradientReport:
+    """Check the gradient of ``op(*args)`` in every array at a differentiable position (see check_grads).
+
+    With a ``scale``, that of √scale · op(√scale · x) at x = arg / √scale: ``scale`` times the gradient.
+    """
+    fn, inputs = _function(op, args, scale)
     return check_grads(fn, inputs, order, seed=seed)
 
 
-def check_mutants(op: Op, args: Sequence[Any], seed: int = 0) -> Verdict:
-    """Let :func:`check_op` judge every mutant of ``op`` on these arguments, and count those that it kills."""
-    truth = list(_gradients(op, args))
+def check_mutants(op: Op, args: Sequence[Any], seed: int = 0, scales: Sequence[float] = SCALES) -> Verdict:
+    """Let the check judge every mutant of ``op`` on these arguments, on every scale; count those that it refuses."""
+    functions = [(scale, *_function(op, args, scale)) for scale in scales]  # made before any mutation
+    truths = [list(_gradients(fn, arrays)) for _, fn, arrays in functions]
     total, survivors = 0, []
     for description, mutated in mutants(op, args):
         with mutated:
-            try:
-                if all(map(_equal, _gradients(op, args), truth)):
+            for (scale, fn, arrays), truth in zip(functions, truths, strict=True):
+                try:
+                    if _equal(_gradients(fn, arrays), truth, scale):
+                        continue
+                except Exception:  # it fails by itself: whatever it is, nobody would take it for a gradient
                     continue
-            except Exception:  # it fails by itself: whatever it is, nobody would take it for a gradient
-                continue
-            total += 1
-            try:
-                check_op(op, args, seed=seed)
-            except GradientError:
-                continue
-        survivors.append(description)
+                total += 1
+                if not refuses(fn, arrays, seed):
+                    survivors.append(description if scale == 1.0 else f"{description}, scale {scale:.0e}")
     return Verdict(total - len(survivors), total, survivors)
+
+
+def refuses(fn: Callable[..., Tensor], arrays: Sequence[np.ndarray], seed: int) -> bool:
+    """Return whether the check finds the gradient of ``fn`` wrong, or NaN; without looking for the entry."""
+    leaves = {str(i): tensor(a, requires_grad=True) for i, a in enumerate(arrays)}
+    try:
+        return not all(check.passed for _, _, check in judged(lambda: fn(*leaves.values()), leaves, seed=seed))
+    except (GradientError, NonFiniteError):
+        return True
+    except UndecidedError:
+        return False
 
 
 def mutants(op: Op, args: Sequence[Any]) -> Iterator[tuple[str, contextlib.AbstractContextManager[None]]]:
@@ -86,25 +103,26 @@ def _positions(op: Op, args: Sequence[Any]) -> list[int]:
     return [i for i in op.input_positions(args) if i < len(args)]
 
 
-def _function(op: Op, args: Sequence[Any]) -> tuple[Callable[..., Tensor], list[Any]]:
-    """Return ``op`` as a function of the arrays at its differentiable positions, and these arrays."""
+def _function(op: Op, args: Sequence[Any], scale: float = 1.0) -> tuple[Callable[..., Tensor], list[Any]]:
+    """Return ``op`` between two factors √scale as a function of the arrays at its inputs, and these arrays / √scale."""
     places = [i for i in _positions(op, args) if is_array(args[i])]
+    root = math.sqrt(scale)
+    mul = copy.copy(OPS["mul"])  # stays what it is while the operation itself is mutated
 
     def fn(*inputs: Any) -> Tensor:
         values = list(args)
         for i, x in zip(places, inputs, strict=True):
-            values[i] = x
-        return op(*values)
+            values[i] = x if scale == 1.0 else mul(x, root)
+        return op(*values) if scale == 1.0 else mul(op(*values), root)
 
-    return fn, [args[i] for i in places]
+    return fn, [args[i] if scale == 1.0 else args[i] / root for i in places]
 
 
 _normal = functools.cache(normal)
 
 
-def _gradients(op: Op, args: Sequence[Any]) -> Iterator[np.ndarray]:
+def _gradients(fn: Callable[..., Tensor], arrays: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
     """Yield the gradients, of order 1 and then of order 2, for one random cotangent and random weights."""
-    fn, arrays = _function(op, args)
     inputs = [tensor(a, requires_grad=True) for a in arrays]
     out = fn(*inputs)
     cotangent = tensor(_normal(Key(1), out.shape), requires_grad=True)
@@ -116,8 +134,9 @@ def _gradients(op: Op, args: Sequence[Any]) -> Iterator[np.ndarray]:
     yield from (d.numpy() for d in grad(total, leaves)) if total.requires_grad else (np.zeros(x.shape) for x in leaves)
 
 
-def _equal(a: np.ndarray, b: np.ndarray) -> bool:
-    return bool(np.allclose(a, b, rtol=1e-9, atol=1e-9))
+def _equal(some: Iterable[np.ndarray], others: Iterable[np.ndarray], scale: float) -> bool:
+    atol = 1e-9 * min(1.0, scale**1.5)  # gradients of order 1 are of size scale, those of order 2 of scale · √scale
+    return all(np.allclose(a, b, rtol=1e-9, atol=atol) for a, b in zip(some, others, strict=True))
 
 
 # ---- wrong results ---------------------------------------------------------------------------------------------------
@@ -140,6 +159,8 @@ def _first_slice(d: Any, shape: tuple[int, ...]) -> Any:
 _CHANGES: dict[str, Callable[[Any, Any, tuple[int, ...]], Any]] = {
     "1% too large": lambda d, g, shape: d * 1.01,
     "zero": lambda d, g, shape: d * 0.0,
+    "a millionth": lambda d, g, shape: d * 1e-6,
+    "a million times too large": lambda d, g, shape: d * 1e6,
     "the sign flipped": lambda d, g, shape: -d,
     "a factor √d too large": lambda d, g, shape: d * math.sqrt(shape[-1]) if shape else d,
     "the cotangent itself": lambda d, g, shape: g if g.shape == d.shape else d,

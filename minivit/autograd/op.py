@@ -247,13 +247,35 @@ class Op:
                 if parent is not None and not isinstance(args[i], Unsaved):
                     args[i] = wrap(args[i], parent)
             out = wrap(out, node) if out is not None else None
+        if self._vjp is None and not self._vjps:
+            raise GraphError(f"{self.name} has no gradient", "detach its input, or define one with .vjp")
+        if wrap is None:
+            return self._differentiate(g, out, args, needs)
+        try:
+            results = self._differentiate(g, out, args, needs)
+        except (AttributeError, TypeError, GraphError) as error:
+            if isinstance(error, MinivitError) and not isinstance(error, GraphError):
+                raise
+            raise self._order_one(getattr(error, "what", f"{type(error).__name__}: {error}")) from error
+        for result, need in zip(results, needs, strict=True):
+            if need and not isinstance(result, Tensor):
+                raise self._order_one(f"it returns {type(result).__name__}, not a Tensor")
+        return results
+
+    def _differentiate(self, g: Any, out: Any, args: Sequence[Any], needs: tuple[bool, ...]) -> Sequence[Any]:
         if self._vjps:
             each = self._vjps if self.variadic is None else self._vjps * len(needs)
             return [f(g, out, *args) if need else None for f, need in zip(each, needs, strict=True)]
-        if self._vjp is None:
-            raise GraphError(f"{self.name} has no gradient", "detach its input, or define one with .vjp")
+        assert self._vjp is not None
         result = self._vjp(g, out, *args, needs=needs)
         return result if isinstance(result, (tuple, list)) else (result,)
+
+    def _order_one(self, why: str) -> GraphError:
+        return GraphError(
+            f"the gradient of {self.name} cannot itself be differentiated, it is one of order 1: {why}",
+            "write it in public operations (mv.ops, arithmetic of Tensors) instead of NumPy's functions; or stay at "
+            "order 1: check_grads(..., order=1), grad without create_graph",
+        )
 
 
 def op(save: Sequence[str] = ()) -> Callable[[Callable[..., Any]], Op]:

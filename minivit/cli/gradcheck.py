@@ -37,10 +37,10 @@ def check_operations(order: int, seed: int) -> int:
     import numpy as np
 
     from minivit.autograd.check import Check
-    from minivit.autograd.mutate import check_mutants, check_op
+    from minivit.autograd.mutate import SCALES, check_mutants, check_op
     from minivit.backend import Key
     from minivit.cli.report import row_format
-    from minivit.errors import GradientError
+    from minivit.errors import MinivitError
     from minivit.ops.samples import SAMPLES
 
     started = time.perf_counter()
@@ -58,12 +58,14 @@ def check_operations(order: int, seed: int) -> int:
         for sample in samples:
             arguments = sample.build(Key(seed))
             try:
-                checks += check_op(sample.function, arguments, order, seed).checks
-            except GradientError as error:
+                for scale in SCALES:
+                    checks += check_op(sample.function, arguments, order, seed, scale).checks
+            except MinivitError as error:
                 faults.append(f"{sample}: {error}")
                 continue  # the true gradient is not known: neither are its mutants
             with np.errstate(all="ignore"):  # a wrong gradient may well divide by zero
-                verdict = check_mutants(sample.function, arguments, seed)
+                scales = SCALES if sample is samples[0] else SCALES[:1]
+                verdict = check_mutants(sample.function, arguments, seed, scales)
             killed, total = killed + verdict.killed, total + verdict.total
             faults += [f"{sample}: this wrong gradient was not found: {survivor}" for survivor in verdict.survivors]
         errors = [max((c.error for c in checks if c.order == o), default=None) for o in orders]
