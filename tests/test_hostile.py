@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -77,6 +78,24 @@ def test_gradcheck_proves_the_checkpoints_own_weights(
     assert main(["gradcheck", "weights"]) == 1
     assert "seen" in capsys.readouterr().err
     assert all((a == checked[0].state_dict()[n]).all() for n, a in model.state_dict().items())
+
+
+def test_gradcheck_speaks_json(
+    model: mv.ViT, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from minivit.ops import samples
+
+    saved(here / "weights", model)
+    assert main(["gradcheck", "weights", "--json", "--order", "1"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["model"] == "weights" and found["parameters"] == model.num_parameters()
+    assert {c["parameter"] for c in found["checks"]} >= {name for name, _ in model.named_parameters()}
+    assert max(c["error"] for c in found["checks"]) == found["worst_error"] < 1e-8
+    monkeypatch.setattr(samples, "SAMPLES", [s for s in samples.SAMPLES if s.op in ("add", "tanh")])
+    assert main(["gradcheck", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [row["operation"] for row in found["operations"]] == ["add", "tanh"]
+    assert all(not row["faults"] and row["killed"] == row["mutants"] > 0 for row in found["operations"])
 
 
 def test_a_models_name_is_the_model_even_where_a_file_is_called_so(model: mv.ViT, here: Path) -> None:

@@ -6,6 +6,7 @@ import hashlib
 import inspect
 import json
 import math
+import os
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from minivit.data import Dataset
+from minivit.data.datasets import NAMES
 from minivit.data.folder import ImageFiles
 from minivit.errors import CheckpointError, ConfigError, DataError, MinivitError, unknown_name, value_text
 from minivit.models.positions import Grid, resize_positions
@@ -68,8 +70,9 @@ def data_meta(data: Dataset) -> dict[str, Any]:
     what becomes of those that cannot be read; the names of the ``classes``; a hash of the ``labels``; ``mean`` and
     ``std`` of each channel of images / 255.
     """
+    known = data.name in NAMES or not os.path.exists(data.name)
     return {
-        "name": data.name,
+        "name": data.name if known else os.path.abspath(data.name),  # found again from any folder
         "fit": "crop" if isinstance(data.images, ImageFiles) else "stretch",
         "bad_images": "stop",
         "classes": list(data.classes),
