@@ -199,6 +199,13 @@ def test_what_a_checkpoint_says_of_its_data_is_checked(key: str, value: Any, tmp
         read_model(tmp_path / "a.npz")
 
 
+@pytest.mark.parametrize("command", ["summary", "gradcheck", "bench"])
+def test_an_image_size_that_no_array_bounds(command: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    saved(here / "a.npz", mv.ViT(**SMALL, position="none"), image_size=32_768)
+    assert main([command, "a.npz"]) == 1
+    assert "an image of 32,768 × 32,768 pixels makes 67,108,864 patches" in capsys.readouterr().err
+
+
 # ---- names that are made to deceive ----------------------------------------------------------------------------------
 
 CLASSES = (
@@ -500,7 +507,12 @@ def test_what_cannot_be_saved(model: mv.ViT, digits: mv.data.Dataset, tmp_path: 
     model.head = mv.nn.Linear(8, 3)
     with pytest.raises(ConfigError, match=r"num_classes 10, dim 8 asks for head\.weight \(10, 8\), which is \(3, 8\)"):
         mv.save(model, path)
+    with pytest.raises(DataError, match="data is a str, not a data set"):
+        mv.save(mv.ViT(**SMALL), path, "digits")  # type: ignore[arg-type]
     assert not list(tmp_path.iterdir())
+    for name in ("", ".", "a\0b"):
+        with pytest.raises(CheckpointError, match="is no name of a file"):
+            mv.save(mv.ViT(**SMALL), name)
     with pytest.raises(CheckpointError, match="cannot save"):
         mv.save(mv.ViT(**SMALL), tmp_path)
 

@@ -52,6 +52,9 @@ def save(model: ViT, path: str | Path, data: Dataset | None = None) -> None:
         raise ConfigError(f"the model has layers that are not those of its settings: {differ}", remedy)
     meta: dict[str, Any] = {"model": config}
     if data is not None:
+        if not isinstance(data, Dataset):
+            what = f"data is a {type(data).__name__}, not a data set"
+            raise DataError(what, "give the images that the model was trained on: mv.data.load(…), or mv.data.Dataset")
         classes, channels = len(data.classes), data.images.shape[1]
         if (classes, channels) != (config["num_classes"], config["in_channels"]):
             raise DataError(
