@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -77,6 +78,24 @@ def test_gradcheck_proves_the_checkpoints_own_weights(
     assert main(["gradcheck", "weights"]) == 1
     assert "seen" in capsys.readouterr().err
     assert all((a == checked[0].state_dict()[n]).all() for n, a in model.state_dict().items())
+
+
+def test_gradcheck_speaks_json(
+    model: mv.ViT, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from minivit.ops import samples
+
+    saved(here / "weights", model)
+    assert main(["gradcheck", "weights", "--json", "--order", "1"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["model"] == "weights" and found["parameters"] == model.num_parameters()
+    assert {c["parameter"] for c in found["checks"]} >= {name for name, _ in model.named_parameters()}
+    assert max(c["error"] for c in found["checks"]) == found["worst_error"] < 1e-8
+    monkeypatch.setattr(samples, "SAMPLES", [s for s in samples.SAMPLES if s.op in ("add", "tanh")])
+    assert main(["gradcheck", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [row["operation"] for row in found["operations"]] == ["add", "tanh"]
+    assert all(not row["faults"] and row["killed"] == row["mutants"] > 0 for row in found["operations"])
 
 
 def test_a_models_name_is_the_model_even_where_a_file_is_called_so(model: mv.ViT, here: Path) -> None:
@@ -178,6 +197,13 @@ def test_what_a_checkpoint_says_of_its_data_is_checked(key: str, value: Any, tmp
     save_checkpoint(tmp_path / "a.npz", checkpoint.arrays, checkpoint.meta)
     with pytest.raises(CheckpointError, match=rf"a\.npz: data\.{key} is"):
         read_model(tmp_path / "a.npz")
+
+
+@pytest.mark.parametrize("command", ["summary", "gradcheck", "bench"])
+def test_an_image_size_that_no_array_bounds(command: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    saved(here / "a.npz", mv.ViT(**SMALL, position="none"), image_size=32_768)
+    assert main([command, "a.npz"]) == 1
+    assert "an image of 32,768 × 32,768 pixels makes 67,108,864 patches" in capsys.readouterr().err
 
 
 # ---- names that are made to deceive ----------------------------------------------------------------------------------
@@ -481,7 +507,12 @@ def test_what_cannot_be_saved(model: mv.ViT, digits: mv.data.Dataset, tmp_path: 
     model.head = mv.nn.Linear(8, 3)
     with pytest.raises(ConfigError, match=r"num_classes 10, dim 8 asks for head\.weight \(10, 8\), which is \(3, 8\)"):
         mv.save(model, path)
+    with pytest.raises(DataError, match="data is a str, not a data set"):
+        mv.save(mv.ViT(**SMALL), path, "digits")  # type: ignore[arg-type]
     assert not list(tmp_path.iterdir())
+    for name in ("", ".", "a\0b"):
+        with pytest.raises(CheckpointError, match="is no name of a file"):
+            mv.save(mv.ViT(**SMALL), name)
     with pytest.raises(CheckpointError, match="cannot save"):
         mv.save(mv.ViT(**SMALL), tmp_path)
 

@@ -15,80 +15,105 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument("model", metavar="MODEL|CKPT|RUN", nargs="?",
                         help="named model, checkpoint or a run's folder (by default all operations)")  # fmt: skip
+    parser.epilog = "What is a model's name is that model; a checkpoint of the same name is ./NAME."
     parser.add_argument(
         "--order", type=number(int), choices=(1, 2), default=2, help="2 (default): also second derivatives"
     )
     parser.add_argument(
         "--seed", type=number(int, 0, (1 << 63) - 1), default=0, help="seed of the random inputs and directions (0)"
     )
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print a table; 1 if a gradient is wrong, or a wrong one was not found."""
+    """Print a table, or JSON; 1 if a gradient is wrong, or a wrong one was not found."""
     if args.model is None:
-        return check_operations(args.order, args.seed)
+        return check_operations(args.order, args.seed, args.json)
     from minivit.cli.checkpoints import find_model
 
-    return check_model(find_model(args.model), args.order, args.seed)
+    return check_model(find_model(args.model), args.order, args.seed, args.json)
 
 
-def check_operations(order: int, seed: int) -> int:
+def check_operations(order: int, seed: int, as_json: bool = False) -> int:
     """Check every operation on its samples, and whether the check refuses its mutants."""
+    import json
+
+    from minivit.cli.report import row_format
+    from minivit.ops.samples import SAMPLES
+
+    started = time.perf_counter()
+    names = list(dict.fromkeys(sample.op for sample in SAMPLES))
+    right = (1, *range(2, 2 + order), 3 + order)
+    line = row_format([max(map(len, names)), 7, *[7] * order, 16, 14, 1], right)  # printed as they are found
+    heads = [f"order {o}" for o in range(1, order + 1)]
+    if not as_json:
+        print(line.format("operation", "samples", *heads, "method", "mutants killed", ""))
+    rows = []
+    for name in names:
+        row = check_operation(name, [sample for sample in SAMPLES if sample.op == name], order, seed)
+        rows.append(row)
+        if not as_json:
+            cells = [*map(_error, row["errors"]), ", ".join(row["methods"]), f"{row['killed']}/{row['mutants']}"]
+            print(line.format(name, row["samples"], *cells, "FAIL" if row["faults"] else "ok"), flush=True)
+    faults = [fault for row in rows for fault in row["faults"]]
+    worst = max((error for row in rows for error in row["errors"] if error is not None), default=0.0)
+    if as_json:
+        print(json.dumps({"operations": rows, "worst_error": worst}))
+        return 1 if faults else 0
+    for fault in faults:
+        print(f"\nFAIL  {fault}")
+    killed, mutants = (sum(row[key] for row in rows) for key in ("killed", "mutants"))
+    print(
+        f"\n{len(names)} ops, worst relative error {worst:.1e}, "
+        f"mutants killed {killed:,}/{mutants:,} ({time.perf_counter() - started:.0f} s)"
+    )
+    return 1 if faults else 0
+
+
+def check_operation(name: str, samples: list[Any], order: int, seed: int) -> dict[str, Any]:
+    """Return what the checks of one operation found: worst error of each order, mutants, and ``faults`` as text."""
     import numpy as np
 
     from minivit.autograd.check import Check
     from minivit.autograd.mutate import SCALES, check_mutants, check_op
     from minivit.backend import Key
-    from minivit.cli.report import row_format
     from minivit.errors import MinivitError
-    from minivit.ops.samples import SAMPLES
 
-    started = time.perf_counter()
-    names = list(dict.fromkeys(sample.op for sample in SAMPLES))
-    orders = range(1, order + 1)
-    right = (1, *range(2, 2 + order), 3 + order)
-    line = row_format([max(map(len, names)), 7, *[7] * order, 16, 14, 1], right)  # printed as they are found
-    print(line.format("operation", "samples", *[f"order {o}" for o in orders], "method", "mutants killed", ""))
-    worst_of_all, killed_of_all, mutants_of_all = 0.0, 0, 0
+    checks: list[Check] = []
     faults: list[str] = []
-    for name in names:
-        samples = [sample for sample in SAMPLES if sample.op == name]
-        known_faults, killed, total = len(faults), 0, 0
-        checks: list[Check] = []
-        for sample in samples:
-            arguments = sample.build(Key(seed))
-            try:
-                for scale in SCALES:
-                    checks += check_op(sample.function, arguments, order, seed, scale).checks
-            except MinivitError as error:
-                faults.append(f"{sample}: {error}")
-                continue  # the true gradient is not known: neither are its mutants
-            with np.errstate(all="ignore"):  # a wrong gradient may well divide by zero
-                scales = SCALES if sample is samples[0] else SCALES[:1]
-                verdict = check_mutants(sample.function, arguments, seed, scales)
-            killed, total = killed + verdict.killed, total + verdict.total
-            faults += [f"{sample}: this wrong gradient was not found: {survivor}" for survivor in verdict.survivors]
-        errors = [max((c.error for c in checks if c.order == o), default=None) for o in orders]
-        methods = ", ".join(sorted({c.method for c in checks}, reverse=True))
-        state = "ok" if len(faults) == known_faults else "FAIL"
-        print(line.format(name, len(samples), *map(_error, errors), methods, f"{killed}/{total}", state), flush=True)
-        worst_of_all = max([worst_of_all, *[c.error for c in checks]])
-        killed_of_all, mutants_of_all = killed_of_all + killed, mutants_of_all + total
-    for fault in faults:
-        print(f"\nFAIL  {fault}")
-    print(
-        f"\n{len(names)} ops, worst relative error {worst_of_all:.1e}, "
-        f"mutants killed {killed_of_all:,}/{mutants_of_all:,} ({time.perf_counter() - started:.0f} s)"
-    )
-    return 1 if faults else 0
+    killed = total = 0
+    for sample in samples:
+        arguments = sample.build(Key(seed))
+        try:
+            for scale in SCALES:
+                checks += check_op(sample.function, arguments, order, seed, scale).checks
+        except MinivitError as error:
+            faults.append(f"{sample}: {error}")
+            continue  # the true gradient is not known: neither are its mutants
+        with np.errstate(all="ignore"):  # a wrong gradient may well divide by zero
+            scales = SCALES if sample is samples[0] else SCALES[:1]
+            verdict = check_mutants(sample.function, arguments, seed, scales)
+        killed, total = killed + verdict.killed, total + verdict.total
+        faults += [f"{sample}: this wrong gradient was not found: {survivor}" for survivor in verdict.survivors]
+    return {
+        "operation": name,
+        "samples": len(samples),
+        "errors": [max((c.error for c in checks if c.order == o), default=None) for o in range(1, order + 1)],
+        "methods": sorted({c.method for c in checks}, reverse=True),
+        "killed": killed,
+        "mutants": total,
+        "faults": faults,
+    }
 
 
 def _error(value: float | None) -> str:
     return "" if value is None else f"{value:.1e}"
 
 
-def check_model(name: str, order: int, seed: int) -> int:
+def check_model(name: str, order: int, seed: int, as_json: bool = False) -> int:
     """Check the gradient of a model in each of its parameters, in float64, on two random images."""
+    import json
+
     import numpy as np
 
     from minivit.autograd.check import check_module
@@ -110,12 +135,17 @@ def check_model(name: str, order: int, seed: int) -> int:
             p.data[...] = 0.1 * normal(Key(seed, 1).child(i), p.shape)
     images = normal(Key(seed, 2), (2, *image_shape(config)))
     shape = " × ".join(map(str, image_shape(config)))
-    print(printable(f"{name}: {size:,} parameters, float64, two random images {shape}") + "\n")
+    if not as_json:
+        print(printable(f"{name}: {size:,} parameters, float64, two random images {shape}") + "\n")
     started = time.perf_counter()
     report = check_module(model, images, order=order, seed=seed)
-    print(report_table(report, dict(model.named_parameters()), order))
     seconds = time.perf_counter() - started
     worst = max(report.checks, key=lambda c: c.error)
+    if as_json:
+        checks = [{"parameter": c.name, "order": c.order, "error": c.error, "method": c.method} for c in report.checks]
+        print(json.dumps({"model": name, "parameters": size, "worst_error": worst.error, "checks": checks}))
+        return 0
+    print(report_table(report, dict(model.named_parameters()), order))
     arrays = len(list(model.parameters()))
     print(f"\n{arrays} arrays of parameters, worst relative error {worst.error:.1e} ({worst.name}) ({seconds:.0f} s)")
     return 0

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from minivit.autograd.graph import Node, first_order
+from minivit.backend import available_memory
 from minivit.cli.report import bytes_text, plural, text_table
-from minivit.errors import unknown_name
+from minivit.errors import ConfigError, unknown_name
 from minivit.models.vit import ViT
 from minivit.models.zoo import MODELS, create_model
 from minivit.nn.module import Module, watching
@@ -29,12 +30,27 @@ def model_config(name: str) -> dict[str, Any]:
     if name in MODELS:
         defaults = {p.name: p.default for p in inspect.signature(ViT).parameters.values()}
         return defaults | MODELS[name]
-    return weights.model_config(_path(name))
+    config = weights.model_config(_path(name))
+    _check_memory(name, config)
+    return config
 
 
 def open_model(name: str) -> ViT:
     """Return a named model, freshly initialised, or the model in a checkpoint: the one of :func:`model_config`."""
     return create_model(name) if name in MODELS else weights.load_model(_path(name))
+
+
+def _check_memory(name: str, config: dict[str, Any]) -> None:
+    """Raise ConfigError if one image does not fit: where positions are not learned, no array bounds its size."""
+    (height, width), (p, q) = pair("image_size", config["image_size"]), pair("patch_size", config["patch_size"])
+    tokens = (height // p) * (width // q)
+    needed = 4 * (config["heads"] * tokens**2 + tokens * config["dim"] + config["in_channels"] * height * width)
+    if needed > (free := available_memory()):
+        raise ConfigError(
+            f"{name}: an image of {height:,} × {width:,} pixels makes {tokens:,} patches, whose attention takes about "
+            f"{bytes_text(needed)} of memory; {bytes_text(free)} are free",
+            "use a model of larger patches, or of smaller images",
+        )
 
 
 def _path(name: str) -> str:

@@ -60,6 +60,8 @@ def save_checkpoint(path: str | Path, arrays: Mapping[str, Any], meta: Mapping[s
     through a power cut is uncertain, the new one.
     """
     path = Path(path)
+    if not path.name or "\0" in str(path):
+        raise CheckpointError(f"{str(path)!r} is no name of a file", "give the path of the file to write")
     text = json.dumps({"format": FORMAT, **meta})  # in ASCII: a class's name may hold bytes that are no UTF-8
     entries = {name: np.asarray(array, order="C") for name, array in arrays.items()}
     entries["meta"] = np.frombuffer(text.encode(), np.uint8)

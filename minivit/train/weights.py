@@ -6,6 +6,7 @@ import hashlib
 import inspect
 import json
 import math
+import os
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from minivit.data import Dataset
+from minivit.data.datasets import NAMES
 from minivit.data.folder import ImageFiles
 from minivit.errors import CheckpointError, ConfigError, DataError, MinivitError, unknown_name, value_text
 from minivit.models.positions import Grid, resize_positions
@@ -50,6 +52,9 @@ def save(model: ViT, path: str | Path, data: Dataset | None = None) -> None:
         raise ConfigError(f"the model has layers that are not those of its settings: {differ}", remedy)
     meta: dict[str, Any] = {"model": config}
     if data is not None:
+        if not isinstance(data, Dataset):
+            what = f"data is a {type(data).__name__}, not a data set"
+            raise DataError(what, "give the images that the model was trained on: mv.data.load(…), or mv.data.Dataset")
         classes, channels = len(data.classes), data.images.shape[1]
         if (classes, channels) != (config["num_classes"], config["in_channels"]):
             raise DataError(
@@ -68,8 +73,9 @@ def data_meta(data: Dataset) -> dict[str, Any]:
     what becomes of those that cannot be read; the names of the ``classes``; a hash of the ``labels``; ``mean`` and
     ``std`` of each channel of images / 255.
     """
+    known = data.name in NAMES or not os.path.exists(data.name)
     return {
-        "name": data.name,
+        "name": data.name if known else os.path.abspath(data.name),  # found again from any folder
         "fit": "crop" if isinstance(data.images, ImageFiles) else "stretch",
         "bad_images": "stop",
         "classes": list(data.classes),
