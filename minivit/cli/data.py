@@ -1,4 +1,4 @@
-"""``minivit data``: what is in a data set, what is damaged or in it twice, and a picture of it; or a download."""
+"""``minivit data``: what is in a data set, what is damaged or in it twice; a picture of it; or a download."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="data set: a name, a folder, or FILE.npz; or: get NAME, to download one that has a name",
     )  # fmt: skip
     parser.add_argument("--size", type=number(int), metavar="N", help="height and width to bring image files to (64)")
-    parser.add_argument("--output", "-o", metavar="FILE", help="where to write the picture (DATA-mosaic.png)")
+    parser.add_argument("--output", "-o", metavar="FILE", help="write a picture of a few images of each class")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the report and draw the picture; 3 if there are files that cannot be read."""
+    """Print the report, and draw a picture if asked to; 3 if there are files that cannot be read."""
     import json
 
     from minivit.data.audit import audit
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     if args.size is not None and args.size < 1:
         raise ConfigError(f"images cannot be of size {args.size}", "use at least 1")
     found = audit(args.data[0], (args.size, args.size) if args.size else None)
-    picture = draw(found, args.output or f"{Path(found.name).resolve().name.removesuffix('.npz')}-mosaic.png")
+    picture = draw(found, args.output) if args.output else None
     print(json.dumps(as_json(found) | {"mosaic": picture}) if args.json else report(found, picture))
     return BAD_INPUTS if found.corrupt else OK
 

@@ -28,6 +28,7 @@ def run(args: argparse.Namespace) -> int:
     from minivit import data
     from minivit.backend import Key, auto_device
     from minivit.cli.report import measure, plural
+    from minivit.data.datasets import LAYOUT
     from minivit.errors import DataError
     from minivit.train.trainer import evaluate
     from minivit.train.weights import read_model
@@ -38,7 +39,8 @@ def run(args: argparse.Namespace) -> int:
     if name is None:
         raise DataError(f"{args.checkpoint} does not say what it was trained on", "name the data: --data NAME")
     bad = trained_on.get("bad_images", "stop")
-    dataset = data.load(name, args.split, model.patch_embed.image_size, model.config["in_channels"], bad)
+    layout = trained_on.get("layout", 1) if "name" in trained_on else LAYOUT  # a run is tested as it was before
+    dataset = data.load(name, args.split, model.patch_embed.image_size, model.config["in_channels"], bad, layout)
     if len(dataset.classes) > model.config["num_classes"]:
         raise DataError(
             f"{name} has {len(dataset.classes)} classes, the model knows {model.config['num_classes']}",

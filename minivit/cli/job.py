@@ -37,7 +37,7 @@ from minivit.data import (
     RandomErasing,
     RandomResizedCrop,
 )
-from minivit.data.datasets import class_names
+from minivit.data.datasets import LAYOUT, class_names
 from minivit.errors import CheckpointError, ConfigError, DataError
 from minivit.models.vit import ViT
 from minivit.nn.settings import check_settings, pair
@@ -85,7 +85,8 @@ def resume(args: argparse.Namespace) -> int:
         raise CheckpointError(f"{args.resume} has no checkpoint yet", again)
     if not path.is_file() or not (folder / "config.toml").is_file():
         raise CheckpointError(f"{args.resume} is no run, nor a checkpoint of one", "give runs/NAME, or its last.npz")
-    job = Job(resolve({}, file=folder / "config.toml"), args.quiet, resumed=True)
+    layout = load_checkpoint(path).meta.get("data", {}).get("layout", 1)  # a run keeps the splits it began with
+    job = Job(resolve({}, file=folder / "config.toml"), args.quiet, resumed=True, layout=layout)
     job.say(f"run folder  {folder}\n")
     return job.run(folder, resume=path)
 
@@ -106,8 +107,8 @@ def typed_settings(args: argparse.Namespace) -> dict[str, Any]:
 class Job:
     """What a run needs, made from its settings: data, model and how it is trained."""
 
-    def __init__(self, settings: Settings, quiet: bool, resumed: bool = False) -> None:
-        self.settings, self.quiet = settings, quiet
+    def __init__(self, settings: Settings, quiet: bool, resumed: bool = False, layout: int = LAYOUT) -> None:
+        self.settings, self.quiet, self.layout = settings, quiet, layout
         device, why = auto_device(settings["train.device"])
         kind = data.kind_of(settings["data.name"])
         paths = [settings["data.name"] != kind and "data.name", settings["train.init_from"] and "train.init_from"]
@@ -116,7 +117,7 @@ class Job:
         name = settings["data.name"]
         self.title = Path(name).stem if kind in ("npz", "folder") else kind
         whole = self._load("train")
-        self.test_data = self._load_test(whole)
+        self.valid_data, self.test_data = (self._load_held(split, whole) for split in ("val", "test"))
         fit_to_data(settings, whole.images.shape[1:], len(whole.classes))
         if settings["data.overfit"]:
             settings.take(UNCHANGED, "overfit")
@@ -124,6 +125,7 @@ class Job:
             settings.take({"model.head": "linear"}, "init_from")
         # a model may have room for more classes than the data name
         names = tuple(class_names(whole.classes, settings["model.num_classes"]))
+        self.valid_data = self.valid_data and replace(self.valid_data, classes=names)
         self.test_data = self.test_data and replace(self.test_data, classes=names)
         self.train_data, self.valid_data = self._divide(replace(whole, classes=names))
         if settings["train.patience"] and self.valid_data is None:
@@ -168,23 +170,21 @@ class Job:
         """Return a split of the data; image files as the model takes them."""
         s = self.settings
         size = pair("model.image_size", s["model.image_size"]) if s.origins["model.image_size"] != "default" else None
-        return data.load(s["data.name"], split, size, s["model.in_channels"], s["data.bad_images"])
+        return data.load(s["data.name"], split, size, s["model.in_channels"], s["data.bad_images"], self.layout)
 
-    def _load_test(self, whole: Dataset) -> Dataset | None:
-        """Return the test images that belong to the training images, or None if an archive has none."""
+    def _load_held(self, split: str, whole: Dataset) -> Dataset | None:
+        """Return the images of "val" or "test" that belong to the training images, or None if the data have none."""
         name = self.settings["data.name"]
-        if data.kind_of(name) == "npz":
-            with np.load(name, allow_pickle=False) as archive:
-                if "test_images" not in archive:
-                    return None
-        test = self._load("test")
-        if test.images.shape[1:] != whole.images.shape[1:] or test.classes != whole.classes:
+        if split not in data.splits_of(name, self.layout):
+            return None
+        held = self._load(split)
+        if held.images.shape[1:] != whole.images.shape[1:] or held.classes != whole.classes:
             raise DataError(
                 f"{name}: {whole.images.shape[1:]} images of {len(whole.classes)} classes to train on, "
-                f"{test.images.shape[1:]} of {len(test.classes)} to test with",
-                "give both splits the same size and classes",
+                f"{held.images.shape[1:]} of {len(held.classes)} in {split!r}",
+                "give all splits the same size and classes",
             )
-        return test
+        return held
 
     def _divide(self, whole: Dataset) -> tuple[Dataset, Dataset | None]:
         """Return the images to train on, and those held out to validate with."""
@@ -193,8 +193,10 @@ class Job:
         if s["data.overfit"]:
             few = whole.subset(np.sort(permutation(key, len(whole))[: s["data.overfit"]]))
             return few, few
+        if self.valid_data is not None:  # the data's own
+            return whole, self.valid_data
         if s["data.val_fraction"] > 0:
-            return whole.split_off(s["data.val_fraction"], key)
+            return whole.split_off(s["data.val_fraction"], key, stratified=self.layout > 1)
         return whole, None
 
     def _data_text(self, whole: Dataset) -> str:
@@ -262,6 +264,7 @@ class Job:
                 "name": s["data.name"],
                 "fit": "crop" if data.kind_of(s["data.name"]) == "folder" else "stretch",  # of image files to its size
                 "bad_images": s["data.bad_images"],
+                "layout": self.layout,
                 "classes": list(self.train_data.classes),
                 "labels": hashlib.sha256(self.train_data.labels.tobytes()).hexdigest(),
                 "mean": list(mean),

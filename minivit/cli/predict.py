@@ -75,10 +75,11 @@ def read(source: str, model: ViT, fit: str) -> Iterator[tuple[str, np.ndarray]]:
     import io
 
     from minivit.data import read_image
+    from minivit.data.images import MAX_BYTES
 
     size, channels = model.patch_embed.image_size, model.patch_embed.in_channels
     if source == "-":
-        yield "-", read_image(io.BytesIO(sys.stdin.buffer.read()), size, channels, fit)
+        yield "-", read_image(io.BytesIO(sys.stdin.buffer.read(MAX_BYTES + 1)), size, channels, fit)
     elif Path(source).suffix.lower() in (".npy", ".npz"):
         for i, image in enumerate(read_arrays(Path(source), (channels, *size))):
             yield f"{source}[{i}]", image
@@ -92,9 +93,12 @@ def read_arrays(path: Path, shape: tuple[int, int, int]) -> np.ndarray:
     An .npy file holds one array; in an .npz the array is called ``images``, ``test_images`` or is the only one. It may
     be (N, C, H, W), (N, H, W, C) or, for one channel, (N, H, W) or (H, W).
     """
+    import os
+
     import numpy as np
 
     from minivit.data.datasets import channels_first, read_npy, read_npz, reading
+    from minivit.data.files import open_regular
     from minivit.errors import DataError
 
     def choose(names: Collection[str]) -> dict[str, str]:
@@ -106,8 +110,8 @@ def read_arrays(path: Path, shape: tuple[int, int, int]) -> np.ndarray:
     if path.suffix.lower() == ".npz":
         found = read_npz(path, choose)["images"]
     else:
-        with reading(str(path), "save it with np.save"), open(path, "rb") as f:
-            found = read_npy(f, path.stat().st_size)
+        with reading(str(path), "save it with np.save"), open_regular(path) as f:
+            found = read_npy(f, os.fstat(f.fileno()).st_size)
     channels = shape[0]
     images = found[None] if found.ndim == 2 else found  # (H, W) → (1, H, W)
     images = channels_first(images, path, (channels,))
