@@ -162,7 +162,9 @@ def test_what_is_not_read_is_named(animals):
     make(animals, "val/cat/1.png", "val/dog/1.png", "extra/cat/1.png", "notes/1.png", "cover.png", "train/stray.png")
     found = list_folder(animals)
     assert found.how == "train/ and val/ and test/"
-    with pytest.warns(UserWarning, match="animals: train/ and val/ and test/; not read: extra/, notes/, 1 image in no "):
+    with pytest.warns(
+        UserWarning, match="animals: train/ and val/ and test/; not read: extra/, notes/, 1 image in no "
+    ):
         assert len(load_folder(animals, "test")) == 4
     assert f"{animals / 'cover.png'}" in found.remark
     assert f"{animals / 'train/stray.png'}" in found.remark
@@ -181,7 +183,11 @@ def test_what_is_not_read_is_named(animals):
         (["train/cat/1.png", "train/dog/1.png", "val/cat/1.png", "Valid/cat/1.png"], "the same split", "rename one"),
         (["archive/cat/1.png", "archive/dog/1.png"], "only one class, 'archive'", "archive$"),
         (["a/b/c/train/cat/1.png", "a/b/c/train/dog/1.png"], "only one class, 'a'", "a/b/c$"),
-        (["train/Cat/1.png", "train/dog/1.png", "test/cat/1.png"], "'cat' has no images to train on, but 'Cat'", "same"),
+        (
+            ["train/Cat/1.png", "train/dog/1.png", "test/cat/1.png"],
+            "'cat' has no images to train on, but 'Cat'",
+            "same",
+        ),
     ],
 )
 def test_folders_that_could_mean_two_things_are_refused(tmp_path, names, message, remedy):

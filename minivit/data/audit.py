@@ -118,7 +118,9 @@ def _audit_arrays(name: str | PathLike[str]) -> Audit:
 
 def _audit_folder(name: str | PathLike[str], size: tuple[int, int]) -> Audit:
     found = list_folder(name)
-    files = [(file, split, label) for split, listed in found.files.items() for file, label in listed]  # of "train" first
+    files = [
+        (file, split, label) for split, listed in found.files.items() for file, label in listed
+    ]  # of "train" first
     if not files:
         raise DataError(f"{name}: no image files", "put them into a folder for each class")
     shown = set(_choose([label for _, label in found.files["train"]], len(found.classes)))

@@ -152,7 +152,6 @@ def bytes_remedy(images: Any, name: str = "images") -> str:
     return f"{f'np.rint({name})' if images.dtype.kind == 'f' else name}.astype(np.uint8)"
 
 
-
 def _describe(x: Any) -> str:
     return f"{x.dtype} {x.shape}" if isinstance(x, np.ndarray) else type(x).__name__
 

@@ -158,7 +158,10 @@ class Listing:
         trained = {label for _, label in self.files["train"]}
         if without := set(range(len(self.classes))) - trained:
             name = self.classes[min(without)]
-            what, remedy = f"{self.path}: the class {name!r} has no images to train on", "add some, or remove its folder"
+            what, remedy = (
+                f"{self.path}: the class {name!r} has no images to train on",
+                "add some, or remove its folder",
+            )
             alike = [c for i, c in enumerate(self.classes) if i in trained and _folded(c) == _folded(name)]
             if alike:
                 what, remedy = f"{what}, but {alike[0]!r} has", "call the class the same in all splits"
