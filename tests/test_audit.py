@@ -165,7 +165,7 @@ def test_the_command_reports_and_draws(zoo, tmp_path, monkeypatch, capsys):
         "picture  zoo-mosaic.png",
         "files that cannot be read                          2",
         "copies within a split                              3",
-        "test images that are training images               1",
+        "images in more than one split                      1",
         "images in more than one class                      1",
         "  train/bee/1.png = test/bee/leak.png",
         "  train/ape/which.png (ape) = train/bee/2.png (bee)",

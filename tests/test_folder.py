@@ -84,7 +84,7 @@ def test_the_names_of_splits_in_any_case(tmp_path, train, val, test):
             with pytest.raises(DataError, match=f"it has no split '{split}'") as caught:
                 load(root, split)
             assert caught.value.remedy
-    assert splits_of(root) == tuple(s for s, name in zip(("train", "val", "test"), (train, val, test)) if name)
+    assert splits_of(root) == tuple(s for s, name in {"train": train, "val": val, "test": test}.items() if name)
 
 
 def test_unlabelled_test_images_are_no_test_set(animals):

@@ -480,15 +480,17 @@ except DataError:
     assert int(done.stdout) * (1 if sys.platform != "darwin" else 1 / 1024) < 20_000  # kibibytes
 
 
-def progressive(side: int, scans: int) -> bytes:
+def scanned(side: int, scans: int, progressive: bool = True) -> bytes:
     """Return a JPEG that goes over its pixels ``scans`` times."""
-    data = saved(Image.new("L", (side, side), 128), "JPEG", progressive=True).getvalue()
+    data = saved(Image.new("RGB", (side, side), (128,) * 3), "JPEG", progressive=progressive).getvalue()
+    if not progressive:  # of one channel each, and empty
+        return data[: data.index(b"\xff\xda")] + b"\xff\xda\0\x08\1\1\0\0\x3f\0" * scans + data[-2:]
     starts = [match.start() for match in re.finditer(rb"\xff\xda", data)]
     return data[:-2] + data[starts[-1] : -2] * (scans - len(starts)) + data[-2:]
 
 
 def test_a_jpeg_of_too_many_scans_is_refused_before_it_is_decoded(monkeypatch):
-    assert read_image(io.BytesIO(progressive(1000, 400)), (8, 8), 1).mean() == 128
+    assert read_image(io.BytesIO(scanned(1000, 400)), (8, 8), 1).mean() == 128
     photo = saved(Image.fromarray(BYTES).resize((64, 64)), "JPEG", progressive=True, comment=b"\xff\xda" * 30_000)
     assert _scans(photo) == 10  # those in the comment are none
     baseline = saved(Image.fromarray(BYTES), "JPEG").getvalue()
@@ -498,9 +500,8 @@ def test_a_jpeg_of_too_many_scans_is_refused_before_it_is_decoded(monkeypatch):
         raise AssertionError("decoded")
 
     monkeypatch.setattr(ImageFile.ImageFile, "load", decodes)
-    for side, scans in ((1000, 1001), (7000, 21)):
-        data = progressive(side, scans)
-        assert len(data) < 225_000
+    for side, scans, progressive in ((1000, 1001, True), (3000, 112, True), (7000, 21, False), (100, 100_001, False)):
+        data = scanned(side, scans, progressive)
         with pytest.raises(DataError, match=f"{scans:,} scans over"):
             read_image(io.BytesIO(data), (8, 8), 1)
 

@@ -11,7 +11,7 @@ from os import PathLike
 import numpy as np
 
 from minivit.backend import Key, permutation
-from minivit.data.datasets import Dataset, kind_of, load, moments, splits_of
+from minivit.data.datasets import kind_of, load, moments, splits_of
 from minivit.data.folder import SIZE, ImageFiles, in_threads, list_folder
 from minivit.data.images import decode
 from minivit.errors import ConfigError, DataError
@@ -57,7 +57,7 @@ class Audit:
 
     @property
     def leaked(self) -> list[Same]:
-        """Images of the split "test" that are in "train" as well: a model may know them by heart."""
+        """Images that are in more than one split: a model may know those of "val" and "test" by heart."""
         return [same for same in self.same if len(set(same.splits)) > 1]
 
     @property
@@ -169,7 +169,7 @@ def _audit_folder(name: str | PathLike[str], size: tuple[int, int]) -> Audit:
         same=_same([digests[i] for i in good]),
         corrupt=[reasons[i].removeprefix(f"{found.path}/") for i in sorted(reasons)],
         several=[digests[i][1] for i in good if facts[i][2]],
-        note=problem.what if problem else found.remark,
+        note=f"{problem.what}: {problem.remedy}" if problem else found.remark,
         samples=[kept[i] for i in sorted(kept)],
         sample_labels=[found.classes[files[i][2]] or files[i][0].name for i in sorted(kept)],
     )

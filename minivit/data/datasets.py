@@ -327,7 +327,7 @@ def load_npz(path: str | PathLike[str], split: str, layout: int = LAYOUT) -> Dat
         labels = np.array([numbers[name] for name in labels.tolist()], np.int64)
     wrong = np.flatnonzero((labels < 0) | (labels >= len(classes)))
     if len(wrong):
-        what = f"{where}: label {labels[wrong[0]]} of image {wrong[0]} is not one of {len(classes)} classes"
+        what = f"{where}: label {labels[wrong[0]]} of image {wrong[0]} is not a class: there are {len(classes)}"
         raise DataError(what, f"labels run from 0 to {len(classes) - 1}; name every class in `classes`")
     dataset = Dataset(channels_first(images, path), labels.astype(np.int64), classes, str(path))
     if split == "train":
@@ -506,7 +506,7 @@ def read_exactly(f: Any, size: int) -> np.ndarray:
 
 
 def check_size(size: int, packed: int | None = None) -> None:
-    """Raise ValueError if ``size`` bytes do not fit the free memory, or cannot come out of ``packed`` bytes by DEFLATE."""
+    """Raise ValueError if ``size`` bytes do not fit the free memory, or cannot be ``packed`` bytes of DEFLATE."""
     if size > (free := available_memory()) // 2:  # the rest is for what is computed with them
         raise ValueError(f"it needs {size:,} bytes of memory, more than half of the {free:,} that are free")
     if packed is not None and size > packed * _MOST_INFLATED:

@@ -236,7 +236,7 @@ def _loose(folder: Path) -> str:
 
 
 def _root_of_classes(path: Path) -> Path | None:
-    """Return the folder, ``path`` or one in it, where the class folders or splits seem to be; None if there are none."""
+    """Return the folder, ``path`` or one in it, where the class folders or splits seem to be, or None."""
     while len(below := _subfolders(path)) == 1 and not _loose(path) and not _named_like_splits(below):
         path = below[0]
     return path if below else None

@@ -28,7 +28,7 @@ MAX_PIXELS = 50_000_000
 """The largest picture that is decoded. A few bytes can claim any size: this is checked before memory is taken."""
 
 MAX_SCANS = 20
-"""A progressive JPEG of :data:`MAX_PIXELS` may go over them so often, a smaller one more often; usual are ten times."""
+"""A JPEG of :data:`MAX_PIXELS` may go over them so often, a smaller one more often; usual are ten times at most."""
 
 MAX_BYTES = 8 * MAX_PIXELS + (64 << 20)
 """The largest file that is read: four channels of 16 bits take so much, and some metadata."""
@@ -201,9 +201,9 @@ def _check_size(image: Image.Image, name: str) -> None:
 def _check_work(image: ImageFile.ImageFile, file: BinaryIO, name: str) -> None:
     """Raise DataError where a small file would keep its decoder busy, or take memory, out of proportion."""
     pixels = image.width * image.height
-    if image.format == "JPEG" and "progressive" in image.info:
+    if image.format in ("JPEG", "MPO"):
         if (scans := _scans(file)) * pixels > MAX_SCANS * MAX_PIXELS:
-            raise DataError(f"{name}: {scans:,} scans over {pixels:,} pixels: usual are ten", "save it again")
+            raise DataError(f"{name}: {scans:,} scans over {pixels:,} pixels: usual are ten at most", "save it again")
     elif image.format == "BMP" and image.tile and image.tile[0][0] == "bmp_rle" and pixels > MAX_PIXELS // 10:
         raise DataError(f"{name}: a run-length encoded BMP of {pixels:,} pixels", "save it as PNG")  # decoded by Python
     elif image.format == "TIFF":
