@@ -307,6 +307,7 @@ def test_classes_without_images_are_announced(tmp_path, labels, message):
         ({"x_train": np.arange(96.0).reshape(6, 4, 4)}, "x_train must be uint8", "np.rint(x_train).astype(np.uint8)"),
         ({"x_train": np.arange(96).reshape(6, 4, 4)}, "x_train must be uint8", "x_train.astype(np.uint8)"),
         ({"x_train": np.arange(96.0).reshape(6, 4, 4) - 1}, "x_train must be uint8", "now from -1 to 94"),
+        ({"x_train": np.zeros((6, 16), np.uint8)}, "have no axis of 1 or 3 or 4", "images.reshape(-1, 4, 4)"),
         ({"y_train": ONE_HOT * 0.5}, "y_train: row 0 is not one-hot", "argmax"),
         ({"y_train": np.ones((6, 3))}, "y_train: row 0 is not one-hot", "argmax"),
         ({"y_train": np.array([0, 1, 2, 0, 1, -1])}, "y_train: label -1 of image 5", "from 0"),

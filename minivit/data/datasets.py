@@ -389,7 +389,7 @@ def _announce_gaps(dataset: Dataset, where: str) -> None:
         return
     some = ", ".join(classes[i] for i in empty[:3]) + (", …" if len(empty) > 3 else "")
     lacking = f"class {some} has" if len(empty) == 1 else f"{len(empty):,} of {len(classes):,} classes ({some}) have"
-    hint = "; to number the classes from 0: labels - 1" if empty == [0] else ""
+    hint = f"; to number the classes from 0: {where.rpartition(' ')[2]} - 1" if empty == [0] else ""
     what = f"{where} run from {labels.min()} to {labels.max()}: {lacking} no training images{hint}"
     warnings.warn(what, stacklevel=4)
 
@@ -432,7 +432,10 @@ def channels_first(images: np.ndarray, path: Path, channels: tuple[int, ...] = (
             turned[i : i + step] = images[i : i + step].transpose(0, 3, 1, 2).copy()
         return turned
     what = f"{path}: images of shape {images.shape} have no axis of {' or '.join(map(str, channels))} channels"
-    raise DataError(what, "save them as (N, H, W), (N, C, H, W) or (N, H, W, C)")
+    remedy = "save them as (N, H, W), (N, C, H, W) or (N, H, W, C)"
+    if images.ndim == 2 and (side := math.isqrt(images.shape[1])) ** 2 == images.shape[1]:
+        remedy += f", such as images.reshape(-1, {side}, {side})"
+    raise DataError(what, remedy)
 
 
 # ---- reading files that may be damaged, or made to mislead -----------------------------------------------------------
