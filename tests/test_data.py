@@ -281,6 +281,7 @@ def test_npz_splits_by_their_usual_names(tmp_path, names):
         }
     np.savez(tmp_path / "x.npz", **arrays)
     assert splits_of(tmp_path / "x.npz") == ("train", "val", "test")
+    assert splits_of(tmp_path / "x.npz", layout=1) == ("train", "test")
     for n, split in enumerate(("train", "val", "test")):
         data = load(tmp_path / "x.npz", split)
         assert (data.images[0, 0, 0, 0], data.classes, data.labels[0]) == (n, ("a", "b"), 1)

@@ -226,7 +226,8 @@ def splits_of(name: str | PathLike[str], layout: int = LAYOUT) -> tuple[str, ...
             return {}
 
         read_npz(path, look)
-        return tuple(split for split in SPLITS if any(images in held for images, _ in _pairs(split)))
+        known = SPLITS if layout > 1 else ("train", "test")
+        return tuple(split for split in known if any(images in held for images, _ in _pairs(split)))
     if kind == "folder":
         from minivit.data.folder import list_folder
 
