@@ -123,7 +123,7 @@ def test_a_split_by_key_is_audited_as_it_is_trained_on(zoo):
 
 def test_a_folder_without_classes_is_still_looked_over(zoo):
     found = audit(zoo / "train/bee")
-    assert found.counts == {"train": [4], "test": [0]}
+    assert found.counts == {"train": [4]}
     assert "in no class" in found.note
     assert sorted(found.sample_labels) == ["0.png", "1.png", "2.png", "moving.gif"]
     assert len(found.corrupt) == 1
@@ -152,6 +152,9 @@ def test_the_embedded_digits_are_clean():
 def test_the_command_reports_and_draws(zoo, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["data", "zoo", "--size", "16"]) == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["zoo"]  # nothing is written unless asked for
+    assert "\npicture" not in capsys.readouterr().out
+    assert main(["data", "zoo", "--size", "16", "-o", "zoo-mosaic.png"]) == 3
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "zoo: 18 images, 2 classes"
     for line in [
@@ -162,7 +165,7 @@ def test_the_command_reports_and_draws(zoo, tmp_path, monkeypatch, capsys):
         "picture  zoo-mosaic.png",
         "files that cannot be read                          2",
         "copies within a split                              3",
-        "test images that are training images               1",
+        "images in more than one split                      1",
         "images in more than one class                      1",
         "  train/bee/1.png = test/bee/leak.png",
         "  train/ape/which.png (ape) = train/bee/2.png (bee)",
@@ -191,7 +194,7 @@ def test_the_command_on_arrays_and_on_many_classes(tmp_path, monkeypatch, capsys
     assert main(["data", "many.npz"]) == 0
     text = capsys.readouterr().out
     assert "train: 2 to 2 images a class" in text
-    assert "many-mosaic.png" in text
+    assert [path.name for path in tmp_path.iterdir()] == ["many.npz"]
     assert "no test images" in text
     assert "files that cannot be read                          0" in text
 

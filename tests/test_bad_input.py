@@ -14,6 +14,7 @@ import pytest
 import minivit as mv
 from minivit import nn, ops
 from minivit.errors import ConfigError, DataError, DeviceError, DTypeError, GraphError, MinivitError, ShapeError
+from minivit.train.optim import AdamW
 
 SMALL = {"image_size": 8, "patch_size": 4, "in_channels": 1, "dim": 8, "depth": 1, "heads": 2, "num_classes": 3}
 IMAGES = np.zeros((2, 1, 8, 8), np.float32)
@@ -27,6 +28,15 @@ def vit(**settings: Any) -> mv.ViT:
 
 def dataset(images: Any = (2, 1, 8, 8), labels: Any = (0, 1)) -> mv.data.Dataset:
     return mv.data.Dataset(np.zeros(images, np.uint8), np.array(labels, np.int64), ("a", "b"), "mine")
+
+
+def floats(images: np.ndarray) -> mv.data.Dataset:
+    return mv.data.Dataset(images, np.array([0, 1]), ("a", "b"), "mine")
+
+
+def step() -> mv.TrainStep:
+    model = vit()
+    return mv.TrainStep(model, AdamW(model.named_parameters()))
 
 
 BAD: dict[str, tuple[Any, type[MinivitError], str]] = {
@@ -100,13 +110,22 @@ BAD: dict[str, tuple[Any, type[MinivitError], str]] = {
     "seed": (lambda: vit(seed="0"), ConfigError, "seed is '0'"),
     "another head of nothing": (lambda: vit().reset_head(0), ConfigError, "num_classes is 0"),
     "images in a list": (lambda: vit()(IMAGES.tolist()), DTypeError, "got a list"),
-    "images of bytes": (lambda: vit()(IMAGES.astype(np.uint8)), DTypeError, "scale and standardise"),
-    "images of float64": (lambda: vit()(IMAGES.astype(np.float64)), DTypeError, "different dtypes"),
+    "images of bytes": (lambda: vit()(IMAGES.astype(np.uint8)), DTypeError, "mv.data.standardize(images, mean, std)"),
+    "images of float64": (lambda: vit()(IMAGES.astype(np.float64)), DTypeError, "images.astype(np.float32)"),
+    "a Tensor of float64": (lambda: vit()(mv.tensor(IMAGES, dtype=np.float64)), DTypeError, "images.to(np.float32)"),
+    "images of float32": (lambda: vit().to(np.float64)(IMAGES), DTypeError, "images.astype(np.float64)"),
+    "a step of bytes": (lambda: step()(IMAGES.astype(np.uint8), [0, 1]), DTypeError, "mv.data.standardize"),
+    "predicting bytes": (lambda: mv.predict_logits(vit(), IMAGES.astype(np.uint8)), DTypeError, "mv.data.standardize"),
     "one image alone": (lambda: vit()(IMAGES[0]), ShapeError, "(B, 1, 8, 8)"),
     "channels last": (lambda: vit()(IMAGES.transpose(0, 2, 3, 1)), ShapeError, "batch, channel, height, width"),
     "a mask of another size": (lambda: vit()(IMAGES, [[False]]), ShapeError, "(5, 5) or (2, 5, 5)"),
     "a mask of integers": (lambda: vit()(IMAGES, [[0] * 5] * 5), DTypeError, "mask.astype(bool)"),
     # ---- data ----
+    "standardising floats": (lambda: mv.data.standardize(IMAGES, [0], [1]), DataError, "np.rint(255 * images)"),
+    "a data set of floats": (lambda: floats(IMAGES), DataError, "np.rint(255 * images).astype(np.uint8)"),
+    "a data set of float bytes": (lambda: floats(IMAGES + 16), DataError, "np.rint(images).astype(np.uint8)"),
+    "a data set of integers": (lambda: floats(np.zeros((2, 1, 8, 8), int)), DataError, "images.astype(np.uint8)"),
+    "a data set of NaN": (lambda: floats(IMAGES * np.nan), DataError, "from nan to nan"),
     "a data set of nothing": (lambda: dataset((0, 1, 8, 8), ()), DataError, "no images"),
     "a label too many": (lambda: dataset(labels=(0, 1, 1)), DataError, "3 labels"),
     "a label that is no class": (lambda: dataset(labels=(0, 2)), DataError, "label 2"),

@@ -236,7 +236,7 @@ def broken(checkpoint: str, here: Path) -> Path:
         (["eval", "CKPT", "--data", "digit"], "unknown data set 'digit'\n  → did you mean 'digits'?"),
         (["eval", "CKPT", "--data", "empty.npz"], "no images"),
         (["train", "text.npz"], "text.npz: not a NumPy archive"),
-        (["train", "soft.npz"], "soft.npz: labels must be integers, not float64"),
+        (["train", "soft.npz"], "soft.npz: labels: row 0 is not one-hot"),
         (["train", "negative.npz"], "label -1 of image 0 is not a class"),
         (["train", "beyond.npz"], "label 2 of image 2 is not a class"),
         (["train", "fewer.npz"], "9 images but 5 labels"),
@@ -413,7 +413,13 @@ def test_the_checkpoint_says_what_prediction_needs(checkpoint: str, archive: Pat
     meta = load_checkpoint(checkpoint).meta
     train = data.load(archive)
     assert meta["model"]["dim"] == 8
-    expected = {"name": str(archive), "classes": list("0123456789"), "fit": "stretch", "bad_images": "stop"}
+    expected = {
+        "name": str(archive),
+        "classes": list("0123456789"),
+        "fit": "stretch",
+        "bad_images": "stop",
+        "layout": 2,
+    }
     expected |= {"mean": list(train.mean), "std": list(train.std)}
     expected["labels"] = hashlib.sha256(train.labels.tobytes()).hexdigest()
     assert meta["data"] == expected
@@ -511,7 +517,7 @@ def test_splits_that_differ_are_refused(here: Path, capsys: pytest.CaptureFixtur
     np.savez("odd.npz", train_images=np.ones((9, 8, 8), np.uint8), train_labels=np.arange(9) % 2,
              test_images=np.ones((9, 8, 6), np.uint8), test_labels=np.arange(9) % 2)  # fmt: skip
     assert main(["train", "odd.npz", *TINY]) == 1
-    assert "give both splits the same size and classes" in capsys.readouterr().err
+    assert "give all splits the same size and classes" in capsys.readouterr().err
 
 
 def stop(process: subprocess.Popen[str], number: int) -> tuple[int, str]:

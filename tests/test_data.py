@@ -6,12 +6,13 @@ import io
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from minivit.backend import Key, random_bits, uniform
-from minivit.data import Affine, Dataset, Loader, load, standardize
+from minivit.data import Affine, Dataset, Loader, load, splits_of, standardize
 from minivit.data import images as images_module
 from minivit.data.augment import bilinear
 from minivit.errors import ConfigError, DataError
@@ -109,13 +110,42 @@ def test_subset_refuses(indices):
 def test_split_off_parts_the_data_by_key():
     digits = load("digits")
     data = Dataset(digits.images, np.arange(len(digits)), tuple(map(str, range(len(digits)))), "numbered")
-    rest, held = data.split_off(0.1, Key(1))
+    rest, held = data.split_off(0.1, Key(1), stratified=False)
     assert len(held) == 382
     assert sorted([*rest.labels, *held.labels]) == list(range(len(data)))
-    assert np.array_equal(data.split_off(0.1, Key(1))[1].labels, held.labels)
-    assert not np.array_equal(data.split_off(0.1, Key(2))[1].labels, held.labels)
+    assert np.array_equal(data.split_off(0.1, Key(1), False)[1].labels, held.labels)
+    assert not np.array_equal(data.split_off(0.1, Key(2), False)[1].labels, held.labels)
     assert held.labels.tolist() == sorted(held.labels)  # in the data's order
     assert abs(held.labels.mean() / len(data) - 0.5) < 0.1  # from all over it
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("fraction", [0.1, 0.25, 0.5, 0.9])
+def test_split_off_takes_its_share_of_every_class(fraction, seed):
+    sizes = np.array([1, 2, 3, 4, 7, 10, 40, 100])
+    labels = np.repeat(np.arange(8), sizes)
+    pixels = np.arange(len(labels), dtype=np.uint8).reshape(-1, 1, 1, 1)
+    data = Dataset(pixels, labels, tuple("abcdefgh"), "uneven")
+    rest, held = data.split_off(fraction, Key(seed))
+    assert sorted([*rest.images.flat, *held.images.flat]) == list(range(len(data)))
+    taken = np.bincount(held.labels, minlength=8)
+    assert (np.abs(taken - fraction * sizes) <= 1).all()
+    assert (np.bincount(rest.labels, minlength=8) >= 1).all()
+    assert len(held) == round(fraction * len(data)) or fraction == 0.9  # where small classes keep what they have
+    assert np.array_equal(data.split_off(fraction, Key(seed))[1].images, held.images)
+    assert not np.array_equal(data.split_off(fraction, Key(seed + 99))[1].images, held.images)
+    assert held.images.ravel().tolist() == sorted(held.images.ravel())
+
+
+def test_split_off_where_no_class_can_spare_an_image():
+    single = Dataset(np.zeros((4, 1, 2, 2), np.uint8), np.arange(4), tuple("abcd"), "single")
+    with pytest.raises(DataError, match="no class has two images"):
+        single.split_off(0.5, Key(0))
+
+
+def test_a_data_set_prints_as_one_line():
+    assert repr(load("digits")) == "Dataset('digits': 3,823 images uint8 (1, 8, 8), 10 classes)"
+    assert str(toy(1, 3, classes=1)) == "Dataset('toy': 1 image uint8 (3, 4, 5), 1 class)"
 
 
 @pytest.mark.parametrize("fraction", [0.0, 1.0, -1.0, 2.0, 0.01, 0.99, float("nan")])
@@ -164,11 +194,11 @@ def test_npz_layouts(tmp_path, shape, expected):
 
 
 def test_npz_splits_agree_on_the_classes(tmp_path):
-    arrays = {"train_images": np.zeros((3, 4, 4), np.uint8), "train_labels": np.array([0, 1, 4])}
+    arrays = {"train_images": np.zeros((5, 4, 4), np.uint8), "train_labels": np.arange(5)}
     arrays |= {"test_images": np.ones((2, 4, 4), np.uint8), "test_labels": np.array([0, 1])}
     np.savez_compressed(tmp_path / "d.npz", **arrays)
     train, test = load(str(tmp_path / "d.npz")), load(str(tmp_path / "d.npz"), "test")
-    assert (len(train), len(test)) == (3, 2)
+    assert (len(train), len(test)) == (5, 2)
     assert train.classes == test.classes == tuple("01234")
     assert test.images.min() == 1
     np.savez_compressed(tmp_path / "d.npz", **arrays, classes=np.array(["a", "b", "c", "d", "é"]))
@@ -182,7 +212,7 @@ def test_npz_splits_agree_on_the_classes(tmp_path):
         ({"images": np.zeros((2, 4, 4), np.uint8)}, "train", "no array 'labels'"),
         ({"train_images": np.zeros((2, 4, 4), np.uint8)}, "train", "no array 'train_labels'"),
         ({}, "train", "holds nothing"),
-        ({"images": np.zeros((2, 4, 4)), "labels": np.zeros(2, int)}, "train", "uint8"),
+        ({"images": np.zeros((2, 4, 4)), "labels": np.zeros(2, int)}, "train", "images must be uint8"),
         ({"images": np.zeros((2, 4, 4), np.uint8), "labels": np.zeros(2)}, "train", "integers"),
         ({"images": np.zeros((2, 4, 4), np.uint8), "labels": np.array([0, -1])}, "train", "label -1"),
         ({"images": np.zeros((2, 4, 4), np.uint8), "labels": np.array([0, 2**40])}, "train", "classes"),
@@ -199,6 +229,99 @@ def test_npz_that_cannot_be_used(tmp_path, arrays, split, message):
         load(tmp_path / "bad.npz", split)
     assert "bad.npz: " in caught.value.what
     assert caught.value.remedy
+
+
+def save(path: Path, **arrays: Any) -> Path:
+    np.savez(path, **({"images": np.zeros((6, 4, 4), np.uint8)} | arrays))
+    return path
+
+
+ONE_HOT = np.eye(4)[[2, 0, 1, 2, 0, 1]]
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes"),
+    [
+        (np.array([2, 0, 1, 2, 0, 1]), "012"),
+        (np.array([[2], [0], [1], [2], [0], [1]], np.uint8), "012"),
+        (ONE_HOT[:, :3], "012"),
+        (ONE_HOT[:, :3].astype(bool), "012"),
+        (ONE_HOT[:, :3].astype(np.int64), "012"),
+        (np.array(["c", "a", "b", "c", "a", "b"]), "abc"),
+        (np.array([b"c", b"a", b"b", b"c", b"a", b"b"]), "abc"),
+    ],
+)
+def test_npz_labels_of_every_form(tmp_path, labels, classes):
+    data = load(save(tmp_path / "x.npz", labels=labels))
+    assert data.labels.tolist() == [2, 0, 1, 2, 0, 1]
+    assert data.classes == tuple(classes)
+
+
+@pytest.mark.parametrize("name", ["classes", "class_names"])
+def test_npz_class_names(tmp_path, name):
+    named = {name: np.array(["cat", "dog", "ant"])}
+    labels = np.array([2, 0, 1, 2, 0, 1])
+    assert load(save(tmp_path / "x.npz", labels=labels, **named)).classes == ("cat", "dog", "ant")
+    texts = np.array(["ant", "cat", "dog", "ant", "cat", "dog"])
+    assert load(save(tmp_path / "x.npz", labels=texts, **named)).labels.tolist() == labels.tolist()
+    with pytest.raises(DataError, match="labels: 'cow' is not one of the classes"):
+        load(save(tmp_path / "x.npz", labels=np.array([*texts[:5], "cow"]), **named))
+    if name == "class_names":
+        assert load(save(tmp_path / "x.npz", labels=labels, **named), layout=1).classes == ("0", "1", "2")
+
+
+@pytest.mark.parametrize("names", ["x_{} y_{}", "X_{} y_{}", "{}_images {}_labels"])
+def test_npz_splits_by_their_usual_names(tmp_path, names):
+    arrays = {}
+    for n, split in enumerate(("train", "val", "test")):
+        images, labels = names.replace("{}", split).split()
+        arrays |= {
+            images: np.full((2, 4, 4), n, np.uint8),
+            labels: np.array(["b", "a"]) if n == 0 else np.array(["b"] * 2),
+        }
+    np.savez(tmp_path / "x.npz", **arrays)
+    assert splits_of(tmp_path / "x.npz") == ("train", "val", "test")
+    assert splits_of(tmp_path / "x.npz", layout=1) == ("train", "test")
+    for n, split in enumerate(("train", "val", "test")):
+        data = load(tmp_path / "x.npz", split)
+        assert (data.images[0, 0, 0, 0], data.classes, data.labels[0]) == (n, ("a", "b"), 1)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (np.arange(1, 7), "labels run from 1 to 6: class 0 has no training images; to number .* from 0: labels - 1"),
+        (np.array([0, 1, 1, 3, 3, 3]), "labels run from 0 to 3: class 2 has no training images"),
+        (np.array([0, 10, 20, 30, 40, 50]), r"45 of 51 classes \(1, 2, 3, …\) have no training images"),
+        (ONE_HOT, "class 3 has no training images"),
+    ],
+)
+def test_classes_without_images_are_announced(tmp_path, labels, message):
+    with pytest.warns(UserWarning, match=message):
+        load(save(tmp_path / "x.npz", labels=labels))
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message", "remedy"),
+    [
+        ({"x_train": np.linspace(0, 1, 96).reshape(6, 4, 4)}, "x_train must be uint8", "np.rint(255 * x_train).astype"),
+        ({"x_train": np.arange(96.0).reshape(6, 4, 4)}, "x_train must be uint8", "np.rint(x_train).astype(np.uint8)"),
+        ({"x_train": np.arange(96).reshape(6, 4, 4)}, "x_train must be uint8", "x_train.astype(np.uint8)"),
+        ({"x_train": np.arange(96.0).reshape(6, 4, 4) - 1}, "x_train must be uint8", "now from -1 to 94"),
+        ({"x_train": np.zeros((6, 16), np.uint8)}, "have no axis of 1 or 3 or 4", "images.reshape(-1, 4, 4)"),
+        ({"y_train": ONE_HOT * 0.5}, "y_train: row 0 is not one-hot", "argmax"),
+        ({"y_train": np.ones((6, 3))}, "y_train: row 0 is not one-hot", "argmax"),
+        ({"y_train": np.array([0, 1, 2, 0, 1, -1])}, "y_train: label -1 of image 5", "from 0"),
+        ({"y_train": np.array([0.0, 1, 0, 1, 0, 1])}, "y_train must be integers", "astype(np.int64)"),
+        ({"y_test": np.array(["a", "b"])}, "y_train are numbers, those of another split strings", "both"),
+    ],
+)
+def test_what_is_wrong_in_an_npz_is_named(tmp_path, arrays, message, remedy):
+    good = {"x_train": np.zeros((6, 4, 4), np.uint8), "y_train": np.array([0, 1, 2, 0, 1, 2])}
+    np.savez(tmp_path / "x.npz", **(good | arrays))
+    with pytest.raises(DataError, match=message) as caught:
+        load(tmp_path / "x.npz")
+    assert remedy in caught.value.remedy
 
 
 def test_damaged_npz_files_raise_nothing_else(tmp_path):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import re
 import shutil
 import threading
 import time
@@ -13,7 +15,7 @@ import pytest
 from PIL import Image
 
 from minivit.backend import Key, random_bits
-from minivit.data import Loader, load, read_image
+from minivit.data import Loader, load, read_image, splits_of
 from minivit.data import folder as folder_module
 from minivit.data.folder import ImageFiles, in_threads, list_folder, load_folder
 from minivit.errors import ConfigError, DataError
@@ -34,7 +36,7 @@ def make(root: Path, *names: str) -> Path:
 @pytest.fixture
 def animals(tmp_path):
     train = [f"train/{kind}/{i}.png" for kind in ("dog", "cat") for i in range(4)]
-    return make(tmp_path / "animals", *train, *(f"val/{kind}/{i}.png" for kind in ("cat", "dog") for i in (7, 8)))
+    return make(tmp_path / "animals", *train, *(f"test/{kind}/{i}.png" for kind in ("cat", "dog") for i in (7, 8)))
 
 
 @pytest.fixture
@@ -57,17 +59,51 @@ def test_a_folder_of_splits(animals):
     test = load_folder(animals, "test", (6, 8))
     assert test.classes == data.classes
     assert test.labels.tolist() == [0, 0, 1, 1]
-    assert np.array_equal(test.images[3], read_image(animals / "val/dog/8.png", (6, 8), 3, fit="crop"))
+    assert np.array_equal(test.images[3], read_image(animals / "test/dog/8.png", (6, 8), 3, fit="crop"))
 
 
-@pytest.mark.parametrize("name", ["test", "val", "valid"])
-def test_the_names_of_the_other_split(animals, name):
-    if name != "val":
-        (animals / "val").rename(animals / name)
-    assert len(load_folder(animals, "test")) == 4
-    (animals / "test").mkdir(exist_ok=True)  # unlabelled images, as competitions give them, are no test set
-    make(animals, "test/1.png")
-    assert len(load_folder(animals, "test")) == 4
+@pytest.mark.parametrize(
+    ("train", "val", "test"),
+    [
+        ("train", "val", "test"),
+        ("Training", "", "Testing"),
+        ("TRAIN", "Validation", "TEST"),
+        ("Train", "valid", ""),
+        ("training", "dev", "testing"),
+    ],
+)
+def test_the_names_of_splits_in_any_case(tmp_path, train, val, test):
+    names = [f"{name}/{kind}/{i}.png" for i, name in enumerate((train, val, test)) if name for kind in ("cat", "dog")]
+    root = make(tmp_path / "x", *names)
+    for split, name in (("train", train), ("val", val), ("test", test)):
+        if name:
+            paths = [file.relative_to(root).parts[0] for file, _ in list_folder(root).files[split]]
+            assert paths == [name, name]
+            assert len(load(root, split, (4, 4))) == 2
+        else:
+            with pytest.raises(DataError, match=f"it has no split '{split}'") as caught:
+                load(root, split)
+            assert caught.value.remedy
+    assert splits_of(root) == tuple(s for s, name in {"train": train, "val": val, "test": test}.items() if name)
+
+
+def test_unlabelled_test_images_are_no_test_set(animals):
+    shutil.rmtree(animals / "test")
+    make(animals, "test/1.png")  # as competitions give them
+    with pytest.warns(UserWarning, match="20% of each class.*; not read: test/$"):
+        assert len(load_folder(animals, "test")) == 2
+
+
+def test_a_folder_is_parted_as_version_1_did_for_what_was_trained_then(animals, tmp_path):
+    (animals / "test").rename(animals / "val")
+    assert set(list_folder(animals).files) == {"train", "val"}
+    assert len(load(animals, "test", layout=1)) == 4
+    assert splits_of(animals, layout=1) == ("train", "test")
+    root = make(tmp_path / "flat", *(f"{kind}/{i:03}.png" for kind in ("cat", "dog") for i in range(100)))
+    tested = {file for file, _ in list_folder(root, layout=1).files["test"]}
+    for file in root.rglob("*.png"):
+        digest = hashlib.sha256(file.relative_to(root).as_posix().encode()).digest()
+        assert (file in tested) == (int.from_bytes(digest[:8], "big") < 0.2 * 2**64)
 
 
 def test_size_and_channels(animals):
@@ -81,27 +117,29 @@ def test_a_split_by_key_stays_as_it_is_when_files_come_and_go(tmp_path):
     make(root, *(f"{kind}/{i:03}.png" for kind in ("cat", "dog") for i in range(100)))
     before = list_folder(root)
     counts = {split: np.bincount([label for _, label in files]).tolist() for split, files in before.files.items()}
-    assert all(10 <= n <= 30 for n in counts["test"])
+    assert counts["test"] == [20, 20]
     assert np.array(list(counts.values())).sum(0).tolist() == [100, 100]
-    for i in range(50):
-        (root / f"cat/{i:03}.png").unlink()
-    make(root, "cat/new.png", "ant/1.png", "ant/2.png", "ant/3.png")
+    for i in range(10):
+        make(root, f"cat/new-{i}.png", "ant/1.png", "ant/2.png", "ant/3.png")
+        after = list_folder(root)
+        assert after.classes == ("ant", "cat", "dog")
+        for name in after.classes:
+            tested = [file.parent.name for file, _ in after.files["test"]].count(name)
+            assert abs(tested - len(list((root / name).iterdir())) / 5) <= 1
+        sides = [{file: split for split, files in x.files.items() for file, _ in files} for x in (before, after)]
+        assert sum(side != sides[1][file] for file, side in sides[0].items()) <= i + 1
     moved = root.rename(tmp_path / "elsewhere")
-    after = list_folder(moved)
-    assert after.classes == ("ant", "cat", "dog")
-    for split in ("train", "test"):
-        names = {file.relative_to(root) for file, _ in before.files[split]}
-        kept = {file.relative_to(moved) for file, _ in after.files[split]}
-        assert names & kept == {name for name in names if (moved / name).exists()}
+    again = {file.relative_to(moved) for file, _ in list_folder(moved).files["test"]}
+    assert again == {file.relative_to(root) for file, _ in after.files["test"]}
     assert load_folder(moved, "train").classes == load_folder(moved, "test").classes
 
 
 def test_train_alone_is_split_by_key_as_well(animals):
-    shutil.rmtree(animals / "val")
+    shutil.rmtree(animals / "test")
     make(animals, *(f"train/{kind}/{i}.png" for kind in ("cat", "dog") for i in range(4, 40)))
     train, test = (list_folder(animals).files[split] for split in ("train", "test"))
     assert len(train) + len(test) == 80
-    assert 6 <= len(test) <= 30
+    assert len(test) == 16
 
 
 def test_a_small_folder_can_be_trained_on_and_tested(tmp_path):
@@ -118,20 +156,56 @@ def test_a_small_folder_can_be_trained_on_and_tested(tmp_path):
     assert len(load_folder(root, "train", (4, 4))) + len(load_folder(root, "test", (4, 4))) == 11
 
 
-def test_folders_that_are_not_read_are_named(animals):
-    assert list_folder(animals).how == "train/ and val/"
-    make(animals, "test/cat/1.png", "test/dog/1.png", "extra/cat/1.png", "notes/1.png")
-    assert list_folder(animals).how == "train/ and test/; not read: extra/, val/"
-    with pytest.warns(UserWarning, match="animals: train/ and test/; not read: extra/, val/"):
-        assert len(load_folder(animals, "test")) == 2
+def test_what_is_not_read_is_named(animals):
+    assert list_folder(animals).how == "train/ and test/"
+    assert list_folder(animals).remark == ""
+    make(animals, "val/cat/1.png", "val/dog/1.png", "extra/cat/1.png", "notes/1.png", "cover.png", "train/stray.png")
+    found = list_folder(animals)
+    assert found.how == "train/ and val/ and test/"
+    with pytest.warns(
+        UserWarning, match="animals: train/ and val/ and test/; not read: extra/, notes/, 1 image in no "
+    ):
+        assert len(load_folder(animals, "test")) == 4
+    assert f"{animals / 'cover.png'}" in found.remark
+    assert f"{animals / 'train/stray.png'}" in found.remark
     shutil.rmtree(animals / "test")
-    shutil.rmtree(animals / "val")
-    assert list_folder(animals).how.endswith("names; not read: extra/")
+    assert list_folder(animals).how == "train/ and val/: no test images"
 
 
-def test_train_may_be_a_class(tmp_path):
-    make(tmp_path, *(f"{kind}/{i}.png" for kind in ("train", "plane") for i in range(9)))
+@pytest.mark.parametrize(
+    ("names", "message", "remedy"),
+    [
+        (["cat/1.png", "dog/1.png", "test/1.png"], "test/ could be a split, or a class like cat/", "rename"),
+        (["cat/1.png", "dog/1.png", "Test/cat/1.png"], "Test/ could be a split, or a class like cat/", "train"),
+        (["plane/1.png", "train/1.png"], "train/ could be a split, or a class like plane/", "rename"),
+        (["train/1.png", "test/1.png"], "are splits, but there are 1 image in no class", "folder for each class"),
+        (["test/cat/1.png", "test/dog/1.png"], "no folder to train on", "train"),
+        (["train/cat/1.png", "train/dog/1.png", "val/cat/1.png", "Valid/cat/1.png"], "the same split", "rename one"),
+        (["archive/cat/1.png", "archive/dog/1.png"], "only one class, 'archive'", "archive$"),
+        (["a/b/c/train/cat/1.png", "a/b/c/train/dog/1.png"], "only one class, 'a'", "a/b/c$"),
+        (
+            ["train/Cat/1.png", "train/dog/1.png", "test/cat/1.png"],
+            "'cat' has no images to train on, but 'Cat'",
+            "same",
+        ),
+    ],
+)
+def test_folders_that_could_mean_two_things_are_refused(tmp_path, names, message, remedy):
+    make(tmp_path, *names)
+    with pytest.raises(DataError, match=message) as caught:
+        load_folder(tmp_path, "train")
+    assert re.search(remedy, caught.value.remedy)
+
+
+def test_a_class_may_be_called_like_a_split_inside_one(tmp_path):
+    make(tmp_path, *(f"train/{kind}/{i}.png" for kind in ("train", "plane") for i in range(9)))
     assert list_folder(tmp_path).classes == ("plane", "train")
+
+
+def test_classes_that_hold_only_folders_are_remarked_on(tmp_path):
+    make(tmp_path, *(f"{a}/{b}/{i}.png" for a in ("raw", "drawn") for b in ("cat", "dog") for i in (1, 2)))
+    with pytest.warns(UserWarning, match="hold only folders; if these are the classes, give .*drawn$"):
+        assert load_folder(tmp_path, "train").classes == ("drawn", "raw")
 
 
 def test_what_is_no_image_is_passed_over(animals):
@@ -166,7 +240,7 @@ def test_files_count_by_content_not_by_name(animals):
         (["1.png", "2.png"], "train", "in no class"),
         (["cat/1.png", "cat/2.png"], "train", "only one class, 'cat'"),
         (
-            ["train/cat/1.png", "train/dog/1.png", "val/cat/1.png", "val/cow/1.png"],
+            ["train/cat/1.png", "train/dog/1.png", "test/cat/1.png", "test/cow/1.png"],
             "train",
             "'cow' has no images to train",
         ),
@@ -373,16 +447,21 @@ def test_a_file_that_never_comes_is_named(animals, lazily, monkeypatch):
     data = load_folder(animals, "train", (6, 8))
     monkeypatch.setattr(folder_module, "DEADLINE", 1.0)
     monkeypatch.setattr(folder_module, "cpu_cores", lambda: 2)
-    before, slow = threading.active_count(), data.images.paths[2]
-    slow.unlink()
-    os.mkfifo(slow)  # as a disk that is gone: to open it waits for ever
+    before, slow, release, read = threading.active_count(), data.images.paths[2], threading.Event(), ImageFiles.read
+
+    def wait(self, i):
+        if self.paths[i] == slow:  # as on a disk that is gone
+            release.wait(60)
+        return read(self, i)
+
+    monkeypatch.setattr(ImageFiles, "read", wait)
     try:
         with pytest.raises(DataError, match="no file could be read for 1 seconds") as caught:
             data.images[:]
         assert caught.value.what.endswith(f"they wait for {slow}")
         assert all(thread.daemon for thread in threading.enumerate() if thread is not threading.main_thread())
     finally:
-        os.close(os.open(slow, os.O_WRONLY))
+        release.set()
     while threading.active_count() > before:
         time.sleep(0.001)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import os
 import pickle
+import socket
 import struct
 import subprocess
 import sys
@@ -451,9 +452,54 @@ def test_npz_headers_are_checked_before_memory_is_taken(tmp_path, method, images
 def test_an_archive_larger_than_the_memory_is_refused(tmp_path, monkeypatch):
     np.savez_compressed(tmp_path / "a.npz", images=np.zeros((1000, 32, 32), np.uint8), labels=np.zeros(1000, int))
     assert len(load(tmp_path / "a.npz")) == 1000
-    monkeypatch.setattr(datasets, "total_memory", lambda: 2_000_000)
-    with pytest.raises(DataError, match="more than half of this machine's memory"):
+    monkeypatch.setattr(datasets, "available_memory", lambda: 2_000_000)
+    with pytest.raises(
+        DataError, match=r"it needs 1,032,256 bytes of memory, more than half of the 2,000,000 that are"
+    ):
         load(tmp_path / "a.npz")
+
+
+def test_channels_last_are_turned_where_they_lie():
+    images = pixels(4000, 32, 32, 3)
+    expected = images.transpose(0, 3, 1, 2).copy()
+    tracemalloc.start()
+    try:
+        turned = datasets.channels_first(images, Path("x"))
+        assert tracemalloc.get_traced_memory()[1] < images.nbytes // 2
+    finally:
+        tracemalloc.stop()
+    assert np.array_equal(turned, expected)
+    assert turned.flags.c_contiguous
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("cifar", "data_batch_3.bin"),
+        ("cifar", "batches.meta.txt"),
+        ("idx", "train-labels-idx1-ubyte"),
+        ("npz", "x.npz"),
+    ],
+)
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero"), lambda path: bind(path)])
+def test_only_regular_files_are_opened(tmp_path, kind, name, make):
+    path = tmp_path / name
+    if kind == "cifar":
+        write_cifar(tmp_path, "cifar-10")
+    elif kind == "idx":
+        write_idx(tmp_path)
+    path.unlink(missing_ok=True)
+    make(path)
+    code = f"from minivit.data import load; load({str(path if kind == 'npz' else tmp_path)!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert "DataError" in done.stderr
+    words = ("not a regular file", "no file train-labels", "No such device")  # the last one of a socket
+    assert any(word in done.stderr for word in words)
+
+
+def bind(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(path))
 
 
 def test_arrays_of_all_orders_come_back(tmp_path):

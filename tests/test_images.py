@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from PIL import Image, ImageFile
 
 from minivit.backend import Key, random_bits
 from minivit.data import read_image
-from minivit.data.images import decode, fitted, is_image
+from minivit.data.images import _scans, decode, fitted, is_image
 from minivit.errors import ConfigError, DataError
 
 FIXTURES = Path(os.environ.get("MINIVIT_IMAGE_FIXTURES", "no such folder"))  # odd files of Pillow's own test suite
@@ -477,6 +478,104 @@ except DataError:
     command = [sys.executable, "-c", code, str(tmp_path / "good.png"), str(tmp_path / "bomb.png")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert int(done.stdout) * (1 if sys.platform != "darwin" else 1 / 1024) < 20_000  # kibibytes
+
+
+def scanned(side: int, scans: int, progressive: bool = True) -> bytes:
+    """Return a JPEG that goes over its pixels ``scans`` times."""
+    data = saved(Image.new("RGB", (side, side), (128,) * 3), "JPEG", progressive=progressive).getvalue()
+    if not progressive:  # of one channel each, and empty
+        return data[: data.index(b"\xff\xda")] + b"\xff\xda\0\x08\1\1\0\0\x3f\0" * scans + data[-2:]
+    starts = [match.start() for match in re.finditer(rb"\xff\xda", data)]
+    return data[:-2] + data[starts[-1] : -2] * (scans - len(starts)) + data[-2:]
+
+
+def test_a_jpeg_of_too_many_scans_is_refused_before_it_is_decoded(monkeypatch):
+    assert read_image(io.BytesIO(scanned(1000, 400)), (8, 8), 1).mean() == 128
+    photo = saved(Image.fromarray(BYTES).resize((64, 64)), "JPEG", progressive=True, comment=b"\xff\xda" * 30_000)
+    assert _scans(photo) == 10  # those in the comment are none
+    baseline = saved(Image.fromarray(BYTES), "JPEG").getvalue()
+    assert _scans(io.BytesIO(baseline + baseline)) == 1  # the next picture's do not count
+
+    def decodes(self):
+        raise AssertionError("decoded")
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", decodes)
+    for side, scans, progressive in ((1000, 1001, True), (3000, 112, True), (7000, 21, False), (100, 100_001, False)):
+        data = scanned(side, scans, progressive)
+        with pytest.raises(DataError, match=f"{scans:,} scans over"):
+            read_image(io.BytesIO(data), (8, 8), 1)
+
+
+def test_what_would_take_long_or_much_for_its_size_is_refused_before_it_is_decoded(monkeypatch):
+    def decodes(self):
+        raise AssertionError("decoded")
+
+    tags = {256: 16, 257: 16, 258: 8, 259: 8, 262: 1, 277: 1, 322: 30_000, 323: 30_000, 324: 200, 325: 8}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    tiles = (b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4)).ljust(208, b"\0")
+    lines = b"\1\0\0\0" * 1000 + b"\0\1"  # a pixel, then the line's end: Pillow fills it in Python
+    header = struct.pack("<IiiHHIIiiII", 40, 6000, 1000, 1, 8, 1, len(lines), 0, 0, 256, 256)
+    bitmap = b"BM" + struct.pack("<IHHI", 1078 + len(lines), 0, 0, 1078) + header + bytes(1024) + lines
+    webp = saved(Image.new("RGB", (5001, 5000)), "WEBP", lossless=True, method=0).getvalue()
+    monkeypatch.setattr(ImageFile.ImageFile, "load", decodes)
+    for data, message in (
+        (tiles, "tiles of 30000 × 30000 for 256 pixels"),
+        (bitmap, "run-length encoded BMP of 6,000,000 pixels"),
+        (webp, "more than 25 megapixels of WebP"),
+    ):
+        with pytest.raises(DataError, match=message) as caught:
+            read_image(io.BytesIO(data), (8, 8), 1)
+        assert caught.value.remedy
+
+
+def test_a_file_larger_than_a_picture_is_refused_before_it_is_read(tmp_path):
+    with open(tmp_path / "x.webp", "wb") as file:
+        file.write(b"RIFF\0\0\0\0WEBPVP8 ")
+        file.truncate(1 << 40)
+    with pytest.raises(DataError, match="1,099,511,627,776 bytes are more than a picture takes"):
+        read_image(tmp_path / "x.webp", (8, 8), 3)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="where Linux counts a process's memory")
+@pytest.mark.parametrize("kind", ["RGBA", "I;16", "P"])
+def test_large_pictures_on_white_take_twice_their_own_memory_at_most(kind, tmp_path):
+    side = 4000
+    image = Image.new(kind, (side, side), (90, 80, 70, 0) if kind == "RGBA" else 0)
+    image.save(tmp_path / "large.png", compress_level=1, **({"transparency": 0} if kind == "P" else {}))
+    code = """
+import sys
+from minivit.data import read_image
+peaks = []
+for path in sys.argv[1:]:
+    shown = read_image(path, (8, 8), 3)
+    status = dict(line.split(":") for line in open("/proc/self/status"))
+    peaks.append(int(status["VmHWM"].split()[0]))  # ru_maxrss counts the process that this one came from
+assert shown.min() == shown.max() == (0 if "I;16" in sys.argv[2] else 255)
+print(peaks[1] - peaks[0])
+"""
+    saved_small = tmp_path / f"{kind}-small.png"
+    Image.new("RGBA", (8, 8)).save(saved_small)
+    path = (tmp_path / "large.png").rename(tmp_path / f"{kind}.png")
+    done = subprocess.run([sys.executable, "-c", code, str(saved_small), str(path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) * 1024 < 9.5 * side**2  # four bytes a pixel, read and on white
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero"), lambda path: path.mkdir()])
+def test_only_regular_files_are_read(tmp_path, make):
+    make(tmp_path / "x.png")
+    code = """
+import sys
+from minivit.data import read_image
+from minivit.data.images import is_image
+print(is_image(sys.argv[1]))
+read_image(sys.argv[1], (8, 8), 1)
+"""
+    command = [sys.executable, "-c", code, str(tmp_path / "x.png")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "False\n"
+    assert "DataError" in done.stderr
+    assert "x.png: cannot be read: not a regular file" in done.stderr
 
 
 def test_what_is_an_image(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import tomllib
 from pathlib import Path
 
@@ -35,7 +36,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of little pictures of two classes, in the two splits of an image folder."""
     folder = tmp_path_factory.mktemp("photos")
     rng = np.random.default_rng(0)
-    for split, count in (("train", 24), ("val", 8)):
+    for split, count in (("train", 24), ("test", 8)):
         for label, name in enumerate(("bright", "dark")):
             (folder / split / name).mkdir(parents=True)
             for i in range(count):
@@ -229,14 +230,14 @@ def test_an_image_folder_trains_evaluates_and_predicts(
     assert main(["eval", "runs/run/checkpoints/last.npz", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["classes"] == ["bright", "dark"] and found["accuracy"] == 1.0 and found["count"] == 16
-    assert main(["predict", "runs/run/checkpoints/last.npz", str(photos / "val" / "dark" / "3.png")]) == 0
+    assert main(["predict", "runs/run/checkpoints/last.npz", str(photos / "test" / "dark" / "3.png")]) == 0
     assert "dark" in capsys.readouterr().out
 
 
 def test_bad_images_stop_a_run_or_are_left_out(
     photos: Path, here: Path, capsys: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder
 ) -> None:
-    for split in ("train", "val"):
+    for split in ("train", "test"):
         for name in ("bright", "dark"):
             (here / "mine" / split / name).mkdir(parents=True)
             for file in sorted((photos / split / name).iterdir())[:5]:
@@ -250,7 +251,7 @@ def test_bad_images_stop_a_run_or_are_left_out(
     with pytest.warns(UserWarning, match=r"bad\.png"):
         assert main([*args, "--bad-images", "skip"]) == 0
     assert "10 to train on, 10 to test with" in capsys.readouterr().out
-    (here / "mine" / "val" / "dark" / "bad.png").write_bytes(whole[: len(whole) // 2])
+    (here / "mine" / "test" / "dark" / "bad.png").write_bytes(whole[: len(whole) // 2])
     with pytest.warns(UserWarning, match=r"bad\.png"):  # an evaluation does as the run did
         assert main(["eval", "runs/mine-1/checkpoints/last.npz"]) == 0
 
@@ -293,3 +294,25 @@ def test_the_start_is_the_checkpoints_average_with_a_new_head(archive: Path, her
 
 def test_data_of_a_fixed_size_ignore_the_model_size(archive: Path) -> None:
     assert data.load(archive, "train", (32, 32), 3).images.shape == (200, 1, 8, 8)
+
+
+def test_a_folder_s_val_validates_and_what_was_trained_before_keeps_its_split(
+    photos: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from minivit.train.checkpoint import load_checkpoint, save_checkpoint
+
+    shutil.copytree(photos, here / "mine")
+    (here / "mine" / "test").rename(here / "mine" / "val")
+    small = ["--set", "model.image_size=16", "--set", "model.patch_size=8", *TINY, "--epochs", "1"]
+    assert main(["train", "mine", *small, "--name", "run"]) == 0
+    said = capsys.readouterr().out
+    assert "48 to train on, 16 to validate with; 16 × 16" in said
+    assert "validation  best accuracy" in said
+    assert "\ntest " not in said
+    assert main(["eval", "runs/run/checkpoints/last.npz"]) == 1
+    assert "no split 'test'" in capsys.readouterr().err
+    old = load_checkpoint("runs/run/checkpoints/last.npz")
+    assert old.meta["data"].pop("layout") == 2  # as version 0.1.0 left it
+    save_checkpoint("old.npz", old.arrays, old.meta)
+    assert main(["eval", "old.npz"]) == 0
+    assert "16 images" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""``minivit data``: what is in a data set, what is damaged or in it twice, and a picture of it; or a download."""
+"""``minivit data``: what is in a data set, what is damaged or in it twice; a picture of it; or a download."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--size", type=number(int, 1, 1 << 15), metavar="N", help="height and width to bring image files to (64)"
     )
-    parser.add_argument("--output", "-o", metavar="FILE", help="where to write the picture (DATA-mosaic.png)")
+    parser.add_argument("--output", "-o", metavar="FILE", help="write a picture of a few images of each class")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the report and draw the picture; 3 if there are files that cannot be read."""
+    """Print the report, and draw a picture if asked to; 3 if there are files that cannot be read."""
     import json
 
     from minivit.data.audit import audit
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
             f"one data set at a time, not {len(args.data)}", "minivit data DATA, or minivit data get NAME"
         )
     found = audit(args.data[0], (args.size, args.size) if args.size else None)
-    picture = draw(found, args.output or f"{Path(found.name).resolve().name.removesuffix('.npz')}-mosaic.png")
+    picture = draw(found, args.output) if args.output else None
     print(json.dumps(as_json(found) | {"mosaic": picture}) if args.json else report(found, picture))
     return BAD_INPUTS if found.corrupt else OK
 
@@ -114,7 +114,7 @@ def report(found: Audit, picture: str | None) -> str:
             sum(len(s.names) - len(set(s.splits)) for s in found.duplicates),
             same(found.duplicates),
         ),
-        "test images that are training images": (sum(s.splits.count("test") for s in found.leaked), same(found.leaked)),
+        "images in more than one split": (len(found.leaked), same(found.leaked)),
         "images in more than one class": (len(found.contradictions), same(found.contradictions)),
     }
     width = max(map(len, findings))

@@ -152,10 +152,11 @@ def read(source: str, model: ViT, fit: str) -> Iterator[tuple[str, np.ndarray]]:
     import io
 
     from minivit.data import read_image
+    from minivit.data.images import MAX_BYTES
 
     size, channels = model.patch_embed.image_size, model.patch_embed.in_channels
     if source == "-":
-        yield "-", read_image(io.BytesIO(sys.stdin.buffer.read()), size, channels, fit)
+        yield "-", read_image(io.BytesIO(sys.stdin.buffer.read(MAX_BYTES + 1)), size, channels, fit)
     elif Path(source).suffix.lower() in (".npy", ".npz"):
         for i, image in enumerate(read_arrays(Path(source), (channels, *size))):
             yield f"{source}[{i}]", image

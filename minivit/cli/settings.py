@@ -260,8 +260,10 @@ def read_toml(path: str | Path) -> dict[str, Any]:
     """Read a TOML file of settings: values by dotted key. Raises ConfigError if it cannot be read."""
     import tomllib
 
+    from minivit.data.files import open_regular
+
     try:
-        with open(path, "rb") as f:
+        with open_regular(path) as f:
             text = f.read(_LARGEST_FILE + 1)
         if len(text) > _LARGEST_FILE:
             raise ConfigError(f"{path} is larger than {_LARGEST_FILE:,} bytes", "give a run's config.toml")

@@ -10,7 +10,7 @@ from minivit.data.augment import (
     RandomResizedCrop,
 )
 from minivit.data.colour import ColorJitter
-from minivit.data.datasets import Dataset, kind_of, load
+from minivit.data.datasets import Dataset, kind_of, load, splits_of
 from minivit.data.images import read_image
 from minivit.data.loader import Loader, standardize
 from minivit.data.mixing import Mix
@@ -32,5 +32,6 @@ __all__ = [
     "kind_of",
     "load",
     "read_image",
+    "splits_of",
     "standardize",
 ]

@@ -11,7 +11,7 @@ from os import PathLike
 import numpy as np
 
 from minivit.backend import Key, permutation
-from minivit.data.datasets import SPLITS, Dataset, kind_of, load, moments
+from minivit.data.datasets import kind_of, load, moments, splits_of
 from minivit.data.folder import SIZE, ImageFiles, in_threads, list_folder
 from minivit.data.images import decode
 from minivit.errors import ConfigError, DataError
@@ -57,7 +57,7 @@ class Audit:
 
     @property
     def leaked(self) -> list[Same]:
-        """Images of the split "test" that are in "train" as well: a model may know them by heart."""
+        """Images that are in more than one split: a model may know those of "val" and "test" by heart."""
         return [same for same in self.same if len(set(same.splits)) > 1]
 
     @property
@@ -85,14 +85,10 @@ def audit(name: str | PathLike[str], size: tuple[int, int] | None = None) -> Aud
 
 
 def _audit_arrays(name: str | PathLike[str]) -> Audit:
-    parts: dict[str, Dataset] = {"train": load(name, "train")}
-    note = ""
-    try:
-        parts["test"] = load(name, "test")
-    except DataError as error:
-        if "needed for the split" not in error.what:  # it is there, and damaged
-            raise
-        note = f"no test images: {error.what}"
+    parts = {split: load(name, split) for split in splits_of(name)} or {"train": load(name)}
+    note = "" if "test" in parts else "no test images"
+    if "train" not in parts:
+        raise DataError(f"{name}: no training images", "add train_images and train_labels")
     train = parts["train"]
     channels, height, width = train.images.shape[1:]
     digests = [
@@ -122,7 +118,9 @@ def _audit_arrays(name: str | PathLike[str]) -> Audit:
 
 def _audit_folder(name: str | PathLike[str], size: tuple[int, int]) -> Audit:
     found = list_folder(name)
-    files = [(file, split, label) for split in SPLITS for file, label in found.files[split]]  # of "train" first
+    files = [
+        (file, split, label) for split, listed in found.files.items() for file, label in listed
+    ]  # of "train" first
     if not files:
         raise DataError(f"{name}: no image files", "put them into a folder for each class")
     shown = set(_choose([label for _, label in found.files["train"]], len(found.classes)))
@@ -151,7 +149,7 @@ def _audit_folder(name: str | PathLike[str], size: tuple[int, int]) -> Audit:
 
     in_threads(look, as_loaded.paths, f"reading {name}")
     good = sorted(facts)
-    counts = {split: [0] * len(found.classes) for split in SPLITS}
+    counts = {split: [0] * len(found.classes) for split in found.files}
     for i in good:
         counts[files[i][1]][files[i][2]] += 1
     count = sum(counts["train"]) * size[0] * size[1]
@@ -171,7 +169,7 @@ def _audit_folder(name: str | PathLike[str], size: tuple[int, int]) -> Audit:
         same=_same([digests[i] for i in good]),
         corrupt=[reasons[i].removeprefix(f"{found.path}/") for i in sorted(reasons)],
         several=[digests[i][1] for i in good if facts[i][2]],
-        note=problem.what if problem else "",
+        note=f"{problem.what}: {problem.remedy}" if problem else found.remark,
         samples=[kept[i] for i in sorted(kept)],
         sample_labels=[found.classes[files[i][2]] or files[i][0].name for i in sorted(kept)],
     )

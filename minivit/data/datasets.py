@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -15,11 +16,15 @@ from zipfile import ZIP_DEFLATED, ZIP_STORED, ZipFile, is_zipfile
 
 import numpy as np
 
-from minivit.backend import Key, permutation, total_memory
+from minivit.backend import Key, available_memory, permutation
+from minivit.data.files import open_regular
 from minivit.errors import DataError, unknown_name
 
-SPLITS = ("train", "test")
-"""The parts of a data set. What is used for validation is held out of "train": see :meth:`Dataset.split_off`."""
+SPLITS = ("train", "val", "test")
+"""The parts of a data set. Where it has no "val" of its own, hold some of "train" out: :meth:`Dataset.split_off`."""
+
+LAYOUT = 2
+"""How a folder or archive is read now. 1 is how version 0.1.0 read it, for what was trained then: see :func:`load`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +45,8 @@ class Dataset:
         from minivit.data.folder import ImageFiles  # late: it needs this module
 
         if not isinstance(images, np.ndarray | ImageFiles) or images.dtype != np.uint8 or images.ndim != 4:
-            raise DataError(f"{self.name}: images must be uint8 (N, C, H, W), not {_describe(images)}", _IMAGES_REMEDY)
+            what = f"{self.name}: images must be uint8 (N, C, H, W), not {_describe(images)}"
+            raise DataError(what, bytes_remedy(images))
         if not isinstance(labels, np.ndarray) or labels.dtype != np.int64 or labels.ndim != 1:
             remedy = "give one class index per image: np.asarray(labels, np.int64)"
             raise DataError(f"{self.name}: labels must be int64 (N,), not {_describe(labels)}", remedy)
@@ -55,6 +61,11 @@ class Dataset:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def __repr__(self) -> str:
+        count, classes = len(self), len(self.classes)
+        images = f"{count:,} image{'s' * (count != 1)} uint8 {tuple(self.images.shape[1:])}"
+        return f"Dataset({self.name!r}: {images}, {classes} class{'es' * (classes != 1)})"
 
     @property
     def mean(self) -> tuple[float, ...]:
@@ -86,10 +97,12 @@ class Dataset:
         index = index.astype(np.int64)
         return replace(self, images=self.images.take(index, axis=0), labels=self.labels[index])
 
-    def split_off(self, fraction: float, key: Key) -> tuple[Dataset, Dataset]:
+    def split_off(self, fraction: float, key: Key, stratified: bool = True) -> tuple[Dataset, Dataset]:
         """Return (rest, held_out): a random ``fraction`` of the images, chosen by ``key``, held out from the others.
 
-        Both keep the data set's order. Raises DataError unless each gets at least one image.
+        It is this fraction of every class to within one image, and of all images where the sizes of the classes allow
+        it: a class keeps at least one image. With ``stratified`` False, images are chosen whatever their class. Both
+        parts keep the data set's order. Raises DataError unless each gets at least one image.
         """
         n = len(self)
         held = round(fraction * n) if 0 < fraction < 1 else 0
@@ -97,7 +110,22 @@ class Dataset:
             what = f"{self.name}: cannot hold out {fraction:g} of {n} images: both parts need at least one"
             raise DataError(what, "choose a fraction between 0 and 1, or use more images")
         order = permutation(key, n)
-        return self.subset(np.sort(order[held:])), self.subset(np.sort(order[:held]))
+        chosen = self._of_each_class(order, fraction, held) if stratified else order[:held]
+        if not len(chosen):
+            raise DataError(f"{self.name}: cannot hold any out: no class has two images", "use more images")
+        return self.subset(np.setdiff1d(order, chosen)), self.subset(np.sort(chosen))
+
+    def _of_each_class(self, order: np.ndarray, fraction: float, held: int) -> np.ndarray:
+        """Return the first of every class in ``order``, ``fraction`` of it: ``held`` in all, by largest remainders."""
+        labels = self.labels[order]
+        quotas = fraction * np.bincount(labels, minlength=len(self.classes))  # (K,)
+        most = np.maximum(np.bincount(labels, minlength=len(self.classes)) - 1, 0)
+        counts = np.minimum(quotas.astype(np.int64), most)
+        first = {label: place for place, label in reversed([*enumerate(labels.tolist())])}  # so the key decides on ties
+        for label in sorted(first, key=lambda label: (counts[label] - quotas[label], first[label])):
+            if counts.sum() < held and counts[label] < most[label]:
+                counts[label] += 1
+        return np.concatenate([order[labels == label][: counts[label]] for label in first])
 
 
 def moments(sums: np.ndarray, count: int) -> list[tuple[float, float]]:
@@ -112,7 +140,16 @@ def moments(sums: np.ndarray, count: int) -> list[tuple[float, float]]:
     return found
 
 
-_IMAGES_REMEDY = "give pixels 0 to 255 as np.uint8; for channels last: images.transpose(0, 3, 1, 2)"
+def bytes_remedy(images: Any, name: str = "images") -> str:
+    """Return the call that makes bytes of ``images``."""
+    if not isinstance(images, np.ndarray) or images.dtype == np.uint8 or images.dtype.kind not in "biuf":
+        return f"give pixels 0 to 255 as np.uint8; for channels last: {name}.transpose(0, 3, 1, 2)"
+    low, high = (images.min(), images.max()) if images.size else (0, 0)
+    if not (low >= 0 and high <= 255):  # NaN, too
+        return f"bring the pixels, now from {low:g} to {high:g}, to 0 … 255, then: {name}.astype(np.uint8)"
+    if images.dtype.kind in "bf" and high <= 1:
+        return f"they run from 0 to 1: np.rint(255 * {name}).astype(np.uint8)"
+    return f"{f'np.rint({name})' if images.dtype.kind == 'f' else name}.astype(np.uint8)"
 
 
 def _describe(x: Any) -> str:
@@ -131,6 +168,7 @@ def load(
     size: tuple[int, int] | None = None,
     channels: int = 3,
     bad_images: str = "stop",
+    layout: int = LAYOUT,
 ) -> Dataset:
     """Load a data set by its name, or from a file or folder of your own.
 
@@ -141,15 +179,20 @@ def load(
 
     Paths are recognised by what lies there, whatever it is called:
 
-    - a NumPy archive (.npz) with arrays ``train_images``, ``train_labels``, ``test_images`` and ``test_labels``, or
-      only ``images`` and ``labels``, which are the split "train". Images are uint8 (N, H, W), (N, C, H, W) or
-      (N, H, W, C) with 1, 3 or 4 channels; labels are integers (N,) from 0; ``classes``, an array of strings, may name
-      them;
+    - a NumPy archive (.npz) with arrays ``train_images`` and ``train_labels`` (or ``x_train`` and ``y_train``), the
+      same for "test" and, where it has one, for "val"; or only ``images`` and ``labels``, which are the split "train".
+      Images are uint8 (N, H, W), (N, C, H, W) or (N, H, W, C) with 1, 3 or 4 channels. Labels are integers (N,) from 0,
+      one-hot rows (N, K), or strings (N,). ``classes`` (or ``class_names``), an array of strings, names the classes in
+      order; without it, they are numbers, or the strings in the order of the alphabet. A class without training images
+      is warned of;
     - a folder of the four idx files of MNIST or of sets like it, .gz or plain;
     - a folder of CIFAR's binary files or of its Python batches, or a folder whose only subfolder is such a one;
     - any other folder is one of image files, which are brought to ``size``, (height, width), and ``channels``; a file
       that cannot be read makes it "stop" or is left out, by ``bad_images`` "skip". All other sets have a size and
-      channels of their own, and leave these three alone.
+      channels of their own, and leave these three alone. See :func:`~minivit.data.folder.load_folder`.
+
+    ``layout`` 1 reads folders and archives as version 0.1.0 did, for what was trained then: other folders are "test",
+    which is there always, and ``class_names`` are not known.
 
     A text that is one of the names is that name; for a folder which is called so, write ``./mnist`` or a Path. Raises
     DataError for a name, split, file or folder that cannot be used.
@@ -160,14 +203,43 @@ def load(
     if kind == "digits":
         return replace(load_npz(path, split), name=kind)
     if kind == "npz":
-        return load_npz(path, split)
+        return load_npz(path, split, layout)
     if kind == "folder":
         from minivit.data.folder import load_folder
 
-        return load_folder(path, split, size, channels, bad_images)
+        return load_folder(path, split, size, channels, bad_images, layout)
     from minivit.data.formats import load_files
 
+    if split == "val":
+        raise no_split(name, split)
     return replace(load_files(kind, path, split), name=str(name))
+
+
+def splits_of(name: str | PathLike[str], layout: int = LAYOUT) -> tuple[str, ...]:
+    """Return which of :data:`SPLITS` a data set has: see :func:`load`. No pixel is read."""
+    kind, path = _find(name)
+    if kind == "npz":
+        held: list[str] = []
+
+        def look(names: Collection[str]) -> dict[str, str]:
+            held.extend(names)
+            return {}
+
+        read_npz(path, look)
+        known = SPLITS if layout > 1 else ("train", "test")
+        return tuple(split for split in known if any(images in held for images, _ in _pairs(split)))
+    if kind == "folder":
+        from minivit.data.folder import list_folder
+
+        return tuple(list_folder(path, layout).files)
+    return "train", "test"
+
+
+def no_split(name: str | PathLike[str], split: str) -> DataError:
+    """Return the error for a split that a data set does not have."""
+    if split == "val":
+        return DataError(f"{name}: it has no split 'val'", "hold some of 'train' out: dataset.split_off(0.1, Key(0))")
+    return DataError(f"{name}: it has no split {split!r}", "add a folder test/ with a folder for each class")
 
 
 def class_names(classes: Sequence[str], count: int) -> list[str]:
@@ -220,9 +292,10 @@ def _find(name: str | PathLike[str]) -> tuple[str, Path]:
         path = Path(name)
         if path.is_dir():
             return find_files(path) or ("folder", path)
-        if path.is_file():
-            if is_zipfile(path):
-                return "npz", path
+        if path.exists():
+            with open_regular(path) as file:
+                if is_zipfile(file):
+                    return "npz", path
             remedy = f"{_NPZ_REMEDY}; or give a folder: of images, or of files of MNIST or CIFAR"
             raise DataError(f"{path}: not a NumPy archive", remedy)
     if path.suffix or len(path.parts) > 1 or not isinstance(name, str):
@@ -230,51 +303,142 @@ def _find(name: str | PathLike[str]) -> tuple[str, Path]:
     raise unknown_name("data set", name, NAMES, error=DataError)
 
 
-def load_npz(path: str | PathLike[str], split: str) -> Dataset:
-    """Load a NumPy archive: see :func:`load`. Raises DataError, with path and reason, if it cannot be used."""
+def load_npz(path: str | PathLike[str], split: str, layout: int = LAYOUT) -> Dataset:
+    """Load a NumPy archive: see :func:`load`. Raises DataError, with path, array and reason, if it cannot be used."""
     path = Path(path)
-    arrays = read_npz(path, lambda held: _names_for(split, held, path))
+    names: dict[str, str] = {}  # what the arrays are called in the archive
+
+    def choose(held: Collection[str]) -> dict[str, str]:
+        names.update(_names_for(split, held, path, layout))
+        return names
+
+    arrays = read_npz(path, choose)
     images, labels = arrays["images"], arrays["labels"]
-    if labels.dtype.kind not in "iu":
-        raise DataError(f"{path}: labels must be integers, not {labels.dtype}", "number the classes from 0")
-    if labels.dtype == np.uint64 and labels.size and labels.max() > np.iinfo(np.int64).max:
-        raise DataError(f"{path}: label {labels.max()} is too large", "number the classes from 0")
+    if images.dtype != np.uint8:
+        what = f"{path}: {names['images']} must be uint8, 0 to 255, not {images.dtype}"
+        raise DataError(what, bytes_remedy(images, names["images"]))
+    where = f"{path}: {names['labels']}"
+    labels = _flat_labels(labels, where)
     if "classes" in arrays:
-        names = arrays["classes"].reshape(-1)
-        classes = tuple(n.decode(errors="replace") if isinstance(n, bytes) else str(n) for n in names)
-    else:  # by number, up to the largest label of either split: both then agree on the number of classes
-        numbers = [a for k, a in arrays.items() if k.endswith("labels") and a.dtype.kind in "iu" and a.size]
-        largest = max((int(a.max()) for a in numbers), default=-1)
-        if largest >= _MOST_CLASSES:
-            raise DataError(f"{path}: label {largest} makes more than {_MOST_CLASSES:,} classes", "number them from 0")
-        classes = tuple(str(i) for i in range(largest + 1))
-    return Dataset(channels_first(images, path), labels.astype(np.int64), classes, str(path))
+        classes = tuple(map(_text, arrays["classes"].reshape(-1)))
+    else:
+        classes = _classes_of({f"{path}: {names[key]}": arrays[key] for key in names if key.startswith("labels")})
+    if labels.dtype.kind == "U":
+        numbers = {name: i for i, name in enumerate(classes)}
+        if unknown := set(labels.tolist()) - numbers.keys():
+            raise DataError(f"{where}: {min(unknown)!r} is not one of the classes", f"name it in {names['classes']!r}")
+        labels = np.array([numbers[name] for name in labels.tolist()], np.int64)
+    wrong = np.flatnonzero((labels < 0) | (labels >= len(classes)))
+    if len(wrong):
+        what = f"{where}: label {labels[wrong[0]]} of image {wrong[0]} is not a class: there are {len(classes)}"
+        raise DataError(what, f"labels run from 0 to {len(classes) - 1}; name every class in `classes`")
+    dataset = Dataset(channels_first(images, path), labels.astype(np.int64), classes, str(path))
+    if split == "train":
+        _announce_gaps(dataset, where)
+    return dataset
 
 
 _MOST_CLASSES = 1_000_000  # a label beyond it is a mistake, and naming so many classes would fill the memory
 
 
-def _names_for(split: str, held: Collection[str], path: Path) -> dict[str, str]:
-    """Name "images" and "labels" of a split, and "classes" and the other split's labels where the archive has them."""
-    prefix = "" if split == "train" and "train_images" not in held else f"{split}_"
-    wanted = {"images": f"{prefix}images", "labels": f"{prefix}labels"}
-    if missing := [name for name in wanted.values() if name not in held]:
+def _text(name: Any) -> str:
+    return name.decode(errors="replace") if isinstance(name, bytes) else str(name)
+
+
+def _flat_labels(labels: np.ndarray, where: str) -> np.ndarray:
+    """Return labels, integers or strings (N,), from any of the forms that :func:`load` knows."""
+    if labels.ndim == 2 and labels.shape[1] == 1:
+        labels = labels[:, 0]
+    if labels.ndim == 2 and labels.dtype.kind in "biuf":  # (N, K)
+        wrong = np.flatnonzero(((labels != 0) & (labels != 1)).any(1) | (labels.sum(1) != 1))
+        if len(wrong):
+            raise DataError(
+                f"{where}: row {wrong[0]} is not one-hot: a single 1, and else 0",
+                "an image is of one class: give its number, such as labels.argmax(1)",
+            )
+        return labels.argmax(1)  # (N,)
+    if labels.ndim == 1 and labels.dtype.kind in "SU":
+        return np.array([*map(_text, labels.tolist())], np.str_)
+    if labels.ndim != 1 or labels.dtype.kind not in "iu":
+        remedy = "number the classes from 0: labels.astype(np.int64)"
+        raise DataError(f"{where} must be integers (N,), one-hot (N, K) or strings, not {_describe(labels)}", remedy)
+    if labels.dtype == np.uint64 and labels.size and labels.max() > np.iinfo(np.int64).max:
+        raise DataError(f"{where}: label {labels.max()} is too large", "number the classes from 0")
+    return labels
+
+
+def _classes_of(labels: dict[str, np.ndarray]) -> tuple[str, ...]:
+    """Name the classes of all splits, which then agree on them: by the strings that labels are, or by number."""
+    flat = {where: _flat_labels(a, where) for where, a in labels.items()}
+    strings = {where: a.tolist() for where, a in flat.items() if a.dtype.kind == "U"}
+    if strings and len(strings) < len(flat):
+        numbers = min(flat.keys() - strings.keys())
+        raise DataError(f"{numbers} are numbers, those of another split strings", "give both as strings")
+    if strings:
+        return tuple(sorted({name for names in strings.values() for name in names}))
+    one_hot = max((a.shape[1] for a in labels.values() if a.ndim == 2 and a.shape[1] > 1), default=0)
+    for where, a in flat.items():
+        if a.size and a.max() >= _MOST_CLASSES:
+            raise DataError(f"{where}: label {a.max()} makes more than {_MOST_CLASSES:,} classes", "number them from 0")
+    count = max([one_hot, *(int(a.max()) + 1 for a in flat.values() if a.size)])
+    return tuple(str(i) for i in range(count))
+
+
+def _announce_gaps(dataset: Dataset, where: str) -> None:
+    """Warn of classes without training images: often a label that was meant to start at 0."""
+    labels, classes = dataset.labels, dataset.classes
+    empty = np.flatnonzero(np.bincount(labels, minlength=len(classes)) == 0).tolist()
+    if not empty:
+        return
+    some = ", ".join(classes[i] for i in empty[:3]) + (", …" if len(empty) > 3 else "")
+    lacking = f"class {some} has" if len(empty) == 1 else f"{len(empty):,} of {len(classes):,} classes ({some}) have"
+    hint = f"; to number the classes from 0: {where.rpartition(' ')[2]} - 1" if empty == [0] else ""
+    what = f"{where} run from {labels.min()} to {labels.max()}: {lacking} no training images{hint}"
+    warnings.warn(what, stacklevel=4)
+
+
+def _pairs(split: str) -> list[tuple[str, str]]:
+    """Return what the images and labels of a split may be called."""
+    bare = [("images", "labels")] if split == "train" else []
+    return [(f"{split}_images", f"{split}_labels"), *((f"{x}_{split}", f"y_{split}") for x in "xX"), *bare]
+
+
+def _names_for(split: str, held: Collection[str], path: Path, layout: int) -> dict[str, str]:
+    """Name "images", "labels" and, where the archive has them, "classes" and "labels of" the other splits."""
+    pairs = _pairs(split)
+    images, labels = next((pair for pair in pairs if pair[0] in held), pairs[0 if split != "train" else -1])
+    if missing := [name for name in (images, labels) if name not in held]:
         what = f"{path}: no array {missing[0]!r}, needed for the split {split!r}; it holds"
-        remedy = f"save it with {wanted['images']}=… and {wanted['labels']}=…"
-        raise DataError(f"{what} {', '.join(sorted(held)) or 'nothing'}", remedy)
-    return {name: name for name in ("train_labels", "test_labels", "classes") if name in held} | wanted
+        raise DataError(f"{what} {', '.join(sorted(held)) or 'nothing'}", f"save it with {images}=… and {labels}=…")
+    others = {f"labels of {other}": y for other in SPLITS if other != split for x, y in _pairs(other) if y in held}
+    known = ("classes", "class_names") if layout > 1 else ("classes",)
+    names = [{"classes": name} for name in known if name in held] or [{}]
+    return {"images": images, "labels": labels} | others | names[0]
 
 
 def channels_first(images: np.ndarray, path: Path, channels: tuple[int, ...] = (1, 3, 4)) -> np.ndarray:
-    """Return images as (N, C, H, W), where C may be one of ``channels``; the second axis before the last one."""
+    """Return images as (N, C, H, W), where C may be one of ``channels``; the second axis before the last one.
+
+    What has been handed in may be changed: it is turned where it lies.
+    """
     if images.ndim == 3:
         return images[:, None]  # (N, 1, H, W)
     if images.ndim == 4 and images.shape[1] in channels:
         return images
     if images.ndim == 4 and images.shape[3] in channels:
-        return np.ascontiguousarray(images.transpose(0, 3, 1, 2))  # (N, H, W, C) → (N, C, H, W)
+        if not images.flags.carray:
+            return np.ascontiguousarray(images.transpose(0, 3, 1, 2))  # (N, H, W, C) → (N, C, H, W)
+        n, h, w, c = images.shape
+        turned = images.reshape(n, c, h, w)  # the same memory: two copies of all images might not fit
+        step = max(1, (4 << 20) // max(1, images[:1].nbytes))
+        for i in range(0, n, step):
+            turned[i : i + step] = images[i : i + step].transpose(0, 3, 1, 2).copy()
+        return turned
     what = f"{path}: images of shape {images.shape} have no axis of {' or '.join(map(str, channels))} channels"
-    raise DataError(what, "save them as (N, H, W), (N, C, H, W) or (N, H, W, C)")
+    remedy = "save them as (N, H, W), (N, C, H, W) or (N, H, W, C)"
+    if images.ndim == 2 and (side := math.isqrt(images.shape[1])) ** 2 == images.shape[1]:
+        remedy += f", such as images.reshape(-1, {side}, {side})"
+    raise DataError(what, remedy)
 
 
 # ---- reading files that may be damaged, or made to mislead -----------------------------------------------------------
@@ -291,6 +455,8 @@ def reading(name: str, remedy: str) -> Iterator[None]:
         raise DataError(f"{name}: no such file", "check the path") from None
     except Exception as error:
         reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        if isinstance(error, OSError) and error.strerror:
+            reason = error.strerror  # without the path, which the name is or says better
         raise DataError(f"{name}: cannot be read: {reason}", remedy) from error
 
 
@@ -299,7 +465,7 @@ def read_npz(path: Path, choose: Callable[[Collection[str]], dict[str, str]]) ->
 
     Nothing is allocated that the file could not fill. Raises DataError, with path and reason, if they cannot be read.
     """
-    with reading(str(path), _NPZ_REMEDY), open(path, "rb") as file:
+    with reading(str(path), _NPZ_REMEDY), open_regular(path) as file:
         if not is_zipfile(file):
             raise DataError(f"{path}: not a NumPy archive", _NPZ_REMEDY)
         with ZipFile(file) as archive:
@@ -346,9 +512,9 @@ def read_exactly(f: Any, size: int) -> np.ndarray:
 
 
 def check_size(size: int, packed: int | None = None) -> None:
-    """Raise ValueError if ``size`` bytes do not fit the memory, or cannot come out of ``packed`` bytes by DEFLATE."""
-    if size > total_memory() // 2:
-        raise ValueError(f"{size:,} bytes are more than half of this machine's memory")
+    """Raise ValueError if ``size`` bytes do not fit the free memory, or cannot be ``packed`` bytes of DEFLATE."""
+    if size > (free := available_memory()) // 2:  # the rest is for what is computed with them
+        raise ValueError(f"it needs {size:,} bytes of memory, more than half of the {free:,} that are free")
     if packed is not None and size > packed * _MOST_INFLATED:
         raise ValueError(f"{packed:,} packed bytes cannot hold the {size:,} declared")
 

@@ -6,6 +6,7 @@ import hashlib
 import math
 import os
 import threading
+import unicodedata
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from typing import Any, cast
 import numpy as np
 
 from minivit.backend import available_memory, cpu_cores
-from minivit.data.datasets import SPLITS, Dataset, reading
+from minivit.data.datasets import LAYOUT, SPLITS, Dataset, no_split, reading
 from minivit.data.images import decode, fitted, is_image
 from minivit.errors import ConfigError, DataError, unknown_name
 
@@ -24,10 +25,14 @@ SIZE = (64, 64)
 """The height and width that pictures are brought to unless others are asked for."""
 
 TEST_SHARE = 0.2
-"""About this share of each class is the split "test" where a folder does not part its files itself."""
+"""This share of each class is the split "test" where a folder does not part its files itself."""
 
-TEST_FOLDERS = ("test", "val", "valid")
-"""What may hold the split "test" beside ``train``; the first of them that holds classes does."""
+SPLIT_FOLDERS = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation", "dev"),
+    "test": ("test", "testing"),
+}
+"""What a split's folder may be called, in capitals or not."""
 
 SUFFIXES = (
     *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".bmp", ".dib", ".gif", ".webp", ".tif", ".tiff"),
@@ -45,16 +50,19 @@ def load_folder(
     size: tuple[int, int] | None = None,
     channels: int = 3,
     bad: str = "stop",
+    layout: int = LAYOUT,
 ) -> Dataset:
     """Load a folder of image files, such as ``path/train/cat/1.jpg`` and ``path/test/cat/2.jpg``.
 
-    The folders' names are the classes, in the order of the alphabet. The split "test" is ``path/test``, ``path/val`` or
-    ``path/valid``, with a warning where several are there, since one is read. Where there is none of them, or only
-    ``path/cat``, ``path/dog`` and so on, about a fifth of each class is "test": the files whose names have a hash
-    (SHA-256) in the lowest fifth of all there are, so that no file changes sides when others come or go. Only where
-    that leaves a class without any training image, or one of two files or more without a test image, the file whose
-    hash comes next is moved over. Images are recognised by what they hold; hidden files and files that are no pictures
-    are passed over.
+    The folders' names are the classes, in the order of the alphabet. Folders called as in :data:`SPLIT_FOLDERS` are the
+    splits: beside ``train`` may be "val", to validate with, and "test". Where there is neither, or only ``path/cat``,
+    ``path/dog`` and so on, a fifth of each class is "test", to within one image: the files whose names have the lowest
+    hashes (SHA-256), so that few change sides when others come or go. A single file is one to train on. Images are
+    recognised by what they hold; hidden files and files that are no pictures are passed over. A warning says which
+    folders and pictures beside those read are not read.
+
+    With ``layout`` 1, as in version 0.1.0, the split "test" is ``test``, ``val`` or ``valid``, or the files whose hash
+    is in the lowest fifth of all hashes there are; there is no "val".
 
     Each becomes uint8 (channels, height, width) of ``size``, by default 64 × 64: the largest part of these proportions
     is cut from its middle and scaled; see :func:`~minivit.data.images.read_image` for its colours. That comes before
@@ -64,7 +72,8 @@ def load_folder(
 
     Every file is decoded once here. If some cannot be, ``bad="stop"`` raises DataError, and ``"skip"`` leaves them out
     with a warning that lists them. Raises DataError also for a folder with fewer than two classes, or with one that has
-    no images to train on, and where for :data:`DEADLINE` seconds nothing comes from the disk.
+    no images to train on; for a split that it does not have, or several folders for one; for class folders called like
+    splits; and where for :data:`DEADLINE` seconds nothing comes from the disk.
     """
     if split not in SPLITS:
         raise unknown_name("split", split, SPLITS, error=DataError)
@@ -73,11 +82,13 @@ def load_folder(
     size = SIZE if size is None else size
     if len(size) != 2 or min(size) < 1:
         raise ConfigError(f"images cannot be of size {size}", "give (height, width), at least 1 each")
-    found = list_folder(path)
+    found = list_folder(path, layout)
     if problem := found.problem():
         raise problem
-    if found.unused:
-        warnings.warn(f"{path}: {found.how}", stacklevel=2)
+    if split not in found.files:
+        raise no_split(path, split)
+    if found.remark:
+        warnings.warn(f"{path}: {found.how}; {found.remark}", stacklevel=2)
     files = ImageFiles([file for file, _ in found.files[split]], size, channels)
     labels = np.array([label for _, label in found.files[split]], np.int64)
     if not len(files):
@@ -122,16 +133,16 @@ def load_folder(
 
 @dataclass(frozen=True)
 class Listing:
-    """The image files of a folder: ``files[split]`` are (path, index into ``classes``), ``how`` says which is which.
+    """The image files of a folder: ``files[split]``, of each split it has, are (path, index into ``classes``).
 
-    ``unused`` names the folders that hold classes too, and are neither split.
+    ``how`` says which folders are which; ``remark``, what in there is not read, or may not be what was meant.
     """
 
     path: Path
     classes: tuple[str, ...]
     files: dict[str, list[tuple[Path, int]]]
     how: str
-    unused: str = ""
+    remark: str = ""
 
     def problem(self) -> DataError | None:
         """Return why no model can be trained on this, or None."""
@@ -141,56 +152,148 @@ class Listing:
             return DataError(f"{self.path}: the images are in no class", "put them into a folder for each class")
         if len(self.classes) == 1:
             what = f"{self.path}: there is only one class, {self.classes[0]!r}"
-            return DataError(what, "make a folder for each class, with images in it")
-        if without := set(range(len(self.classes))) - {label for _, label in self.files["train"]}:
-            what = f"{self.path}: the class {self.classes[min(without)]!r} has no images to train on"
-            return DataError(what, "add some, or remove its folder")
+            inside = _root_of_classes(self.path / self.classes[0])
+            remedy = "make a folder for each class, with images in it"
+            return DataError(what, f"give the folder that the classes are in: {inside}" if inside else remedy)
+        trained = {label for _, label in self.files["train"]}
+        if without := set(range(len(self.classes))) - trained:
+            name = self.classes[min(without)]
+            what, remedy = (
+                f"{self.path}: the class {name!r} has no images to train on",
+                "add some, or remove its folder",
+            )
+            alike = [c for i, c in enumerate(self.classes) if i in trained and _folded(c) == _folded(name)]
+            if alike:
+                what, remedy = f"{what}, but {alike[0]!r} has", "call the class the same in all splits"
+            return DataError(what, remedy)
         return None
 
 
-def list_folder(path: str | PathLike[str]) -> Listing:
+def list_folder(path: str | PathLike[str], layout: int = LAYOUT) -> Listing:
     """Find the image files of a folder, split and class: see :func:`load_folder`. None is decoded.
 
     Images that lie in the folder itself are all in "train", and of the one class "". Raises DataError if there is no
-    such folder, or one cannot be listed.
+    such folder, one cannot be listed, or its folders could be splits as well as classes.
     """
     path = Path(path)
     if not path.is_dir():
         raise DataError(f"{path}: {'not a' if path.exists() else 'no such'} folder", "check the path")
     with reading(str(path), "check its permissions"):
-        return _list(path)
+        roots, remark = _roots(path) if layout > 1 else _roots_of_version_1(path)
+        return _list(path, roots, remark, _a_fifth if layout > 1 else _the_lowest_fifth)
 
 
-def _list(path: Path) -> Listing:
-    train, test, unused = path, None, ""
-    if _subfolders(path / "train"):
-        train = path / "train"
-        test = next((path / name for name in TEST_FOLDERS if _subfolders(path / name)), None)
-        others = (folder for folder in _subfolders(path) if folder not in (train, test))
-        unused = ", ".join(f"{folder.name}/" for folder in others if _subfolders(folder))
-    trees = [{folder.name: image_files(folder) for folder in _subfolders(root)} for root in (train, test)]
-    classes = tuple(sorted(trees[0].keys() | trees[1].keys()))
-    if not classes:
-        return Listing(path, ("",), {"train": [(file, 0) for file in image_files(path)], "test": []}, "")
-    if test is None:
-        parts = [_parted(trees[0][name], train) for name in classes]
-        trees = [dict(zip(classes, part, strict=True)) for part in zip(*parts, strict=True)]
-        how = f"test: about {TEST_SHARE:.0%} of each class, by a hash of the files' names"
+def _roots(path: Path) -> tuple[dict[str, Path], str]:
+    """Return the folder of each split, which holds its class folders, and a remark on what else is there."""
+    named = {split: [f for f in _subfolders(path) if f.name.lower() in SPLIT_FOLDERS[split]] for split in SPLITS}
+    roots = {split: [f for f in folders if _subfolders(f)] for split, folders in named.items()}
+    if several := next((folders for folders in roots.values() if len(folders) > 1), None):
+        what = f"{path}: {several[0].name}/ and {several[1].name}/ are called like the same split"
+        raise DataError(what, "put their images together, or rename one")
+    if not roots["train"]:
+        _refuse_split_names(path, [f for folders in named.values() for f in folders])
+        return {"train": path}, _not_read([_loose(path)] if _subfolders(path) else []) or _nested(path)
+    found = {split: folders[0] for split, folders in roots.items() if folders}
+    unread = [f"{f.name}/" for f in _subfolders(path) if f not in found.values() and image_files(f)]
+    return found, _not_read([*unread, *map(_loose, (path, *found.values()))])
+
+
+def _not_read(parts: list[str]) -> str:
+    return f"not read: {', '.join(filter(None, parts))}" if any(parts) else ""
+
+
+def _nested(path: Path) -> str:
+    """Say so if all classes hold only folders: they may be those of several data sets, and not classes."""
+    folders = [folder for folder in _subfolders(path) if image_files(folder)]
+    if len(folders) < 2 or any(_loose(folder) for folder in folders):
+        return ""
+    inside = _root_of_classes(folders[0])
+    return f"its classes hold only folders; if these are the classes, give {inside}" if inside else ""
+
+
+def _refuse_split_names(path: Path, folders: list[Path]) -> None:
+    """Raise DataError for folders beside the classes, or instead of them, that are called like splits."""
+    if not (folders := [folder for folder in folders if image_files(folder)]):
+        return
+    names = " and ".join(f"{folder.name}/" for folder in folders)
+    if others := [f.name for f in _subfolders(path) if f not in folders]:
+        what = f"{path}: {names} could be a split, or a class like {others[0]}/"
+        remedy = f"put the classes to train on into {path / 'train'}, a folder each; or rename what is no split"
+    elif loose := next(filter(None, map(_loose, folders)), ""):
+        what = f"{path}: {names} {'is a split' if len(folders) == 1 else 'are splits'}, but there are {loose}"
+        remedy = f"put them into a folder for each class, such as {folders[0] / 'cat'}"
     else:
-        how = f"train/ and {test.name}/"
-    files = [[(file, i) for i, name in enumerate(classes) for file in tree.get(name, [])] for tree in trees]
-    how += f"; not read: {unused}" if unused else ""
-    return Listing(path, classes, dict(zip(SPLITS, files, strict=True)), how, unused)
+        what, remedy = f"{path}: {names}, but no folder to train on", f"call it {path / 'train'}"
+    raise DataError(what, remedy)
 
 
-def _parted(files: list[Path], root: Path) -> tuple[list[Path], list[Path]]:
-    """Part a class's files, below ``root``, into those of "train" and "test": see :func:`load_folder`."""
+def _loose(folder: Path) -> str:
+    """Say which images lie in ``folder`` itself and so in no class; "" if none do."""
+    with os.scandir(folder) as entries:
+        files = sorted(Path(e.path) for e in entries if not e.name.startswith(".") and not e.is_dir())
+    found = [file for file in files if _is_image_file(file)]
+    return f"{len(found):,} image{'s' * (len(found) > 1)} in no class, such as {found[0]}" if found else ""
+
+
+def _root_of_classes(path: Path) -> Path | None:
+    """Return the folder, ``path`` or one in it, where the class folders or splits seem to be, or None."""
+    while len(below := _subfolders(path)) == 1 and not _loose(path) and not _named_like_splits(below):
+        path = below[0]
+    return path if below else None
+
+
+def _named_like_splits(folders: list[Path]) -> bool:
+    return any(f.name.lower() in names for f in folders for names in SPLIT_FOLDERS.values())
+
+
+def _folded(name: str) -> str:
+    return unicodedata.normalize("NFC", name).casefold()  # macOS writes the letters of some names in two parts
+
+
+def _roots_of_version_1(path: Path) -> tuple[dict[str, Path], str]:
+    """Return what :func:`_roots` does, as version 0.1.0 did."""
+    if not _subfolders(path / "train"):
+        return {"train": path}, ""
+    tests = [path / name for name in ("test", "val", "valid") if _subfolders(path / name)][:1]
+    roots = dict(zip(("train", "test"), [path / "train", *tests], strict=False))
+    return roots, _not_read([f"{f.name}/" for f in _subfolders(path) if f not in roots.values() and _subfolders(f)])
+
+
+def _list(path: Path, roots: dict[str, Path], remark: str, tested: Callable[[list[int]], int]) -> Listing:
+    trees = {split: {f.name: image_files(f) for f in _subfolders(root)} for split, root in roots.items()}
+    classes = tuple(sorted(set().union(*trees.values())))
+    if not classes:
+        return Listing(path, ("",), {"train": [(file, 0) for file in image_files(path)]}, "")
+    how = " and ".join(f"{root.name}/" for root in roots.values())
+    if len(roots) == 1:
+        parts = {name: _parted(files, roots["train"], tested) for name, files in trees["train"].items()}
+        trees = {split: {name: part[i] for name, part in parts.items()} for i, split in enumerate(("train", "test"))}
+        how = f"test: {TEST_SHARE:.0%} of each class, by a hash of the files' names"
+    elif "test" not in roots:
+        how += ": no test images"
+    files = {
+        split: [(file, i) for i, name in enumerate(classes) for file in tree.get(name, [])]
+        for split, tree in trees.items()
+    }
+    return Listing(path, classes, files, how, remark)
+
+
+def _parted(files: list[Path], root: Path, tested: Callable[[list[int]], int]) -> tuple[list[Path], list[Path]]:
+    """Part a class's files, below ``root``, into those of "train" and those, with the lowest hashes, of "test"."""
     names = {file: os.fsencode(file.relative_to(root).as_posix()) for file in files}
     hashes = {file: int.from_bytes(hashlib.sha256(name).digest()[:8], "big") for file, name in names.items()}
-    tested = sum(value < TEST_SHARE * 2**64 for value in hashes.values())
-    tested = min(max(tested, 1), len(files) - 1) if files else 0  # a single file is one to train on
-    lowest = set(sorted(files, key=lambda file: hashes[file])[:tested])
+    count = min(max(tested([*hashes.values()]), 1), len(files) - 1) if files else 0  # a single file is one to train on
+    lowest = set(sorted(files, key=lambda file: hashes[file])[:count])
     return [file for file in files if file not in lowest], [file for file in files if file in lowest]
+
+
+def _a_fifth(hashes: list[int]) -> int:
+    return round(TEST_SHARE * len(hashes))
+
+
+def _the_lowest_fifth(hashes: list[int]) -> int:
+    """Count what version 0.1.0 tested with: about a fifth, but of few files often none or many."""
+    return sum(value < TEST_SHARE * 2**64 for value in hashes)
 
 
 def _subfolders(path: Path | None) -> list[Path]:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from minivit.data.datasets import Dataset, check_size, read_exactly, reading
+from minivit.data.files import open_regular
 from minivit.errors import DataError
 
 _REMEDY = "get the file again: minivit data get NAME, or from where it came"
@@ -99,7 +100,7 @@ def read_idx(path: Path, ndim: int) -> np.ndarray:
     Its header is big-endian: 0, 0, 8 (bytes), ndim, then each axis's length in 32 bits. Raises DataError if it is
     another file, or holds fewer or more bytes than it says.
     """
-    with reading(str(path), _REMEDY), open(path, "rb") as raw:
+    with reading(str(path), _REMEDY), open_regular(path) as raw:
         size = os.fstat(raw.fileno()).st_size
         packed = raw.read(2) == b"\x1f\x8b"
         raw.seek(0)
@@ -195,8 +196,9 @@ def _cifar_in(folder: Path) -> _Cifar | None:
 
 def _whole(path: Path) -> bytes:
     """Return the file's bytes, if they fit the memory."""
-    check_size(path.stat().st_size)
-    return path.read_bytes()
+    with open_regular(path) as f:
+        check_size(os.fstat(f.fileno()).st_size)
+        return f.read()
 
 
 def _read_batch(path: Path, key: str) -> tuple[np.ndarray, np.ndarray]:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import re
 import threading
 import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from os import PathLike
 from typing import TYPE_CHECKING, BinaryIO
@@ -11,6 +15,7 @@ from typing import TYPE_CHECKING, BinaryIO
 import numpy as np
 
 from minivit.data.datasets import reading
+from minivit.data.files import open_regular
 from minivit.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -21,6 +26,14 @@ FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
 
 MAX_PIXELS = 50_000_000
 """The largest picture that is decoded. A few bytes can claim any size: this is checked before memory is taken."""
+
+MAX_SCANS = 20
+"""A JPEG of :data:`MAX_PIXELS` may go over them so often, a smaller one more often; usual are ten times at most."""
+
+MAX_BYTES = 8 * MAX_PIXELS + (64 << 20)
+"""The largest file that is read: four channels of 16 bits take so much, and some metadata."""
+
+_LARGEST_TILE = 1 << 24  # pixels of a TIFF's tile, which may be larger than the picture: 4096 × 4096
 
 FITS = ("stretch", "crop")
 """How a picture is brought to a size of another shape: see :func:`read_image`."""
@@ -43,8 +56,9 @@ def read_image(
 
     It is not inverted: the digits' models expect light strokes on a black background.
 
-    Raises DataError with path and reason for what cannot be read, is not of :data:`FORMATS`, is larger than
-    :data:`MAX_PIXELS`, or has no fixed range to scale (32-bit integers, floats).
+    Raises DataError with path and reason for what cannot be read, is no regular file (a pipe, a device), is not of
+    :data:`FORMATS`, is larger than :data:`MAX_PIXELS` (WebP: half of that), would take unusually long to decode for its
+    size, or has no fixed range to scale (32-bit integers, floats). What is read takes at most about 400 MB meanwhile.
     """
     if fit not in FITS:
         raise ConfigError(f"unknown fit {fit!r}", f"known: {', '.join(FITS)}")
@@ -77,14 +91,15 @@ def decode(source: str | PathLike[str] | BinaryIO, channels: int, at_least: tupl
         raise DataError(f"{name}: image files are read as 1 or 3 channels, not {channels}", "pass an array instead")
     with reading(name, "check or convert the file"), _quiet:
         try:
-            with Image.open(source, formats=FORMATS) as image:
+            with _opened(source, name) as file, Image.open(file, formats=FORMATS) as image:
                 _check_size(image, name)
+                _check_work(image, file, name)
                 stored = {"format": image.format or "", "mode": image.mode}
                 if at_least is not None:
                     image.draft(None, (2 * max(at_least), 2 * max(at_least)))  # of either way up
                 _widen_transparency(image)
                 image.load()
-                page = _put_on_white(image, name).convert("L" if channels == 1 else "RGB")
+                page = _on_white(image, name, "L" if channels == 1 else "RGB")
                 turn = _turn(image)
                 if turn is not None:
                     page = page.transpose(turn)
@@ -118,12 +133,24 @@ def is_image(path: str | PathLike[str]) -> bool:
 
     with _quiet:
         try:
-            with Image.open(path, formats=FORMATS):
+            if not os.path.isfile(path):
+                return False
+            with open_regular(path) as file, Image.open(file, formats=FORMATS):
                 return True
         except UnidentifiedImageError:
             return False
         except Exception:  # recognised, and then refused
             return True
+
+
+@contextlib.contextmanager
+def _opened(source: str | PathLike[str] | BinaryIO, name: str) -> Iterator[BinaryIO]:
+    """Yield ``source``, or the file at that path, as an open file of no more bytes than a picture may take."""
+    with open_regular(source) if isinstance(source, str | PathLike) else contextlib.nullcontext(source) as file:
+        if (size := file.seek(0, os.SEEK_END)) > MAX_BYTES:
+            raise DataError(f"{name}: {size:,} bytes are more than a picture takes", "convert it, or scale it down")
+        file.seek(0)
+        yield file
 
 
 def _name(source: str | PathLike[str] | BinaryIO) -> str:
@@ -171,6 +198,39 @@ def _check_size(image: Image.Image, name: str) -> None:
         raise DataError(what, "scale it down first")
 
 
+def _check_work(image: ImageFile.ImageFile, file: BinaryIO, name: str) -> None:
+    """Raise DataError where a small file would keep its decoder busy, or take memory, out of proportion."""
+    pixels = image.width * image.height
+    if image.format in ("JPEG", "MPO"):
+        if (scans := _scans(file)) * pixels > MAX_SCANS * MAX_PIXELS:
+            raise DataError(f"{name}: {scans:,} scans over {pixels:,} pixels: usual are ten at most", "save it again")
+    elif image.format == "BMP" and image.tile and image.tile[0][0] == "bmp_rle" and pixels > MAX_PIXELS // 10:
+        raise DataError(f"{name}: a run-length encoded BMP of {pixels:,} pixels", "save it as PNG")  # decoded by Python
+    elif image.format == "TIFF":
+        width, height = (image.tag_v2.get(tag, 0) for tag in (322, 323))  # type: ignore[attr-defined]
+        if width * height > max(pixels, _LARGEST_TILE):
+            raise DataError(f"{name}: tiles of {width} × {height} for {pixels:,} pixels", "save it again")
+    elif image.format == "WEBP" and pixels > MAX_PIXELS // 2:  # its decoder takes 16 bytes a pixel, twice the others'
+        what = f"{name}: {image.width} × {image.height} is more than {MAX_PIXELS // 2 // 10**6} megapixels of WebP"
+        raise DataError(what, "scale it down first, or save it as PNG or JPEG")
+
+
+def _scans(file: BinaryIO) -> int:
+    """Count a JPEG's scans up to the end of its first picture (ITU T.81, annex B). Where it is read stays as it was."""
+    at = file.tell()
+    file.seek(0)
+    data = file.read()
+    file.seek(at)
+    scans, at = 0, 2  # behind the marker that starts every file
+    while (marker := _MARKER.search(data, at)) and (code := data[marker.end() - 1]) != 0xD9:
+        scans += code == 0xDA
+        at = marker.end() + int.from_bytes(data[marker.end() : marker.end() + 2], "big")  # what a segment holds is none
+    return scans
+
+
+_MARKER = re.compile(rb"\xff[\x02-\xcf\xd9-\xfe]")  # in a scan, 0xff comes before 0 or a restart's number as well
+
+
 def _animated(image: Image.Image) -> bool:
     """Tell whether a file holds further pictures. A phone's JPEG may hold a second view (MPO), which is no matter."""
     try:
@@ -199,33 +259,49 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
     return turns.get(orientation) if isinstance(orientation, int) else None
 
 
-def _put_on_white(image: Image.Image, name: str) -> Image.Image:
-    """Return the image in a mode of 8 bits without transparency: the page under it is white, as on paper."""
+def _on_white(image: Image.Image, name: str, mode: str) -> Image.Image:
+    """Return the image in ``mode``, "L" or "RGB", without transparency: the page under it is white, as on paper."""
     from PIL import Image
 
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
-        return _sixteen_bits_on_white(image)
-    if image.mode.startswith(("I", "F")):
+    deep = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
+    if image.mode.startswith(("I", "F")) and not deep:
         what = f"{name}: pixels of mode {image.mode!r} (32 bits) have no fixed range"
         raise DataError(what, "save it with 8 or 16 bits a pixel")
-    if not image.has_transparency_data:
-        return image
+    if not deep and not image.has_transparency_data:
+        return image if image.mode == mode else image.convert(mode)
+    flat = _sixteen_bits_on_white(image) if deep else _composed_on_white
+    page, rows = Image.new(mode, image.size), max(1, (1 << 20) // image.width)
+    for top in range(0, image.height, rows):  # in strips: what is between needs several times the picture's memory
+        strip = image.crop((0, top, image.width, min(top + rows, image.height)))
+        page.paste(flat(strip).convert(mode), (0, top))
+    return page
+
+
+def _composed_on_white(image: Image.Image) -> Image.Image:
+    from PIL import Image
+
     layer = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
 
 
-def _sixteen_bits_on_white(image: Image.Image) -> Image.Image:
+def _sixteen_bits_on_white(image: Image.Image) -> Callable[[Image.Image], Image.Image]:
+    """Return what brings a part of ``image`` to 8 bits."""
     from PIL import Image
 
-    pixels = np.asarray(image).astype(np.int64)  # (H, W); Pillow holds some 16-bit files in 32 bits
-    white = 65535
+    white, inverted = 65535, False
     if image.format == "TIFF":  # TIFF 6.0, tags 258, BitsPerSample, and 262, PhotometricInterpretation
         tags = image.tag_v2  # type: ignore[attr-defined]
         white = 2 ** tags[258][0] - 1
-        if tags.get(262, 0) == 0:  # WhiteIsZero, which Pillow heeds for up to 8 bits only
-            pixels = white - pixels
-    grey = ((255 * pixels + white // 2) // white).clip(0, 255)  # round(255 v / white)
+        inverted = tags.get(262, 0) == 0  # WhiteIsZero, which Pillow heeds for up to 8 bits only
     transparent = image.info.get("transparency")  # in PNG: one grey that is the page
-    if isinstance(transparent, int):
-        grey[pixels == transparent] = 255
-    return Image.fromarray(grey.astype(np.uint8))
+
+    def flat(part: Image.Image) -> Image.Image:
+        pixels = np.asarray(part).astype(np.int64)  # (H, W); Pillow holds some 16-bit files in 32 bits
+        if inverted:
+            pixels = white - pixels
+        grey = ((255 * pixels + white // 2) // white).clip(0, 255)  # round(255 v / white)
+        if isinstance(transparent, int):
+            grey[pixels == transparent] = 255
+        return Image.fromarray(grey.astype(np.uint8))
+
+    return flat

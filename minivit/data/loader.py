@@ -10,7 +10,7 @@ import numpy as np
 
 from minivit.backend import Key, permutation, uniform_rows
 from minivit.data.augment import Augment
-from minivit.data.datasets import Dataset
+from minivit.data.datasets import Dataset, bytes_remedy
 from minivit.data.mixing import Mix
 from minivit.errors import ConfigError, DataError
 
@@ -115,8 +115,11 @@ def _ahead(make: Callable[[int], T], places: Iterable[int]) -> Iterator[T]:
 def standardize(images: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
     """Return ``images``, uint8 (B, C, H, W), as float32 (images / 255 - mean) / std, per channel.
 
-    Give the mean and std that the model was trained with.
+    Give the mean and std that the model was trained with. Raises DataError for images that are not uint8: they would
+    be divided by 255 once more.
     """
+    if images.dtype != np.uint8:
+        raise DataError(f"images to standardize must be uint8, 0 to 255, not {images.dtype}", bytes_remedy(images))
     return _standard(_unit(images), mean, std)
 
 

@@ -167,9 +167,10 @@ class PatchEmbed(Module):
                 f"the model takes images of shape (B, {', '.join(map(str, expected))}), got {tuple(images.shape)}",
                 "axes are batch, channel, height, width; resize the images or build the model for them",
             )
-        if images.dtype.kind in "iub":
-            raise DTypeError(
-                f"the model takes {self.proj.weight.dtype} images, got {images.dtype}",
-                "scale and standardise them first: (images / 255 - mean) / std",
-            )
+        dtype = self.proj.weight.dtype
+        if images.dtype != dtype and {images.dtype.char, dtype.char} != {"d", "D"}:  # those: a gradient check's step
+            remedy = "scale and standardise them: mv.data.standardize(images, mean, std), as in training"
+            if images.dtype.kind not in "iub":
+                remedy = f"convert the images: images.{'astype' if is_array(images) else 'to'}(np.{dtype})"
+            raise DTypeError(f"the model takes {dtype} images, got {images.dtype}", remedy)
         return self.proj(ops.patchify(images, self.patch_size))  # (B, C, H, W) → (B, N, C·P·Q) → (B, N, dim)
