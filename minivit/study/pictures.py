@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from minivit.data.files import replacing
 from minivit.errors import ShapeError
 
 if TYPE_CHECKING:
@@ -138,7 +140,8 @@ def confusion_picture(
             place = (left + cell * j + cell // 2, top + cell * i + cell // 2)
             draw.text(place, f"{n}" if n else "·", INK if n else FAINT, font, anchor="mm")
     draw.rectangle((left - 1, top - 1, left + heat_map.width, top + heat_map.height), outline=FAINT)
-    sheet.save(path, "PNG", optimize=True)
+    with replacing(Path(path)) as f:
+        sheet.save(f, "PNG", optimize=True)
 
 
 def _every(count: int) -> dict[int, str]:
@@ -229,7 +232,8 @@ def _write_sheet(
         for n, (text, colour) in enumerate(lines):
             place = (x + tile_w / 2, y + tile_h + 4 + n * LINE)
             draw.text(place, _cut(text, cell_w - 2, font), colour, font, anchor="ma")
-    sheet.save(path, "PNG", optimize=True)
+    with replacing(Path(path)) as f:
+        sheet.save(f, "PNG", optimize=True)
 
 
 def _cut(text: str, width: float, font: Any) -> str:

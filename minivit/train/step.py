@@ -70,6 +70,7 @@ class TrainStep:
             raise ConfigError(f"clip_norm={clip_norm}", "give a positive number, or None for no clipping")
         self.model, self.opt, self.loss, self.clip_norm, self.seed = model, opt, loss, clip_norm, seed
         self.grad_norm = math.nan
+        self.right: int | None = None
         self.team = Team(model, threads, micro_batch)
         # a flat gradient for each thread; the first thread's is the optimizer's own
         others = [array_module(opt.flat).zeros_like(opt.flat) for _ in range(self.team.threads - 1)]

@@ -9,7 +9,7 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -19,11 +19,13 @@ import numpy as np
 
 from minivit import ops
 from minivit.backend import Array
+from minivit.data.loader import Loader
 from minivit.errors import CheckpointError, ConfigError, DataError, NonFiniteError, unknown_name
 from minivit.nn.module import Module
 from minivit.ops.loss import check_labels
 from minivit.train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, sweep
 from minivit.train.ema import EMA
+from minivit.train.identity import differences, plain, settings_of
 from minivit.train.lock import RunLock
 from minivit.train.optim import Optimizer
 from minivit.train.records import Records, Row
@@ -53,6 +55,7 @@ class Progress:
     batch: int = 0  # batches done of the epoch under way, and over these:
     images: int = 0
     loss_sum: float = 0.0
+    right: int | None = 0  # whose largest logit was their label's; None where labels are mixed
     seconds: float = 0.0
     lr: float = 0.0  # of the last step
     skipped: int = 0  # batches in a row that were left out, because their loss was not finite
@@ -77,12 +80,15 @@ class Trainer:
 
     With a ``folder`` the run keeps there
 
-    - ``checkpoints/last.npz`` after every epoch, every ``save_every`` steps, and on Ctrl-C or SIGTERM;
+    - ``checkpoints/last.npz`` after every epoch, every ``save_every`` steps, and on Ctrl-C, SIGTERM or SIGHUP;
     - ``checkpoints/best.npz``, the epoch with the highest validation accuracy, if there is a validation set;
     - ``metrics.jsonl``, a line for each step and each epoch, and ``results.csv``, a row for each epoch.
 
     ``meta`` is stored in the checkpoints, beside the model's ``config`` as ``meta["model"]`` and the run's state as
     ``meta["train"]``. ``quiet`` shows no progress.
+
+    ``lock`` holds the folder while ``fit`` works. What is to be done with the folder before or after that, with no
+    other process in between, is done in a block of its own: ``with trainer.lock: …``.
     """
 
     def __init__(
@@ -122,15 +128,19 @@ class Trainer:
         self.step = TrainStep(model, opt, loss, threads, micro_batch, clip_norm, seed)
         self.records = Records(self.folder)
         self.progress = Progress()
+        self.lock = RunLock(self.folder)
+        self._resumed: tuple[Path, Stamp] | None = None  # the checkpoint that the run goes on from, as it was read
+        self._data: dict[str, Any] = {}  # what is trained on, and validated with: see check_data
 
     def fit(self, train: Batches, valid: Batches | None = None) -> list[Row]:
         """Train from where the run stands to the end of the last epoch; return the rows of all its epochs.
 
-        A row has epoch, step, lr, loss (the mean over the epoch's images as they were trained on), images_per_second,
-        seconds, and with ``valid`` valid_loss and valid_accuracy, as :func:`evaluate` measures them. Raises
-        NonFiniteError before an update that would spoil the parameters, unless ``on_nan`` says otherwise. In the main
-        thread, with a folder, Ctrl-C or SIGTERM ends the run after the step under way: it is saved, and SystemExit
-        raised with code 130 or 143. A second one acts at once.
+        A row has epoch, step, lr, loss and accuracy (both over the epoch's images as they were trained on; no accuracy
+        where labels are mixed), images_per_second, seconds, and with ``valid`` valid_loss and valid_accuracy, as
+        :func:`evaluate` measures them. Raises NonFiniteError before an update that would spoil the parameters, unless
+        ``on_nan`` says otherwise; CheckpointError for data that are not those of the run's start, or a folder that has
+        gone on without this Trainer. In the main thread, with a folder, Ctrl-C, SIGTERM or SIGHUP ends the run after
+        the step under way: it is saved, and SystemExit raised with code 130, 143 or 129. A second one acts at once.
         """
         p = self.progress
         if len(train) < 1 or (valid is not None and len(valid) < 1):
@@ -142,6 +152,8 @@ class Trainer:
             )
         if self.patience is not None and valid is None:
             raise ConfigError(f"patience={self.patience} without validation images", "give some, or no patience")
+        if self.folder is not None:
+            self._data = self.check_data(train, valid)
         with self._prepared_folder(), StopSignals(self.folder is not None) as signals:  # where there is one to save in
             p.batches = len(train)
             for _, labels in itertools.islice(valid.batches(0), 1) if valid is not None else ():
@@ -178,6 +190,8 @@ class Trainer:
                 p.batch, p.lr, p.seconds = p.batch + 1, self.opt.lr, time.perf_counter() - started
                 if loss is not None:
                     p.images, p.loss_sum = p.images + len(labels), p.loss_sum + loss * len(labels)
+                    right = self.step.right
+                    p.right = None if p.right is None or right is None else p.right + right
                     row = self._row()
                     self.records.log(row | {"batch": p.batch, "batch_loss": loss, "grad_norm": self.step.grad_norm})
                     bar.set_postfix_str(_describe(row), refresh=False)
@@ -252,6 +266,8 @@ class Trainer:
     def _row(self) -> Row:
         p = self.progress
         row = {"epoch": p.epoch + 1, "step": self.opt.steps, "lr": p.lr, "loss": p.loss_sum / max(p.images, 1)}
+        if p.right is not None:
+            row["accuracy"] = p.right / max(p.images, 1)
         return row | {"images_per_second": p.images / max(p.seconds, 1e-9), "seconds": p.seconds}
 
     def _title(self) -> str:
@@ -276,26 +292,68 @@ class Trainer:
     def resume(self, path: str | Path) -> None:
         """Take over parameters, optimizer state and position of a run from its checkpoint; ``fit`` then continues it.
 
-        Model, optimizer, loaders and settings must be made as for the run's start; only ``epochs`` may be another,
-        where the learning rates do not follow from it. Without a schedule the rate is ``opt.lr``. In the run's own
-        folder, records of what came after the checkpoint are dropped. Raises CheckpointError if the checkpoint does not
-        fit.
+        Model, optimizer, loss, loaders and settings must be made as for the run's start; what differs is named. Only
+        ``save_every``, ``on_nan``, ``patience``, ``max_seconds`` and ``quiet`` may be others; ``epochs`` too, with the
+        run's own ``schedule``: after its end the rate stays what it is there, or is ``opt.lr`` where there is none.
+        Other threads, micro-batches or another device are told: the numbers then agree but for rounding.
+
+        In the run's own folder nothing is lost: where last.npz is further on than ``path``, ``fit`` refuses. Raises
+        CheckpointError if the checkpoint does not fit, ConfigError for ``epochs`` that it cannot go on to.
         """
+        path = Path(path)
+        stamp = _stamp(path)
         checkpoint = load_checkpoint(path)
         try:
             state = dict(checkpoint.meta["train"])
             settings = dict(state.pop("settings"))
+            data, machine, limits = (dict(state.pop(name, {})) for name in ("data", "machine", "limits"))
+            if "right" not in state and state["images"]:
+                state["right"] = None  # by a version that did not count them, in the middle of an epoch
             progress = Progress(**state)
-            own = self._settings(settings["total steps"])
-        except (KeyError, TypeError, ValueError) as error:
+            total = settings["total steps"]
+            own = self._settings(total)
+            epochs = total // max(progress.batches, 1)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(f"{path} holds no training run", "resume from a run's last.npz") from error
-        if differ := [
-            f"{name} {settings.get(name)}, not {own[name]}" for name in own if settings.get(name) != own[name]
-        ]:
-            remedy = "make model, optimizer and Trainer as for the run's start"
-            raise CheckpointError(f"{path} was trained with {'; '.join(differ)}", remedy)
+        found = [text for name in own if name in settings for text in differences(settings[name], own[name], name)]
+        found += differences(_but_seed(checkpoint.meta.get("model")), _but_seed(self._config()), "model")
+        if found:
+            remedy = "make model, optimizer, loss and Trainer as for the run's start"
+            raise CheckpointError(f"{path} was trained with other settings: {'; '.join(found)}", remedy)
+        self._check_epochs(progress, epochs)
         self._take_over(checkpoint)
-        self.progress = progress
+        self.progress, self._data, self._resumed = progress, data, (path, stamp)
+        if progress.stopped and limits and differences(limits, self._limits()):
+            self.progress.stopped = ""  # it may go on now
+        if other := differences(machine, self._machine()) if machine else []:
+            self._tell(f"goes on with other {'; '.join(other)}: the numbers agree but for rounding")
+
+    def _check_epochs(self, progress: Progress, before: int) -> None:
+        """Check that a run for ``before`` epochs can be one for ``self.epochs``, and say at what learning rate."""
+        begun = progress.epoch + (progress.batch > 0)
+        if self.epochs < begun:
+            raise ConfigError(f"epochs={self.epochs}: the run is in epoch {begun} already", f"give {begun} or more")
+        if self.epochs > before and self.schedule is not None:
+            first, last = self.schedule(before * progress.batches), self.schedule(self.epochs * progress.batches - 1)
+            if first == last == 0.0:
+                what = f"epochs={self.epochs}: the learning rate is 0 after epoch {before}, more would change nothing"
+                raise ConfigError(what, "start a new run, with that many epochs or from this one's parameters")
+            rate = f"{first:.3g}" if first == last else f"{first:.3g} to {last:.3g}"
+            self._tell(f"{self.epochs} epochs instead of {before}: the learning rate after epoch {before} is {rate}")
+
+    def check_data(self, train: Batches, valid: Batches | None) -> dict[str, Any]:
+        """Return what is trained on and validated with, as a checkpoint keeps it.
+
+        Of a :class:`~minivit.data.Loader` that is all its settings and the SHA-256 of its images and labels, as they
+        are decoded; of other batches nothing is known. Raises CheckpointError if it is not what the run has had so far.
+        """
+        own: dict[str, Any] = {"training": settings_of(train) if isinstance(train, Loader) else None}
+        own["validation"] = plain(valid.dataset) if isinstance(valid, Loader) else None if valid is not None else "none"
+        known = [name for name in own if None not in (self._data.get(name), own[name])]
+        if found := [text for name in known for text in differences(self._data[name], own[name], name)]:
+            remedy = "bring the data and the loaders' settings back, or start a new run from the parameters"
+            raise CheckpointError(f"the run has had other data so far: {'; '.join(found)}", remedy)
+        return own
 
     def _take_over(self, checkpoint: Checkpoint) -> None:
         """Take over parameters, their average, and the optimizer's state."""
@@ -306,20 +364,43 @@ class Trainer:
 
     def _settings(self, total: int) -> dict[str, Any]:
         """Return what must be equal for a resumed run to be the same; the rates at some of its ``total`` steps."""
-        loss, clip, rate = self.step.loss, self.step.clip_norm, self.schedule
-        steps = (0, total // 4, total // 2, total - 1)
+        clip, rate = self.step.clip_norm, self.schedule
+        loss = self.step.loss if isinstance(self.step.loss, partial) else partial(self.step.loss)
+        keywords = dict(loss.keywords)
+        smoothing = float(keywords.pop("smoothing", 0.0))
+
+        def rates(steps: Iterable[int]) -> list[str] | None:
+            # rounded: the last bit of a cosine is not the same on every machine
+            return None if rate is None else [f"{rate(t):.6g}" for t in steps]
+
         return {
             "dtype": str(next(self.model.parameters()).dtype),
             "seed": self.seed,
             "optimizer": type(self.opt).__name__,
+            "optimizer settings": settings_of(self.opt, "named_parameters", "lr", "weight_decay", "lr_scales"),
+            "factors on the learning rate": [[group.stop, group.scale] for group in self.opt.groups],
             "ema": None if self.ema is None else self.ema.decay,
             "weight decay": float(self.opt.weight_decay),
             "clip_norm": None if clip is None else float(clip),
-            "smoothing": float(loss.keywords.get("smoothing", 0.0)) if isinstance(loss, partial) else 0.0,
-            # rounded: the last bit of a cosine is not the same on every machine
-            "learning rates": None if rate is None else [f"{rate(t):.6g}" for t in steps],
+            "loss": plain(partial(loss.func, *loss.args, **keywords)),
+            "smoothing": smoothing,
+            "learning rates": rates((0, total // 4, total // 2, total - 1)),
+            "more learning rates": rates(range(0, total, max(1, total // 32))),
             "total steps": total,
         }
+
+    def _config(self) -> Any:
+        """Return the model's settings, if it has them."""
+        return plain(getattr(self.model, "config", None))
+
+    def _machine(self) -> dict[str, Any]:
+        """Return what the last bits of the numbers depend on, besides the settings."""
+        team = self.step.team
+        return {"device": team.device, "threads": team.threads, "micro-batches": team.micro_batch}
+
+    def _limits(self) -> dict[str, Any]:
+        """Return what ends a run early."""
+        return {"patience": self.patience, "max_seconds": self.max_seconds}
 
     def _save(self, name: str) -> None:
         if self.folder is not None:
@@ -328,9 +409,10 @@ class Trainer:
             if self.ema is not None:
                 arrays |= {f"ema/{k}": v for k, v in self.ema.state_dict().items()}
             arrays |= {f"optimizer/{k}": v for k, v in self.opt.state_dict().items()}
-            config = {"model": self.model.config} if hasattr(self.model, "config") else {}
+            config = {} if self._config() is None else {"model": self._config()}
             settings = self._settings(self.epochs * self.progress.batches)
-            train = {"settings": settings, **asdict(self.progress)}
+            known = {"data": self._data, "machine": self._machine(), "limits": self._limits()}
+            train = {"settings": settings, **known, **asdict(self.progress)}
             save_checkpoint(self._checkpoint(name), arrays, config | self.meta | {"train": train})
 
     def _checkpoint(self, name: str) -> Path:
@@ -349,13 +431,55 @@ class Trainer:
         if self.folder is None:
             yield
             return
-        with RunLock(self.folder):
-            if not self.progress.batches and self._checkpoint("last").exists():
-                remedy = f"continue it: {self._how_to_resume()}, or name another folder"
-                raise ConfigError(f"{self.folder} already holds a run", remedy)
+        with self.lock:
+            self._check_folder()
             sweep(self.folder)
             self.records.begin(self.progress.batch, self.progress.history)
             yield
+
+    def _check_folder(self) -> None:
+        """Check, under the lock, that the folder holds no more than this run, as far as it has come."""
+        last = self._checkpoint("last")
+        if self._resumed is None and self.progress.batches:
+            return  # `fit` for the second time
+        path, stamp = self._resumed or (None, None)
+        if path is None or path.resolve().parent != last.resolve().parent:
+            if last.exists():
+                remedy = f"continue it: {self._how_to_resume()}, or name another folder"
+                raise ConfigError(f"{self.folder} already holds a run", remedy)
+        elif _stamp(path) != stamp:
+            what = f"{path} has changed since it was read: another process has gone on with the run"
+            raise CheckpointError(what, f"resume it again: {self._how_to_resume()}")
+        elif path.name != last.name and (steps := _steps_in(last)) > self.opt.steps:
+            what = f"{path} is at step {self.opt.steps:,}, {last.name} at step {steps:,}: what is newer would be lost"
+            remedy = f"continue from the newest: {self._how_to_resume()}; or copy the run's folder without {last.name}"
+            raise CheckpointError(what, remedy)
+        self._resumed = None
+
+
+Stamp = tuple[int, int, int] | None
+
+
+def _but_seed(config: Any) -> Any:
+    """Return a model's settings but for the seed of its first parameters, which are not those of a checkpoint."""
+    return {"kind": "model"} | {k: v for k, v in config.items() if k != "seed"} if isinstance(config, dict) else None
+
+
+def _stamp(path: Path) -> Stamp:
+    """Return what changes when a file is replaced; None if there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns, found.st_size
+
+
+def _steps_in(path: Path) -> int:
+    """Return the updates made at a checkpoint; -1 for one that is missing or damaged, which can be replaced."""
+    try:
+        return int(load_checkpoint(path).arrays["optimizer/steps"])
+    except (CheckpointError, KeyError, TypeError):
+        return -1
 
 
 def evaluate(
@@ -390,5 +514,11 @@ def _check_labels(labels: Array) -> None:
 
 
 def _describe(row: Row) -> str:
-    valid = f", valid loss {row['valid_loss']:.4f}, accuracy {row['valid_accuracy']:.2%}" if "valid_loss" in row else ""
-    return f"loss {row['loss']:.4f}{valid}, lr {row['lr']:.2e}, {row['images_per_second']:,.0f} images/s"
+    """Return a row as text; what matters most comes first, because a narrow terminal cuts the rest."""
+    parts = []
+    for name, form in (("accuracy", ".2%"), ("loss", ".4f")):
+        if name in row:
+            parts.append(f"{name} {row[name]:{form}}")
+        if f"valid_{name}" in row:
+            parts.append(f"valid{'' if name in row else f' {name}'} {row[f'valid_{name}']:{form}}")
+    return f"{', '.join(parts)}, lr {row['lr']:.2e}, {row['images_per_second']:,.0f} images/s"
