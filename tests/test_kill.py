@@ -27,8 +27,10 @@ from minivit.backend import random_bits
 from minivit.cli.job import make_folder
 from minivit.cli.main import main
 from minivit.data import Affine, Dataset, Loader
+from minivit.data.files import unfinished
 from minivit.errors import CheckpointError, ConfigError
 from minivit.train import AdamW, Trainer, load_checkpoint, parameters_hash, save_checkpoint, warmup_cosine
+from minivit.train.checkpoint import sweep
 from minivit.train.lock import RunLock
 
 EPOCHS, BATCHES = 4, 7
@@ -312,7 +314,8 @@ def _save(folder: Path) -> None:
         time.sleep(moments.uniform(0.0, 0.05))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        temporaries += path.with_name("last.npz.tmp").exists()
+        temporaries += bool(unfinished(folder))
+        sweep(folder)
         try:
             checkpoint = load_checkpoint(path)
             unreadable += not (checkpoint.arrays["a"] == max(checkpoint.meta["n"], 0)).all()

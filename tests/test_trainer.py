@@ -365,7 +365,10 @@ def inverted(dataset, count):
     ("change", "said"),
     [
         (lambda train, valid: setattr(train, "dataset", inverted(train.dataset, 1)), r"training\.dataset\.images"),
-        (lambda train, valid: train.dataset.labels.__setitem__(3, 3 - train.dataset.labels[3]), r"training\.dataset\.labels"),
+        (
+            lambda train, valid: train.dataset.labels.__setitem__(3, 3 - train.dataset.labels[3]),
+            r"training\.dataset\.labels",
+        ),
         (lambda train, valid: setattr(valid, "dataset", inverted(valid.dataset, 1)), r"validation\.images"),
         (lambda train, valid: setattr(train, "augment", None), r"training\.augment"),
         (lambda train, valid: setattr(train, "shuffle", False), r"training\.shuffle: True → False"),
@@ -508,7 +511,9 @@ def counting(answers):
 
 
 def test_the_training_accuracy_is_over_the_epochs_images(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(trainer_module, "TrainStep", counting(itertools.chain([1, 2, 3, 4, 5, 6, 4], itertools.repeat(8))))
+    monkeypatch.setattr(
+        trainer_module, "TrainStep", counting(itertools.chain([1, 2, 3, 4, 5, 6, 4], itertools.repeat(8)))
+    )
     trainer, train, valid = small_run(tmp_path, epochs=2, quiet=False)
     with pytest.raises(PowerCut):
         trainer.fit(Hooked(train, fail_at(10)), valid)

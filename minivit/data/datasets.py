@@ -84,7 +84,7 @@ class Dataset:
         piece = max(1, (4 << 20) * len(self) // self.images.size)  # images: int64 takes eight times the bytes' memory
         for start in range(0, len(self), piece):
             pixels = self.images[start : start + piece]
-            digest.update(np.ascontiguousarray(pixels))
+            digest.update(np.ascontiguousarray(pixels).data)
             x = pixels.astype(np.int64)
             sums += x.sum((0, 2, 3)), (x * x).sum((0, 2, 3))  # (2, C)
         return moments(sums, self.images.size // self.images.shape[1]), digest.hexdigest()
@@ -99,7 +99,7 @@ class Dataset:
         index = index.astype(np.int64)
         return replace(self, images=self.images.take(index, axis=0), labels=self.labels[index])
 
-    def split_off(self, fraction: float, key: Key) -> tuple[Dataset, Dataset]:
+    def split_off(self, fraction: float, key: Key, stratified: bool = True) -> tuple[Dataset, Dataset]:
         """Return (rest, held_out): a random ``fraction`` of the images, chosen by ``key``, held out from the others.
 
         Both keep the data set's order. Raises DataError unless each gets at least one image.
@@ -144,6 +144,7 @@ def load(
     size: tuple[int, int] | None = None,
     channels: int = 3,
     bad_images: str = "stop",
+    layout: int = 2,
 ) -> Dataset:
     """Load a data set by its name, or from a file or folder of your own.
 
@@ -181,6 +182,14 @@ def load(
     from minivit.data.formats import load_files
 
     return replace(load_files(kind, path, split), name=str(name))
+
+
+def splits_of(name: str | PathLike[str], layout: int = 2) -> tuple[str, ...]:
+    """Return which of :data:`SPLITS` a data set has. No pixel is read."""
+    if kind_of(name) == "npz":
+        with np.load(name, allow_pickle=False) as archive:
+            return SPLITS if "test_images" in archive else SPLITS[:1]
+    return SPLITS
 
 
 def class_names(classes: Sequence[str], count: int) -> list[str]:

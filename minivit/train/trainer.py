@@ -432,13 +432,19 @@ class Trainer:
             yield
             return
         with self.lock:
-            self._check_folder()
+            self.check_folder()
+            self._resumed = None  # from here on this Trainer writes there itself
             sweep(self.folder)
             self.records.begin(self.progress.batch, self.progress.history)
             yield
 
-    def _check_folder(self) -> None:
-        """Check, under the lock, that the folder holds no more than this run, as far as it has come."""
+    def check_folder(self) -> None:
+        """Check that the folder holds no more than this run, as far as it has come: `fit` does, under the lock.
+
+        Raises ConfigError for another run's folder, CheckpointError where what is newer would be lost.
+        """
+        if self.folder is None:
+            return
         last = self._checkpoint("last")
         if self._resumed is None and self.progress.batches:
             return  # `fit` for the second time
@@ -454,7 +460,6 @@ class Trainer:
             what = f"{path} is at step {self.opt.steps:,}, {last.name} at step {steps:,}: what is newer would be lost"
             remedy = f"continue from the newest: {self._how_to_resume()}; or copy the run's folder without {last.name}"
             raise CheckpointError(what, remedy)
-        self._resumed = None
 
 
 Stamp = tuple[int, int, int] | None
