@@ -8,7 +8,7 @@ import re
 import shutil
 import signal
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,15 @@ TINY = [word for key in ("dim=8", "depth=2", "heads=2", "mlp_dim=16") for word i
 EVERYTHING = ["--grad-accum-steps", "2", "--drop-path", "0.1", "--mixup", "0.8", "--cutmix", "1", "--model-ema", "0.9",
               "--layer-decay", "0.8", "--smoothing", "0.1", "--set", "data.randaugment=9", "--set", "data.erasing=0.3",
               "--set", "data.crop=1", "--optimizer", "muon"]  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _small_pictures() -> Iterator[None]:
+    """Show two small images only: what is drawn is tested elsewhere."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("minivit.cli.results.SHOWN", 2)
+        patch.setattr("minivit.study.pictures.TILE", 8)
+        yield
 
 
 @pytest.fixture(scope="module")

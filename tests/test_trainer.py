@@ -455,8 +455,10 @@ def test_a_state_that_was_read_before_another_process_went_on_is_not_taken(tmp_p
     late = small_run(tmp_path)[0]
     early = small_run(tmp_path)[0]
     history = early.fit(train, valid)
-    with pytest.raises(CheckpointError, match="has changed since it was read: another process has gone on"):
+    with pytest.raises(CheckpointError, match="has changed since then: another process has gone on"):
         late.fit(train, valid)
+    with pytest.raises(CheckpointError, match="has changed since then"):
+        trainer.fit(train, valid)
     assert load_checkpoint(tmp_path / "checkpoints" / "last.npz").meta["train"]["history"] == history
 
 

@@ -92,6 +92,8 @@ def resume(args: argparse.Namespace) -> int:
     path = Path(args.resume)
     if path.is_dir():
         path = path / "checkpoints" / "last.npz"
+    elif path.parent == Path():  # a file in the folder where the command runs
+        path = path.absolute()
     folder = path.parent.parent
     config = folder / "config.toml"
     if not path.exists() and config.is_file():
@@ -203,9 +205,8 @@ class Job:
         name = settings["data.name"]
         self.title = Path(name).stem if kind in ("npz", "folder") else kind
         self.remark = ""
-        self.splits = splits_of(name, settings["data.layout"])
         whole = self._load("train")
-        self.test_data = self._load_test(whole)
+        test, valid = (self._load_beside(whole, split) for split in ("test", "val"))
         fit_to_data(settings, whole.images.shape[1:], len(whole.classes))
         if settings["data.overfit"]:
             settings.take(UNCHANGED, "overfit")
@@ -213,8 +214,8 @@ class Job:
             settings.take({"model.head": "linear"}, "init_from")
         # a model may have room for more classes than the data name
         names = tuple(class_names(whole.classes, settings["model.num_classes"]))
-        self.test_data = self.test_data and replace(self.test_data, classes=names)
-        self.train_data, self.valid_data = self._divide(replace(whole, classes=names))
+        self.test_data, own_valid = (part and replace(part, classes=names) for part in (test, valid))
+        self.train_data, self.valid_data = self._divide(replace(whole, classes=names), own_valid)
         if settings["train.patience"] and self.valid_data is None:
             raise ConfigError("patience needs validation images", "hold some out: --val-fraction 0.1")
         config: dict[str, Any] = {
@@ -261,29 +262,29 @@ class Job:
         size = pair("model.image_size", s["model.image_size"]) if s.origins["model.image_size"] != "default" else None
         return data.load(s["data.name"], split, size, s["model.in_channels"], s["data.bad_images"], s["data.layout"])
 
-    def _load_test(self, whole: Dataset) -> Dataset | None:
-        """Return the test images that belong to the training images, or None if there are none."""
+    def _load_beside(self, whole: Dataset, split: str) -> Dataset | None:
+        """Return a split that belongs to the training images, or None if there is no such split."""
         name = self.settings["data.name"]
-        if "test" not in self.splits:
+        if split not in splits_of(name, self.settings["data.layout"]):
             return None
-        test = self._load("test")
-        if test.images.shape[1:] != whole.images.shape[1:] or test.classes != whole.classes:
+        part = self._load(split)
+        if part.images.shape[1:] != whole.images.shape[1:] or part.classes != whole.classes:
             raise DataError(
                 f"{name}: {whole.images.shape[1:]} images of {len(whole.classes)} classes to train on, "
-                f"{test.images.shape[1:]} of {len(test.classes)} to test with",
+                f"{part.images.shape[1:]} of {len(part.classes)} to {'test' if split == 'test' else 'validate'} with",
                 "give both splits the same size and classes",
             )
-        return test
+        return part
 
-    def _divide(self, whole: Dataset) -> tuple[Dataset, Dataset | None]:
-        """Return the images to train on, and those held out to validate with."""
+    def _divide(self, whole: Dataset, valid: Dataset | None) -> tuple[Dataset, Dataset | None]:
+        """Return the images to train on, and those to validate with: the data set's own, or some that are held out."""
         s = self.settings
         key = Key(s["train.seed"], HOLD_OUT_STREAM)
         if s["data.overfit"]:
             few = whole.subset(np.sort(permutation(key, len(whole))[: s["data.overfit"]]))
             return few, few
-        if "val" in self.splits:
-            return whole, replace(self._load("val"), classes=whole.classes)
+        if valid is not None:
+            return whole, valid
         if s["data.val_fraction"] > 0:
             try:
                 return whole.split_off(s["data.val_fraction"], key, stratified=s["data.layout"] > 1)
@@ -363,7 +364,7 @@ class Job:
                 "mean": list(mean),
                 "std": list(std),
             },
-            "run": {"settings": dict(s), "origins": s.origins, "data": self._digests()},
+            "run": {"settings": dict(s), "origins": s.origins, "data": self._digests() if folder is not None else {}},
         }
         return Trainer(
             self.model,
@@ -493,7 +494,7 @@ class Job:
             logits,
             result,
             folder,
-            title=f"{folder.name}: {self.settings['model.name']} on {self.title}",
+            title=f"{folder.resolve().name}: {self.settings['model.name']} on {self.title}",
             about=f"{self.model.num_parameters():,} parameters; {self._data_text(self.train_data)}",
             rows=trainer.progress.history,
             split=split,

@@ -129,7 +129,7 @@ class Trainer:
         self.records = Records(self.folder)
         self.progress = Progress()
         self.lock = RunLock(self.folder)
-        self._resumed: tuple[Path, Stamp] | None = None  # the checkpoint that the run goes on from, as it was read
+        self._newest: tuple[Path, Stamp] | None = None  # the checkpoint that was read or saved last, as it was then
         self._data: dict[str, Any] = {}  # what is trained on, and validated with: see check_data
 
     def fit(self, train: Batches, valid: Batches | None = None) -> list[Row]:
@@ -152,7 +152,7 @@ class Trainer:
             )
         if self.patience is not None and valid is None:
             raise ConfigError(f"patience={self.patience} without validation images", "give some, or no patience")
-        if self.folder is not None:
+        if self.folder is not None or self._data:
             self._data = self.check_data(train, valid)
         with self._prepared_folder(), StopSignals(self.folder is not None) as signals:  # where there is one to save in
             p.batches = len(train)
@@ -307,9 +307,7 @@ class Trainer:
             state = dict(checkpoint.meta["train"])
             settings = dict(state.pop("settings"))
             data, machine, limits = (dict(state.pop(name, {})) for name in ("data", "machine", "limits"))
-            if "right" not in state and state["images"]:
-                state["right"] = None  # by a version that did not count them, in the middle of an epoch
-            progress = Progress(**state)
+            progress = _progress(state)
             total = settings["total steps"]
             own = self._settings(total)
             epochs = total // max(progress.batches, 1)
@@ -322,7 +320,7 @@ class Trainer:
             raise CheckpointError(f"{path} was trained with other settings: {'; '.join(found)}", remedy)
         self._check_epochs(progress, epochs)
         self._take_over(checkpoint)
-        self.progress, self._data, self._resumed = progress, data, (path, stamp)
+        self.progress, self._data, self._newest = progress, data, (path, stamp)
         if progress.stopped and limits and differences(limits, self._limits()):
             self.progress.stopped = ""  # it may go on now
         if other := differences(machine, self._machine()) if machine else []:
@@ -413,7 +411,10 @@ class Trainer:
             settings = self._settings(self.epochs * self.progress.batches)
             known = {"data": self._data, "machine": self._machine(), "limits": self._limits()}
             train = {"settings": settings, **known, **asdict(self.progress)}
-            save_checkpoint(self._checkpoint(name), arrays, config | self.meta | {"train": train})
+            path = self._checkpoint(name)
+            save_checkpoint(path, arrays, config | self.meta | {"train": train})
+            if name == "last":
+                self._newest = path, _stamp(path)
 
     def _checkpoint(self, name: str) -> Path:
         assert self.folder is not None
@@ -433,7 +434,6 @@ class Trainer:
             return
         with self.lock:
             self.check_folder()
-            self._resumed = None  # from here on this Trainer writes there itself
             sweep(self.folder)
             self.records.begin(self.progress.batch, self.progress.history)
             yield
@@ -446,15 +446,13 @@ class Trainer:
         if self.folder is None:
             return
         last = self._checkpoint("last")
-        if self._resumed is None and self.progress.batches:
-            return  # `fit` for the second time
-        path, stamp = self._resumed or (None, None)
+        path, stamp = self._newest or (None, None)
         if path is None or path.resolve().parent != last.resolve().parent:
             if last.exists():
                 remedy = f"continue it: {self._how_to_resume()}, or name another folder"
                 raise ConfigError(f"{self.folder} already holds a run", remedy)
         elif _stamp(path) != stamp:
-            what = f"{path} has changed since it was read: another process has gone on with the run"
+            what = f"{path} has changed since then: another process has gone on with the run"
             raise CheckpointError(what, f"resume it again: {self._how_to_resume()}")
         elif path.name != last.name and (steps := _steps_in(last)) > self.opt.steps:
             what = f"{path} is at step {self.opt.steps:,}, {last.name} at step {steps:,}: what is newer would be lost"
@@ -463,6 +461,21 @@ class Trainer:
 
 
 Stamp = tuple[int, int, int] | None
+
+
+def _progress(state: dict[str, Any]) -> Progress:
+    """Return where a run stands, as a checkpoint says; raise KeyError, TypeError or ValueError if it makes no sense."""
+    if "right" not in state and state["images"]:
+        state["right"] = None  # by a version that did not count them, in the middle of an epoch
+    p = Progress(**state)
+    counts = [p.epoch, p.batches, p.batch, p.images, p.skipped, 0 if p.right is None else p.right]
+    numbers = [p.loss_sum, p.seconds, p.lr, *(row[key] for row in p.history for key in ("epoch", "step", "seconds"))]
+    numbers += [p.best[key] for key in ("epoch", "step", "valid_accuracy")] if p.best is not None else []
+    if not all(type(n) is int and n >= 0 for n in counts) or not all(type(n) in (int, float) for n in numbers):
+        raise ValueError("counts that are no counts")
+    if len(p.history) != p.epoch or not isinstance(p.stopped, str):
+        raise ValueError("a history of other epochs")
+    return p
 
 
 def _but_seed(config: Any) -> Any:
