@@ -412,7 +412,7 @@ def test_the_checkpoint_says_what_prediction_needs(checkpoint: str, archive: Pat
     train = data.load(archive)
     assert meta["model"]["dim"] == 8
     expected = {"name": str(archive), "classes": list("0123456789"), "fit": "stretch", "bad_images": "stop"}
-    expected |= {"mean": list(train.mean), "std": list(train.std)}
+    expected |= {"mean": list(train.mean), "std": list(train.std), "layout": 2}
     expected["labels"] = hashlib.sha256(train.labels.tobytes()).hexdigest()
     assert meta["data"] == expected
     model, _ = read_model(checkpoint)

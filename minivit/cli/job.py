@@ -359,6 +359,7 @@ class Job:
                 "name": s["data.name"],
                 "fit": "crop" if data.kind_of(s["data.name"]) == "folder" else "stretch",  # of image files to its size
                 "bad_images": s["data.bad_images"],
+                "layout": s["data.layout"],
                 "classes": list(self.train_data.classes),
                 "labels": hashlib.sha256(self.train_data.labels.tobytes()).hexdigest(),
                 "mean": list(mean),

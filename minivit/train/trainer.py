@@ -63,6 +63,19 @@ class Progress:
     best: Row | None = None  # the row of the epoch with the highest validation accuracy
     history: list[Row] = field(default_factory=list)  # a row for each finished epoch
 
+    def __post_init__(self) -> None:
+        """Raise ValueError for what cannot be, because a checkpoint may say anything."""
+        counts = [self.epoch, self.batches, self.batch, self.images, self.skipped, self.right or 0]
+        rows = self.history if self.best is None else [*self.history, self.best]
+        if not all(type(n) is int and 0 <= n < 1 << 63 for n in counts) or not isinstance(self.stopped, str):
+            raise ValueError("counts that are none")
+        numbers = [self.loss_sum, self.seconds, self.lr]
+        for row in rows:
+            numbers += [row["epoch"], row["step"], row["lr"], row["loss"], row["seconds"], row["images_per_second"]]
+            numbers += [row[key] for key in ("accuracy", "valid_loss", "valid_accuracy") if key in row]
+        if not all(type(x) in (int, float) for x in numbers) or len(self.history) != self.epoch:
+            raise ValueError("figures that are none")
+
 
 ON_NAN = ("stop", "skip", "rollback")
 MOST_SKIPPED = 10  # batches in a row: more are no accident
@@ -307,11 +320,13 @@ class Trainer:
             state = dict(checkpoint.meta["train"])
             settings = dict(state.pop("settings"))
             data, machine, limits = (dict(state.pop(name, {})) for name in ("data", "machine", "limits"))
-            progress = _progress(state)
+            if "right" not in state and state["images"]:
+                state["right"] = None  # by a version that did not count them, in the middle of an epoch
+            progress = Progress(**state)
             total = settings["total steps"]
             own = self._settings(total)
             epochs = total // max(progress.batches, 1)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
             raise CheckpointError(f"{path} holds no training run", "resume from a run's last.npz") from error
         found = [text for name in own if name in settings for text in differences(settings[name], own[name], name)]
         found += differences(_but_seed(checkpoint.meta.get("model")), _but_seed(self._config()), "model")
@@ -461,21 +476,6 @@ class Trainer:
 
 
 Stamp = tuple[int, int, int] | None
-
-
-def _progress(state: dict[str, Any]) -> Progress:
-    """Return where a run stands, as a checkpoint says; raise KeyError, TypeError or ValueError if it makes no sense."""
-    if "right" not in state and state["images"]:
-        state["right"] = None  # by a version that did not count them, in the middle of an epoch
-    p = Progress(**state)
-    counts = [p.epoch, p.batches, p.batch, p.images, p.skipped, 0 if p.right is None else p.right]
-    numbers = [p.loss_sum, p.seconds, p.lr, *(row[key] for row in p.history for key in ("epoch", "step", "seconds"))]
-    numbers += [p.best[key] for key in ("epoch", "step", "valid_accuracy")] if p.best is not None else []
-    if not all(type(n) is int and n >= 0 for n in counts) or not all(type(n) in (int, float) for n in numbers):
-        raise ValueError("counts that are no counts")
-    if len(p.history) != p.epoch or not isinstance(p.stopped, str):
-        raise ValueError("a history of other epochs")
-    return p
 
 
 def _but_seed(config: Any) -> Any:
