@@ -225,6 +225,27 @@ def test_a_folder_in_use_is_refused_and_its_owner_named(tmp_path):
     assert not list(tmp_path.rglob(".lock"))
 
 
+def test_a_file_of_somebody_elses_is_no_lock(tmp_path):
+    mine, lock = tmp_path / "mine", tmp_path / ".lock"
+    mine.write_text("my notes")
+    for make in (lock.symlink_to, lambda mine: lock.write_bytes(mine.read_bytes())):
+        make(mine)
+        with pytest.raises(CheckpointError, match="cannot lock"), RunLock(tmp_path):
+            pass
+        assert lock.read_text() == mine.read_text() == "my notes"
+        lock.unlink()
+
+
+def test_a_lock_can_be_entered_again_by_its_holder_only(tmp_path):
+    with (lock := RunLock(tmp_path)):
+        with lock:
+            pass
+        with pytest.raises(ConfigError, match="in use"), RunLock(tmp_path):
+            pass
+    with RunLock(tmp_path):
+        pass
+
+
 def test_a_killed_owner_locks_nobody_out(tmp_path):
     child = start_child("hold", tmp_path)
     assert child.stdout.readline() == "held\n"

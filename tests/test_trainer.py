@@ -130,7 +130,7 @@ def test_the_records_have_a_row_for_each_step_and_epoch(whole):
 
 def test_the_checkpoints_hold_the_last_and_the_best_epoch(whole):
     folder, history, digest = whole
-    best = max(history, key=lambda row: row["valid_accuracy"])  # the first of equals
+    best = max(history, key=lambda row: (row["valid_accuracy"], -row["valid_loss"]))
     checkpoint = load_checkpoint(folder / "checkpoints" / "best.npz")
     assert checkpoint.meta["train"]["epoch"] == best["epoch"] and checkpoint.meta["train"]["best"] == best
     model = mv.ViT(**checkpoint.meta["model"])
@@ -698,11 +698,21 @@ def test_it_stops_when_validation_gets_no_better(tmp_path, capsys, monkeypatch):
     trainer, train, valid = small_run(tmp_path, epochs=50, schedule=None, patience=2, quiet=False)
     history = trainer.fit(train, valid)
     assert len(history) == 3 and trainer.progress.best["epoch"] == 1
-    assert "stopped after epoch 3: no better validation accuracy in 2 epochs" in capsys.readouterr().err
+    assert "stopped after epoch 3: nothing better on the validation images in 2 epochs" in capsys.readouterr().err
     again, train, valid = small_run(tmp_path, epochs=50, schedule=None, patience=2)
     assert again.fit(train, valid) == history  # the run is over
     with pytest.raises(ConfigError, match="without validation images"):
         small_run(None, patience=2)[0].fit(train)
+
+
+def test_among_epochs_of_one_accuracy_the_lowest_loss_is_the_best(tmp_path, monkeypatch):
+    found = iter([(0.5, 1.0), (1.0, 0.9), (1.0, 0.4), (0.5, 0.1)])
+    look = lambda *args, **more: dict(zip(("accuracy", "loss"), next(found), strict=True))
+    monkeypatch.setattr(trainer_module, "evaluate", look)
+    trainer, train, valid = small_run(tmp_path)
+    trainer.fit(train, valid)
+    assert trainer.progress.best["epoch"] == 3
+    assert load_checkpoint(tmp_path / "checkpoints" / "best.npz").meta["train"]["epoch"] == 3
 
 
 def test_its_time_can_be_limited(tmp_path):

@@ -52,7 +52,7 @@ OPTIONS: dict[str, Option] = {
     "train.smoothing": Option(0.0, "label smoothing", ("--smoothing",), low=0.0, high=1.0),
     "train.model_ema": Option(0.0, "evaluate and keep a moving average of the weights that decays by X a step; 0: none",
                               ("--model-ema",), low=0.0, high=0.999999),
-    "train.patience": Option(0, "stop after so many epochs without a better validation accuracy; 0: never",
+    "train.patience": Option(0, "stop after so many epochs that were not better on the validation images; 0: never",
                              ("--patience",), low=0),
     "train.max_time": Option(0.0, "stop after so many minutes of training; 0: no limit", ("--max-time",), low=0.0),
     "train.on_nan": Option("stop", "what a loss that is not finite does: stop, skip the batch, or rollback to the last "

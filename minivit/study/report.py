@@ -158,7 +158,7 @@ def _figures(rows: Sequence[Mapping[str, Any]], test: Mapping[str, Any] | None, 
             figures.append((f"{split} top-5 accuracy", f"{test['top5']:.2%}", "label among the five likeliest"))
         figures.append((f"{split} loss", f"{abs(test['loss']):.4f}", "mean cross-entropy"))
     if tried := [row for row in rows if "valid_accuracy" in row]:
-        best = max(tried, key=lambda row: row["valid_accuracy"])
+        best = max(tried, key=lambda row: (row["valid_accuracy"], -row["valid_loss"]))
         figures.append(("best validation accuracy", f"{best['valid_accuracy']:.2%}", f"after epoch {best['epoch']}"))
     if rows:
         seconds = sum(row["seconds"] for row in rows)

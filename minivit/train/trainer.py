@@ -60,7 +60,7 @@ class Progress:
     lr: float = 0.0  # of the last step
     skipped: int = 0  # batches in a row that were left out, because their loss was not finite
     stopped: str = ""  # why the run is over before its last epoch
-    best: Row | None = None  # the row of the epoch with the highest validation accuracy
+    best: Row | None = None  # the row of the best epoch: see Trainer
     history: list[Row] = field(default_factory=list)  # a row for each finished epoch
 
     def __post_init__(self) -> None:
@@ -86,15 +86,16 @@ class Trainer:
 
     ``schedule`` maps the number of updates made to the learning rate of the next one (default: ``opt.lr`` as it is).
     ``ema`` evaluates and keeps, beside the parameters, their :class:`~minivit.train.ema.EMA` of that decay. A run ends
-    early after ``patience`` epochs without a better validation accuracy, or ``max_seconds`` of training. ``on_nan``
-    says what a loss or gradient does that is not finite: "stop" raises NonFiniteError, "skip" leaves the batch out,
-    "rollback" takes parameters and optimizer back to the epoch's start (checkpoints/epoch.npz) and goes on with the
-    next batch. The parameters are never touched by it, and ten in a row stop the run.
+    early after ``patience`` epochs that were not better on the validation images, or ``max_seconds`` of training.
+    ``on_nan`` says what a loss or gradient does that is not finite: "stop" raises NonFiniteError, "skip" leaves the
+    batch out, "rollback" takes parameters and optimizer back to the epoch's start (checkpoints/epoch.npz) and goes on
+    with the next batch. The parameters are never touched by it, and ten in a row stop the run.
 
     With a ``folder`` the run keeps there
 
     - ``checkpoints/last.npz`` after every epoch, every ``save_every`` steps, and on Ctrl-C, SIGTERM or SIGHUP;
-    - ``checkpoints/best.npz``, the epoch with the highest validation accuracy, if there is a validation set;
+    - ``checkpoints/best.npz``, if there is a validation set: the epoch with the highest accuracy on it, and among
+      equals, which few images make many of, that with the lowest loss;
     - ``metrics.jsonl``, a line for each step and each epoch, and ``results.csv``, a row for each epoch.
 
     ``meta`` is stored in the checkpoints, beside the model's ``config`` as ``meta["model"]`` and the run's state as
@@ -223,10 +224,10 @@ class Trainer:
             bar.set_postfix_str(_describe(row))
         if not (self.quiet or sys.stderr.isatty()):
             print(f"{self._title()}{_describe(row)}", file=sys.stderr, flush=True)
-        is_best = valid is not None and (p.best is None or row["valid_accuracy"] > p.best["valid_accuracy"])
+        is_best = valid is not None and (p.best is None or _worth(row) > _worth(p.best))
         best = row if is_best else p.best
         if self.patience is not None and best is not None and row["epoch"] - best["epoch"] >= self.patience:
-            stopped = stopped or f"no better validation accuracy in {self.patience} epochs"
+            stopped = stopped or f"nothing better on the validation images in {self.patience} epochs"
         history = [*p.history, row]
         self.progress = Progress(p.epoch + 1, p.batches, skipped=p.skipped, best=best, stopped=stopped, history=history)
         self.records.log(row)
@@ -529,6 +530,11 @@ def _check_labels(labels: Array) -> None:
             f"evaluation needs a class for each image, not {labels.dtype} labels of shape {labels.shape}",
             "give the validation images integer labels (N,): soft ones are for training",
         )
+
+
+def _worth(row: Row) -> tuple[float, float]:
+    """Return what is larger for a better epoch."""
+    return row["valid_accuracy"], -row["valid_loss"]
 
 
 def _describe(row: Row) -> str:
