@@ -18,6 +18,7 @@ import errno
 import fnmatch
 import io
 import os
+import re
 import runpy
 import signal
 import subprocess
@@ -26,6 +27,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+TEMPORARY = re.compile(r"\.([^/]+)\.[0-9a-f]{16}\.minivit-tmp")
 ERRORS = (errno.ENOSPC, errno.EIO, errno.EROFS, errno.EDQUOT)
 Act = Callable[[], None]
 
@@ -57,8 +59,9 @@ def signals(number: int, times: int = 1) -> Act:
 class Faults:
     """In its block, ``act()`` comes before the ``at``-th call below ``folder`` that fits ``match``, as in a shell.
 
-    ``calls`` lists them, named points all: "rename checkpoints/last.npz", "write config.toml". A write has written half
-    of its bytes when it fails. With ``at=0`` calls are listed only.
+    ``calls`` lists them, named points all: "rename checkpoints/last.npz", "write config.toml.tmp", which is the
+    temporary file that will be config.toml. A write has written half of its bytes when it fails. With ``at=0`` calls
+    are listed only.
     """
 
     def __init__(self, folder: str | Path, at: int, act: Act = kill, match: str = "*") -> None:
@@ -71,7 +74,7 @@ class Faults:
     def come(self, call: str, path: Any, first_half: Act | None = None) -> None:
         """Note a call; do what was asked for if it is its turn."""
         place = os.path.relpath(os.path.abspath(os.fspath(path)), self.folder)
-        point = f"{call} {place}"
+        point = f"{call} " + TEMPORARY.sub(r"\1.tmp", place)
         if place.startswith("..") or not fnmatch.fnmatchcase(point, self.match):
             return
         self.calls.append(point)
@@ -124,13 +127,15 @@ class Faults:
     def _open(self, file: Any, mode: str = "r", buffering: int = -1, *args: Any, **kwargs: Any) -> Any:
         """Open as ``io.open`` does, with writes that are noted."""
         real = self._before[-1][2]
-        if isinstance(file, int):
+        if isinstance(file, int) and file not in self._paths:
             return real(file, mode, buffering, *args, **kwargs)
         if not set(mode) & set("wax+"):
+            if isinstance(file, int):
+                return real(file, mode, buffering, *args, **kwargs)
             self.come("open", file)
             return real(file, mode, buffering, *args, **kwargs)
         raw = _Raw(self, file, mode.replace("b", "").replace("t", ""))
-        self._paths[raw.fileno()] = os.path.abspath(file)
+        self._paths[raw.fileno()] = raw.path
         if buffering == 0:
             return raw
         size = buffering if buffering > 1 else io.DEFAULT_BUFFER_SIZE
@@ -142,12 +147,16 @@ class _Raw(io.FileIO):
     """A file whose writes are noted."""
 
     def __init__(self, faults: Faults, file: Any, mode: str) -> None:
-        faults.come("open", file)
+        if isinstance(file, int):  # opened already, which was noted
+            self.path = faults._paths[file]
+        else:
+            self.path = os.path.abspath(file)
+            faults.come("open", file)
         super().__init__(file, mode)
         self.faults = faults
 
     def write(self, data: Any) -> int:
-        self.faults.come("write", self.name, lambda: super(_Raw, self).write(bytes(data)[: len(data) // 2]))
+        self.faults.come("write", self.path, lambda: super(_Raw, self).write(bytes(data)[: len(data) // 2]))
         return super().write(data)
 
 

@@ -303,8 +303,40 @@ def test_a_folder_that_is_a_file(tmp_path):
 
 
 def test_sweep_removes_half_written_files_only(path):
-    path.with_name("a.npz.tmp").touch()
-    (path.parent / "checkpoints").mkdir()
-    (path.parent / "checkpoints" / "last.npz.tmp").touch()
-    module.sweep(path.parent)
-    assert sorted(p.name for p in path.parent.rglob("*")) == ["a.npz", "checkpoints"]
+    """Only minivit's own, and only where a run writes."""
+    ours, folder = f".a.npz.{'0' * 16}.minivit-tmp", path.parent
+    others = [
+        "a.npz.tmp",
+        "b.minivit-tmp",
+        f".a.npz.{'0' * 15}.minivit-tmp",
+        f"mine/{ours}",
+        f"checkpoints/mine/{ours}",
+    ]
+    for name in [*others, ours, f"checkpoints/{ours}"]:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    (folder / ours.replace("0", "1")).mkdir()
+    (folder / ours.replace("0", "2")).symlink_to(path)
+    module.sweep(folder)
+    left = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and not p.is_symlink())
+    assert left == sorted(["a.npz", *others])
+
+
+def test_a_temporary_file_is_made_anew_and_never_written_through_a_link(path, monkeypatch):
+    whole, mine = path.read_bytes(), path.with_name("mine")
+    mine.write_text("mine")
+    path.with_name("a.npz.tmp").symlink_to(mine)  # the fixed name that version 0.1.0 opened
+    save_checkpoint(path, ARRAYS, META)
+    monkeypatch.setattr(os, "urandom", bytes)  # as if somebody had guessed the name
+    guessed = path.with_name(f".a.npz.{'0' * 16}.minivit-tmp")
+    guessed.symlink_to(mine)
+    with pytest.raises(CheckpointError, match="File exists"):
+        save_checkpoint(path, ARRAYS, META)
+    assert mine.read_text() == "mine" and guessed.is_symlink() and path.read_bytes() == whole
+
+
+def test_what_is_replaced_has_the_mode_of_a_new_file_and_may_have_a_long_name(tmp_path):
+    path, other = tmp_path / f"{'ü' * 120}.npz", tmp_path / "other"
+    save_checkpoint(path, {}, {})
+    other.touch()
+    assert path.stat().st_mode == other.stat().st_mode

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
+import signal
 import tomllib
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,20 +19,42 @@ from PIL import Image
 import minivit as mv
 from minivit import data
 from minivit.cli import job
-from minivit.cli.job import Job, augmentation
+from minivit.cli.job import MAY_CHANGE, Job, augmentation, settings_of_run
 from minivit.cli.main import main
 from minivit.cli.results import _label_text
-from minivit.cli.settings import resolve
-from minivit.data import Affine, Chain, ColorJitter, Crop, Flip, Mix, RandAugment, RandomErasing, RandomResizedCrop
+from minivit.cli.settings import known_settings, resolve
+from minivit.data import (
+    Affine,
+    Chain,
+    ColorJitter,
+    Crop,
+    Flip,
+    Loader,
+    Mix,
+    RandAugment,
+    RandomErasing,
+    RandomResizedCrop,
+)
 from minivit.errors import ConfigError
-from minivit.train.checkpoint import load_checkpoint, parameters_hash
+from minivit.train.checkpoint import load_checkpoint, parameters_hash, save_checkpoint
 from minivit.train.optim import SGD
+from minivit.train.records import Records, Row
+from minivit.train.trainer import evaluate
 from minivit.train.weights import read_model
 
 TINY = [word for key in ("dim=8", "depth=2", "heads=2", "mlp_dim=16") for word in ("--set", f"model.{key}")]
 EVERYTHING = ["--grad-accum-steps", "2", "--drop-path", "0.1", "--mixup", "0.8", "--cutmix", "1", "--model-ema", "0.9",
               "--layer-decay", "0.8", "--smoothing", "0.1", "--set", "data.randaugment=9", "--set", "data.erasing=0.3",
               "--set", "data.crop=1", "--optimizer", "muon"]  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _small_pictures() -> Iterator[None]:
+    """Show two small images only: what is drawn is tested elsewhere."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("minivit.cli.results.SHOWN", 2)
+        patch.setattr("minivit.study.pictures.TILE", 8)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -132,11 +158,14 @@ def test_a_run_with_everything_on_is_resumed_to_the_same_bits(archive: Path, her
     assert all(np.array_equal(whole.arrays[name], cut.arrays[name]) for name in whole.arrays)
 
 
-def test_patience_ends_a_run_early(archive: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_patience_ends_a_run_early(
+    archive: Path, here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     args = ["train", str(archive), *TINY, "--lr", "1e-9", "--epochs", "9", "--patience", "1", "--val-fraction", "0.2"]
+    monkeypatch.setattr("minivit.train.trainer.evaluate", lambda *args, **more: {"loss": 1.0, "accuracy": 0.5})
     assert main([*args, "--name", "early"]) == 0
     assert len(epochs(Path("runs/early"))) == 2
-    assert "no better validation accuracy in 1 epoch" in capsys.readouterr().err
+    assert "nothing better on the validation images in 1 epoch" in capsys.readouterr().err
     assert main(["train", "--resume", "runs/early"]) == 0
     assert "is finished" in capsys.readouterr().out
 
@@ -176,18 +205,266 @@ def test_changed_data_are_noticed_on_resume(here: Path, archive: Path, capsys: p
     np.savez("mine.npz", **held)
     args = ["train", "mine.npz", *TINY, "--epochs", "2", "-q", "--val-fraction", "0", "--name", "run"]
     assert main(args) == 0
-    held["train_labels"] = held["train_labels"][::-1]
-    np.savez("mine.npz", **held)
+    report = Path("runs/run/report.html").read_bytes()
+    for name, said in (
+        ("train_labels", "training labels"),
+        ("train_images", "training images"),
+        ("test_images", "test images"),
+        ("test_labels", "test labels"),
+    ):
+        np.savez("mine.npz", **held | {name: held[name][::-1]})  # of the same mean and standard deviation
+        assert main(["train", "--resume", "runs/run"]) == 1
+        assert f"is not as it was when the run began: other {said}\n" in capsys.readouterr().err
+    assert Path("runs/run/report.html").read_bytes() == report
+    Path("elsewhere").mkdir()
+    np.savez("elsewhere/moved.npz", **held)  # the same images may be in another place
+    Path("mine.npz").unlink()
     Path("runs/run/report.html").unlink()
-    assert main(["train", "--resume", "runs/run"]) == 1
-    assert "is not as it was when the run began: other labels" in capsys.readouterr().err
+    assert main(["train", "--resume", "runs/run", "--data", "elsewhere/moved.npz", "-q"]) == 0
+    assert main(["train", "--resume", "runs/run", "-q"]) == 0
+
+
+CHANGES = [
+    ("model", "heads = 2", "heads = 4", "model.heads: 2 → 4"),
+    ("model", 'activation = "gelu"', 'activation = "relu"', "model.activation: gelu → relu"),
+    ("model", "norm_eps = 1e-06", "norm_eps = 1e-05", "model.norm_eps: 1e-06 → 1e-05"),
+    ("model", "dropout = 0.0", "dropout = 0.2", "model.dropout: 0.0 → 0.2"),
+    ("data", "mixup = 0.0", "mixup = 0.4", "data.mixup: 0.0 → 0.4"),
+    ("data", "crop = 0", "crop = 1", "data.crop: 0 → 1"),
+    ("data", "val_fraction = 0.1", "val_fraction = 0.2", "data.val_fraction: 0.1 → 0.2"),
+    ("train", "layer_decay = 1.0", "layer_decay = 0.8", "train.layer_decay: 1.0 → 0.8"),
+    ("train", "momentum = 0.9", "momentum = 0.8", "train.momentum: 0.9 → 0.8"),
+    ("train", "lr = 0.001", "lr = 0.002", "train.lr: 0.001 → 0.002"),
+    ("train", "seed = 0", "seed = 1", "train.seed: 0 → 1"),
+    ("train", 'optimizer = "adamw"', 'optimizer = "muon"', "train.optimizer: adamw → muon"),
+]
+
+
+@pytest.fixture(scope="module")
+def halfway(archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was killed in its second epoch of two."""
+    parent = tmp_path_factory.mktemp("halfway")
+    cut(2, ["train", str(archive), *TINY, "-q", "--epochs", "2", "-o", str(parent), "--name", "run"])
+    return parent / "run"
+
+
+class PowerCut(Exception):
+    pass
+
+
+def cut(epoch: int, args: list[str]) -> None:
+    """Run a command that fails as that epoch has ended."""
+
+    def fail(self: Records, history: list[Row]) -> None:
+        if len(history) == epoch:
+            raise PowerCut
+        real(self, history)
+
+    real = Records.write_results
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(PowerCut):
+        patch.setattr(Records, "write_results", fail)
+        main(args)
+
+
+def rows_of(run: Path) -> list[Row]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_every_edited_setting_that_changes_the_numbers_is_named(
+    halfway: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(halfway, run)
+    text = (halfway / "config.toml").read_text()
+    everything = text
+    for table, old, new, said in CHANGES:
+        edited, count = re.subn(rf"(\[{table}\](?:\n[^\[]+?)*?\n){re.escape(old)}(?=\s)", rf"\g<1>{new}", text)
+        assert count == 1, old
+        (run / "config.toml").write_text(edited)
+        before = (run / "checkpoints" / "last.npz").read_bytes()
+        assert main(["train", "--resume", str(run)]) == 1, old
+        assert f"is not as it was when the run began: {said}\n" in capsys.readouterr().err
+        assert (run / "checkpoints" / "last.npz").read_bytes() == before
+        everything = re.sub(rf"(\[{table}\](?:\n[^\[]+?)*?\n){re.escape(old)}(?=\s)", rf"\g<1>{new}", everything)
+    (run / "config.toml").write_text(everything)
+    assert main(["train", "--resume", str(run)]) == 1
+    err = capsys.readouterr().err
+    assert all(said in err for *_, said in CHANGES)
+
+
+def test_every_setting_is_either_compared_or_on_the_short_list() -> None:
+    """What a checkpoint keeps of a run are all of its settings."""
+    assert set(MAY_CHANGE) <= set(known_settings()) and len(MAY_CHANGE) == 12
+    s = resolve({"data.name": "digits"})
+    made = Job(s, quiet=True)
+    kept = made.make_trainer(None).meta["run"]["settings"]
+    optional = {"model.mlp_dim", "model.dim_head"}  # which follow from others where they are not set
+    assert set(kept) - {"recipe"} | optional == set(known_settings())
+
+
+def test_what_may_change_is_told_and_kept(halfway: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(halfway, run)
+    assert main(["train", "--resume", str(run), "--save-every", "2", "--patience", "9"]) == 0
+    said = capsys.readouterr().out
+    assert "changed     train.save_every: 0 → 2" in said and "changed     train.patience: 0 → 9" in said
+    config = (run / "config.toml").read_text()
+    assert re.search(r"save_every = 2 +# command line", config) and re.search(r"heads = 2 +# command line", config)
+    assert re.search(r"val_fraction = 0.1 +# default", config)  # where values came from is not forgotten
+    assert main(["train", "--resume", str(run), "--lr", "1"]) == 1
+    assert "train.lr cannot be set" in capsys.readouterr().err
+
+
+def as_by_version_0_1(path: Path) -> None:
+    """Save a checkpoint again as the first version of minivit wrote it, which kept less."""
+    checkpoint = load_checkpoint(path)
+    meta = {key: value for key, value in checkpoint.meta.items() if key not in ("run", "format")}
+    for name in ("data", "machine", "limits", "right"):
+        del meta["train"][name]
+    for name in ("optimizer settings", "factors on the learning rate", "loss", "more learning rates"):
+        del meta["train"]["settings"][name]
+    save_checkpoint(path, checkpoint.arrays, meta)
+
+
+def test_a_run_of_the_first_version_goes_on_with_its_own_split_to_the_same_bits(archive: Path, here: Path) -> None:
+    layout = ["--set", "data.layout=1"]
+    args = ["train", str(archive), *TINY, "-q", "--epochs", "3"]
+    assert main([*args, *layout, "--name", "whole"]) == 0
+    cut(2, [*args, *layout, "--name", "cut"])
+    config = Path("runs/cut/config.toml")
+    lines = [line for line in config.read_text().splitlines() if not line.startswith(("layout", "schedule_epochs"))]
+    config.write_text("\n".join(lines) + "\n")
+    as_by_version_0_1(Path("runs/cut/checkpoints/last.npz"))
+    assert main(["train", "--resume", "runs/cut", "-q"]) == 0
+    assert main(["train", "--resume", "runs/cut", "-q"]) == 0  # by now it keeps more than its config.toml says
+    assert settings_of_run(Path("runs/cut"), load_checkpoint("runs/cut/checkpoints/last.npz").meta)["data.layout"] == 1
+    whole, again = (load_checkpoint(f"runs/{name}/checkpoints/last.npz") for name in ("whole", "cut"))
+    assert all(np.array_equal(whole.arrays[name], again.arrays[name]) for name in whole.arrays)
+
+
+def test_more_epochs_go_on_at_the_last_rate(archive: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    args = ["train", str(archive), *TINY, "-q", "--epochs", "2", "--min-lr", "1e-4", "--val-fraction", "0"]
+    assert main([*args, "--name", "run"]) == 0
+    first = [row["lr"] for row in rows_of(Path("runs/run")) if "batch_loss" in row]
+    assert main(["train", "--resume", "runs/run", "--epochs", "4"]) == 0
+    assert "4 epochs instead of 2: the learning rate after epoch 2 is 0.0001" in capsys.readouterr().err
+    rates = [row["lr"] for row in rows_of(Path("runs/run")) if "batch_loss" in row]
+    assert rates == first + [1e-4] * len(first)
+    assert sum("test_accuracy" in row for row in rows_of(Path("runs/run"))) == 1
+    assert main(["train", "--resume", "runs/run", "-q"]) == 0  # config.toml has the four, too …
+    assert main(["train", "--config", "runs/run/config.toml", "-q", "--name", "again"]) == 0  # … and gives the same
+    run, again = (load_checkpoint(f"runs/{name}/checkpoints/last.npz").under("model") for name in ("run", "again"))
+    assert all(np.array_equal(run[name], again[name]) for name in run)
+    assert main(["train", "--resume", "runs/run", "--epochs", "3"]) == 1
+    assert "epochs=3: the run is in epoch 4 already" in capsys.readouterr().err
+
+
+def test_more_epochs_at_a_rate_of_0_are_refused(halfway: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--resume", str(halfway), "--epochs", "4"]) == 1
+    said = capsys.readouterr().err
+    assert "the learning rate comes down to 0 in epoch 2: more epochs would change nothing" in said
+    assert f"minivit train --config {halfway}/config.toml --epochs 4" in said
+
+
+# ---- ends ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_cut_anywhere_while_it_finishes_is_tested_once(archive: Path, here: Path) -> None:
+    args = ["train", str(archive), *TINY, "-q", "--epochs", "1"]
+    assert main([*args, "--name", "whole"]) == 0
+    for name in ("evaluate", "write_results"):  # before the test row, and after it
+        with pytest.MonkeyPatch.context() as patch:
+
+            def power_cut(*args: object, **more: object) -> None:
+                raise PowerCut
+
+            patch.setattr(job, name, power_cut)
+            with pytest.raises(PowerCut):
+                main([*args, "--name", name])
+        run = Path("runs") / name
+        assert not (run / "report.html").exists()
+        assert main(["train", "--resume", str(run), "-q"]) == 0
+        assert (run / "report.html").exists()
+        tests = [[row for row in rows_of(Path("runs") / n) if "test_accuracy" in row] for n in ("whole", name)]
+        assert len(tests[1]) == 1 and tests[0] == tests[1]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_signal_while_it_finishes_leaves_a_run_that_can_be_finished(
+    archive: Path, here: Path, capsys: pytest.CaptureFixture[str], number: int, code: int
+) -> None:
+    def interrupted(model: mv.ViT, loader: Loader, *args: Any) -> dict[str, Any]:
+        signal.raise_signal(number)
+        return evaluate(model, loader, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(job, "evaluate", interrupted)
+        assert main(["train", str(archive), *TINY, "-q", "--epochs", "1", "--name", "my run"]) == code
+    assert "the training is done and saved" in (said := capsys.readouterr().err)
+    assert said.endswith("minivit train --resume 'runs/my run'\n")
+    assert not Path("runs/my run/.lock").exists() and not Path("runs/my run/report.html").exists()
+    assert main(["train", "--resume", "runs/my run", "-q"]) == 0
+    assert Path("runs/my run/report.html").exists()
+
+
+def test_a_run_is_held_from_before_it_is_read_to_after_its_report(
+    halfway: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, held = tmp_path / "run", []
+    shutil.copytree(halfway, run)
+
+    def holding(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **more: Any) -> Any:
+            assert (run / ".lock").exists()
+            assert main(["train", "--resume", str(run)]) == 1
+            held.append(function.__name__)
+            return function(*args, **more)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("load_checkpoint", "write_results"):
+            patch.setattr(job, name, holding(getattr(job, name)))
+        assert main(["train", "--resume", str(run), "-q"]) == 0
+    assert held == ["load_checkpoint", "write_results"]
+    assert capsys.readouterr().err.count("is in use by process") == 2
+    assert not (run / ".lock").exists()
+
+
+def test_what_is_newer_than_the_best_epoch_is_not_lost(
+    archive: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ["train", str(archive), *TINY, "-q", "--epochs", "3", "--name", "run"]
+    with pytest.MonkeyPatch.context() as patch:  # no epoch is better than the first
+        patch.setattr("minivit.train.trainer.evaluate", lambda *args, **more: {"loss": 1.0, "accuracy": 0.5})
+        assert main(args) == 0
+    best = Path("runs/run/checkpoints/best.npz")
+    assert load_checkpoint(best).meta["train"]["epoch"] == 1
+    before = {path: path.read_bytes() for path in Path("runs/run").rglob("*") if path.is_file()}
+    assert main(["train", "--resume", str(best)]) == 1
+    said = capsys.readouterr().err
+    assert "best.npz is at step 3, last.npz at step 9: what is newer would be lost" in said
+    assert before == {path: path.read_bytes() for path in Path("runs/run").rglob("*") if path.is_file()}
+    Path("runs/run/checkpoints/last.npz").write_bytes(b"damaged")
+    Path("runs/run/report.html").unlink()
+    assert main(["train", "--resume", str(best), "-q"]) == 0  # which that message's remedy names
+    assert len(epochs(Path("runs/run"))) == 3
+
+
+def test_too_few_images_to_hold_any_out_are_all_trained_on(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    few = data.load("digits").subset(range(4))
+    np.savez("four.npz", images=few.images, labels=np.arange(4))
+    assert main(["train", "four.npz", *TINY, "--epochs", "1"]) == 0
+    said = capsys.readouterr().out
+    assert "4 to train on; 8" in said and "none are held out to validate with" in said
+    assert main(["train", "four.npz", *TINY, "--epochs", "1", "--val-fraction", "0.1"]) == 1
 
 
 def test_a_run_without_a_checkpoint_can_be_started_again(
     archive: Path, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Job, "run", lambda self, folder: 1)  # as if killed in its first epoch
+        patch.setattr(Job, "run", lambda self, folder, lock: 1)  # as if killed in its first epoch
         main(["train", str(archive), *TINY, "--name", "early", "-q"])
     assert main(["train", "--resume", "runs/early"]) == 1
     said = capsys.readouterr().err
@@ -225,8 +502,8 @@ def test_an_image_folder_trains_evaluates_and_predicts(
     small = ["--set", "model.image_size=16", "--set", "model.patch_size=8", *TINY]
     assert main(["train", str(photos), *small, "--epochs", "8", "--lr", "0.01", "--name", "run"]) == 0
     said = capsys.readouterr().out
-    assert "48 to train on, 16 to test with; 16 × 16 pixels, 3 channels, 2 classes" in said
-    assert "recipe imagefolder@1" in said
+    assert "43 to train on, 5 to validate with, 16 to test with; 16 × 16 pixels, 3 channels, 2 classes" in said
+    assert "recipe imagefolder@2" in said
     assert main(["eval", "runs/run/checkpoints/last.npz", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["classes"] == ["bright", "dark"] and found["accuracy"] == 1.0 and found["count"] == 16
@@ -250,7 +527,7 @@ def test_bad_images_stop_a_run_or_are_left_out(
     assert not Path("runs").exists()
     with pytest.warns(UserWarning, match=r"bad\.png"):
         assert main([*args, "--bad-images", "skip"]) == 0
-    assert "10 to train on, 10 to test with" in capsys.readouterr().out
+    assert "9 to train on, 1 to validate with, 10 to test with" in capsys.readouterr().out
     (here / "mine" / "test" / "dark" / "bad.png").write_bytes(whole[: len(whole) // 2])
     with pytest.warns(UserWarning, match=r"bad\.png"):  # an evaluation does as the run did
         assert main(["eval", "runs/mine-1/checkpoints/last.npz"]) == 0
@@ -268,7 +545,7 @@ def test_a_model_is_fine_tuned_on_other_images_of_another_size(
     args += ["--set", "model.head=mlp"]  # which fine-tuning drops
     assert main([*args, "--name", "second"]) == 0
     said = capsys.readouterr().out
-    assert "recipe finetune@1" in said and "SGD with momentum" in said and "head: new, for 2 classes" in said
+    assert "recipe finetune@2" in said and "SGD with momentum" in said and "head: new, for 2 classes" in said
     config = tomllib.loads(Path("runs/second/config.toml").read_text())
     assert (
         config["model"]["dim"] == 8 and config["model"]["image_size"] == [16, 8] and config["model"]["num_classes"] == 2

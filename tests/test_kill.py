@@ -27,8 +27,10 @@ from minivit.backend import random_bits
 from minivit.cli.job import make_folder
 from minivit.cli.main import main
 from minivit.data import Affine, Dataset, Loader
+from minivit.data.files import unfinished
 from minivit.errors import CheckpointError, ConfigError
 from minivit.train import AdamW, Trainer, load_checkpoint, parameters_hash, save_checkpoint, warmup_cosine
+from minivit.train.checkpoint import sweep
 from minivit.train.lock import RunLock
 
 EPOCHS, BATCHES = 4, 7
@@ -223,6 +225,27 @@ def test_a_folder_in_use_is_refused_and_its_owner_named(tmp_path):
     assert not list(tmp_path.rglob(".lock"))
 
 
+def test_a_file_of_somebody_elses_is_no_lock(tmp_path):
+    mine, lock = tmp_path / "mine", tmp_path / ".lock"
+    mine.write_text("my notes")
+    for make in (lock.symlink_to, lambda mine: lock.write_bytes(mine.read_bytes())):
+        make(mine)
+        with pytest.raises(CheckpointError, match="cannot lock"), RunLock(tmp_path):
+            pass
+        assert lock.read_text() == mine.read_text() == "my notes"
+        lock.unlink()
+
+
+def test_a_lock_can_be_entered_again_by_its_holder_only(tmp_path):
+    with (lock := RunLock(tmp_path)):
+        with lock:
+            pass
+        with pytest.raises(ConfigError, match="in use"), RunLock(tmp_path):
+            pass
+    with RunLock(tmp_path):
+        pass
+
+
 def test_a_killed_owner_locks_nobody_out(tmp_path):
     child = start_child("hold", tmp_path)
     assert child.stdout.readline() == "held\n"
@@ -312,7 +335,8 @@ def _save(folder: Path) -> None:
         time.sleep(moments.uniform(0.0, 0.05))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        temporaries += path.with_name("last.npz.tmp").exists()
+        temporaries += bool(unfinished(folder))
+        sweep(folder)
         try:
             checkpoint = load_checkpoint(path)
             unreadable += not (checkpoint.arrays["a"] == max(checkpoint.meta["n"], 0)).all()

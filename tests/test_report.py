@@ -141,6 +141,7 @@ def test_the_figures_are_those_of_the_run(tmp_path):
     [
         (rows(5), ["Loss", "Validation accuracy", "Learning rate", "Images per second"]),
         (rows(5, valid=False), ["Training loss", "Learning rate", "Images per second"]),
+        ([row | {"accuracy": 0.5} for row in rows(5)], ["Loss", "Accuracy", "Learning rate", "Images per second"]),
         (rows(1), ["Loss", "Validation accuracy", "Learning rate", "Images per second"]),
         (rows(200), ["Loss", "Validation accuracy", "Learning rate", "Images per second"]),
         ([], []),

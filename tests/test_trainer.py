@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
+import re
+import shutil
 import signal
 import sys
 import threading
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -66,6 +70,23 @@ def timeless(rows):
     return [{k: v for k, v in row.items() if "second" not in k} for row in rows]
 
 
+def rewritten(path, change):
+    """Save the checkpoint at ``path`` again with its meta as ``change`` leaves it."""
+    checkpoint = load_checkpoint(path)
+    change(checkpoint.meta)
+    del checkpoint.meta["format"]
+    save_checkpoint(path, checkpoint.arrays, checkpoint.meta)
+
+
+def as_by_version_0_1(meta):
+    """Leave in a checkpoint's meta what the first version of minivit wrote."""
+    train = meta["train"]
+    for name in ("data", "machine", "limits", "right"):
+        train.pop(name, None)
+    for name in ("optimizer settings", "factors on the learning rate", "loss", "more learning rates"):
+        train["settings"].pop(name, None)
+
+
 def metrics(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
@@ -109,7 +130,7 @@ def test_the_records_have_a_row_for_each_step_and_epoch(whole):
 
 def test_the_checkpoints_hold_the_last_and_the_best_epoch(whole):
     folder, history, digest = whole
-    best = max(history, key=lambda row: row["valid_accuracy"])  # the first of equals
+    best = max(history, key=lambda row: (row["valid_accuracy"], -row["valid_loss"]))
     checkpoint = load_checkpoint(folder / "checkpoints" / "best.npz")
     assert checkpoint.meta["train"]["epoch"] == best["epoch"] and checkpoint.meta["train"]["best"] == best
     model = mv.ViT(**checkpoint.meta["model"])
@@ -187,7 +208,8 @@ def test_a_run_cut_anywhere_continues_to_the_same_bits(tmp_path, whole, cut, sav
     with pytest.raises(PowerCut):
         trainer.fit(Hooked(train, fail_at(cut)), valid)
     (tmp_path / "checkpoints").mkdir(exist_ok=True)
-    (tmp_path / "checkpoints" / "best.npz.tmp").write_bytes(b"half")
+    half = tmp_path / "checkpoints" / f".best.npz.{'0' * 16}.minivit-tmp"
+    half.write_bytes(b"half")
     with open(tmp_path / "metrics.jsonl", "a") as f:
         f.write(json.dumps({"epoch": 99, "step": 999, "batch_loss": 0.0}) + '\n{"epoch": 1, "st')
     trainer, train, valid = small_run(tmp_path, save_every=save_every)  # resumes
@@ -197,7 +219,7 @@ def test_a_run_cut_anywhere_continues_to_the_same_bits(tmp_path, whole, cut, sav
     assert timeless(resumed) == timeless(history)
     assert timeless(metrics(tmp_path)) == timeless(metrics(whole[0])), "no row twice, none lost"
     assert len(results(tmp_path)) == EPOCHS
-    assert not list(tmp_path.rglob("*.tmp"))
+    assert not half.exists()
 
 
 def test_a_run_cut_while_it_evaluates_evaluates_again(tmp_path, whole):
@@ -246,7 +268,7 @@ def test_what_does_not_fit_is_refused(tmp_path, whole):
     trainer, train, _ = small_run(None)
     wide = mv.ViT(8, 2, 1, 4, dim=32, depth=2, heads=2)
     before = parameters_hash(wide)
-    with pytest.raises(CheckpointError, match=r"in the state, \(.*\) in the model"):
+    with pytest.raises(CheckpointError, match=r"model\.dim: 16 → 32"):
         Trainer(wide, AdamW(wide.named_parameters()), schedule=trainer.schedule, seed=3, clip_norm=1.0).resume(last)
     assert parameters_hash(wide) == before
     for meta in ({}, {"train": 5}, {"train": {"settings": {}}}, {"train": {"settings": {"total steps": "3"}}}):
@@ -262,18 +284,21 @@ def test_what_does_not_fit_is_refused(tmp_path, whole):
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"seed": 4}, "seed 3, not 4"),
-        ({"clip_norm": None}, "clip_norm 1.0, not None"),
-        ({"loss": partial(ops.cross_entropy, smoothing=0.1)}, "smoothing 0.0, not 0.1"),
-        ({"schedule": None}, "learning rates .*, not None"),
-        ({"schedule": warmup_cosine(1e-2, STEPS + 7, BATCHES)}, "learning rates .*, not .*"),
-        ({"schedule": warmup_cosine(1e-2, STEPS, BATCHES, 1e-4), "seed": 4}, "seed 3, not 4; learning rates"),
+        ({"seed": 4}, "seed: 3 → 4"),
+        ({"clip_norm": None}, "clip_norm: 1.0 → None"),
+        ({"loss": partial(ops.cross_entropy, smoothing=0.1)}, "smoothing: 0.0 → 0.1"),
+        ({"loss": partial(ops.cross_entropy, axis=1)}, r"loss.keywords.axis: None → 1"),
+        ({"loss": lambda x, y: ops.cross_entropy(x, y)}, r"loss.function: cross_entropy → <lambda>"),
+        ({"schedule": None}, "learning rates: .* → None"),
+        ({"schedule": warmup_cosine(1e-2, STEPS + 7, BATCHES)}, "learning rates: .* → .*"),
+        ({"schedule": warmup_cosine(1e-2, STEPS, BATCHES, 1e-4), "seed": 4}, "seed: 3 → 4; learning rates"),
+        ({"schedule": lambda t: warmup_cosine(1e-2, STEPS, BATCHES)(t) * (1 + (t == 5))}, "more learning rates: "),
     ],
 )
 def test_a_run_made_with_other_settings_is_refused_by_their_names(whole, settings, said):
     trainer, *_ = small_run(None, **settings)
     before = parameters_hash(trainer.model)
-    with pytest.raises(CheckpointError, match=f"was trained with {said}"):
+    with pytest.raises(CheckpointError, match=f"was trained with other settings: {said}"):
         trainer.resume(whole[0] / "checkpoints" / "last.npz")
     assert parameters_hash(trainer.model) == before
 
@@ -282,12 +307,229 @@ def test_another_optimizer_setting_or_dtype_is_refused(whole):
     last = whole[0] / "checkpoints" / "last.npz"
     trainer, *_ = small_run(None)
     trainer.opt.weight_decay = 0.5
-    with pytest.raises(CheckpointError, match=r"was trained with weight decay 0\.05, not 0\.5"):
+    with pytest.raises(CheckpointError, match=r"weight decay: 0\.05 → 0\.5"):
         trainer.resume(last)
     double = trainer.model.to(np.float64)
     trainer = Trainer(double, AdamW(double.named_parameters()), schedule=trainer.schedule, seed=3, clip_norm=1.0)
-    with pytest.raises(CheckpointError, match="was trained with dtype float32, not float64"):
+    with pytest.raises(CheckpointError, match="dtype: float32 → float64"):
         trainer.resume(last)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"heads": 4}, "model.heads: 2 → 4"),
+        ({"activation": "relu"}, "model.activation: gelu → relu"),
+        ({"norm_eps": 1e-5}, "model.norm_eps: 1e-06 → 1e-05"),
+        ({"dropout": 0.2}, "model.dropout: 0.1 → 0.2"),
+        ({"drop_path": 0.0}, "model.drop_path: 0.2 → 0.0"),
+    ],
+)
+@pytest.mark.parametrize("old", [False, True])
+def test_a_model_that_computes_something_else_is_refused(tmp_path, whole, changed, said, old):
+    last = tmp_path / "checkpoints" / "last.npz"
+    shutil.copytree(whole[0], tmp_path, dirs_exist_ok=True)
+    if old:
+        rewritten(last, as_by_version_0_1)
+    trainer, *_ = small_run(None)
+    model = mv.ViT(**trainer.model.config | changed)
+    other = Trainer(model, AdamW(model.named_parameters()), schedule=trainer.schedule, seed=3, clip_norm=1.0)
+    with pytest.raises(CheckpointError, match=f"other settings: {said}\n"):
+        other.resume(last)
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (partial(AdamW, betas=(0.9, 0.99)), r"betas: \[0.9, 0.999\] → \[0.9, 0.99\]"),
+        (partial(AdamW, eps=1e-6), "eps: 1e-08 → 1e-06"),
+        (partial(AdamW, lr_scales={"head.bias": 0.5}), "factors on the learning rate"),
+        (partial(SGD, lr=0.1), "optimizer: AdamW → SGD"),
+    ],
+)
+def test_an_optimizer_with_other_numbers_is_refused(whole, make, said):
+    trainer, *_ = small_run(None)
+    model = mv.ViT(**trainer.model.config)
+    other = Trainer(model, make(model.named_parameters()), schedule=trainer.schedule, seed=3, clip_norm=1.0)
+    with pytest.raises(CheckpointError, match=said):
+        other.resume(whole[0] / "checkpoints" / "last.npz")
+
+
+def inverted(dataset, count):
+    """Return a data set whose first ``count`` images are negatives."""
+    images = dataset.images.copy()
+    images[:count] = 255 - images[:count]
+    return replace(dataset, images=images)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda train, valid: setattr(train, "dataset", inverted(train.dataset, 1)), r"training\.dataset\.images"),
+        (
+            lambda train, valid: train.dataset.labels.__setitem__(3, 3 - train.dataset.labels[3]),
+            r"training\.dataset\.labels",
+        ),
+        (lambda train, valid: setattr(valid, "dataset", inverted(valid.dataset, 1)), r"validation\.images"),
+        (lambda train, valid: setattr(train, "augment", None), r"training\.augment"),
+        (lambda train, valid: setattr(train, "shuffle", False), r"training\.shuffle: True → False"),
+    ],
+)
+def test_other_images_labels_or_augmentation_are_refused(tmp_path, change, said):
+    trainer, train, valid = small_run(tmp_path, save_every=None)
+    with pytest.raises(PowerCut):
+        real, trainer._save = trainer._save, lambda name: (real(name), fail_at(1)(name == "last"))
+        trainer.fit(train, valid)
+    again, train, valid = small_run(tmp_path)
+    change(train, valid)
+    with pytest.raises(CheckpointError, match=f"has had other data so far: {said}"):
+        again.fit(train, valid)
+    assert load_checkpoint(tmp_path / "checkpoints" / "last.npz").meta["train"]["epoch"] == 1
+
+
+def test_a_checkpoint_of_the_first_version_is_continued_to_the_same_bits(tmp_path, whole):
+    trainer, train, valid = small_run(tmp_path)
+    with pytest.raises(PowerCut):
+        trainer.fit(Hooked(train, fail_at(10)), valid)
+    rewritten(tmp_path / "checkpoints" / "last.npz", as_by_version_0_1)
+    trainer, train, valid = small_run(tmp_path)
+    assert trainer.opt.steps == 9 and trainer.progress.right is None
+    trainer.fit(train, valid)
+    assert parameters_hash(trainer.model) == whole[2]
+
+
+def test_other_threads_are_told(whole, capsys):
+    trainer, *_ = small_run(None, threads=1, quiet=False)
+    trainer.resume(whole[0] / "checkpoints" / "last.npz")
+    assert "goes on with other threads: 2 → 1" in capsys.readouterr().err
+
+
+def test_more_epochs_go_on_where_the_schedule_allows_and_the_rate_is_told(tmp_path, capsys):
+    falls = warmup_cosine(1e-2, 2 * BATCHES, 2, 1e-4)
+    trainer, train, valid = small_run(tmp_path, epochs=2, schedule=falls)
+    trainer.fit(train, valid)
+    for other in (warmup_cosine(1e-2, 3 * BATCHES, 2, 1e-4), None):  # never another schedule without a word
+        with pytest.raises(CheckpointError, match="learning rates: "):
+            small_run(tmp_path, epochs=3, schedule=other)
+    with pytest.raises(ConfigError, match="epochs=1: the run is in epoch 2 already"):
+        small_run(tmp_path, epochs=1, schedule=falls)
+    trainer, train, valid = small_run(tmp_path, epochs=3, schedule=falls, quiet=False)
+    assert "3 epochs instead of 2: the learning rate after epoch 2 is 0.0001" in capsys.readouterr().err
+    assert [row["lr"] for row in trainer.fit(train, valid)][1:] == [1e-4, 1e-4]
+    to_zero = tmp_path / "zero"
+    falls = warmup_cosine(1e-2, 2 * BATCHES, 2)
+    trainer, train, valid = small_run(to_zero, epochs=2, schedule=falls)
+    trainer.fit(train, valid)
+    with pytest.raises(ConfigError, match="the learning rate is 0 after epoch 2, more would change nothing"):
+        small_run(to_zero, epochs=3, schedule=falls)
+
+
+def test_a_run_that_a_limit_has_ended_goes_on_with_another_limit(tmp_path):
+    trainer, train, valid = small_run(tmp_path, max_seconds=1e-9)
+    trainer.fit(train, valid)
+    assert len(small_run(tmp_path, max_seconds=1e-9)[0].fit(train, valid)) == 1
+    trainer, train, valid = small_run(tmp_path)
+    assert len(trainer.fit(train, valid)) == EPOCHS
+
+
+# ---- nothing is lost -------------------------------------------------------------------------------------------------
+
+
+def test_an_older_checkpoint_does_not_replace_what_is_newer(tmp_path):
+    trainer, train, valid = small_run(tmp_path, on_nan="rollback")
+    trainer.fit(train, valid)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    epoch = tmp_path / "checkpoints" / "epoch.npz"  # of the start of the last epoch
+    trainer.resume(epoch)
+    with pytest.raises(CheckpointError, match=r"epoch\.npz is at step 21, last\.npz at step 28: what is newer would"):
+        trainer.fit(train, valid)
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    (tmp_path / "checkpoints" / "last.npz").write_bytes(b"damaged")
+    trainer.resume(epoch)
+    assert [row["epoch"] for row in trainer.fit(train, valid)] == list(range(1, EPOCHS + 1))
+
+
+def test_a_state_that_was_read_before_another_process_went_on_is_not_taken(tmp_path):
+    trainer, train, valid = small_run(tmp_path)
+    with pytest.raises(PowerCut):
+        trainer.fit(Hooked(train, fail_at(4)), valid)
+    late = small_run(tmp_path)[0]
+    early = small_run(tmp_path)[0]
+    history = early.fit(train, valid)
+    with pytest.raises(CheckpointError, match="has changed since then: another process has gone on"):
+        late.fit(train, valid)
+    with pytest.raises(CheckpointError, match="has changed since then"):
+        trainer.fit(train, valid)
+    assert load_checkpoint(tmp_path / "checkpoints" / "last.npz").meta["train"]["history"] == history
+
+
+def test_another_runs_checkpoint_does_not_replace_the_folders_own(tmp_path, whole):
+    trainer, train, valid = small_run(tmp_path, epochs=1)
+    trainer.fit(train, valid)
+    other, *_ = small_run(None)
+    other = Trainer(
+        other.model, other.opt, schedule=other.schedule, epochs=EPOCHS, seed=3, clip_norm=1.0, folder=tmp_path
+    )
+    other.resume(whole[0] / "checkpoints" / "last.npz")
+    with pytest.raises(ConfigError, match="already holds a run"):
+        other.fit(train, valid)
+
+
+def test_files_of_others_in_the_folder_stay(tmp_path):
+    notes = [tmp_path / name for name in ("notes.tmp", "deep/er/x.tmp", "checkpoints/y.tmp", "z.minivit-tmp")]
+    notes.append(tmp_path / "deep" / f".a.{'0' * 16}.minivit-tmp")
+    for path in notes:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("mine")
+    for name in ("results.csv", "metrics.jsonl"):  # the fixed names that were written through
+        (tmp_path / f"{name}.tmp").symlink_to(notes[0])
+    (tmp_path / "checkpoints" / "last.npz.tmp").symlink_to(notes[0])
+    trainer, train, valid = small_run(tmp_path, epochs=1)
+    trainer.fit(train, valid)
+    assert all(path.read_text() == "mine" for path in notes)
+
+
+@pytest.mark.parametrize(("name", "text"), [("results.csv", "a,b\n1,2\n"), ("metrics.jsonl", '{"loss": 1}\n')])
+def test_records_of_others_are_not_overwritten(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    trainer, train, valid = small_run(tmp_path, epochs=1)
+    with pytest.raises(ConfigError, match=f"holds {name} that no run of minivit has written"):
+        trainer.fit(train, valid)
+    assert (tmp_path / name).read_text() == text
+
+
+# ---- how accurate it is on what it is trained on ---------------------------------------------------------------------
+
+
+def counting(answers):
+    """Return a TrainStep that says how many images of each batch were right, as ``answers`` has it."""
+
+    class Counting(mv.TrainStep):
+        def __call__(self, images, labels):
+            loss = super().__call__(images, labels)
+            self.right = next(answers)
+            return loss
+
+    return Counting
+
+
+def test_the_training_accuracy_is_over_the_epochs_images(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(
+        trainer_module, "TrainStep", counting(itertools.chain([1, 2, 3, 4, 5, 6, 4], itertools.repeat(8)))
+    )
+    trainer, train, valid = small_run(tmp_path, epochs=2, quiet=False)
+    with pytest.raises(PowerCut):
+        trainer.fit(Hooked(train, fail_at(10)), valid)
+    monkeypatch.setattr(trainer_module, "TrainStep", counting(itertools.repeat(1)))
+    trainer, train, valid = small_run(tmp_path, epochs=2)
+    history = trainer.fit(train, valid)  # two batches before the cut, five after it
+    assert [row["accuracy"] for row in history] == [0.25, (2 * 8 + 5 * 1) / 100]
+    assert "accuracy 25.00%, valid " in capsys.readouterr().err
+    assert [float(row["accuracy"]) for row in results(tmp_path)] == [0.25, 0.21]
+    monkeypatch.setattr(trainer_module, "TrainStep", counting(itertools.chain([1, None], itertools.repeat(1))))
+    trainer, train, valid = small_run(None, epochs=2)
+    first, second = trainer.fit(train, valid)  # of mixed labels none is the right one
+    assert "accuracy" not in first and second["accuracy"] == 0.07
 
 
 # ---- how it ends early -----------------------------------------------------------------------------------------------
@@ -307,7 +549,9 @@ def raise_at(batch, number):
     return lambda count: signal.raise_signal(number) if count == batch else None
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)], ids=str
+)
 def test_a_signal_lets_the_step_finish_saves_and_sets_the_exit_code(
     tmp_path, whole, python_handlers, number, code, capsys
 ):
@@ -333,6 +577,15 @@ def test_a_signal_while_it_evaluates_does_not_wait_for_the_end(tmp_path, whole, 
     assert valid.count == 2 and trainer.opt.steps == BATCHES
     trainer, train, valid = small_run(tmp_path)
     assert timeless(trainer.fit(train, valid)) == timeless(whole[1])
+
+
+def test_an_ignored_signal_stays_ignored(tmp_path, python_handlers):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup has it
+    try:
+        trainer, train, valid = small_run(tmp_path, epochs=1)
+        assert len(trainer.fit(Hooked(train, raise_at(2, signal.SIGHUP)), valid)) == 1
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_second_ctrl_c_leaves_at_once(tmp_path, python_handlers):
@@ -445,11 +698,21 @@ def test_it_stops_when_validation_gets_no_better(tmp_path, capsys, monkeypatch):
     trainer, train, valid = small_run(tmp_path, epochs=50, schedule=None, patience=2, quiet=False)
     history = trainer.fit(train, valid)
     assert len(history) == 3 and trainer.progress.best["epoch"] == 1
-    assert "stopped after epoch 3: no better validation accuracy in 2 epochs" in capsys.readouterr().err
+    assert "stopped after epoch 3: nothing better on the validation images in 2 epochs" in capsys.readouterr().err
     again, train, valid = small_run(tmp_path, epochs=50, schedule=None, patience=2)
     assert again.fit(train, valid) == history  # the run is over
     with pytest.raises(ConfigError, match="without validation images"):
         small_run(None, patience=2)[0].fit(train)
+
+
+def test_among_epochs_of_one_accuracy_the_lowest_loss_is_the_best(tmp_path, monkeypatch):
+    found = iter([(0.5, 1.0), (1.0, 0.9), (1.0, 0.4), (0.5, 0.1)])
+    look = lambda *args, **more: dict(zip(("accuracy", "loss"), next(found), strict=True))
+    monkeypatch.setattr(trainer_module, "evaluate", look)
+    trainer, train, valid = small_run(tmp_path)
+    trainer.fit(train, valid)
+    assert trainer.progress.best["epoch"] == 3
+    assert load_checkpoint(tmp_path / "checkpoints" / "best.npz").meta["train"]["epoch"] == 3
 
 
 def test_its_time_can_be_limited(tmp_path):
@@ -485,7 +748,7 @@ def test_the_average_is_what_is_evaluated_and_kept(tmp_path):
     cut.fit(train, valid)
     with cut.averaged():
         assert parameters_hash(cut.model) == digest
-    with pytest.raises(CheckpointError, match=r"was trained with ema 0\.5, not None"):
+    with pytest.raises(CheckpointError, match=r"ema: 0\.5 → None"):
         small_run(tmp_path)
 
 
@@ -585,16 +848,22 @@ def test_without_a_terminal_it_prints_a_line_an_epoch(capsys):
     out, err = capsys.readouterr()
     assert out == ""
     first, second = err.splitlines()
-    assert first.startswith("epoch 1/2  loss ") and ", valid loss " in second and second.endswith("images/s")
+    assert first.startswith("epoch 1/2  ") and "%, loss " in second and second.endswith("images/s")
+    assert re.search(r"valid (accuracy )?\d", first)
 
 
 def test_on_a_terminal_it_keeps_one_line_an_epoch(capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("COLUMNS", "120")
     trainer, train, valid = small_run(None, quiet=False, epochs=2)
     trainer.fit(train, valid)
     err = capsys.readouterr().err
     kept = [line.split("\r")[-1] for line in err.splitlines(keepends=True) if line.endswith("\n")]
     assert [line.split()[1] for line in kept] == ["1/2", "2/2"]
-    assert all("100%" in line and "accuracy" in line and len(line) <= 80 for line in kept)
-    assert "images/s" in err
+    assert all("100%" in line and "accuracy" in line and "images/s" in line for line in kept)
+    assert all(len(line) <= 120 for line in kept)
+    monkeypatch.setenv("COLUMNS", "80")
+    trainer, train, valid = small_run(None, quiet=False, epochs=1)
+    trainer.fit(train, valid)
+    last = capsys.readouterr().err.split("\r")[-1]
+    assert "100%" in last and re.search(r"valid (accuracy )?\d", last) and len(last) <= 80

@@ -47,7 +47,8 @@ def read_run(folder: Path) -> dict[str, Any]:
         raise ConfigError(f"{folder} is no run folder: it has no config.toml", "give runs/NAME, as minivit train made")
     rows = _epochs(folder / "results.csv")
     last = rows[-1] if rows else {}
-    best = max((row for row in rows if "valid_accuracy" in row), key=lambda row: row["valid_accuracy"], default={})
+    tried = [row for row in rows if "valid_accuracy" in row and "valid_loss" in row]
+    best = max(tried, key=lambda row: (row["valid_accuracy"], -row["valid_loss"]), default={})
     seconds = sum(row["seconds"] for row in rows)
     images = sum(row["images_per_second"] * row["seconds"] for row in rows)
     test = _test(folder / "metrics.jsonl")

@@ -85,20 +85,26 @@ def load_parts(trained: Trained, name: str, split: str) -> list[Dataset]:
     """
     from minivit import data
     from minivit.cli.report import plural
+    from minivit.data.datasets import LAYOUT
     from minivit.errors import DataError
 
     size, takes = trained.model.patch_embed.image_size, trained.model.config["in_channels"]
 
-    def load(part: str) -> Dataset:
-        return data.load(name, part, size, takes, trained.data.get("bad_images", "stop"))
-
     recorded = trained.data.get("name")
     own = isinstance(recorded, str) and (name == recorded or Path(name).resolve() == Path(recorded))
+    layout = LAYOUT
+    if own and "train" in trained.meta:  # a run is tested as it was before; version 0.1.0 did not say how
+        layout = trained.data.get("layout", 1)
+    splits = data.datasets.splits_of(name, layout)
+
+    def load(part: str) -> Dataset:
+        return data.load(name, part, size, takes, trained.data.get("bad_images", "stop"), layout)
+
     if own and split in ("train", "val") and (held := run_split(trained, split)) is not None:
         parts = [held]
     elif split == "all":
-        parts = [load(part) for part in splits_of(name)]
-    elif split == "val" and split not in splits_of(name):
+        parts = [load(part) for part in splits]
+    elif split == "val" and split not in splits:
         why = f"{trained.path} is in no run's folder" if own else f"{name} has no such split of its own"
         raise DataError(f"which images were held out to validate with is not known: {why}", "use another --split")
     else:
@@ -117,13 +123,12 @@ def load_parts(trained: Trained, name: str, split: str) -> list[Dataset]:
 def run_split(trained: Trained, split: str) -> Dataset | None:
     """Return the images that the run of a checkpoint trained on or held out, or None if it is in no run's folder."""
     from minivit.cli.checkpoints import run_of
-    from minivit.cli.job import Job
-    from minivit.cli.settings import resolve
+    from minivit.cli.job import Job, settings_of_run
     from minivit.errors import DataError
 
     if (folder := run_of(trained.path)) is None:
         return None
-    job = Job(resolve({"train.device": "cpu"}, file=folder / "config.toml"), quiet=True, resumed=True)
+    job = Job(settings_of_run(folder, trained.meta, {"train.device": "cpu"}), quiet=True, resumed=True)
     now = job.make_trainer(None).meta["data"]
     if changed := [k for k in trained.data if k in now and k != "name" and now[k] != trained.data[k]]:
         what = f"{now['name']} is not as it was when {folder} was trained: other {', '.join(changed)}"
@@ -133,24 +138,6 @@ def run_split(trained: Trained, split: str) -> Dataset | None:
         remedy = "evaluate on test images, or train again with --val-fraction 0.1"
         raise DataError(f"the run {folder} held no images out to validate with", remedy)
     return found
-
-
-def splits_of(name: str) -> list[str]:
-    """Return the splits that a data set has, in the order in which they are read."""
-    import numpy as np
-
-    from minivit import data
-    from minivit.data.datasets import SPLITS
-    from minivit.data.folder import list_folder
-
-    kind = data.kind_of(name)
-    if kind == "folder":
-        return [split for split, files in list_folder(name).files.items() if files]
-    if kind == "npz":
-        with np.load(name, allow_pickle=False) as archive:
-            held = list(archive)
-        return [s for s in SPLITS if any(s in array for array in held) or (s == "train" and "images" in held)]
-    return ["train", "test"]
 
 
 # ---- measuring -------------------------------------------------------------------------------------------------------

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import hashlib
 import itertools
-import json
 import shlex
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -22,7 +22,7 @@ from minivit.cli.doctor import blas_text, cpu_text, system_text, versions
 from minivit.cli.layers import peak_memory
 from minivit.cli.report import bytes_text, measure, percent_interval, plural
 from minivit.cli.results import draw_batch, spread_out, write_results
-from minivit.cli.settings import Settings, fit_to_data, parse_assignment, resolve, write_toml
+from minivit.cli.settings import Settings, fit_to_data, parse_assignment, read_toml, resolve, write_toml
 from minivit.data import (
     Affine,
     Augment,
@@ -37,18 +37,21 @@ from minivit.data import (
     RandomErasing,
     RandomResizedCrop,
 )
-from minivit.data.datasets import class_names
+from minivit.data.datasets import class_names, splits_of
+from minivit.data.files import replacing
 from minivit.errors import CheckpointError, ConfigError, DataError, printable
 from minivit.models.vit import ViT
 from minivit.models.zoo import count_parameters
 from minivit.nn.settings import check_settings, pair
 from minivit.train import schedule
 from minivit.train.checkpoint import load_checkpoint
+from minivit.train.lock import RunLock
 from minivit.train.optim import SGD, AdamW, Muon, Optimizer, layer_scales
 from minivit.train.schedule import Schedule
+from minivit.train.signals import Stop, StopSignals
 from minivit.train.step import Team
 from minivit.train.trainer import Trainer, evaluate
-from minivit.train.weights import data_of, init_from, load_weights
+from minivit.train.weights import init_from, load_weights
 
 TRAIN_STREAM, HOLD_OUT_STREAM = 0x7A1, 0x0FF  # streams of random numbers under the run's seed
 
@@ -59,20 +62,30 @@ def start(args: argparse.Namespace) -> int:
     if args.dry_run:
         return job.try_out()
     folder = make_folder(Path(args.output), args.name, stem=job.title)
-    config = folder / "config.toml"
-    config.write_text(write_toml(job.settings), encoding="utf-8")
-    (folder / "command.txt").write_text(_command_record(args.argv, job.settings["train.device"]), encoding="utf-8")
-    job.say(printable(f"run folder  {folder}"))
-    job.say(printable(f"reproduce   minivit train --config {shlex.quote(str(config))}") + "\n")
-    job.draw_samples(folder)
-    return job.run(folder)
+    with RunLock(folder) as lock:
+        _write_text(folder / "config.toml", write_toml(job.settings))
+        _write_text(folder / "command.txt", _command_record(args.argv, job.settings["train.device"]))
+        job.say(printable(f"run folder  {folder}"))
+        job.say(printable(f"reproduce   minivit train --config {shlex.quote(str(folder / 'config.toml'))}") + "\n")
+        job.draw_samples(folder)
+        return job.run(folder, lock)
+
+
+MAY_CHANGE = (
+    "data.name", "data.bad_images",  # where the images are; that they are the same is checked by their content
+    "train.init_from", "model.recompute",  # what a run in progress does not depend on
+    "train.epochs", "train.patience", "train.max_time", "train.on_nan", "train.save_every",
+    "train.device", "train.threads", "train.micro_batch",  # the numbers then agree but for rounding, which is told
+)  # fmt: skip
+"""The settings that need not be the same when a run is resumed."""
 
 
 def resume(args: argparse.Namespace) -> int:
-    """Continue a run where its checkpoint stands, in its folder, with its settings."""
-    given = {**typed_settings(args), "--recipe": args.recipe, "--config": args.config, "--name": args.name}
+    """Continue a run where its checkpoint stands, in its folder, with its settings but for those in MAY_CHANGE."""
+    typed = typed_settings(args)
+    given = {**typed, "--recipe": args.recipe, "--config": args.config, "--name": args.name}
     given["--dry-run"] = args.dry_run or None
-    if refused := [key for key, value in given.items() if value is not None]:
+    if refused := [key for key, value in given.items() if value is not None and key not in MAY_CHANGE]:
         raise ConfigError(
             f"--resume continues a run with the settings it was started with: {refused[0]} cannot be set",
             "leave it out, or start a new run: minivit train --config RUN/config.toml …",
@@ -80,15 +93,91 @@ def resume(args: argparse.Namespace) -> int:
     path = Path(args.resume)
     if path.is_dir():
         path = path / "checkpoints" / "last.npz"
+    elif path.parent == Path():  # a file in the folder where the command runs
+        path = path.absolute()
     folder = path.parent.parent
-    if not path.exists() and (folder / "config.toml").is_file():
-        again = f"start it again: minivit train --config {shlex.quote(str(folder / 'config.toml'))}"
+    config = folder / "config.toml"
+    if not path.exists() and config.is_file():
+        again = f"start it again: minivit train --config {shlex.quote(str(config))}"
         raise CheckpointError(f"{args.resume} has no checkpoint yet", again)
-    if not path.is_file() or not (folder / "config.toml").is_file():
+    if not path.is_file() or not config.is_file():
         raise CheckpointError(f"{args.resume} is no run, nor a checkpoint of one", "give runs/NAME, or its last.npz")
-    job = Job(resolve({}, file=folder / "config.toml"), args.quiet, resumed=True)
-    job.say(printable(f"run folder  {folder}") + "\n")
-    return job.run(folder, resume=path)
+    with RunLock(folder) as lock:  # before anything is read that another process may be changing
+        meta = load_checkpoint(path).meta
+        settings = settings_of_run(folder, meta, typed)
+        remarks = _compare_settings(settings, meta, folder)
+        job = Job(settings, args.quiet, resumed=True)
+        job.say(printable(f"run folder  {folder}"))
+        for remark in remarks:
+            job.say(printable(remark))
+        job.say("")
+        return job.run(folder, lock, path, meta)
+
+
+def settings_of_run(folder: Path, meta: Mapping[str, Any], typed: Mapping[str, Any] | None = None) -> Settings:
+    """Return the settings of the run in ``folder``, of which a checkpoint has ``meta``, but for those ``typed``.
+
+    What its config.toml does not name is as the checkpoint has it.
+    """
+    file = folder / "config.toml"
+    settings = resolve(typed or {}, file=file)
+    named = read_toml(file).keys() | (typed or {}).keys()
+    kept = _kept(meta) or {"data.layout": 1}
+    settings.take({key: value for key, value in kept.items() if "." in key and key not in named}, "the run's start")
+    return settings
+
+
+def _kept(meta: Mapping[str, Any]) -> Settings:
+    """Return the settings that a checkpoint keeps, with their origins: none, if it is of the first version."""
+    kept = Settings()
+    run = meta.get("run", {})
+    try:
+        values, origins = dict(run.get("settings", {})), dict(run.get("origins", {}))
+    except (TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError("the checkpoint's settings make no sense", "use last.npz of a run") from error
+    recipe = values.pop("recipe", None)
+    kept.take(values, "checkpoint")
+    if recipe is not None:
+        kept["recipe"] = recipe
+    kept.origins = {key: str(origin) for key, origin in origins.items()}
+    return kept
+
+
+def _compare_settings(settings: Settings, meta: Mapping[str, Any], folder: Path) -> list[str]:
+    """Hold ``settings`` against those that a checkpoint of the run in ``folder`` keeps; return remarks on what changes.
+
+    What is as it was gets the origin that it had. Raises CheckpointError, with each difference, for what may not
+    change; ConfigError for epochs in which nothing would change.
+    """
+    before = _kept(meta)
+    try:
+        train = meta["train"]
+        epochs = int(before.get("train.epochs") or train["settings"]["total steps"] // train["batches"])
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
+        raise CheckpointError(f"{folder}: its checkpoint holds no training run", "use last.npz of a run") from error
+    scheduled = before.get("train.schedule_epochs") or epochs
+    if settings["train.epochs"] != epochs and not settings["train.schedule_epochs"]:
+        settings.take({"train.schedule_epochs": scheduled}, "train.epochs when the run began")
+    remarks, found = [], []
+    for key, old in before.items():
+        new = settings.get(key)
+        if old == new:
+            settings.origins[key] = before.origins.get(key, "")
+        elif key == "train.schedule_epochs" and scheduled == (new or settings["train.epochs"]):
+            continue
+        elif key in MAY_CHANGE:
+            remarks.append(f"changed     {key}: {old} → {new}")
+        else:
+            found.append(f"{key}: {old} → {new}")
+    if found:
+        what = f"{folder / 'config.toml'} is not as it was when the run began: {'; '.join(found)}"
+        remedy = "put the values back, or start a new run: minivit train --config RUN/config.toml"
+        raise CheckpointError(what, remedy)
+    if settings["train.epochs"] > max(scheduled, epochs) and settings["train.min_lr"] == 0.0:
+        what = f"the learning rate comes down to 0 in epoch {scheduled}: more epochs would change nothing"
+        again = f"minivit train --config {shlex.quote(str(folder / 'config.toml'))}"
+        raise ConfigError(what, f"start anew, for all of them: {again} --epochs {settings['train.epochs']}")
+    return remarks
 
 
 def typed_settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -118,8 +207,9 @@ class Job:
             settings.take({key: str(Path(settings[key]).resolve())}, settings.origins[key])
         name = settings["data.name"]
         self.title = printable(Path(name).stem if kind in ("npz", "folder") else kind)
+        self.remark = ""
         whole = self._load("train")
-        self.test_data = self._load_test(whole)
+        test, valid = (self._load_beside(whole, split) for split in ("test", "val"))
         fit_to_data(settings, whole.images.shape[1:], len(whole.classes))
         if settings["data.overfit"]:
             settings.take(UNCHANGED, "overfit")
@@ -133,8 +223,8 @@ class Job:
         _check_memory(max(20 * count_parameters(config), 40 * config["num_classes"] ** 2), device)
         # a model may have room for more classes than the data name
         names = tuple(class_names(whole.classes, settings["model.num_classes"]))
-        self.test_data = self.test_data and replace(self.test_data, classes=names)
-        self.train_data, self.valid_data = self._divide(replace(whole, classes=names))
+        self.test_data, own_valid = (part and replace(part, classes=names) for part in (test, valid))
+        self.train_data, self.valid_data = self._divide(replace(whole, classes=names), own_valid)
         if settings["train.patience"] and self.valid_data is None:
             raise ConfigError("patience needs validation images", "hold some out: --val-fraction 0.1")
         self.model: ViT = ViT(**config, seed=settings["train.seed"]).to(device)
@@ -142,7 +232,7 @@ class Job:
         if settings["train.init_from"] and not resumed:
             changed = init_from(self.model, settings["train.init_from"])
         self.loader = self.make_loader()
-        # as they turned out: equal bits need the same device, threads and micro-batches
+        # what "auto" and 0 come to on this machine is kept, because equal bits need the same again
         team, batch_size = Team(self.model, None, settings["train.micro_batch"] or None), settings["train.batch_size"]
         threads = settings["train.threads"] or team.threads_for(self.loader.batch_size)
         micro_batch = min(team.micro_batch or batch_size, batch_size)
@@ -162,6 +252,8 @@ class Job:
             for remark in changed:
                 self.say(f"            {remark}")
         self.say(f"data        {self._data_text(whole)}")
+        if self.remark:
+            self.say(f"            {self.remark}")
         self.say(f"training    {self._training_text()}")
 
     def say(self, text: str) -> None:
@@ -173,33 +265,38 @@ class Job:
         """Return a split of the data; image files as the model takes them."""
         s = self.settings
         size = pair("model.image_size", s["model.image_size"]) if s.origins["model.image_size"] != "default" else None
-        return data.load(s["data.name"], split, size, s["model.in_channels"], s["data.bad_images"])
+        return data.load(s["data.name"], split, size, s["model.in_channels"], s["data.bad_images"], s["data.layout"])
 
-    def _load_test(self, whole: Dataset) -> Dataset | None:
-        """Return the test images that belong to the training images, or None if an archive has none."""
+    def _load_beside(self, whole: Dataset, split: str) -> Dataset | None:
+        """Return a split that belongs to the training images, or None if there is no such split."""
         name = self.settings["data.name"]
-        if data.kind_of(name) == "npz":
-            with np.load(name, allow_pickle=False) as archive:
-                if "test_images" not in archive:
-                    return None
-        test = self._load("test")
-        if test.images.shape[1:] != whole.images.shape[1:] or test.classes != whole.classes:
+        if split not in splits_of(name, self.settings["data.layout"]):
+            return None
+        part = self._load(split)
+        if part.images.shape[1:] != whole.images.shape[1:] or part.classes != whole.classes:
             raise DataError(
                 f"{name}: {whole.images.shape[1:]} images of {len(whole.classes)} classes to train on, "
-                f"{test.images.shape[1:]} of {len(test.classes)} to test with",
+                f"{part.images.shape[1:]} of {len(part.classes)} to {'test' if split == 'test' else 'validate'} with",
                 "give both splits the same size and classes",
             )
-        return test
+        return part
 
-    def _divide(self, whole: Dataset) -> tuple[Dataset, Dataset | None]:
-        """Return the images to train on, and those held out to validate with."""
+    def _divide(self, whole: Dataset, valid: Dataset | None) -> tuple[Dataset, Dataset | None]:
+        """Return the images to train on, and those to validate with: the data set's own, or some that are held out."""
         s = self.settings
         key = Key(s["train.seed"], HOLD_OUT_STREAM)
         if s["data.overfit"]:
             few = whole.subset(np.sort(permutation(key, len(whole))[: s["data.overfit"]]))
             return few, few
+        if valid is not None:
+            return whole, valid
         if s["data.val_fraction"] > 0:
-            return whole.split_off(s["data.val_fraction"], key)
+            try:
+                return whole.split_off(s["data.val_fraction"], key, stratified=s["data.layout"] > 1)
+            except DataError as error:  # there are too few images
+                if s.origins["data.val_fraction"] == "command line":
+                    raise
+                self.remark = f"{error.what}; none are held out to validate with"
         return whole, None
 
     def _data_text(self, whole: Dataset) -> str:
@@ -234,7 +331,7 @@ class Job:
     def make_schedule(self) -> Schedule:
         """Return the learning rates of the run."""
         s = self.settings
-        total = s["train.epochs"] * len(self.loader)
+        total = (s["train.schedule_epochs"] or s["train.epochs"]) * len(self.loader)
         warmup = min(round(s["train.warmup_epochs"] * len(self.loader)), total // 2)  # a short run must come down, too
         falls = {"cosine": schedule.warmup_cosine, "linear": schedule.warmup_linear}[s["train.schedule"]]
         return falls(s["train.lr"], total, warmup, s["train.min_lr"])
@@ -267,11 +364,13 @@ class Job:
                 "name": s["data.name"],
                 "fit": "crop" if data.kind_of(s["data.name"]) == "folder" else "stretch",  # of image files to its size
                 "bad_images": s["data.bad_images"],
+                "layout": s["data.layout"],
                 "classes": list(self.train_data.classes),
                 "labels": hashlib.sha256(self.train_data.labels.tobytes()).hexdigest(),
                 "mean": list(mean),
                 "std": list(std),
             },
+            "run": {"settings": dict(s), "origins": s.origins, "data": self._digests() if folder is not None else {}},
         }
         return Trainer(
             self.model,
@@ -293,6 +392,12 @@ class Job:
             quiet=self.quiet,
         )
 
+    def _digests(self) -> dict[str, str]:
+        """Return the SHA-256 of the images and the labels of each part of the data."""
+        parts = {"training": self.train_data, "validation": self.valid_data, "test": self.test_data}
+        prints = {name: part.fingerprint for name, part in parts.items() if part is not None}
+        return {f"{name} {what}": digest for name, found in prints.items() for what, digest in found.items()}
+
     def try_out(self) -> int:
         """Make a few steps, and say how long the run would take; nothing is written or kept."""
         step = self.make_trainer(None).step
@@ -310,63 +415,102 @@ class Job:
         print(f"dry run     a step works (loss {loss:.4f}, gradient norm {norm:.3g}); nothing was written")
         return 0
 
-    def run(self, folder: Path, resume: Path | None = None) -> int:
-        """Train to the end, test and draw."""
+    def run(
+        self, folder: Path, lock: RunLock, resume: Path | None = None, meta: Mapping[str, Any] | None = None
+    ) -> int:
+        """Train to the end, test and draw, in a folder that ``lock`` holds.
+
+        A run that is resumed has its checkpoint at ``resume``, with this ``meta``.
+        """
         trainer = self.make_trainer(folder)
-        if resume is not None:
+        trainer.lock = lock
+        report = folder / "report.html"  # written last
+        if resume is not None and meta is not None:
+            self._compare_data(meta, trainer.meta)
             trainer.resume(resume)
-            before, now = data_of(load_checkpoint(resume), resume), trainer.meta["data"]
-            if changed := [key for key in ("classes", "labels", "mean", "std") if before.get(key) != now[key]]:
-                raise CheckpointError(
-                    f"{self.settings['data.name']} is not as it was when the run began: other {', '.join(changed)}",
-                    "bring the data back, or start a new run from these weights: --init-from",
-                )
-            over = trainer.progress.stopped or trainer.progress.epoch == trainer.epochs
-            report = folder / "report.html"  # written last
-            if over and report.exists():
-                again = f"minivit eval {shlex.quote(str(resume))}"
-                print(printable(f"the run {folder} is finished; to measure it: {again}"))
+            if (trainer.progress.stopped or trainer.progress.epoch >= trainer.epochs) and report.exists():
+                why = f" ({trainer.progress.stopped})" if trainer.progress.stopped else ""
+                again = f"minivit eval {shlex.quote(str(folder))}"
+                print(printable(f"the run {folder} is finished{why}; to measure it: {again}"))
                 return 0
-            report.unlink(missing_ok=True)
-            self.say(f"continuing at step {trainer.opt.steps} of {self.settings['train.epochs'] * len(self.loader)}")
-        rows = trainer.fit(self.loader, self.held_loader(self.valid_data) if self.valid_data is not None else None)
+            self.say(f"continuing at step {trainer.opt.steps} of {trainer.epochs * len(self.loader)}")
+        valid = self.held_loader(self.valid_data) if self.valid_data is not None else None
+        trainer.check_folder()
+        report.unlink(missing_ok=True)
+        if resume is not None:
+            _write_changes(folder / "config.toml", self.settings)
+        rows = trainer.fit(self.loader, valid)
         seconds = sum(row["seconds"] for row in rows)
         self.say(f"\ntime        {seconds:.1f} s of training")
-        self._finish(folder, trainer)
+        try:
+            with StopSignals() as signals:
+                self._finish(folder, trainer, signals.raise_if_noted)
+        except (Stop, KeyboardInterrupt) as stop:
+            print("stopped; the training is done and saved: test it and draw its pictures with\n"
+                  f"  minivit train --resume {printable(shlex.quote(str(folder)))}", file=sys.stderr)  # fmt: skip
+            raise SystemExit(stop.code if isinstance(stop, Stop) else 130) from None
         return 0
 
-    def _finish(self, folder: Path, trainer: Trainer) -> None:
-        """Report the last weights on the test set; a run that still chooses among epochs leaves the test set alone."""
+    def _compare_data(self, meta: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+        """Raise CheckpointError if the data are not those that a checkpoint's ``meta`` tells of."""
+        before, digests = meta.get("data"), meta.get("run", {}).get("data", {})
+        if not (isinstance(before, dict) and isinstance(digests, dict)):
+            raise CheckpointError("the checkpoint does not say what it was trained on", "use last.npz of a run")
+        changed = [key for key in ("classes", "mean", "std") if before.get(key) != now["data"][key]]
+        own = now["run"]["data"] if digests else {}
+        changed += [name for name in {**digests, **own} if digests.get(name) != own.get(name)]
+        if not digests and before.get("labels") != now["data"]["labels"]:  # the first version kept these only
+            changed.append("training labels")
+        if changed:
+            raise CheckpointError(
+                f"{self.settings['data.name']} is not as it was when the run began: other {', '.join(changed)}",
+                "bring the data back, or start a new run from these weights: --init-from",
+            )
+
+    def _finish(self, folder: Path, trainer: Trainer, stop_if_asked: Callable[[], None]) -> None:
+        """Measure the best weights where there are validation images, else the last ones, once, on the test images.
+
+        They are drawn in the report. Without test images it shows validation or training images; of a run that overfits
+        it always shows these.
+        """
         checkpoint, best = folder / "checkpoints" / "last.npz", trainer.progress.best
         overfit = self.settings["data.overfit"] > 0
-        shown, split = (self.test_data, "test") if self.test_data is not None else (self.train_data, "training")
+        shown, split = self.train_data, "training"
         if self.valid_data is not None and best is not None:
             checkpoint = folder / "checkpoints" / "best.npz"
             shown, split = self.valid_data, "training" if overfit else "validation"
             what = "overfit     of the training images" if overfit else "validation  best accuracy"
             print(f"{what} {best['valid_accuracy']:.2%}, after epoch {best['epoch']}")
+        if self.test_data is not None and not overfit:
+            shown, split = self.test_data, "test"
         load_weights(self.model, checkpoint)  # their average, if the run keeps one
         loader = self.held_loader(shown)
-        logits = evaluate(self.model, loader, threads=self.settings["train.threads"])["logits"]
+        logits = evaluate(self.model, loader, stop_if_asked, self.settings["train.threads"])["logits"]
         result = measure(logits, shown.labels)
         if split == "test":
-            _record_test(result, folder, trainer)
+            of = f", with the weights of epoch {best['epoch']}" if best is not None else ""
+            figures = f"accuracy {percent_interval(result)} on {result['count']:,} images, loss {result['loss']:.4f}"
+            print(f"test        {figures}{of}")
+            tested = {f"test_{name}": result[name] for name in ("loss", "accuracy", "interval", "count")}
+            at = best if best is not None else trainer.progress.history[-1]
+            trainer.records.log({"epoch": at["epoch"], "step": at["step"], **tested})
+            trainer.records.flush()
         write_results(
             self.model,
             loader,
             logits,
             result,
             folder,
-            title=f"{folder.name}: {self.settings['model.name']} on {self.title}",
+            title=f"{folder.resolve().name}: {self.settings['model.name']} on {self.title}",
             about=f"{self.model.num_parameters():,} parameters; {self._data_text(self.train_data)}",
             rows=trainer.progress.history,
             split=split,
         )
         self.say(printable(f"report      {folder / 'report.html'}"))
-        shown_path = printable(shlex.quote(str(checkpoint)))
-        next_steps = [f"minivit predict {shown_path} IMAGE…"]
+        run = printable(shlex.quote(str(folder)))
+        next_steps = [f"minivit predict {run} IMAGE…"]
         if self.test_data is not None:
-            next_steps.insert(0, f"minivit eval {shown_path}")
+            next_steps.insert(0, f"minivit eval {run}")
         self.say("next        " + "\n            ".join(next_steps))
 
     def draw_samples(self, folder: Path) -> None:
@@ -385,14 +529,6 @@ def _check_memory(needed: int, device: str) -> None:
             f"this run needs about {bytes_text(needed)} of memory, {bytes_text(free)} are free",
             "use a smaller model or image, --threads 1, a smaller --micro-batch, or --set model.recompute=true",
         )
-
-
-def _record_test(result: dict[str, Any], folder: Path, trainer: Trainer) -> None:
-    print(f"test        accuracy {percent_interval(result)} on {result['count']:,} images, loss {result['loss']:.4f}")
-    row = {"step": trainer.opt.steps, "epoch": trainer.progress.epoch}
-    row |= {f"test_{name}": result[name] for name in ("loss", "accuracy", "interval", "count")}
-    with open(folder / "metrics.jsonl", "a", encoding="utf-8") as f:
-        f.write(json.dumps(row) + "\n")
 
 
 _STRENGTHS = (
@@ -451,6 +587,19 @@ def make_folder(parent: Path, name: str | None, stem: str) -> Path:
             continue
         return parent / f"{stem}-{number}"
     raise AssertionError  # it does not end
+
+
+def _write_text(path: Path, text: str) -> None:
+    with replacing(path) as f:
+        f.write(text.encode())
+
+
+def _write_changes(config: Path, settings: Settings) -> None:
+    """Write a run's config.toml again if it has other values: without need it is left as its user may have put it."""
+    before = read_toml(config)
+    longer = settings["train.schedule_epochs"] and "train.schedule_epochs" not in before
+    if longer or any(settings.get(key) != value for key, value in before.items()):
+        _write_text(config, write_toml(settings))
 
 
 def _command_record(argv: list[str], device: str) -> str:

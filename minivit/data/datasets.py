@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import math
 import os
 import warnings
@@ -77,15 +78,27 @@ class Dataset:
         """Standard deviation of each channel of images / 255; 1 for a constant channel, so that it can divide."""
         return tuple(std for _, std in self._moments)
 
-    @cached_property
+    @property
+    def fingerprint(self) -> dict[str, str]:
+        """The SHA-256 of the ``images`` (their shape and pixels) and of the ``labels``, in hexadecimal."""
+        return {"images": self._pass[1], "labels": hashlib.sha256(self.labels.tobytes()).hexdigest()}
+
+    @property
     def _moments(self) -> list[tuple[float, float]]:
         """Mean and standard deviation per channel, from sums of integers: the same bits in any order of the images."""
-        sums = np.zeros((2, self.images.shape[1]), np.int64)
+        return self._pass[0]
+
+    @cached_property
+    def _pass(self) -> tuple[list[tuple[float, float]], str]:
+        """The moments and the images' SHA-256, found in one pass: image files are decoded for it."""
+        sums, digest = np.zeros((2, self.images.shape[1]), np.int64), hashlib.sha256(str(self.images.shape).encode())
         piece = max(1, (4 << 20) * len(self) // self.images.size)  # images: int64 takes eight times the bytes' memory
         for start in range(0, len(self), piece):
-            x = self.images[start : start + piece].astype(np.int64)
+            pixels = self.images[start : start + piece]
+            digest.update(np.ascontiguousarray(pixels).data)
+            x = pixels.astype(np.int64)
             sums += x.sum((0, 2, 3)), (x * x).sum((0, 2, 3))  # (2, C)
-        return moments(sums, self.images.size // self.images.shape[1])
+        return moments(sums, self.images.size // self.images.shape[1]), digest.hexdigest()
 
     def subset(self, indices: Sequence[int] | np.ndarray) -> Dataset:
         """Return the images at ``indices``, in that order. Raises DataError for none, or for one that is not there."""

@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-TEMPORARY = ".tmp"
-"""What the name of a file ends with that :func:`replacing` has not finished."""
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.minivit-tmp")  # the names that `replacing` makes, and nobody else
 
 
 def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
@@ -33,11 +33,16 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     """Yield a new file that takes the place of ``path`` at the end of the block, or leaves no trace if that fails.
 
     It is written beside its place, synced to the disk, and renamed (Pillai et al. 2014, "All file systems are not
-    created equal", section 4).
+    created equal", section 4). Meanwhile it has a name that no other file can have, and is created: what lies in the
+    folder, a link among it, is never written through.
     """
-    temporary = path.with_name(path.name + TEMPORARY)
+    # cut, because a name has 255 bytes at most
+    name = os.fsdecode(os.fsencode(path.name)[:200])
+    temporary = path.with_name(f".{name}.{os.urandom(8).hex()}.minivit-tmp")
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+    descriptor = os.open(temporary, flags, 0o666)  # less the umask, as for any new file
     try:
-        with open(temporary, "w+b") as f:
+        with open(descriptor, "w+b") as f:
             yield f
             f.flush()
             os.fsync(f.fileno())
@@ -47,6 +52,19 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             temporary.unlink(missing_ok=True)
         raise
     sync(path.parent)  # makes the rename last
+
+
+def unfinished(folder: Path) -> list[Path]:
+    """Return the files in ``folder``, not below it, that :func:`replacing` was writing when its process was killed.
+
+    Only whoever keeps others from writing there knows that no process is writing them still.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            found = [e.path for e in entries if _TEMPORARY.fullmatch(e.name) and e.is_file(follow_symlinks=False)]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return [Path(path) for path in sorted(found)]
 
 
 def sync(path: Path) -> None:

@@ -20,7 +20,7 @@ _SIZES = {  # dim, depth, heads
     "huge": (1280, 32, 16),
 }
 _PATCHES = {"tiny": (16,), "small": (32, 16), "base": (32, 16, 8), "large": (32, 16), "huge": (14,)}
-_FINE_TUNING_SIZE = {14: 518}  # 384 pixels, for the patches that divide them
+LARGE_IMAGE = {14: 518}  # for patches that do not divide the usual 384 pixels
 
 MODELS: dict[str, dict[str, Any]] = {
     f"vit_{size}_patch{patch}_{image}": {
@@ -31,7 +31,7 @@ MODELS: dict[str, dict[str, Any]] = {
     }
     for size, patches in _PATCHES.items()
     for patch in patches
-    for image in (224, _FINE_TUNING_SIZE.get(patch, 384))
+    for image in (224, LARGE_IMAGE.get(patch, 384))
 }
 MODELS |= {
     "vit_digits": {

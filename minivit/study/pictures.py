@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from minivit.data.files import replacing
 from minivit.errors import ShapeError
 from minivit.study.lettering import drawable_names, lettered, write
 
@@ -138,7 +140,8 @@ def confusion_picture(
             place = (left + cell * j + cell // 2, top + cell * i + cell // 2)
             write(draw, place, f"{n}" if n else "·", INK if n else FAINT, TEXT_SIZE, anchor="mm")
     draw.rectangle((left - 1, top - 1, left + heat_map.width, top + heat_map.height), outline=FAINT)
-    sheet.save(path, "PNG", optimize=True)
+    with replacing(Path(path)) as f:
+        sheet.save(f, "PNG", optimize=True)
 
 
 def _every(count: int) -> dict[int, str]:
@@ -230,4 +233,5 @@ def _write_sheet(
             place = (x + tile_w / 2, y + tile_h + 4 + n * LINE)
             words, font = lettered(text, TEXT_SIZE, cell_w - 2)
             draw.text(place, words, colour, font, anchor="ma")
-    sheet.save(path, "PNG", optimize=True)
+    with replacing(Path(path)) as f:
+        sheet.save(f, "PNG", optimize=True)

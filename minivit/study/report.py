@@ -157,7 +157,7 @@ def _figures(rows: Sequence[Mapping[str, Any]], test: Mapping[str, Any] | None, 
             figures.append((f"{split} top-5 accuracy", f"{test['top5']:.2%}", "label among the five likeliest"))
         figures.append((f"{split} loss", f"{abs(test['loss']):.4f}", "mean cross-entropy"))
     if tried := [row for row in rows if "valid_accuracy" in row]:
-        best = max(tried, key=lambda row: row["valid_accuracy"])
+        best = max(tried, key=lambda row: (row["valid_accuracy"], -row["valid_loss"]))
         figures.append(("best validation accuracy", f"{best['valid_accuracy']:.2%}", f"after epoch {best['epoch']}"))
     if rows:
         seconds = sum(row["seconds"] for row in rows)
@@ -186,16 +186,28 @@ def _curves(rows: Sequence[Mapping[str, Any]]) -> str:
     def line(key: str) -> list[tuple[float, float]]:
         return [(row["epoch"], float(row[key])) for row in rows if row.get(key) is not None]
 
-    losses = "Loss" if line("valid_loss") else "Training loss"
+    def percent(y: float) -> str:
+        return f"{100 * y:.4g}%"
+
+    def titled(name: str, key: str) -> str:
+        """Say of which images, if it is of one kind only."""
+        kinds = [kind for kind, column in (("Training", key), ("Validation", f"valid_{key}")) if line(column)]
+        return f"{kinds[0]} {name}" if len(kinds) == 1 else name.capitalize()
+
     charts = [
-        chart(losses, {"training": line("loss"), "validation": line("valid_loss")}, "epoch"),
-        chart("Validation accuracy", {"accuracy": line("valid_accuracy")}, "epoch", lambda y: f"{100 * y:.4g}%"),
+        chart(titled("loss", "loss"), {"training": line("loss"), "validation": line("valid_loss")}, "epoch"),
+        chart(
+            titled("accuracy", "accuracy"),
+            {"training": line("accuracy"), "validation": line("valid_accuracy")},
+            "epoch",
+            percent,
+        ),
         chart("Learning rate", {"learning rate of the epoch's last step": line("lr")}, "epoch"),
         chart("Images per second", {"images per second": line("images_per_second")}, "epoch", "{:,.0f}".format),
     ]
     if not any(charts):
         return ""
-    remark = "The training loss is of images as they were trained on, with all that makes training harder: "
+    remark = "Training loss and accuracy are of images as they were trained on, with all that makes training harder: "
     remark += "augmentation, dropout, label smoothing. A validation loss is the plain one."
     return f'<div class="charts">{"".join(charts)}</div>\n<p>{remark}</p>'
 

@@ -24,7 +24,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from minivit.data.files import TEMPORARY, open_regular, replacing
+from minivit.data.files import open_regular, replacing, unfinished
 from minivit.errors import CheckpointError
 from minivit.nn.module import Module
 
@@ -78,13 +78,18 @@ def save_checkpoint(path: str | Path, arrays: Mapping[str, Any], meta: Mapping[s
 
 
 def sweep(folder: str | Path) -> None:
-    """Remove what a killed process left half written in ``folder`` and below; CheckpointError if it cannot be."""
-    for path in Path(folder).rglob(f"*{TEMPORARY}"):
-        try:
-            path.unlink(missing_ok=True)
-        except OSError as error:
-            what = f"cannot remove {path}, left by a process that was killed: {error.strerror or error}"
-            raise CheckpointError(what, "mend the folder, or remove the file yourself") from error
+    """Remove what a killed process left half written where a run writes: in its ``folder`` and in checkpoints there.
+
+    Only files that minivit made, by their names. Hold the folder's :class:`~minivit.train.lock.RunLock` meanwhile.
+    Raises CheckpointError if one cannot be removed.
+    """
+    for place in (Path(folder), Path(folder) / "checkpoints"):
+        for path in unfinished(place):
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                what = f"cannot remove {path}, left by a process that was killed: {error.strerror or error}"
+                raise CheckpointError(what, "mend the folder, or remove the file yourself") from error
 
 
 def _write(f: BinaryIO, entries: Mapping[str, np.ndarray]) -> None:

@@ -19,6 +19,23 @@ _USUAL = {"batch_size": 128, "weight_decay": 0.05, "clip_grad": 1.0, "smoothing"
 _NARROW = {"dim": 64, "depth": 4, "heads": 4, "mlp_dim": 128, "pool": "mean", "weight_init": "mimetic"}
 _VIT_MNIST = {"name": "vit_mnist", "patch_size": 7, **_NARROW}
 _VIT_CIFAR = {"name": "vit_cifar", **_NARROW, "dim": 96, "heads": 3, "mlp_dim": 192}
+_CROPS = {"resized_crop": 0.35, "flip": True}
+_PHOTOS = {**_CROPS, "jitter": 0.3}
+_FROM_PHOTOS: dict[str, dict[str, Any]] = {
+    "model": {"name": "vit_cifar", "image_size": 64, "patch_size": 8},
+    "train": {**_USUAL, "batch_size": 64, "epochs": 60, "lr": 1e-3, "min_lr": 1e-5, "warmup_epochs": 5.0},
+}
+# as Dosovitskiy et al. 2020, table 4 and appendix B.1.1: momentum, cosine, no weight decay, clipping
+_TUNING = {
+    "optimizer": "sgd",
+    "momentum": 0.9,
+    "epochs": 30,
+    "batch_size": 64,
+    "lr": 1e-2,
+    "warmup_epochs": 2.0,
+    "weight_decay": 0.0,
+    "clip_grad": 1.0,
+}
 
 RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     # The main job: the UCI digits, 8 × 8, in well under a minute. Patches of a quarter of the image did better on
@@ -76,25 +93,11 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
         "model": _VIT_CIFAR,
         "train": {**_USUAL, "optimizer": "muon", "epochs": 24, "lr": 2e-3, "min_lr": 2e-5, "warmup_epochs": 2.0},
     },
-    "imagefolder@1": {
-        "data": {"val_fraction": 0.0, "resized_crop": 0.35, "flip": True, "jitter": 0.3},
-        "model": {"name": "vit_cifar", "image_size": 64, "patch_size": 8},
-        "train": {**_USUAL, "batch_size": 64, "epochs": 60, "lr": 1e-3, "min_lr": 1e-5, "warmup_epochs": 5.0},
-    },
-    # Fine-tuning as Dosovitskiy et al. 2020, table 4 and appendix B.1.1: momentum, cosine, no weight decay, clipping.
-    "finetune@1": {
-        "data": {"val_fraction": 0.0, "resized_crop": 0.35, "flip": True},
-        "train": {
-            "optimizer": "sgd",
-            "momentum": 0.9,
-            "epochs": 30,
-            "batch_size": 64,
-            "lr": 1e-2,
-            "warmup_epochs": 2.0,
-            "weight_decay": 0.0,
-            "clip_grad": 1.0,
-        },
-    },
+    "imagefolder@1": {"data": {"val_fraction": 0.0, **_PHOTOS}, **_FROM_PHOTOS},
+    # Own photos are few: which epoch does best on others is worth a tenth of them.
+    "imagefolder@2": {"data": {"val_fraction": 0.1, **_PHOTOS}, **_FROM_PHOTOS},
+    "finetune@1": {"data": {"val_fraction": 0.0, **_CROPS}, "train": _TUNING},
+    "finetune@2": {"data": {"val_fraction": 0.1, **_CROPS}, "train": _TUNING},
 }
 
 FOR_DATA = {

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from minivit.data.files import replacing
-from minivit.errors import CheckpointError
+from minivit.errors import CheckpointError, ConfigError
 
 Row = dict[str, Any]
 
@@ -27,7 +27,8 @@ class Records:
     def begin(self, batch: int, history: Sequence[Row]) -> None:
         """Cut the records to the finished epochs, ``history``, and the first ``batch`` batches of the next one.
 
-        So a run that continues from a checkpoint has no row twice.
+        So a run that continues from a checkpoint has no row twice, nor that of a test, which is made at its end. Raises
+        ConfigError, nothing changed, if a new run would overwrite files of these names that are none of minivit's.
         """
         if self.folder is not None:
             metrics = self.folder / "metrics.jsonl"
@@ -35,8 +36,22 @@ class Records:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 # a line whose bytes are damaged is dropped like one cut short
                 lines = metrics.read_text("utf-8", errors="replace").splitlines() if metrics.exists() else []
+            if not history and not batch:
+                self._refuse_others(lines)
             self._replace(metrics, "".join(f"{line}\n" for line in lines if _is_done(line, batch, len(history))))
             self.write_results(history)
+
+    def _refuse_others(self, lines: Sequence[str]) -> None:
+        """Raise ConfigError if metrics.jsonl, of ``lines``, or results.csv were written by somebody else."""
+        assert self.folder is not None
+        others = ["metrics.jsonl"] if lines and not any(line.startswith('{"epoch":') for line in lines) else []
+        results = self.folder / "results.csv"
+        with _telling(self.folder):
+            head = results.read_text("utf-8", errors="replace").partition("\n")[0].strip() if results.exists() else ""
+        others += ["results.csv"] if head and not head.startswith("epoch,") else []
+        if others:
+            what = f"{self.folder} holds {' and '.join(others)} that no run of minivit has written"
+            raise ConfigError(what, "move that away, or name another folder")
 
     def log(self, row: Row) -> None:
         """Add a line to metrics.jsonl; it waits in memory until :meth:`flush`."""
@@ -78,10 +93,19 @@ def _telling(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _is_done(line: str, batch: int, epochs: int) -> bool:
-    """Tell whether a line of metrics.jsonl is about one of the first ``epochs`` epochs, or ``batch`` of the next."""
+def _parsed(line: str) -> Row | None:
+    """Return the row of a line in metrics.jsonl; None if it was cut short by a kill, or damaged since."""
     try:
         row = json.loads(line)
-        return row["epoch"] <= epochs or (row["epoch"] == epochs + 1 and row["batch"] <= batch)
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return False  # cut short when the process was killed, or damaged since
+        return row if isinstance(row, dict) and isinstance(row["epoch"], int) else None
+    except (ValueError, KeyError, RecursionError):
+        return None
+
+
+def _is_done(line: str, batch: int, epochs: int) -> bool:
+    """Tell whether a line of metrics.jsonl is about one of the first ``epochs`` epochs, or ``batch`` of the next."""
+    row = _parsed(line)
+    if row is None or "test_accuracy" in row:
+        return False
+    at = row.get("batch")
+    return row["epoch"] <= epochs or (row["epoch"] == epochs + 1 and isinstance(at, int) and at <= batch)

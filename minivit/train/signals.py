@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as requests: they are noted, and acted upon between two steps."""
+"""Ctrl-C, SIGTERM and SIGHUP as requests: they are noted, and acted upon between two steps."""
 
 from __future__ import annotations
 
@@ -16,10 +16,15 @@ class Stop(Exception):
         self.code = 128 + signum  # as a shell reports a process that a signal has ended
 
 
-class StopSignals:
-    """Notes the first SIGINT or SIGTERM in its ``with`` block; a second one acts at once, as outside of the block.
+NOTED = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+"""Windows has no SIGHUP, which comes when a terminal is closed or a connection is lost."""
 
-    It leaves signals alone if it is not ``active``, and outside the main thread, where Python runs no handlers.
+
+class StopSignals:
+    """Notes the first of the :data:`NOTED` signals in its ``with`` block; a second one acts at once, as outside of it.
+
+    It leaves signals alone if it is not ``active``, and outside the main thread, where Python runs no handlers; and
+    one that is ignored, as ``nohup`` has it with SIGHUP.
     """
 
     def __init__(self, active: bool = True) -> None:
@@ -29,7 +34,8 @@ class StopSignals:
 
     def __enter__(self) -> StopSignals:
         if self.active:
-            self._before = {s: signal.getsignal(s) or signal.SIG_DFL for s in (signal.SIGINT, signal.SIGTERM)}
+            before = {s: signal.getsignal(s) or signal.SIG_DFL for s in NOTED}
+            self._before = {s: handler for s, handler in before.items() if handler is not signal.SIG_IGN}
         for s in self._before:
             signal.signal(s, self._note)
         return self

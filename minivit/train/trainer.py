@@ -9,7 +9,7 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -19,11 +19,13 @@ import numpy as np
 
 from minivit import ops
 from minivit.backend import Array
+from minivit.data.loader import Loader
 from minivit.errors import CheckpointError, ConfigError, DataError, NonFiniteError, unknown_name
 from minivit.nn.module import Module
 from minivit.ops.loss import check_labels
 from minivit.train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, sweep
 from minivit.train.ema import EMA
+from minivit.train.identity import differences, plain, settings_of
 from minivit.train.lock import RunLock
 from minivit.train.optim import Optimizer
 from minivit.train.records import Records, Row
@@ -53,23 +55,24 @@ class Progress:
     batch: int = 0  # batches done of the epoch under way, and over these:
     images: int = 0
     loss_sum: float = 0.0
+    right: int | None = 0  # whose largest logit was their label's; None where labels are mixed
     seconds: float = 0.0
     lr: float = 0.0  # of the last step
     skipped: int = 0  # batches in a row that were left out, because their loss was not finite
     stopped: str = ""  # why the run is over before its last epoch
-    best: Row | None = None  # the row of the epoch with the highest validation accuracy
+    best: Row | None = None  # the row of the best epoch: see Trainer
     history: list[Row] = field(default_factory=list)  # a row for each finished epoch
 
     def __post_init__(self) -> None:
         """Raise ValueError for what cannot be, because a checkpoint may say anything."""
-        counts = [self.epoch, self.batches, self.batch, self.images, self.skipped]
+        counts = [self.epoch, self.batches, self.batch, self.images, self.skipped, self.right or 0]
         rows = self.history if self.best is None else [*self.history, self.best]
         if not all(type(n) is int and 0 <= n < 1 << 63 for n in counts) or not isinstance(self.stopped, str):
             raise ValueError("counts that are none")
         numbers = [self.loss_sum, self.seconds, self.lr]
         for row in rows:
             numbers += [row["epoch"], row["step"], row["lr"], row["loss"], row["seconds"], row["images_per_second"]]
-            numbers += [row[key] for key in ("valid_loss", "valid_accuracy") if key in row]
+            numbers += [row[key] for key in ("accuracy", "valid_loss", "valid_accuracy") if key in row]
         if not all(type(x) in (int, float) for x in numbers) or len(self.history) != self.epoch:
             raise ValueError("figures that are none")
 
@@ -83,19 +86,23 @@ class Trainer:
 
     ``schedule`` maps the number of updates made to the learning rate of the next one (default: ``opt.lr`` as it is).
     ``ema`` evaluates and keeps, beside the parameters, their :class:`~minivit.train.ema.EMA` of that decay. A run ends
-    early after ``patience`` epochs without a better validation accuracy, or ``max_seconds`` of training. ``on_nan``
-    says what a loss or gradient does that is not finite: "stop" raises NonFiniteError, "skip" leaves the batch out,
-    "rollback" takes parameters and optimizer back to the epoch's start (checkpoints/epoch.npz) and goes on with the
-    next batch. The parameters are never touched by it, and ten in a row stop the run.
+    early after ``patience`` epochs that were not better on the validation images, or ``max_seconds`` of training.
+    ``on_nan`` says what a loss or gradient does that is not finite: "stop" raises NonFiniteError, "skip" leaves the
+    batch out, "rollback" takes parameters and optimizer back to the epoch's start (checkpoints/epoch.npz) and goes on
+    with the next batch. The parameters are never touched by it, and ten in a row stop the run.
 
     With a ``folder`` the run keeps there
 
-    - ``checkpoints/last.npz`` after every epoch, every ``save_every`` steps, and on Ctrl-C or SIGTERM;
-    - ``checkpoints/best.npz``, the epoch with the highest validation accuracy, if there is a validation set;
+    - ``checkpoints/last.npz`` after every epoch, every ``save_every`` steps, and on Ctrl-C, SIGTERM or SIGHUP;
+    - ``checkpoints/best.npz``, if there is a validation set: the epoch with the highest accuracy on it, and among
+      equals, which few images make many of, that with the lowest loss;
     - ``metrics.jsonl``, a line for each step and each epoch, and ``results.csv``, a row for each epoch.
 
     ``meta`` is stored in the checkpoints, beside the model's ``config`` as ``meta["model"]`` and the run's state as
     ``meta["train"]``. ``quiet`` shows no progress.
+
+    ``lock`` holds the folder while ``fit`` works. What is to be done with the folder before or after that, with no
+    other process in between, is done in a block of its own: ``with trainer.lock: …``.
     """
 
     def __init__(
@@ -135,15 +142,19 @@ class Trainer:
         self.step = TrainStep(model, opt, loss, threads, micro_batch, clip_norm, seed)
         self.records = Records(self.folder)
         self.progress = Progress()
+        self.lock = RunLock(self.folder)
+        self._newest: tuple[Path, Stamp] | None = None  # the checkpoint that was read or saved last, as it was then
+        self._data: dict[str, Any] = {}  # what is trained on, and validated with: see check_data
 
     def fit(self, train: Batches, valid: Batches | None = None) -> list[Row]:
         """Train from where the run stands to the end of the last epoch; return the rows of all its epochs.
 
-        A row has epoch, step, lr, loss (the mean over the epoch's images as they were trained on), images_per_second,
-        seconds, and with ``valid`` valid_loss and valid_accuracy, as :func:`evaluate` measures them. Raises
-        NonFiniteError before an update that would spoil the parameters, unless ``on_nan`` says otherwise. In the main
-        thread, with a folder, Ctrl-C or SIGTERM ends the run after the step under way: it is saved, and SystemExit
-        raised with code 130 or 143. A second one acts at once.
+        A row has epoch, step, lr, loss and accuracy (both over the epoch's images as they were trained on; no accuracy
+        where labels are mixed), images_per_second, seconds, and with ``valid`` valid_loss and valid_accuracy, as
+        :func:`evaluate` measures them. Raises NonFiniteError before an update that would spoil the parameters, unless
+        ``on_nan`` says otherwise; CheckpointError for data that are not those of the run's start, or a folder that has
+        gone on without this Trainer. In the main thread, with a folder, Ctrl-C, SIGTERM or SIGHUP ends the run after
+        the step under way: it is saved, and SystemExit raised with code 130, 143 or 129. A second one acts at once.
         """
         p = self.progress
         if len(train) < 1 or (valid is not None and len(valid) < 1):
@@ -155,6 +166,8 @@ class Trainer:
             )
         if self.patience is not None and valid is None:
             raise ConfigError(f"patience={self.patience} without validation images", "give some, or no patience")
+        if self.folder is not None or self._data:
+            self._data = self.check_data(train, valid)
         with self._prepared_folder(), StopSignals(self.folder is not None) as signals:  # where there is one to save in
             p.batches = len(train)
             for _, labels in itertools.islice(valid.batches(0), 1) if valid is not None else ():
@@ -191,6 +204,8 @@ class Trainer:
                 p.batch, p.lr, p.seconds = p.batch + 1, self.opt.lr, time.perf_counter() - started
                 if loss is not None:
                     p.images, p.loss_sum = p.images + len(labels), p.loss_sum + loss * len(labels)
+                    right = self.step.right
+                    p.right = None if p.right is None or right is None else p.right + right
                     row = self._row()
                     self.records.log(row | {"batch": p.batch, "batch_loss": loss, "grad_norm": self.step.grad_norm})
                     bar.set_postfix_str(_describe(row), refresh=False)
@@ -209,10 +224,10 @@ class Trainer:
             bar.set_postfix_str(_describe(row))
         if not (self.quiet or sys.stderr.isatty()):
             print(f"{self._title()}{_describe(row)}", file=sys.stderr, flush=True)
-        is_best = valid is not None and (p.best is None or row["valid_accuracy"] > p.best["valid_accuracy"])
+        is_best = valid is not None and (p.best is None or _worth(row) > _worth(p.best))
         best = row if is_best else p.best
         if self.patience is not None and best is not None and row["epoch"] - best["epoch"] >= self.patience:
-            stopped = stopped or f"no better validation accuracy in {self.patience} epochs"
+            stopped = stopped or f"nothing better on the validation images in {self.patience} epochs"
         history = [*p.history, row]
         self.progress = Progress(p.epoch + 1, p.batches, skipped=p.skipped, best=best, stopped=stopped, history=history)
         self.records.log(row)
@@ -265,6 +280,8 @@ class Trainer:
     def _row(self) -> Row:
         p = self.progress
         row = {"epoch": p.epoch + 1, "step": self.opt.steps, "lr": p.lr, "loss": p.loss_sum / max(p.images, 1)}
+        if p.right is not None:
+            row["accuracy"] = p.right / max(p.images, 1)
         return row | {"images_per_second": p.images / max(p.seconds, 1e-9), "seconds": p.seconds}
 
     def _title(self) -> str:
@@ -289,26 +306,68 @@ class Trainer:
     def resume(self, path: str | Path) -> None:
         """Take over parameters, optimizer state and position of a run from its checkpoint; ``fit`` then continues it.
 
-        Model, optimizer, loaders and settings must be made as for the run's start; only ``epochs`` may be another,
-        where the learning rates do not follow from it. Without a schedule the rate is ``opt.lr``. In the run's own
-        folder, records of what came after the checkpoint are dropped. Raises CheckpointError if the checkpoint does not
-        fit.
+        Model, optimizer, loss, loaders and settings must be made as for the run's start; what differs is named. Only
+        ``save_every``, ``on_nan``, ``patience``, ``max_seconds`` and ``quiet`` may be others; ``epochs`` too, with the
+        run's own ``schedule``: after its end the rate stays what it is there, or is ``opt.lr`` where there is none.
+        Other threads, micro-batches or another device are told: the numbers then agree but for rounding.
+
+        In the run's own folder nothing is lost: where last.npz is further on than ``path``, ``fit`` refuses. Raises
+        CheckpointError if the checkpoint does not fit, ConfigError for ``epochs`` that it cannot go on to.
         """
+        path = Path(path)
+        stamp = _stamp(path)
         checkpoint = load_checkpoint(path)
         try:
             state = dict(checkpoint.meta["train"])
             settings = dict(state.pop("settings"))
+            data, machine, limits = (dict(state.pop(name, {})) for name in ("data", "machine", "limits"))
+            if "right" not in state and state["images"]:
+                state["right"] = None  # by a version that did not count them, in the middle of an epoch
             progress = Progress(**state)
-            own = self._settings(settings["total steps"])
-        except (KeyError, TypeError, ValueError, ArithmeticError) as error:
+            total = settings["total steps"]
+            own = self._settings(total)
+            epochs = total // max(progress.batches, 1)
+        except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
             raise CheckpointError(f"{path} holds no training run", "resume from a run's last.npz") from error
-        if differ := [
-            f"{name} {settings.get(name)}, not {own[name]}" for name in own if settings.get(name) != own[name]
-        ]:
-            remedy = "make model, optimizer and Trainer as for the run's start"
-            raise CheckpointError(f"{path} was trained with {'; '.join(differ)}", remedy)
+        found = [text for name in own if name in settings for text in differences(settings[name], own[name], name)]
+        found += differences(_but_seed(checkpoint.meta.get("model")), _but_seed(self._config()), "model")
+        if found:
+            remedy = "make model, optimizer, loss and Trainer as for the run's start"
+            raise CheckpointError(f"{path} was trained with other settings: {'; '.join(found)}", remedy)
+        self._check_epochs(progress, epochs)
         self._take_over(checkpoint)
-        self.progress = progress
+        self.progress, self._data, self._newest = progress, data, (path, stamp)
+        if progress.stopped and limits and differences(limits, self._limits()):
+            self.progress.stopped = ""  # it may go on now
+        if other := differences(machine, self._machine()) if machine else []:
+            self._tell(f"goes on with other {'; '.join(other)}: the numbers agree but for rounding")
+
+    def _check_epochs(self, progress: Progress, before: int) -> None:
+        """Check that a run for ``before`` epochs can be one for ``self.epochs``, and say at what learning rate."""
+        begun = progress.epoch + (progress.batch > 0)
+        if self.epochs < begun:
+            raise ConfigError(f"epochs={self.epochs}: the run is in epoch {begun} already", f"give {begun} or more")
+        if self.epochs > before and self.schedule is not None:
+            first, last = self.schedule(before * progress.batches), self.schedule(self.epochs * progress.batches - 1)
+            if first == last == 0.0:
+                what = f"epochs={self.epochs}: the learning rate is 0 after epoch {before}, more would change nothing"
+                raise ConfigError(what, "start a new run, with that many epochs or from this one's parameters")
+            rate = f"{first:.3g}" if first == last else f"{first:.3g} to {last:.3g}"
+            self._tell(f"{self.epochs} epochs instead of {before}: the learning rate after epoch {before} is {rate}")
+
+    def check_data(self, train: Batches, valid: Batches | None) -> dict[str, Any]:
+        """Return what is trained on and validated with, as a checkpoint keeps it.
+
+        Of a :class:`~minivit.data.Loader` that is all its settings and the SHA-256 of its images and labels, as they
+        are decoded; of other batches nothing is known. Raises CheckpointError if it is not what the run has had so far.
+        """
+        own: dict[str, Any] = {"training": settings_of(train) if isinstance(train, Loader) else None}
+        own["validation"] = plain(valid.dataset) if isinstance(valid, Loader) else None if valid is not None else "none"
+        known = [name for name in own if None not in (self._data.get(name), own[name])]
+        if found := [text for name in known for text in differences(self._data[name], own[name], name)]:
+            remedy = "bring the data and the loaders' settings back, or start a new run from the parameters"
+            raise CheckpointError(f"the run has had other data so far: {'; '.join(found)}", remedy)
+        return own
 
     def _take_over(self, checkpoint: Checkpoint) -> None:
         """Take over parameters, their average, and the optimizer's state."""
@@ -319,20 +378,43 @@ class Trainer:
 
     def _settings(self, total: int) -> dict[str, Any]:
         """Return what must be equal for a resumed run to be the same; the rates at some of its ``total`` steps."""
-        loss, clip, rate = self.step.loss, self.step.clip_norm, self.schedule
-        steps = (0, total // 4, total // 2, total - 1)
+        clip, rate = self.step.clip_norm, self.schedule
+        loss = self.step.loss if isinstance(self.step.loss, partial) else partial(self.step.loss)
+        keywords = dict(loss.keywords)
+        smoothing = float(keywords.pop("smoothing", 0.0))
+
+        def rates(steps: Iterable[int]) -> list[str] | None:
+            # rounded: the last bit of a cosine is not the same on every machine
+            return None if rate is None else [f"{rate(t):.6g}" for t in steps]
+
         return {
             "dtype": str(next(self.model.parameters()).dtype),
             "seed": self.seed,
             "optimizer": type(self.opt).__name__,
+            "optimizer settings": settings_of(self.opt, "named_parameters", "lr", "weight_decay", "lr_scales"),
+            "factors on the learning rate": [[group.stop, group.scale] for group in self.opt.groups],
             "ema": None if self.ema is None else self.ema.decay,
             "weight decay": float(self.opt.weight_decay),
             "clip_norm": None if clip is None else float(clip),
-            "smoothing": float(loss.keywords.get("smoothing", 0.0)) if isinstance(loss, partial) else 0.0,
-            # rounded: the last bit of a cosine is not the same on every machine
-            "learning rates": None if rate is None else [f"{rate(t):.6g}" for t in steps],
+            "loss": plain(partial(loss.func, *loss.args, **keywords)),
+            "smoothing": smoothing,
+            "learning rates": rates((0, total // 4, total // 2, total - 1)),
+            "more learning rates": rates(range(0, total, max(1, total // 32))),
             "total steps": total,
         }
+
+    def _config(self) -> Any:
+        """Return the model's settings, if it has them."""
+        return plain(getattr(self.model, "config", None))
+
+    def _machine(self) -> dict[str, Any]:
+        """Return what the last bits of the numbers depend on, besides the settings."""
+        team = self.step.team
+        return {"device": team.device, "threads": team.threads, "micro-batches": team.micro_batch}
+
+    def _limits(self) -> dict[str, Any]:
+        """Return what ends a run early."""
+        return {"patience": self.patience, "max_seconds": self.max_seconds}
 
     def _save(self, name: str) -> None:
         if self.folder is not None:
@@ -341,10 +423,14 @@ class Trainer:
             if self.ema is not None:
                 arrays |= {f"ema/{k}": v for k, v in self.ema.state_dict().items()}
             arrays |= {f"optimizer/{k}": v for k, v in self.opt.state_dict().items()}
-            config = {"model": self.model.config} if hasattr(self.model, "config") else {}
+            config = {} if self._config() is None else {"model": self._config()}
             settings = self._settings(self.epochs * self.progress.batches)
-            train = {"settings": settings, **asdict(self.progress)}
-            save_checkpoint(self._checkpoint(name), arrays, config | self.meta | {"train": train})
+            known = {"data": self._data, "machine": self._machine(), "limits": self._limits()}
+            train = {"settings": settings, **known, **asdict(self.progress)}
+            path = self._checkpoint(name)
+            save_checkpoint(path, arrays, config | self.meta | {"train": train})
+            if name == "last":
+                self._newest = path, _stamp(path)
 
     def _checkpoint(self, name: str) -> Path:
         assert self.folder is not None
@@ -362,13 +448,57 @@ class Trainer:
         if self.folder is None:
             yield
             return
-        with RunLock(self.folder):
-            if not self.progress.batches and self._checkpoint("last").exists():
-                remedy = f"continue it: {self._how_to_resume()}, or name another folder"
-                raise ConfigError(f"{self.folder} already holds a run", remedy)
+        with self.lock:
+            self.check_folder()
             sweep(self.folder)
             self.records.begin(self.progress.batch, self.progress.history)
             yield
+
+    def check_folder(self) -> None:
+        """Check that the folder holds no more than this run, as far as it has come: `fit` does, under the lock.
+
+        Raises ConfigError for another run's folder, CheckpointError where what is newer would be lost.
+        """
+        if self.folder is None:
+            return
+        last = self._checkpoint("last")
+        path, stamp = self._newest or (None, None)
+        if path is None or path.resolve().parent != last.resolve().parent:
+            if last.exists():
+                remedy = f"continue it: {self._how_to_resume()}, or name another folder"
+                raise ConfigError(f"{self.folder} already holds a run", remedy)
+        elif _stamp(path) != stamp:
+            what = f"{path} has changed since then: another process has gone on with the run"
+            raise CheckpointError(what, f"resume it again: {self._how_to_resume()}")
+        elif path.name != last.name and (steps := _steps_in(last)) > self.opt.steps:
+            what = f"{path} is at step {self.opt.steps:,}, {last.name} at step {steps:,}: what is newer would be lost"
+            remedy = f"continue from the newest: {self._how_to_resume()}; or copy the run's folder without {last.name}"
+            raise CheckpointError(what, remedy)
+
+
+Stamp = tuple[int, int, int] | None
+
+
+def _but_seed(config: Any) -> Any:
+    """Return a model's settings but for the seed of its first parameters, which are not those of a checkpoint."""
+    return {"kind": "model"} | {k: v for k, v in config.items() if k != "seed"} if isinstance(config, dict) else None
+
+
+def _stamp(path: Path) -> Stamp:
+    """Return what changes when a file is replaced; None if there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns, found.st_size
+
+
+def _steps_in(path: Path) -> int:
+    """Return the updates made at a checkpoint; -1 for one that is missing or damaged, which can be replaced."""
+    try:
+        return int(load_checkpoint(path).arrays["optimizer/steps"])
+    except (CheckpointError, KeyError, TypeError):
+        return -1
 
 
 def evaluate(
@@ -402,6 +532,17 @@ def _check_labels(labels: Array) -> None:
         )
 
 
+def _worth(row: Row) -> tuple[float, float]:
+    """Return what is larger for a better epoch."""
+    return row["valid_accuracy"], -row["valid_loss"]
+
+
 def _describe(row: Row) -> str:
-    valid = f", valid loss {row['valid_loss']:.4f}, accuracy {row['valid_accuracy']:.2%}" if "valid_loss" in row else ""
-    return f"loss {row['loss']:.4f}{valid}, lr {row['lr']:.2e}, {row['images_per_second']:,.0f} images/s"
+    """Return a row as text; what matters most comes first, because a narrow terminal cuts the rest."""
+    parts = []
+    for name, form in (("accuracy", ".2%"), ("loss", ".4f")):
+        if name in row:
+            parts.append(f"{name} {row[name]:{form}}")
+        if f"valid_{name}" in row:
+            parts.append(f"valid{'' if name in row else f' {name}'} {row[f'valid_{name}']:{form}}")
+    return f"{', '.join(parts)}, lr {row['lr']:.2e}, {row['images_per_second']:,.0f} images/s"
