@@ -422,6 +422,8 @@ class _Part:
             return result(numeric, scale)  # wrong
         if max(excess, noise) <= allowed * whole:
             return result(numeric, whole)  # too small a part of the argument's derivative to count
+        if method == "auto":
+            return self.judge("central", rtol, atol, whole, zero=False)  # coarser, and rounding may leave it that
         raise self.undecided(check, noise)
 
     def zero(self, how: str, numeric: float, noise: float) -> float:
