@@ -50,6 +50,10 @@ TOLERANCE = {("complex", 1): 1e-12, ("complex", 2): 1e-12, ("central", 1): 1e-7,
 ZERO = 1e-7
 """Rounding that leaves a derivative in doubt may be at most this much of the function's size over its argument's."""
 
+ROUNDED = 100 * float(np.finfo(np.float64).eps)
+"""An error of this much of the function's size over its argument's is none: the gradient of a saturated softmax is a
+difference of numbers near 1, and a few times 2⁻⁵³ off, where the complex step knows that it is e⁻³⁰⁰."""
+
 DOUBT = 10.0
 """An error counts as one when it is this many times the noise that was measured."""
 
@@ -255,7 +259,8 @@ class _First:
                 "keep away from points where there is no derivative (√x at 0), or mend the gradient",
             )
         self.here = self.terms()
-        self.natural = float(np.abs(self.here).sum())  # the size that s has, or would have if it were not zero
+        self.least = 0.0  # the size that s would have if it were not small by chance
+        self.natural = float(np.abs(self.here).sum())  # the size that s has, or this
 
     def prepare(self, output: Tensor, key: Key) -> None:
         """Draw the weights."""
@@ -332,7 +337,8 @@ class _Second(_First):
     def __init__(self, fn: Callable[[], Tensor], leaves: Mapping[str, Tensor], key: Key) -> None:
         super().__init__(fn, leaves, key)
         size = float(np.abs(self.output * self.seed.numpy()).sum())
-        self.natural = max([self.natural, *[size / part for x in self.inner for _, part in _alike(x.numpy())]])
+        self.least = max(size / part for x in self.inner for _, part in _alike(x.numpy()))
+        self.natural = max(self.natural, self.least)
 
     def prepare(self, output: Tensor, key: Key) -> None:
         """Draw the weights, and make the cotangent a leaf."""
@@ -407,13 +413,15 @@ class _Part:
         check = result(numeric, scale)
         if check.passed and noise <= allowed * scale + atol:
             return check
+        excess = abs(self.analytic - numeric) - atol
+        if 0.0 < excess <= ROUNDED * (natural := self.natural()):
+            return result(numeric, natural)
         if zero and (natural := self.zero(how, numeric, noise)):
             check = result(numeric, natural)
             if check.passed:
                 return check
         if method == "auto" and self.is_analytic is None:
             return self.judge("central", rtol, atol, whole, zero=False)  # the complex step alone proves no fault
-        excess = abs(self.analytic - numeric) - atol
         if how == "complex" and excess > 0.1 * scale and self.agrees():
             return result(numeric, scale)  # wrong: rounding cannot do that where a difference confirms the step
         own, of_step = self.shaken(EPSILON, how, excess)
@@ -425,6 +433,27 @@ class _Part:
         if method == "auto":
             return self.judge("central", rtol, atol, whole, zero=False)  # coarser, and rounding may leave it that
         raise self.undecided(check, noise)
+
+    def natural(self) -> float:
+        """Return the size of what these entries change in s, over their own: what a derivative usually is like.
+
+        What they change is seen at other arguments, because here a saturated function may change nothing.
+        """
+        changed = np.zeros(self.here.shape, bool)
+        for scale in (1e-3, 1.0):
+            moved = {
+                x: np.asarray(scale * (np.abs(x.data).mean() or 1.0) * normal(Key(i, stream=0x0FF), x.shape))
+                for i, x in enumerate(self.problem.leaves.values())
+            }
+            try:
+                with _holding(moved):
+                    before, after = (
+                        self.problem.moved(self.leaf, h * self.size * self.direction) for h in (0.0, scale)
+                    )
+                changed |= before != after  # NaN, too
+            except (ArithmeticError, ValueError):  # the function refuses these arguments, or returns another shape
+                changed[:] = True
+        return max(float(np.abs(self.here).sum(where=changed)), self.problem.least) / self.size
 
     def zero(self, how: str, numeric: float, noise: float) -> float:
         """Return the derivative that is natural here if both derivatives are zero beside it, else 0.
