@@ -205,7 +205,6 @@ def test_the_command_on_arrays_and_on_many_classes(tmp_path, monkeypatch, capsys
         (["digits", "digits"], "one data set at a time"),
         (["get"], "which data set"),
         (["get", "mnist", "cifar-10"], "one data set at a time"),
-        (["digits", "--size", "0"], "size 0"),
         (["digits", "--size", "8"], "size of their own"),
         (["no-such"], "unknown data set"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ def find_checkpoint(given: str) -> str:
     CheckpointError for a folder that has neither.
     """
     folder = Path(given)
-    if not folder.is_dir():
+    if not given or not os.path.isdir(given):  # which, unlike Path's, raises nothing for a name that is too long
         return given
     for name in ("best.npz", "last.npz"):
         if (path := folder / "checkpoints" / name).is_file():
@@ -50,7 +51,7 @@ class Trained:
     """A model from the checkpoint ``path``, in eval mode, and the checkpoint's ``meta``.
 
     ``classes`` are the names of the model's classes, () where none are recorded. ``mean`` and ``std`` standardise its
-    images; where none are recorded they are 0 and 1, and ``remark`` says so.
+    images.
     """
 
     path: str
@@ -59,7 +60,6 @@ class Trained:
     classes: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    remark: str
 
     @property
     def data(self) -> dict[str, Any]:
@@ -71,7 +71,8 @@ class Trained:
 def open_trained(given: str) -> Trained:
     """Read the model of a checkpoint or a run's folder.
 
-    Raises CheckpointError if it cannot be used, and NonFiniteError, naming the first, if a parameter is not finite.
+    Raises CheckpointError if it cannot be used or does not say how images are standardised for it, and NonFiniteError,
+    naming the first, if a parameter is not finite.
     """
     path = find_checkpoint(given)
     model, meta = read_model(path)
@@ -79,11 +80,11 @@ def open_trained(given: str) -> Trained:
         if not math.isfinite(p.data.min()) or not math.isfinite(p.data.max()):  # both are NaN if any element is
             remedy = "use a checkpoint from before the training diverged, or train again with a lower learning rate"
             raise NonFiniteError(f"{path}: the parameter {name} holds NaN or infinity", remedy)
-    data, channels, remark = meta.get("data", {}), model.config["in_channels"], ""
-    mean, std = data.get("mean"), data.get("std")
-    if mean is None or std is None:
-        mean, std = [0.0] * channels, [1.0] * channels
-        remark = f"{path} records no mean and standard deviation: its images are given to it as pixels / 255"
+    data = meta.get("data", {})
+    if "mean" not in data or "std" not in data:  # with others its answers would be wrong
+        missing = ", ".join(key for key in ("classes", "mean", "std") if key not in data)
+        what = f"{path} holds no {missing} of the images that the model was trained on"
+        raise CheckpointError(what, "save it with them: mv.save(model, path, data=dataset)")
     names = data.get("classes")
     classes = tuple(class_names(names, model.config["num_classes"])) if names else ()
-    return Trained(path, model, meta, classes, tuple(mean), tuple(std), remark)
+    return Trained(path, model, meta, classes, tuple(data["mean"]), tuple(data["std"]))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,8 +55,6 @@ def run(args: argparse.Namespace) -> int:
     name = args.data or trained.data.get("name")
     if not isinstance(name, str):
         raise DataError(f"{trained.path} does not say what it was trained on", "name the data: --data NAME")
-    if trained.remark:
-        warnings.warn(trained.remark, stacklevel=2)
     parts = load_parts(trained, name, args.split)
     count = trained.model.config["num_classes"]
     matching = match_classes(trained.classes, parts[0].classes, count, name, args.by_position)

@@ -277,7 +277,7 @@ class Job:
             raise DataError(
                 f"{name}: {whole.images.shape[1:]} images of {len(whole.classes)} classes to train on, "
                 f"{part.images.shape[1:]} of {len(part.classes)} to {'test' if split == 'test' else 'validate'} with",
-                "give both splits the same size and classes",
+                "give all splits the same size and classes",
             )
         return part
 

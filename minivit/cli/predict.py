@@ -56,8 +56,6 @@ def run(args: argparse.Namespace) -> int:
     trained = open_trained(args.checkpoint)
     if trained.path != args.checkpoint:
         print(printable(f"checkpoint  {trained.path}"), file=sys.stderr)
-    if trained.remark:
-        warnings.warn(trained.remark, stacklevel=2)
     trained.model.to(auto_device(args.device)[0])
     rows: list[dict[str, Any]] = []
     waiting: list[tuple[dict[str, Any], np.ndarray]] = []

@@ -228,6 +228,7 @@ def data_of(checkpoint: Checkpoint, path: str | Path) -> dict[str, Any]:
             lambda v: isinstance(v, list) and len(v) <= classes and all(isinstance(name, str) for name in v),
             f"a list of at most {classes} names",
         ),
+        "layout": (lambda v: type(v) is int and v in (1, 2), "1 or 2"),
         "mean": (lambda v: numbers(v, -math.inf), f"a list of {channels} numbers"),
         "std": (lambda v: numbers(v, 0.0), f"a list of {channels} numbers above 0"),
     }
