@@ -109,7 +109,7 @@ def test_what_is_neither_model_nor_checkpoint(command: str, here: Path, capsys: 
     (here / "file").write_text("hello")
     for name, said in [
         ("file", "minivit did not write it"), ("vit_digit", "unknown model"), ("gone/x", "no checkpoint gone/x"),
-        ("", "unknown model ''"), ("a" * 5000, "unknown model"), (".", "there is no checkpoint"),
+        ("", "unknown model ''"), ("a" * 5000, "unknown model"), (".", "is no run folder"),
     ]:  # fmt: skip
         assert main([command, name]) == 1
         assert said in capsys.readouterr().err
