@@ -310,7 +310,9 @@ def test_bad_files_stop_or_are_left_out(animals, lazy, monkeypatch):
         monkeypatch.setattr(folder_module, "available_memory", lambda: 0)
     good = load_folder(animals, "train", (6, 8)).images[[0, 2, 3, 4, 5, 6]]
     spoil(animals)
-    with pytest.raises(DataError, match=r"4 of 10 image files cannot be read; the first: .*cat.1.png") as caught:
+    with pytest.raises(
+        DataError, match=r"in the split 'train' 4 of 10 image files cannot be read; the first: .*cat.1.png"
+    ) as caught:
         load_folder(animals, "train", (6, 8))
     assert "--bad-images skip" in caught.value.remedy
     with pytest.warns(

@@ -171,6 +171,20 @@ def test_patience_ends_a_run_early(
     assert "is finished" in capsys.readouterr().out
 
 
+def test_a_finished_run_says_how_to_go_on_longer_where_that_changes_anything(
+    archive: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, rate, longer in (("on", "1e-4", True), ("over", "0", False)):
+        args = ["train", str(archive), *TINY, "--epochs", "1", "--min-lr", rate, "--val-fraction", "0", "-q"]
+        assert main([*args, "--name", name]) == 0
+        capsys.readouterr()
+        assert main(["train", "--resume", f"runs/{name}"]) == 0
+        said = f"to go on longer: minivit train --resume runs/{name} --epochs 2\n"
+        assert (said in capsys.readouterr().out) == longer
+    assert main(["train", "--resume", "runs/on", "--epochs", "2", "-q"]) == 0
+    assert len(epochs(Path("runs/on"))) == 2
+
+
 def test_a_run_ends_when_its_time_is_up(archive: Path, here: Path) -> None:
     assert main(["train", str(archive), *TINY, "--max-time", "1e-9", "--name", "short", "-q"]) == 0
     assert [row["step"] for row in epochs(Path("runs/short"))] == ["1"]
