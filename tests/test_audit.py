@@ -153,7 +153,9 @@ def test_the_command_reports_and_draws(zoo, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["data", "zoo", "--size", "16"]) == 3
     assert [path.name for path in tmp_path.iterdir()] == ["zoo"]  # nothing is written unless asked for
-    assert "\npicture" not in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "\npicture" not in text and text.endswith("To look at a few images of each class: -o FILE.png\n")
+    assert "train without them: --bad-images skip" in text
     assert main(["data", "zoo", "--size", "16", "-o", "zoo-mosaic.png"]) == 3
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "zoo: 18 images, 2 classes"

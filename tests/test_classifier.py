@@ -131,7 +131,7 @@ BAD = {
     "two ends": (lambda: small().fit(np.zeros((4, 3, 8, 3)), [0, 1] * 2), ShapeError, "channels"),
     "29 pixels": (lambda: small().fit(np.zeros((4, 29, 29)), [0, 1] * 2), ShapeError, "29 pixels"),
     "overflow": (lambda: small().fit(np.float64([[1e300] * 64, [-1e300] * 64]), [0, 1]), DataError, "overflow"),
-    "one class": (lambda: small().fit(ROWS, LABELS * 0), DataError, "one class"),
+    "one class": (lambda: small().fit(ROWS, LABELS * 0), DataError, "one class only: 0"),
     "labels too few": (lambda: small().fit(ROWS, LABELS[:3]), ShapeError, "240 images, 3 labels"),
     "one-hot labels": (lambda: small().fit(ROWS, np.eye(10)[LABELS]), ShapeError, "y has the shape"),
     "fractions": (lambda: small().fit(ROWS, LABELS + 0.5), DataError, "fractions"),

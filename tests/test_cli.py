@@ -559,6 +559,23 @@ def test_a_stopped_run_is_resumed_to_the_same_bits(finished: Path, tmp_path: Pat
     assert out.endswith("the run was stopped is finished; to measure it: minivit eval 'was stopped'\n")
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="it has no pseudo-terminals")
+def test_a_closed_terminal_saves_the_run_and_gives_129(finished: Path, tmp_path: Path) -> None:
+    master, terminal = os.openpty()
+    command = ["train", "--config", str(finished / "config.toml"), "--epochs", "1000", "-o", str(tmp_path)]
+    process = subprocess.Popen([sys.executable, "-m", "minivit", *command], env=environment(), cwd=tmp_path,
+                               stdin=terminal, stdout=terminal, stderr=terminal)  # fmt: skip
+    os.close(terminal)
+    said = b""
+    while b"epoch    1/1000" not in said:
+        said += os.read(master, 4096)
+    os.close(master)  # what is written from here on fails
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(60) == 129
+    (path,) = tmp_path.glob("*/checkpoints/last.npz")
+    assert load_checkpoint(path).meta["train"]["epoch"] < 1000
+
+
 def test_sigterm_gives_143(finished: Path, tmp_path: Path) -> None:
     args = ["train", "--config", str(finished / "config.toml"), "--epochs", "10000", "--name", "x"]
     code, said = stop(start(*args, cwd=tmp_path), signal.SIGTERM)

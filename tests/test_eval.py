@@ -279,6 +279,36 @@ def test_all_images_of_a_folder(run: Path, here: Path, capsys: pytest.CaptureFix
     assert "splits: test: 20% of each class" in capsys.readouterr().out
 
 
+def test_the_worst_mistakes_of_a_folder_name_the_wrong_label(
+    run: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = ("cat", "dog", "fox")
+    for i, image in enumerate(pictures(np.arange(30) % 3, names)):
+        name = "dog" if i == 3 else names[i % 3]  # a cat in the wrong folder
+        (here / "mine" / name).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image.transpose(1, 2, 0)).save(here / "mine" / name / f"{i}.png")
+    (worst,) = evaluated(capsys, str(run), "--data", "mine", "--split", "all")["worst"]
+    assert (worst["file"], worst["label"], worst["class"]) == ("dog/3.png", "dog", "cat")
+    assert 1 / 3 < worst["probability"] <= 1
+    assert main(["eval", str(run), "--data", "mine", "--split", "all"]) == 0
+    assert "\ndog/3.png       dog    cat  " in capsys.readouterr().out
+    assert evaluated(capsys, str(run))["worst"] == []  # an archive has no files to name
+
+
+def test_a_split_that_is_not_there_is_said_with_those_that_are(
+    run: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    labels = np.arange(30) % 3
+    np.savez("bare.npz", images=pictures(labels, tuple(COLOURS)), labels=labels, classes=np.array([*COLOURS]))
+    assert main(["train", "bare.npz", *TINY, "-e", "1", "-b", "8", "--val-fraction", "0.2"]) == 0
+    out = capsys.readouterr().out
+    assert "next        minivit eval runs/bare-1 --split val\n" in out
+    assert main(["eval", "runs/bare-1"]) == 1
+    assert "has no split 'test'\n  → use --split val, " in capsys.readouterr().err
+    assert main(["eval", str(run), "--data", "bare.npz"]) == 1
+    assert "→ use --split all\n" in capsys.readouterr().err
+
+
 # ---- what is not finite ----------------------------------------------------------------------------------------------
 
 

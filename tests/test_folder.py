@@ -8,6 +8,7 @@ import re
 import shutil
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -309,7 +310,9 @@ def test_bad_files_stop_or_are_left_out(animals, lazy, monkeypatch):
         monkeypatch.setattr(folder_module, "available_memory", lambda: 0)
     good = load_folder(animals, "train", (6, 8)).images[[0, 2, 3, 4, 5, 6]]
     spoil(animals)
-    with pytest.raises(DataError, match=r"4 of 10 image files cannot be read; the first: .*cat.1.png") as caught:
+    with pytest.raises(
+        DataError, match=r"in the split 'train' 4 of 10 image files cannot be read; the first: .*cat.1.png"
+    ) as caught:
         load_folder(animals, "train", (6, 8))
     assert "--bad-images skip" in caught.value.remedy
     with pytest.warns(
@@ -318,6 +321,22 @@ def test_bad_files_stop_or_are_left_out(animals, lazy, monkeypatch):
         data = load_folder(animals, "train", (6, 8), bad="skip")
     assert data.labels.tolist() == [0, 0, 0, 1, 1, 1]
     assert np.array_equal(data.images[:], good)
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_images_know_their_files(animals, lazy, monkeypatch):
+    if lazy:
+        monkeypatch.setattr(folder_module, "available_memory", lambda: 0)
+    (animals / "train/cat/2.png").write_bytes(b"damaged")
+    with pytest.warns(UserWarning, match="left out"):
+        data = load_folder(animals, "train", (6, 8), bad="skip")
+    assert len(data.files) == len(data) and "train/cat/2.png" not in data.files
+    chosen = data.subset([len(data) - 1, 0])
+    assert chosen.files == (data.files[-1], data.files[0])
+    for file, image in zip(chosen.files, chosen.images[:], strict=True):
+        assert np.array_equal(read_image(animals / file, (6, 8), 3, "crop"), image)
+    with pytest.raises(DataError, match="files"):
+        replace(data, files=("one.png",))
 
 
 def test_a_class_that_cannot_be_read_at_all(animals):

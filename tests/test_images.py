@@ -639,3 +639,14 @@ def test_odd_files_give_the_right_picture_or_a_typed_error():
     assert refused == {row["file"] for row in rows if row["load"] != "ok"} | {"broken_data_stream.png"}
     deep = read_image(FIXTURES / "hopper_16bit.pgm", (128, 128), 1).astype(int)
     assert np.abs(deep - read_image(FIXTURES / "hopper_8bit.pgm", (128, 128), 1)).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("brand", "said"), [(b"heic", "HEIC"), (b"mif1", "HEIC"), (b"avif", "AVIF"), (b"isom", "not an")]
+)
+def test_a_phones_photo_is_called_by_its_format(tmp_path, brand, said):
+    path = tmp_path / "IMG_1.HEIC"
+    path.write_bytes(b"\0\0\0\x18ftyp" + brand + bytes(100))
+    for source in (path, io.BytesIO(path.read_bytes())):
+        with pytest.raises(DataError, match=said):
+            read_image(source, (8, 8), 3)

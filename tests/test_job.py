@@ -19,6 +19,7 @@ from PIL import Image
 import minivit as mv
 from minivit import data
 from minivit.cli import job
+from minivit.cli.checkpoints import find_checkpoint
 from minivit.cli.job import MAY_CHANGE, Job, augmentation, settings_of_run
 from minivit.cli.main import main
 from minivit.cli.results import _label_text
@@ -168,6 +169,20 @@ def test_patience_ends_a_run_early(
     assert "nothing better on the validation images in 1 epoch" in capsys.readouterr().err
     assert main(["train", "--resume", "runs/early"]) == 0
     assert "is finished" in capsys.readouterr().out
+
+
+def test_a_finished_run_says_how_to_go_on_longer_where_that_changes_anything(
+    archive: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, rate, longer in (("on", "1e-4", True), ("over", "0", False)):
+        args = ["train", str(archive), *TINY, "--epochs", "1", "--min-lr", rate, "--val-fraction", "0", "-q"]
+        assert main([*args, "--name", name]) == 0
+        capsys.readouterr()
+        assert main(["train", "--resume", f"runs/{name}"]) == 0
+        said = f"to go on longer: minivit train --resume runs/{name} --epochs 2\n"
+        assert (said in capsys.readouterr().out) == longer
+    assert main(["train", "--resume", "runs/on", "--epochs", "2", "-q"]) == 0
+    assert len(epochs(Path("runs/on"))) == 2
 
 
 def test_a_run_ends_when_its_time_is_up(archive: Path, here: Path) -> None:
@@ -540,8 +555,8 @@ def test_a_model_is_fine_tuned_on_other_images_of_another_size(
     archive: Path, photos: Path, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["train", str(archive), *TINY, "--epochs", "1", "-q", "--name", "first", "--model-ema", "0.5"]) == 0
-    first = "runs/first/checkpoints/last.npz"
-    args = ["train", str(photos), "--init-from", first, "--set", "model.image_size=[16, 8]", "--epochs", "2"]
+    first = Path(find_checkpoint("runs/first")).resolve()
+    args = ["train", str(photos), "--init-from", "runs/first", "--set", "model.image_size=[16, 8]", "--epochs", "2"]
     args += ["--set", "model.head=mlp"]  # which fine-tuning drops
     assert main([*args, "--name", "second"]) == 0
     said = capsys.readouterr().out
@@ -551,8 +566,8 @@ def test_a_model_is_fine_tuned_on_other_images_of_another_size(
         config["model"]["dim"] == 8 and config["model"]["image_size"] == [16, 8] and config["model"]["num_classes"] == 2
     )
     assert config["model"]["patch_size"] == 4 and config["model"]["in_channels"] == 1
-    assert Path(config["train"]["init_from"]).is_absolute()
-    Path(first).unlink()  # a run can be resumed without what it has started from
+    assert config["train"]["init_from"] == str(first)
+    first.unlink()  # a run can be resumed without what it has started from
     assert main(["train", "--resume", "runs/second"]) == 0
 
 

@@ -64,6 +64,20 @@ def test_few_images_make_a_narrow_sheet(tmp_path):
     assert pixels_of(tmp_path / "2.png").shape[1] < pixels_of(tmp_path / "7.png").shape[1]
 
 
+def test_one_image_leaves_room_for_title_note_and_legend(tmp_path):
+    def drawn(write, *args, **more):
+        write(*args, tmp_path / "1.png", title="Images of a data set held out, as the model sees them", **more)
+        return pixels_of(tmp_path / "1.png")
+
+    one, many = (drawn(mosaic, IMAGES[:n], LABELS[:n], columns=10) for n in (1, 7))
+    assert np.array_equal(one[:50, :420], many[:50, :420])  # all of the title
+    assert (one[:, -15:] == PAPER).all()
+    args = [(x[:n] for x in (IMAGES, ATTENTION, LABELS, LABELS)) for n in (1, 7)]
+    one, many = (drawn(attention_overlay, *x)[50:78] for x in args)
+    assert np.array_equal(one[:, -270:], many[:, -270:])  # the legend, with nothing under it
+    assert (one[:, -295:-271] == PAPER).all()
+
+
 def test_the_overlay_marks_what_is_wrong(tmp_path):
     red = []
     for predictions in (LABELS, [0, 1, 2, 3, 4, 5, 9], [9] * 7):

@@ -170,6 +170,16 @@ def test_the_worst_mistakes_come_first(tmp_path):
     assert verdicts[0] == f"n{prediction}, {np.exp(log_p[worst[0], prediction]):.0%}"
 
 
+def test_images_from_files_are_named(tmp_path):
+    files = tuple(f"n0/<{i}>.png" for i in range(60))
+    page = written(tmp_path, files=files)
+    shown = [text for text in page.texts["span"] if text.endswith(">.png")]
+    titles = [attributes["title"] for tag, attributes in page.elements if tag == "figure"]
+    assert len(shown) == len(titles) > 3
+    assert [title.partition(", loss")[0] for title in titles] == [f"n0/{name}" for name in shown]
+    assert set(shown) <= {file.removeprefix("n0/") for file in files}
+
+
 def test_a_model_without_mistakes_has_none_to_show(tmp_path):
     tried = trial()
     tried["logits"] = np.eye(3, dtype=np.float32)[tried["labels"]] * 9

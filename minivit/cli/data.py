@@ -120,6 +120,12 @@ def report(found: Audit, picture: str | None) -> str:
     width = max(map(len, findings))
     blocks.append("\n".join(f"{name:{width}}  {count:>5,}" for name, (count, _) in findings.items()))
     blocks += [f"{name}:\n{listed(lines)}" for name, (_, lines) in findings.items() if lines]
+    if found.corrupt:
+        blocks.append(
+            "→ repair, convert or remove the files that cannot be read, or train without them: --bad-images skip"
+        )
+    if found.formats and picture is None:
+        blocks.append("To look at a few images of each class: -o FILE.png")
     return "\n\n".join(block for block in blocks if block)
 
 

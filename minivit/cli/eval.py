@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minivit.cli.main import one_of
+
+WORST = 8
+"""So many mistakes are listed."""
 
 if TYPE_CHECKING:
     import numpy as np
@@ -104,6 +108,9 @@ def load_parts(trained: Trained, name: str, split: str) -> list[Dataset]:
     elif split == "val" and split not in splits:
         why = f"{trained.path} is in no run's folder" if own else f"{name} has no such split of its own"
         raise DataError(f"which images were held out to validate with is not known: {why}", "use another --split")
+    elif split not in splits:
+        others = "val, the images that the run held out, or --split all" if own else "all"
+        raise DataError(f"{name} has no split {split!r}", f"use --split {others}")
     else:
         parts = [load(split)]
     if any(part.classes != parts[0].classes for part in parts):
@@ -154,6 +161,7 @@ def assess(trained: Trained, parts: list[Dataset], matching: Matching, name: str
 
     count = trained.model.config["num_classes"]
     logits = np.concatenate([_logits(trained, part, name) for part in parts])  # (N, K)
+    files = [file for part in parts for file in part.files]
     labels = np.concatenate([matching.places[part.labels] for part in parts])  # (N,)
     known = labels < count
     if not known.any():
@@ -166,7 +174,34 @@ def assess(trained: Trained, parts: list[Dataset], matching: Matching, name: str
         "matched": matched,
         "unknown": dict(zip(matching.unknown, totals[count:], strict=True)),
         "absent": [row for row, total in zip(matching.rows[:count], totals, strict=False) if not total],
+        "worst": worst_mistakes(logits, labels, files, matching.rows) if files else [],
     }
+
+
+def worst_mistakes(
+    logits: np.ndarray, labels: np.ndarray, files: Sequence[str], names: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Return the :data:`WORST` wrongly read images of the highest loss, worst first: their labels may be wrong.
+
+    ``logits`` (N, K); ``labels`` (N,), of which those from K on, of classes that the model does not know, are passed
+    over; ``files`` are N paths, ``names`` those of the classes.
+    """
+    import numpy as np
+
+    from minivit import ops
+
+    log_p, predicted = np.asarray(ops.log_softmax(logits)), logits.argmax(axis=1)  # (N, K), (N,)
+    wrong = np.flatnonzero((predicted != labels) & (labels < logits.shape[1]))
+    wrong = wrong[np.argsort(log_p[wrong, labels[wrong]], kind="stable")[:WORST]]
+    return [
+        {
+            "file": files[i],
+            "label": names[labels[i]],
+            "class": names[predicted[i]],
+            "probability": round(float(np.exp(log_p[i, predicted[i]])), 6),
+        }
+        for i in wrong.tolist()
+    ]
 
 
 def _logits(trained: Trained, dataset: Dataset, name: str) -> np.ndarray:
@@ -225,6 +260,10 @@ def report(result: dict[str, Any], matching: Matching) -> str:
         worst = sorted(wrong, key=lambda w: -w[0])[:5]
         pairs = [f"{rows[i]} as {classes[j]} ({n} time{'s' * (n > 1)})" for n, i, j in worst]
         lines.append(f"\nmost often mistaken: {', '.join(pairs)}")
+    if found := result["worst"]:
+        listed = [[one["file"], one["label"], one["class"], f"{one['probability']:.1%}"] for one in found]
+        worst_table = text_table(["worst mistakes", "label", "prediction", "probability"], listed, right=[3])
+        lines.append(f"\n{worst_table}\n\nLook at these: a label may be wrong.")
     return "\n".join(lines)
 
 

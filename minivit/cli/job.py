@@ -18,6 +18,7 @@ import numpy as np
 
 from minivit import data, ops
 from minivit.backend import Key, auto_device, available_memory, keep_freed_memory, permutation
+from minivit.cli.checkpoints import find_checkpoint
 from minivit.cli.doctor import blas_text, cpu_text, system_text, versions
 from minivit.cli.layers import peak_memory
 from minivit.cli.report import bytes_text, measure, percent_interval, plural
@@ -203,6 +204,8 @@ class Job:
         kind = data.kind_of(settings["data.name"])
         paths = [settings["data.name"] != kind and "data.name", settings["train.init_from"] and "train.init_from"]
         for key in filter(None, paths):
+            if key == "train.init_from":
+                settings.take({key: find_checkpoint(settings[key])}, settings.origins[key])
             # the run can then be resumed from any folder
             settings.take({key: str(Path(settings[key]).resolve())}, settings.origins[key])
         name = settings["data.name"]
@@ -432,6 +435,9 @@ class Job:
                 why = f" ({trainer.progress.stopped})" if trainer.progress.stopped else ""
                 again = f"minivit eval {shlex.quote(str(folder))}"
                 print(printable(f"the run {folder} is finished{why}; to measure it: {again}"))
+                if self.settings["train.min_lr"] > 0 and not trainer.progress.stopped:
+                    longer = f"--resume {shlex.quote(str(folder))} --epochs {2 * trainer.epochs}"
+                    print(printable(f"to go on longer: minivit train {longer}"))
                 return 0
             self.say(f"continuing at step {trainer.opt.steps} of {trainer.epochs * len(self.loader)}")
         valid = self.held_loader(self.valid_data) if self.valid_data is not None else None
@@ -511,6 +517,10 @@ class Job:
         next_steps = [f"minivit predict {run} IMAGE…"]
         if self.test_data is not None:
             next_steps.insert(0, f"minivit eval {run}")
+        elif self.valid_data is not None and not self.settings["data.overfit"]:
+            next_steps.insert(0, f"minivit eval {run} --split val")
+        if self.train_data.files:
+            next_steps.append(f"minivit eval {run} --split all    (lists the worst mistakes: a label may be wrong)")
         self.say("next        " + "\n            ".join(next_steps))
 
     def draw_samples(self, folder: Path) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from importlib import import_module
 from types import ModuleType
 
@@ -189,14 +190,31 @@ class _Escaping:
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
+        self._terminal = hasattr(stream, "isatty") and stream.isatty()
 
     def write(self, text: str) -> int:
         """Write ``text``, escaped; return its length."""
         returns = "\r" * text.startswith("\r")
         shown = returns + "\n".join(map(printable, text.removeprefix("\r").split("\n")))
         encoding = getattr(self._stream, "encoding", None) or "utf-8"
-        self._stream.write(shown.encode(encoding, "backslashreplace").decode(encoding))
+        with self._without_terminal():
+            self._stream.write(shown.encode(encoding, "backslashreplace").decode(encoding))
         return len(text)
+
+    def flush(self) -> None:
+        """Pass on what is held back."""
+        with self._without_terminal():
+            self._stream.flush()
+
+    @contextmanager
+    def _without_terminal(self) -> Iterator[None]:
+        """Go on where the terminal has been closed: a run that saves itself then must not fail by saying so."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno != errno.EIO or not self._terminal:
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)

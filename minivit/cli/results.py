@@ -117,4 +117,5 @@ def write_results(
         samples=folder / "samples_train.png",
         about=about,
         split=split,
+        files=shown.files,
     )

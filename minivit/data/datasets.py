@@ -33,6 +33,7 @@ class Dataset:
     """Labelled images: in memory, or in files that act as an array (:class:`~minivit.data.folder.ImageFiles`).
 
     ``images`` uint8 (N, C, H, W), 0 to 255; ``labels`` int64 (N,), each an index into ``classes``, the classes' names.
+    ``files`` are the image files that they came from, as paths in the folder ``name``, or () where there are none.
     Raises DataError if these do not fit each other.
     """
 
@@ -40,6 +41,7 @@ class Dataset:
     labels: np.ndarray
     classes: tuple[str, ...]
     name: str
+    files: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         images, labels, classes = self.images, self.labels, self.classes
@@ -55,6 +57,8 @@ class Dataset:
             raise DataError(f"{self.name}: no images: their shape is {images.shape}", "give at least one image")
         if len(images) != len(labels):
             raise DataError(f"{self.name}: {len(images)} images but {len(labels)} labels", "give one label per image")
+        if self.files and len(self.files) != len(images):
+            raise DataError(f"{self.name}: {len(images)} images but {len(self.files)} files", "give one per image")
         wrong = np.flatnonzero((labels < 0) | (labels >= len(classes)))
         if len(wrong):
             what = f"{self.name}: label {labels[wrong[0]]} of image {wrong[0]} is not a class: there are {len(classes)}"
@@ -108,7 +112,8 @@ class Dataset:
         if len(wrong := index[(index < 0) | (index >= len(self))]):
             raise DataError(f"{self.name}: there is no image {wrong[0]}", f"indices run from 0 to {len(self) - 1}")
         index = index.astype(np.int64)
-        return replace(self, images=self.images.take(index, axis=0), labels=self.labels[index])
+        files = tuple(self.files[i] for i in index) if self.files else ()
+        return replace(self, images=self.images.take(index, axis=0), labels=self.labels[index], files=files)
 
     def split_off(self, fraction: float, key: Key, stratified: bool = True) -> tuple[Dataset, Dataset]:
         """Return (rest, held_out): a random ``fraction`` of the images, chosen by ``key``, held out from the others.
@@ -491,7 +496,7 @@ def read_npz(path: Path, choose: Callable[[Collection[str]], dict[str, str]]) ->
             check_size(sum(m.file_size for m in wanted.values()), packed=file.seek(0, os.SEEK_END))
             arrays = {}
             for stored, member in wanted.items():
-                with archive.open(member) as f:
+                with reading(f"{path}: {stored}", _NPZ_REMEDY), archive.open(member) as f:
                     arrays[stored] = read_npy(f, member.file_size)
             return {name: arrays[stored] for name, stored in chosen.items()}
 
@@ -507,7 +512,7 @@ def read_npy(f: Any, size: int) -> np.ndarray:
         raise ValueError(f"unknown version {version} of .npy")
     shape, fortran, dtype = readers[version](f)
     if dtype.hasobject:
-        raise ValueError("Python objects, not numbers: they are never read")
+        raise ValueError("Python objects are never read; save numbers, or strings: np.asarray(labels, np.str_)")
     if (needed := math.prod(shape) * dtype.itemsize) != size - f.tell():
         raise ValueError(f"{dtype} {shape} needs {needed:,} bytes, there are {size - f.tell():,}")
     return read_exactly(f, needed).view(dtype).reshape(shape, order="F" if fortran else "C")

@@ -110,8 +110,8 @@ def load_folder(
 
     in_threads(read, files.paths, f"reading {path}")
     if reasons and bad == "stop":
-        count = f"{len(reasons):,} of {len(files):,} image files"
-        remedy = f"see all: minivit data {path}; repair or remove them, or leave them out: --bad-images skip"
+        count = f"in the split {split!r} {len(reasons):,} of {len(files):,} image files"
+        remedy = f"see all: minivit data {path}; repair, convert or remove them, or leave them out: --bad-images skip"
         raise DataError(f"{path}: {count} cannot be read; the first: {reasons[min(reasons)]}", remedy)
     if reasons:
         listed = "\n  ".join(reasons[i] for i in sorted(reasons))
@@ -125,7 +125,8 @@ def load_folder(
         what = f"{path}: no image of the class {found.classes[min(lost)]!r} can be read"
         raise DataError(what, "repair some, or remove the class")
     images = files.take(good) if held is None else held if len(good) == len(held) else held[good]
-    return Dataset(cast(np.ndarray, images), labels[good], found.classes, str(path))
+    names = tuple(str(files.paths[i].relative_to(path)) for i in good)
+    return Dataset(cast(np.ndarray, images), labels[good], found.classes, str(path), names)
 
 
 # ---- which files -----------------------------------------------------------------------------------------------------

@@ -105,9 +105,20 @@ def decode(source: str | PathLike[str] | BinaryIO, channels: int, at_least: tupl
                     page = page.transpose(turn)
                 return Picture(page, **stored, animated=_animated(image))
         except UnidentifiedImageError:
-            raise DataError(f"{name}: not an image, or damaged", f"known: {', '.join(FORMATS)}") from None
+            raise _not_known(source, name) from None
         except Image.DecompressionBombError:  # Pillow's own limit, met before it says the size
             raise DataError(f"{name}: more than {MAX_PIXELS // 10**6} megapixels", "scale it down first") from None
+
+
+def _not_known(source: str | PathLike[str] | BinaryIO, name: str) -> DataError:
+    """Return why a file is none of :data:`FORMATS`; a phone's photos are often HEIC (ISO/IEC 23008-12), or AVIF."""
+    with contextlib.suppress(OSError), _opened(source, name) as file:
+        head = file.read(12)
+        brand = head[8:].decode("ascii", "replace")
+        if head[4:8] == b"ftyp" and brand in ("heic", "heix", "hevc", "mif1", "msf1", "avif", "avis"):
+            kind = "AVIF" if brand.startswith("av") else "HEIC"
+            return DataError(f"{name}: a photo in the format {kind}, which is not read", "save it as JPEG or PNG")
+    return DataError(f"{name}: not an image, or damaged", f"known: {', '.join(FORMATS)}")
 
 
 def fitted(page: Image.Image, size: tuple[int, int], fit: str) -> np.ndarray:

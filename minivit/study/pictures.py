@@ -212,18 +212,22 @@ def _write_sheet(
     tile_w, tile_h = tiles[0].size
     cell_w, cell_h = tile_w + GAP, tile_h + LINE * len(captions[0]) + GAP + 2
     top = MARGIN + TITLE_SIZE + 16 + (LINE + 6 if note or legend else 0)
-    width, height = columns * cell_w - GAP + 2 * MARGIN, top + rows * cell_h - GAP + MARGIN
+    most, font = lettered("most", TEXT_SIZE)
+    least, bar = "no attention", 120  # the legend's other end, and its width
+    head = [_length(title, TITLE_SIZE), _length(note, TEXT_SIZE)]
+    if legend:
+        head[1] += 24 + int(font.getlength(least) + font.getlength(most)) + bar + 16
+    width, height = max(columns * cell_w - GAP, *head) + 2 * MARGIN, top + rows * cell_h - GAP + MARGIN
     sheet = Image.new("RGB", (width, height), PAPER)
     draw = ImageDraw.Draw(sheet)
     write(draw, (MARGIN, MARGIN), title, INK, TITLE_SIZE)
     write(draw, (MARGIN, MARGIN + TITLE_SIZE + 10), note, FAINT, TEXT_SIZE)
     if legend:
         x, y = width - MARGIN, MARGIN + TITLE_SIZE + 10
-        most, font = lettered("most", TEXT_SIZE)
         draw.text((x, y), most, FAINT, font, anchor="ra")
-        x -= int(font.getlength(most)) + 8 + 120
-        sheet.paste(Image.fromarray(np.tile(heat(np.linspace(0, 1, 120)), (12, 1, 1))), (x, y + 3))
-        draw.text((x - 8, y), "no attention", FAINT, font, anchor="ra")
+        x -= int(font.getlength(most)) + 8 + bar
+        sheet.paste(Image.fromarray(np.tile(heat(np.linspace(0, 1, bar)), (12, 1, 1))), (x, y + 3))
+        draw.text((x - 8, y), least, FAINT, font, anchor="ra")
     for i, (tile, lines) in enumerate(zip(tiles, captions, strict=True)):
         x, y = MARGIN + i % columns * cell_w, top + i // columns * cell_h
         sheet.paste(tile, (x, y))
@@ -235,3 +239,9 @@ def _write_sheet(
             draw.text(place, words, colour, font, anchor="ma")
     with replacing(Path(path)) as f:
         sheet.save(f, "PNG", optimize=True)
+
+
+def _length(text: str, size: int) -> int:
+    """Return how many pixels wide a line is."""
+    words, font = lettered(text, size)
+    return int(font.getlength(words)) + 1

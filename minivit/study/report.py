@@ -90,13 +90,15 @@ def write_report(
     samples: str | Path | None = None,
     about: str = "",
     split: str = "test",
+    files: Sequence[str] = (),
 ) -> None:
     """Write the report of a run to ``path``: figures, curves, samples, confusions, mistakes and configuration.
 
     ``rows`` are the epochs', as :meth:`minivit.train.Trainer.fit` returns them. ``images`` uint8 (N, C, H, W), an array
     or what is indexed like one, of which at most three channels are drawn, ``logits`` (N, K) and ``labels`` (N,) are
     what the model was tried on; ``split`` is what to call them. ``test`` has the figures of these (loss, accuracy,
-    interval, count and perhaps top5), or is None if they are no measure of the model. ``config`` and ``command`` are
+    interval, count and perhaps top5), or is None if they are no measure of the model; ``files``, () or N paths, are
+    where they came from. ``config`` and ``command`` are
     the texts of config.toml and command.txt, ``samples`` is a picture of training images, ``about`` a line under the
     title.
 
@@ -114,8 +116,8 @@ def write_report(
         "Training images, as the model saw them": _samples(samples),
         f"Confusion on the {split} images": _confusion(confusion, names),
         f"Accuracy of each class on the {split} images": _by_class(confusion, names),
-        f"The worst mistakes on the {split} images": _gallery(wrong, images, log_p, labels, names),
-        "Some that are right": _gallery(right, images, log_p, labels, names),
+        f"The worst mistakes on the {split} images": _gallery(wrong, images, log_p, labels, names, files),
+        "Some that are right": _gallery(right, images, log_p, labels, names, files),
         "Configuration": _config(config),
         "Command and machine": _pre(map(escape, command.rstrip("\n").split("\n"))) if command else "",
     }
@@ -307,18 +309,23 @@ def _right_ones(log_p: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return right[np.unique(np.linspace(0, len(right) - 1, RIGHT).astype(int))] if len(right) else right
 
 
-def _gallery(chosen: np.ndarray, images: Any, log_p: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> str:
-    """Return the ``chosen`` images with label, prediction and its probability."""
+def _gallery(
+    chosen: np.ndarray, images: Any, log_p: np.ndarray, labels: np.ndarray, names: Sequence[str], files: Sequence[str]
+) -> str:
+    """Return the ``chosen`` images with label, prediction and its probability, and file where ``files`` has them."""
     figures = []
     for i, image in zip(chosen.tolist(), images[chosen], strict=True):
         label, prediction = int(labels[i]), int(log_p[i].argmax())
         verdict = f"{_short(names[prediction])}, {np.exp(log_p[i, prediction]):.0%}"
         kind = ' class="wrong"' if prediction != label else ""
+        file = f"<span>{_short(Path(files[i]).name)}</span>" if files else ""
+        where = files[i] if files else f"image {i}"
         figures.append(
-            f'<figure title="image {i}, loss {-log_p[i, label]:.2f}">{_picture(image)}'
-            f"<figcaption>{_short(names[label])}<span{kind}>{verdict}</span></figcaption></figure>\n"
+            f'<figure title="{escape(where)}, loss {-log_p[i, label]:.2f}">{_picture(image)}'
+            f"<figcaption>{_short(names[label])}<span{kind}>{verdict}</span>{file}</figcaption></figure>\n"
         )
-    remark = "Under each image its label, then the prediction and its probability."
+    remark = "Under each image its label, then the prediction and its probability"
+    remark += ", then its file." if files else "."
     return f'<p>{remark}</p>\n<div class="images">{"".join(figures)}</div>' if figures else ""
 
 

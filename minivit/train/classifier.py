@@ -297,7 +297,7 @@ def _labels(y: Any, count: int) -> tuple[np.ndarray, np.ndarray]:
     except TypeError as error:
         raise DTypeError(f"y holds labels that cannot be sorted: {error}", "give labels of one kind") from error
     if len(classes) < 2:
-        raise DataError(f"y holds one class only: {classes[0]!r}", "give images of at least two classes")
+        raise DataError(f"y holds one class only: {classes[0].item()!r}", "give images of at least two classes")
     return classes, labels.astype(np.int64)
 
 
