@@ -482,6 +482,21 @@ def test_a_model_saved_with_its_data_is_evaluated_predicts_and_starts_runs(
     assert load_model("runs/b/checkpoints/last.npz").config["dim"] == SMALL["dim"]
 
 
+def test_a_model_saved_with_a_folder_of_photos_crops_other_photos_as_it_did(here: Path) -> None:
+    for name in ("cat", "dog"):
+        Path("photos", name).mkdir(parents=True)
+        for i in range(5):
+            Image.new("RGB", (40 + i, 20), (40 * i, 90, len(name))).save(f"photos/{name}/{i}.png")
+    photos = mv.data.load("photos", size=(8, 8))
+    assert isinstance(photos.images, np.ndarray)  # few enough to be held in memory
+    model = mv.ViT(**SMALL | {"in_channels": 3, "num_classes": 2})
+    for data in (photos, photos.subset([0, 5]), photos.split_off(0.5, mv.Key(0))[0]):
+        mv.save(model, "mine", data=data)
+        assert read_model("mine")[1]["data"]["fit"] == "crop"
+    with pytest.raises(DataError, match="unknown fit 'cropp'"):
+        mv.data.Dataset(photos.images, photos.labels, photos.classes, "mine", "cropp")
+
+
 def test_predict_says_what_a_model_saved_alone_lacks(
     model: mv.ViT, digits: mv.data.Dataset, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

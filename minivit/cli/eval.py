@@ -126,7 +126,7 @@ def run_split(trained: Trained, split: str) -> Dataset | None:
     if (folder := run_of(trained.path)) is None:
         return None
     job = Job(settings_of_run(folder, trained.meta, {"train.device": "cpu"}), quiet=True, resumed=True)
-    now = job.make_trainer(None).meta["data"]
+    now = job.data_meta()
     if changed := [k for k in trained.data if k in now and k != "name" and now[k] != trained.data[k]]:
         what = f"{now['name']} is not as it was when {folder} was trained: other {', '.join(changed)}"
         raise DataError(what, "bring the data back, or name data and another split: --data NAME --split test")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import itertools
 import shlex
 import sys
@@ -51,7 +50,7 @@ from minivit.train.schedule import Schedule
 from minivit.train.signals import Stop, StopSignals
 from minivit.train.step import Team
 from minivit.train.trainer import Trainer, evaluate
-from minivit.train.weights import init_from, load_weights
+from minivit.train.weights import data_meta, init_from, load_weights
 
 TRAIN_STREAM, HOLD_OUT_STREAM = 0x7A1, 0x0FF  # streams of random numbers under the run's seed
 
@@ -357,19 +356,9 @@ class Job:
     def make_trainer(self, folder: Path | None) -> Trainer:
         """Return the Trainer, with a fresh optimizer."""
         s = self.settings
-        mean, std = self.train_data.mean, self.train_data.std
         meta = {
             "name": s["model.name"],
-            "data": {
-                "name": s["data.name"],
-                "fit": "crop" if data.kind_of(s["data.name"]) == "folder" else "stretch",  # of image files to its size
-                "bad_images": s["data.bad_images"],
-                "layout": s["data.layout"],
-                "classes": list(self.train_data.classes),
-                "labels": hashlib.sha256(self.train_data.labels.tobytes()).hexdigest(),
-                "mean": list(mean),
-                "std": list(std),
-            },
+            "data": self.data_meta(),
             "run": {"settings": dict(s), "origins": s.origins, "data": self._digests() if folder is not None else {}},
         }
         return Trainer(
@@ -391,6 +380,11 @@ class Job:
             meta=meta,
             quiet=self.quiet,
         )
+
+    def data_meta(self) -> dict[str, Any]:
+        """Return what a checkpoint of the run keeps of the images that it trains on."""
+        s = self.settings
+        return data_meta(self.train_data) | {"bad_images": s["data.bad_images"], "layout": s["data.layout"]}
 
     def _digests(self) -> dict[str, str]:
         """Return the SHA-256 of the images and the labels of each part of the data."""

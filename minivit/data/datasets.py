@@ -33,6 +33,7 @@ class Dataset:
     """Labelled images: in memory, or in files that act as an array (:class:`~minivit.data.folder.ImageFiles`).
 
     ``images`` uint8 (N, C, H, W), 0 to 255; ``labels`` int64 (N,), each an index into ``classes``, the classes' names.
+    ``fit`` says how other image files are brought to the size of these: :func:`~minivit.data.images.read_image`.
     Raises DataError if these do not fit each other.
     """
 
@@ -40,11 +41,15 @@ class Dataset:
     labels: np.ndarray
     classes: tuple[str, ...]
     name: str
+    fit: str = "stretch"
 
     def __post_init__(self) -> None:
-        images, labels, classes = self.images, self.labels, self.classes
-        from minivit.data.folder import ImageFiles  # late: it needs this module
+        from minivit.data.folder import ImageFiles  # late: they need this module
+        from minivit.data.images import FITS
 
+        images, labels, classes = self.images, self.labels, self.classes
+        if self.fit not in FITS:
+            raise unknown_name("fit", self.fit, FITS, error=DataError)
         if not isinstance(images, np.ndarray | ImageFiles) or images.dtype != np.uint8 or images.ndim != 4:
             what = f"{self.name}: images must be uint8 (N, C, H, W), not {_describe(images)}"
             raise DataError(what, bytes_remedy(images))

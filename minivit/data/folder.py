@@ -24,6 +24,9 @@ from minivit.errors import ConfigError, DataError, unknown_name
 SIZE = (64, 64)
 """The height and width that pictures are brought to unless others are asked for."""
 
+FIT = "crop"
+"""How they are brought to it: see :func:`~minivit.data.images.read_image`."""
+
 TEST_SHARE = 0.2
 """This share of each class is the split "test" where a folder does not part its files itself."""
 
@@ -125,7 +128,7 @@ def load_folder(
         what = f"{path}: no image of the class {found.classes[min(lost)]!r} can be read"
         raise DataError(what, "repair some, or remove the class")
     images = files.take(good) if held is None else held if len(good) == len(held) else held[good]
-    return Dataset(cast(np.ndarray, images), labels[good], found.classes, str(path))
+    return Dataset(cast(np.ndarray, images), labels[good], found.classes, str(path), FIT)
 
 
 # ---- which files -----------------------------------------------------------------------------------------------------
@@ -371,7 +374,7 @@ class ImageFiles:
     def read(self, i: int) -> tuple[np.ndarray, bool]:
         """Decode a file: (uint8 (C, H, W), whether it holds further pictures)."""
         picture = decode(self.paths[i], self.shape[1], at_least=self.shape[2:])
-        return fitted(picture.page, self.shape[2:], "crop"), picture.animated
+        return fitted(picture.page, self.shape[2:], FIT), picture.animated
 
 
 def in_threads(work: Callable[[int], None], paths: Sequence[Path], title: str = "") -> None:

@@ -16,7 +16,6 @@ import numpy as np
 
 from minivit.data import Dataset
 from minivit.data.datasets import NAMES
-from minivit.data.folder import ImageFiles
 from minivit.errors import CheckpointError, ConfigError, DataError, MinivitError, unknown_name, value_text
 from minivit.models.positions import Grid, resize_positions
 from minivit.models.vit import ViT
@@ -76,7 +75,7 @@ def data_meta(data: Dataset) -> dict[str, Any]:
     known = data.name in NAMES or not os.path.exists(data.name)
     return {
         "name": data.name if known else os.path.abspath(data.name),  # found again from any folder
-        "fit": "crop" if isinstance(data.images, ImageFiles) else "stretch",
+        "fit": data.fit,
         "bad_images": "stop",
         "classes": list(data.classes),
         "labels": hashlib.sha256(data.labels.tobytes()).hexdigest(),
