@@ -31,8 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the report, and draw a picture if asked to; 3 if there are files that cannot be read."""
-    import json
-
+    from minivit.cli.report import json_text
     from minivit.data.audit import audit
     from minivit.errors import ConfigError
 
@@ -44,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
         )
     found = audit(args.data[0], (args.size, args.size) if args.size else None)
     picture = draw(found, args.output) if args.output else None
-    print(json.dumps(as_json(found) | {"mosaic": picture}) if args.json else report(found, picture))
+    print(json_text(as_json(found) | {"mosaic": picture}) if args.json else report(found, picture))
     return BAD_INPUTS if found.corrupt else OK
 
 

@@ -196,7 +196,7 @@ def _logits(trained: Trained, dataset: Dataset, name: str) -> np.ndarray:
 
 def report(result: dict[str, Any], matching: Matching) -> str:
     """Return the figures of :func:`assess` as text."""
-    from minivit.cli.report import percent_interval, text_table
+    from minivit.cli.report import percent_interval, plural, text_table
     from minivit.errors import printable
 
     confusion, rows = result["confusion"], [*map(printable, matching.rows)]  # (K + U, K): label, prediction
@@ -223,7 +223,7 @@ def report(result: dict[str, Any], matching: Matching) -> str:
     wrong = [(n, i, j) for i, row in enumerate(confusion.tolist()) for j, n in enumerate(row) if n and i != j]
     if wrong:
         worst = sorted(wrong, key=lambda w: -w[0])[:5]
-        pairs = [f"{rows[i]} as {classes[j]} ({n} time{'s' * (n > 1)})" for n, i, j in worst]
+        pairs = [f"{rows[i]} as {classes[j]} ({plural(n, 'time')})" for n, i, j in worst]
         lines.append(f"\nmost often mistaken: {', '.join(pairs)}")
     return "\n".join(lines)
 

@@ -234,7 +234,7 @@ def _loose(folder: Path) -> str:
     """Say which images lie in ``folder`` itself and so in no class; "" if none do."""
     with os.scandir(folder) as entries:
         files = sorted(Path(e.path) for e in entries if not e.name.startswith(".") and not e.is_dir())
-    found = [file for file in files if _is_image_file(file)]
+    found = [file for file in files if is_image_file(file)]
     return f"{len(found):,} image{'s' * (len(found) > 1)} in no class, such as {found[0]}" if found else ""
 
 
@@ -305,8 +305,8 @@ def _subfolders(path: Path | None) -> list[Path]:
     return sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
 
 
-def image_files(folder: Path) -> list[Path]:
-    """Return the image files in a folder and in those below it, in order."""
+def visible_files(folder: Path) -> list[Path]:
+    """Return the files in a folder and in those below it, in order, but for hidden ones."""
 
     def refuse(error: OSError) -> None:
         raise error
@@ -319,10 +319,16 @@ def image_files(folder: Path) -> list[Path]:
         seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         found += [Path(root, name) for name in sorted(names) if not name.startswith(".")]
-    return [file for file in found if _is_image_file(file)]
+    return found
 
 
-def _is_image_file(file: Path) -> bool:
+def image_files(folder: Path) -> list[Path]:
+    """Return those of the :func:`visible_files` that are image files."""
+    return [file for file in visible_files(folder) if is_image_file(file)]
+
+
+def is_image_file(file: Path) -> bool:
+    """Tell whether a file is a picture, or is called like one: see :data:`SUFFIXES`."""
     if file.exists() and not file.is_file():  # to open a pipe would wait for its writer for ever
         return False
     return file.suffix.lower() in SUFFIXES or is_image(file)
