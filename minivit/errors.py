@@ -92,5 +92,5 @@ def value_text(value: object) -> str:
     try:
         text = repr(value)
     except (ValueError, RecursionError):  # more digits than Python writes, more lists within lists
-        return "a value without end"
+        return "a value too long to show"
     return text if len(text) <= 100 else f"{text[:99]}…"

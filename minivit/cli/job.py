@@ -74,7 +74,7 @@ MAY_CHANGE = (
     "data.name", "data.bad_images",  # where the images are; that they are the same is checked by their content
     "train.init_from", "model.recompute",  # what a run in progress does not depend on
     "train.epochs", "train.patience", "train.max_time", "train.on_nan", "train.save_every",
-    "train.device", "train.threads", "train.micro_batch",  # the numbers then agree but for rounding, which is told
+    "train.device", "train.threads", "train.micro_batch",  # which the run tells: the numbers agree but for rounding
 )  # fmt: skip
 """The settings that need not be the same when a run is resumed."""
 
@@ -121,7 +121,7 @@ def settings_of_run(folder: Path, meta: Mapping[str, Any], typed: Mapping[str, A
     file = folder / "config.toml"
     settings = resolve(typed or {}, file=file)
     named = read_toml(file).keys() | (typed or {}).keys()
-    kept = _kept(meta) or {"data.layout": 1}
+    kept = _kept(meta) or {"data.layout": 1}  # version 0.1.0 kept none, and knew no other layout
     settings.take({key: value for key, value in kept.items() if "." in key and key not in named}, "the run's start")
     return settings
 

@@ -101,7 +101,8 @@ def load_weights(model: Module, path: str | Path) -> None:
 def load_model(path: str | Path) -> ViT:
     """Build the model that a checkpoint was saved from, in eval mode, with the dtype of the stored parameters.
 
-    Of these :func:`load_weights` says which they are. Raises CheckpointError if the file cannot be used.
+    Where a run kept an average of the parameters, that is what the model gets. Raises CheckpointError if the file
+    cannot be used.
     """
     return _build(load_checkpoint(path), path)
 
