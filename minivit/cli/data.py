@@ -124,8 +124,8 @@ def report(found: Audit, picture: str | None) -> str:
 
 def class_table(found: Audit) -> str:
     """Return the number of images by class and split; of many classes, the range."""
-    from minivit.cli.eval import short
     from minivit.cli.report import text_table
+    from minivit.errors import shortened
 
     if len(found.classes) == 1:
         return ""
@@ -135,7 +135,7 @@ def class_table(found: Audit) -> str:
         return "\n".join(
             f"{split}: {min(n):,} to {max(n):,} images a class" for split, n in zip(splits, columns, strict=True)
         )
-    rows = [[short(name, 40), *map("{:,}".format, row)] for name, *row in zip(found.classes, *columns, strict=True)]
+    rows = [[shortened(name, 40), *map("{:,}".format, row)] for name, *row in zip(found.classes, *columns, strict=True)]
     rows.append(["all", *(f"{sum(column):,}" for column in columns)])
     return text_table(["class", *splits], rows, right=range(1, len(splits) + 1))
 

@@ -197,7 +197,7 @@ def _logits(trained: Trained, dataset: Dataset, name: str) -> np.ndarray:
 def report(result: dict[str, Any], matching: Matching) -> str:
     """Return the figures of :func:`assess` as text."""
     from minivit.cli.report import percent_interval, plural, text_table
-    from minivit.errors import printable
+    from minivit.errors import printable, shortened
 
     confusion, rows = result["confusion"], [*map(printable, matching.rows)]  # (K + U, K): label, prediction
     classes = rows[: confusion.shape[1]]
@@ -207,9 +207,9 @@ def report(result: dict[str, Any], matching: Matching) -> str:
     if "top5" in result:
         lines.append(f"top-5     {result['top5']:.2%}")
     lines += remarks(result, matching)
-    names = [*(short(name, 12) for name in classes), *(f"{short(name, 12)} (unknown)" for name in rows[len(classes) :])]
+    names = [shortened(name, 12) + " (unknown)" * (i >= len(classes)) for i, name in enumerate(rows)]
     if len(classes) <= 20:  # as wide as a page
-        head = ["label", "images", "right", *[short(name, 5) for name in classes]]
+        head = ["label", "images", "right", *[shortened(name, 5) for name in classes]]
         cells = [["·" if n == 0 else str(n) for n in row] for row in confusion.tolist()]
         lines.append("\nlabel by row, prediction by column:")
     else:
@@ -245,8 +245,3 @@ def remarks(result: dict[str, Any], matching: Matching) -> list[str]:
     if absent := result["absent"]:
         lines.append(f"absent    no image is of {listed(absent)}")
     return lines
-
-
-def short(name: str, width: int) -> str:
-    """Return a name cut to ``width`` characters."""
-    return name if len(name) <= width else name[: width - 1] + "…"
