@@ -92,5 +92,10 @@ def value_text(value: object) -> str:
     try:
         text = repr(value)
     except (ValueError, RecursionError):  # more digits than Python writes, more lists within lists
-        return "a value without end"
-    return text if len(text) <= 100 else f"{text[:99]}…"
+        return "a value too long to show"
+    return shortened(text, 100)
+
+
+def shortened(text: str, width: int) -> str:
+    """Return ``text`` cut to ``width`` characters, the last of them "…" then."""
+    return text if len(text) <= width else f"{text[: width - 1]}…"

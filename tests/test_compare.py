@@ -150,6 +150,13 @@ def test_only_runs_with_the_same_test_images_are_compared(tmp_path, one, two, wh
     assert (f"b and a: {why}: their accuracies cannot be compared" in capsys.readouterr().out) == bool(why)
 
 
+def test_a_run_of_the_first_version_held_out_others_of_the_same_images(tmp_path):
+    first, second = (recording(tmp_path / name, 800, labels=name) for name in ("a", "b"))
+    config = second / "config.toml"
+    config.write_text(config.read_text().replace("[train]", "layout = 2\n[train]"))
+    assert difference(read_run(first), read_run(second))["why"] == ""
+
+
 @pytest.mark.parametrize("meta", [{"data": 5}, {"data": {"classes": 3}}, {"run": []}, {"run": {"data": 1}}])
 def test_records_that_make_no_sense_are_refused(tmp_path, meta):
     folder = make_run(tmp_path / "a", right=900)

@@ -423,7 +423,7 @@ def test_a_value_of_two_lines_is_text() -> None:
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"depth": 10_001}, "depth is 10001"), ({"dim": True}, "dim is True"), ({"dim": -(10**5000)}, "without end"),
+        ({"depth": 10_001}, "depth is 10001"), ({"dim": True}, "dim is True"), ({"dim": -(10**5000)}, "too long to"),
         ({"qkv_bias": 1}, "qkv_bias is 1"), ({"norm_eps": 2.0}, "norm_eps is 2.0"), ({"seed": 1 << 63}, "seed is"),
         ({"image_size": 40_000}, "image_size is 40000"), ({"dropout": 10**400}, "dropout is"),
         ({"pool": []}, r"pool is \[\]"), ({"activation": {}}, "activation is {}"),
@@ -480,6 +480,21 @@ def test_a_model_saved_with_its_data_is_evaluated_predicts_and_starts_runs(
     assert main(["train", "--init-from", "mine", "-e", "1", "-q", "--name", "a"]) == 0
     assert main(["train", "--config", "runs/a/config.toml", "-e", "1", "-q", "--name", "b"]) == 0
     assert load_model("runs/b/checkpoints/last.npz").config["dim"] == SMALL["dim"]
+
+
+def test_a_model_saved_with_a_folder_of_photos_crops_other_photos_as_it_did(here: Path) -> None:
+    for name in ("cat", "dog"):
+        Path("photos", name).mkdir(parents=True)
+        for i in range(5):
+            Image.new("RGB", (40 + i, 20), (40 * i, 90, len(name))).save(f"photos/{name}/{i}.png")
+    photos = mv.data.load("photos", size=(8, 8))
+    assert isinstance(photos.images, np.ndarray)  # few enough to be held in memory
+    model = mv.ViT(**SMALL | {"in_channels": 3, "num_classes": 2})
+    for data in (photos, photos.subset([0, 5]), photos.split_off(0.5, mv.Key(0))[0]):
+        mv.save(model, "mine", data=data)
+        assert read_model("mine")[1]["data"]["fit"] == "crop"
+    with pytest.raises(DataError, match="unknown fit 'cropp'"):
+        mv.data.Dataset(photos.images, photos.labels, photos.classes, "mine", fit="cropp")
 
 
 def test_predict_says_what_a_model_saved_alone_lacks(

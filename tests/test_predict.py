@@ -73,6 +73,13 @@ def test_a_damaged_image_of_a_folder_has_a_row(run: str, here: Path, capsys: pyt
     assert "error" not in good
 
 
+def test_a_name_too_long_for_a_file_has_a_row(run: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    drawn(8, 10, "black", "white").save("good.png")
+    assert main(["predict", run, "a" * 5000, "good.png", "--json"]) == 3
+    bad, good = json.loads(capsys.readouterr().out)
+    assert "too long" in bad["error"] and "error" not in good
+
+
 def test_a_folder_without_images_has_a_row(run: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (here / "empty").mkdir()
     (here / "empty" / "notes.txt").write_text("none yet")

@@ -1,33 +1,28 @@
 """Gradient checking: is the gradient that the engine computes the derivative of the function that it ran?
 
 Every argument is moved along a random direction and the change of the output, weighed with a random cotangent, is held
-against the gradient. Where the function is analytic the derivative comes from a complex step, f(x + ih·v) with
-h = 1e-20: nothing is subtracted, so it is exact to the last bits (Squire and Trapp 1998, "Using complex variables to
-estimate derivatives of real functions", SIAM Review 40(1)). Elsewhere it comes from a central difference. A function
-that is not analytic still gives a number for a complex step, a wrong one: a difference has to confirm it, roughly.
+against the gradient: :mod:`minivit.autograd.derivative` says how the change is found.
 
 The cotangent is random for a reason: seeded with ones, the true gradient of a softmax is zero, and so are many wrong
 ones.
 
-Steps follow the size of the argument, and an error is relative to the derivative that is checked, never to a fixed
-number: a gradient of 1e-9 is checked as sharply as one of 1e9. What rounding leaves in doubt is measured then, by other
-steps and by changes in the last bits of all that goes in: an error that it explains is not blamed on the gradient, and
-does not pass either, unless the derivative is zero to rounding.
+An error is relative to the derivative that is checked, never to a fixed number: a gradient of 1e-9 is checked as
+sharply as one of 1e9. What rounding leaves in doubt is then measured, by other steps and by changes in the last bits of
+all that goes in: an error that it explains is not blamed on the gradient, and does not pass either, unless the
+derivative is zero to rounding.
 """
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import inspect
 import math
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from minivit.autograd.derivative import DOUBT, EPSILON, TOLERANCE, Derivative, alike, holding
 from minivit.autograd.graph import no_grad
 from minivit.autograd.tensor import Tensor, tensor
 from minivit.autograd.tensor import grad_or_zeros as grad
@@ -36,32 +31,12 @@ from minivit.errors import ConfigError, DTypeError, GradientError, GraphError, N
 
 __tracebackhide__ = True  # pytest then ends its traceback at the line that called the check
 
-COMPLEX_STEP = 1e-20
-"""The complex step, as a share of the argument's size."""
-
-NEAR_STEPS = (-5, -6, -4, -7, -3)
-"""Exponents of ten: steps of a central difference, as shares of the argument's size, in the order of trying."""
-
-LEAST_STEP = -10
-
-TOLERANCE = {("complex", 1): 1e-12, ("complex", 2): 1e-12, ("central", 1): 1e-7, ("central", 2): 1e-6}
-"""Largest relative error allowed, by method and order."""
-
 ZERO = 1e-7
 """Rounding that leaves a derivative in doubt may be at most this much of the function's size over its argument's."""
 
-ROUNDED = 100 * float(np.finfo(np.float64).eps)
+ROUNDED = 100 * EPSILON
 """An error of this much of the function's size over its argument's is none: the gradient of a saturated softmax is a
 difference of numbers near 1, and a few times 2⁻⁵³ off, where the complex step knows that it is e⁻³⁰⁰."""
-
-DOUBT = 10.0
-"""An error counts as one when it is this many times the noise that was measured."""
-
-DECADES = 6
-"""Entries of an argument whose sizes lie more decades apart are moved apart, each group by steps of its own size."""
-
-EPSILON = float(np.finfo(np.float64).eps)
-SMALLEST = 1e-270  # of an argument: its complex step must be a number
 
 
 @dataclass(frozen=True)
@@ -194,7 +169,7 @@ def _check(
     for problem, leaf, check in judged(fn, leaves, order, method, seed, rtol, atol):
         report.checks.append(check)
         if not check.passed:
-            problem.repeat()  # blame nobody for a function that changes from call to call
+            problem.check_repeats()  # blame nobody for a function that changes from call to call
             raise GradientError(
                 f"wrong gradient of order {check.order} for {check.name} {leaf.shape}: along a random direction it "
                 f"gives {check.analytic:.12g}, the {check.method} step {check.numeric:.12g} "
@@ -229,7 +204,7 @@ def judged(
             try:
                 check = problem.check(name, direction, method, rtol, atol or 0.0)
             except UndecidedError:
-                problem.repeat()
+                problem.check_repeats()
                 raise
             yield problem, leaf, check
 
@@ -248,7 +223,7 @@ class _First:
         _finite(output.numpy(), "the output of the function to check", "choose arguments at which it is finite")
         self.output = output.numpy()
         self.gradients: dict[str, np.ndarray] = {}
-        self.repeat()
+        self.check_repeats()
         self.prepare(output, key)
         with np.errstate(all="ignore"):
             self.gradients = self.differentiate()
@@ -259,14 +234,14 @@ class _First:
                 "keep away from points where there is no derivative (√x at 0), or mend the gradient",
             )
         self.here = self.terms()
-        self.least = 0.0  # the size that s would have if it were not small by chance
-        self.natural = float(np.abs(self.here).sum())  # the size that s has, or this
+        self.least = 0.0  # of order 2: the size that gradients usually have for such an output
+        self.size = float(np.abs(self.here).sum())  # the size that s has, at least ``least``
 
     def prepare(self, output: Tensor, key: Key) -> None:
         """Draw the weights."""
         self.weights = [normal(key.child(1), output.shape)]
 
-    def repeat(self) -> None:
+    def check_repeats(self) -> None:
         """Raise unless the function, and its gradient if known, come out as before (but for the last bits)."""
         with no_grad():
             again = self.fn().numpy()
@@ -294,7 +269,7 @@ class _First:
         """Return the check of one leaf along ``direction``: the worst, if its entries are of very different sizes."""
         leaf = self.leaves[name].numpy()
         whole = float(np.abs(self.gradients[name] * direction).sum())
-        parts = [_Part(self, name, direction * entries, size, self.gradients) for entries, size in _alike(leaf)]
+        parts = [_Part(self, name, direction * entries, size, self.gradients[name]) for entries, size in alike(leaf)]
         if method != "central" and not all(part.takes_complex(method) for part in parts):
             method = "central"
         checks = [part.judge(method, rtol, atol, whole) for part in parts]
@@ -302,7 +277,7 @@ class _First:
 
     def moved(self, leaf: Tensor, step: np.ndarray) -> np.ndarray:
         """Return the terms of s with one leaf moved by ``step``."""
-        with _holding({leaf: np.asarray(leaf.data + step)}), np.errstate(all="ignore"):
+        with holding({leaf: np.asarray(leaf.data + step)}), np.errstate(all="ignore"):
             return self.terms()
 
     def locate(self, leaf: Tensor, check: Check) -> str:
@@ -311,12 +286,12 @@ class _First:
         if leaf.size > 256:
             some = np.unique(random_bits(Key(0), (256,)) % leaf.size)
         worst, text = -1.0, ""
-        for entries, size in _alike(leaf.numpy()):
+        for entries, size in alike(leaf.numpy()):
             step = None
             for i in some[entries.reshape(-1)[some]]:
                 unit = np.zeros(leaf.shape)
                 unit.reshape(-1)[i] = 1.0
-                part = _Part(self, check.name, unit, size, self.gradients)
+                part = _Part(self, check.name, unit, size, self.gradients[check.name])
                 numeric = part.stepped if check.method == "complex" else None
                 if check.method == "central":
                     step = part.best()[2] if step is None else step  # what is best for one is good for the others
@@ -336,9 +311,9 @@ class _Second(_First):
 
     def __init__(self, fn: Callable[[], Tensor], leaves: Mapping[str, Tensor], key: Key) -> None:
         super().__init__(fn, leaves, key)
-        size = float(np.abs(self.output * self.seed.numpy()).sum())
-        self.least = max(size / part for x in self.inner for _, part in _alike(x.numpy()))
-        self.natural = max(self.natural, self.least)
+        output = float(np.abs(self.output * self.seed.numpy()).sum())
+        self.least = max(output / size for x in self.inner for _, size in alike(x.numpy()))
+        self.size = max(self.size, self.least)
 
     def prepare(self, output: Tensor, key: Key) -> None:
         """Draw the weights, and make the cotangent a leaf."""
@@ -352,10 +327,8 @@ class _Second(_First):
         output = self.fn()
         try:
             firsts = grad(output, self.inner, self.seed, create_graph=True)
-        except GraphError as error:
-            raise error.with_traceback(
-                None
-            ) from error.__cause__  # the walk back is none of the reader's business, the cause is
+        except GraphError as error:  # shown without the engine's walk back, which is none of the reader's business
+            raise error.with_traceback(None) from error.__cause__
         s: Any = sum((g * w).sum() for g, w in zip(firsts, self.weights, strict=True))
         if not s.requires_grad:
             return {name: np.zeros(x.shape) for name, x in self.leaves.items()}
@@ -368,37 +341,38 @@ class _Second(_First):
         return np.concatenate([np.ravel(g.data * w) for g, w in zip(firsts, self.weights, strict=True)])
 
 
-# ---- a derivative along a direction ----------------------------------------------------------------------------------
+# ---- the verdict -----------------------------------------------------------------------------------------------------
 
 
-class _Part:
-    """Entries of one leaf that move together along ``direction``: what their gradient says of s, and what s does.
+class _Part(Derivative):
+    """Entries of one leaf that move together: whether their gradient is right."""
 
-    ``size`` is the size of these entries. The numerical derivatives are a complex step and central differences,
-    D(h) = (s(x + h·v) - s(x - h·v)) / 2h; they are computed when asked for.
-    """
+    scalar: _First
 
-    def __init__(
-        self, problem: _First, name: str, direction: np.ndarray, size: float, gradients: Mapping[str, np.ndarray]
-    ) -> None:
-        self.problem, self.name, self.direction, self.size = problem, name, direction, size
-        self.leaf, self.here = problem.leaves[name], problem.here
-        products = gradients[name] * direction
-        self.analytic, self.terms = float(products.sum()), float(np.abs(products).sum())
-        self.values: dict[int, float] = {}  # D by the exponent of its step, h = 10ᵏ · size
-        self.changed: dict[int, np.ndarray] = {}  # which terms of s the step changes
+    def takes_complex(self, method: str) -> bool:
+        """Return whether differences leave the complex step standing; raise if ``method`` allows no other."""
+        if self.stepped is None:
+            what = "the function cannot run on complex numbers"
+        elif self.is_analytic is False:
+            what = f"the complex step gives {self.stepped:.12g}, differences {self.best()[0]:.12g}: it is not analytic"
+        else:
+            return True
+        if method == "complex":
+            raise GradientError(f"{self.name}: {what}", 'use method="central"')
+        return False
 
-    # ---- the verdict ----
+    def judge(self, method: str, rtol: float | None, atol: float, whole: float, may_be_zero: bool = True) -> Check:
+        """Return the check. ``whole`` is the sum over all entries that are moved, of which these may be some.
 
-    def judge(self, method: str, rtol: float | None, atol: float, whole: float, zero: bool = True) -> Check:
-        """Return the check; ``whole`` is the sum that these entries' terms belong to, ``zero``: it may be zero."""
+        With ``may_be_zero``, derivatives that are zero but for rounding are compared with what is usual here.
+        """
         how = "central" if method == "central" else "complex"
-        allowed = TOLERANCE[how, self.problem.order] if rtol is None else rtol
+        allowed = TOLERANCE[how, self.scalar.order] if rtol is None else rtol
 
         def result(value: float, scale: float) -> Check:
             error = max(abs(self.analytic - value) - atol, 0.0)
             error = error / scale if error else 0.0
-            return Check(self.name, self.problem.order, how, self.analytic, value, error, allowed)
+            return Check(self.name, self.scalar.order, how, self.analytic, value, error, allowed)
 
         # an error is relative to the sum's terms, not to a sum that may cancel
         if how == "central":
@@ -414,14 +388,14 @@ class _Part:
         if check.passed and noise <= allowed * scale + atol:
             return check
         excess = abs(self.analytic - numeric) - atol
-        if 0.0 < excess <= ROUNDED * (natural := self.natural()):
-            return result(numeric, natural)
-        if zero and (natural := self.zero(how, numeric, noise)):
-            check = result(numeric, natural)
+        if 0.0 < excess <= ROUNDED * (usual := self.usual()):
+            return result(numeric, usual)
+        if may_be_zero and (usual := self.usual_if_zero(how, numeric, noise)):
+            check = result(numeric, usual)
             if check.passed:
                 return check
         if method == "auto" and self.is_analytic is None:
-            return self.judge("central", rtol, atol, whole, zero=False)  # the complex step alone proves no fault
+            return self.judge("central", rtol, atol, whole, may_be_zero=False)  # the complex step alone proves no fault
         if how == "complex" and excess > 0.1 * scale and self.agrees():
             return result(numeric, scale)  # wrong: rounding cannot do that where a difference confirms the step
         own, of_step = self.shaken(EPSILON, how, excess)
@@ -430,11 +404,11 @@ class _Part:
             return result(numeric, scale)  # wrong
         if max(excess, noise) <= allowed * whole:
             return result(numeric, whole)  # too small a part of the argument's derivative to count
-        if method == "auto":
-            return self.judge("central", rtol, atol, whole, zero=False)  # coarser, and rounding may leave it that
+        if method == "auto":  # a difference is coarser, and rounding may leave no doubt of it
+            return self.judge("central", rtol, atol, whole, may_be_zero=False)
         raise self.undecided(check, noise)
 
-    def natural(self) -> float:
+    def usual(self) -> float:
         """Return the size of what these entries change in s, over their own: what a derivative usually is like.
 
         What they change is seen at other arguments, because here a saturated function may change nothing.
@@ -443,54 +417,53 @@ class _Part:
         for scale in (1e-3, 1.0):
             moved = {
                 x: np.asarray(scale * (np.abs(x.data).mean() or 1.0) * normal(Key(i, stream=0x0FF), x.shape))
-                for i, x in enumerate(self.problem.leaves.values())
+                for i, x in enumerate(self.scalar.leaves.values())
             }
             try:
-                with _holding(moved):
-                    before, after = (
-                        self.problem.moved(self.leaf, h * self.size * self.direction) for h in (0.0, scale)
-                    )
+                with holding(moved):
+                    steps = (0.0 * self.direction, scale * self.size * self.direction)
+                    before, after = (self.scalar.moved(self.leaf, step) for step in steps)
                 changed |= before != after  # NaN, too
             except (ArithmeticError, ValueError):  # the function refuses these arguments, or returns another shape
                 changed[:] = True
-        return max(float(np.abs(self.here).sum(where=changed)), self.problem.least) / self.size
+        return max(float(np.abs(self.here).sum(where=changed)), self.scalar.least) / self.size
 
-    def zero(self, how: str, numeric: float, noise: float) -> float:
-        """Return the derivative that is natural here if both derivatives are zero beside it, else 0.
+    def usual_if_zero(self, how: str, numeric: float, noise: float) -> float:
+        """Return the size that a derivative usually has here if both derivatives are zero beside it, else 0.
 
         They are if rounding made them: they are small beside that of a function of this size with an argument of this
         size, and, if not 0, a change of the 6th digit of what goes in makes other numbers of them. A derivative that is
         only small keeps its first digits then.
         """
         try:
-            around = float(np.abs(self.problem.moved(self.leaf, self.size * self.direction)).sum())
+            around = float(np.abs(self.scalar.moved(self.leaf, self.size * self.direction)).sum())
         except (ArithmeticError, ValueError):  # the function refuses what lies so far away
             around = math.nan
-        natural = max(self.problem.natural, around if math.isfinite(around) else 0.0) / self.size
-        if max(self.terms, abs(numeric)) > ZERO * natural:
+        usual = max(self.scalar.size, around if math.isfinite(around) else 0.0) / self.size
+        if max(self.terms, abs(numeric)) > ZERO * usual:
             return 0.0
         own, of_step = self.shaken(1e-6, how)
         made = self.terms <= DOUBT * own and abs(self.analytic - numeric) <= DOUBT * (own + of_step + noise)
-        return natural if made else 0.0
+        return usual if made else 0.0
 
     def shaken(self, by: float, how: str, excess: float = 0.0) -> tuple[float, float]:
         """Return how much the gradient's derivative, and the complex step's, change if all that goes in does ``by``.
 
         Of five changes the largest; of one, if that leaves no doubt about an ``excess``.
         """
-        problem, own, of_step = self.problem, 0.0, 0.0
-        weights = problem.weights
+        own = of_step = 0.0
+        scalar, weights = self.scalar, self.scalar.weights
         for j in range(5):
             key = Key(j, stream=0x0B17)
-            moved = {x: _nudged(x.data, by, key.child(i)) for i, x in enumerate(problem.leaves.values())}
-            problem.weights = [_nudged(w, by, key.child(1000 + i)) for i, w in enumerate(weights)]
+            moved = {x: _nudged(x.data, by, key.child(i)) for i, x in enumerate(scalar.leaves.values())}
+            scalar.weights = [_nudged(w, by, key.child(1000 + i)) for i, w in enumerate(weights)]
             direction = _nudged(self.direction, by, key.child(2000))
-            with _holding(moved):
-                again = _Part(problem, self.name, direction, self.size, problem.differentiate())
+            with holding(moved):
+                again = Derivative(scalar, self.name, direction, self.size, scalar.differentiate()[self.name])
                 own = max(own, abs(again.analytic - self.analytic))
                 if how == "complex" and again.stepped is not None and self.stepped is not None:
                     of_step = max(of_step, abs(again.stepped - self.stepped))
-            problem.weights = weights
+            scalar.weights = weights
             if excess > 1e3 * DOUBT * (own + of_step):
                 break
         return own, of_step
@@ -506,165 +479,8 @@ class _Part:
             f"rtol={_up(noise / derivative)} or atol={_up(noise)}",
         )
 
-    # ---- the complex step ----
-
-    @functools.cached_property
-    def stepped(self) -> float | None:
-        """ds/dh by a complex step, or None if the function cannot run on complex numbers."""
-        h = COMPLEX_STEP * self.size
-        moved = {x: x.data.astype(np.complex128) for x in self.problem.leaves.values()}
-        moved[self.leaf] = np.asarray(moved[self.leaf] + 1j * h * self.direction)
-        with _holding(moved), np.errstate(all="ignore"), warnings.catch_warnings():
-            warnings.simplefilter("error", np.exceptions.ComplexWarning)  # an imaginary part thrown away
-            try:
-                value = float(np.imag(self.problem.terms()).sum() / h)
-            except (TypeError, np.exceptions.ComplexWarning):
-                return None
-        return value if math.isfinite(value) else None
-
-    def takes_complex(self, method: str) -> bool:
-        """Return whether differences leave the complex step standing; raise if ``method`` allows no other."""
-        if self.stepped is None:
-            what = "the function cannot run on complex numbers"
-        elif self.is_analytic is False:
-            what = f"the complex step gives {self.stepped:.12g}, differences {self.best()[0]:.12g}: it is not analytic"
-        else:
-            return True
-        if method == "complex":
-            raise GradientError(f"{self.name}: {what}", 'use method="central"')
-        return False
-
-    @functools.cached_property
-    def is_analytic(self) -> bool | None:
-        """Whether the function is analytic, as differences that agree with the complex step show; None if unknown."""
-        if self.agrees() or self.agrees_beside(1.0, 1e-3):  # it may have a kink just here
-            return True
-        value, noise, _ = self.best()
-        if self.stepped is None or abs(self.stepped - value) > DOUBT * noise:
-            return False
-        # it may change too little just here
-        return self.agrees_beside(1.0, 0.3) or self.agrees_beside(0.1, 0.3) or self.agrees_beside(0.0, 1.0) or None
-
-    def agrees(self) -> bool:
-        """Return whether a difference is equal to the complex step."""
-        if self.stepped is None:
-            return False
-        if self.stepped == 0.0 and all(self.compute(k) and not self.changed[k].any() for k in (-5, -1)):
-            return True
-        return self.near(self.stepped, TOLERANCE["central", self.problem.order]) is not None
-
-    def agrees_beside(self, scale: float, by: float) -> bool:
-        """Return whether one is at arguments ``scale`` times as large, changed at random by this share of them.
-
-        With scale 0 they are standard normal.
-        """
-        moved = {}
-        for i, x in enumerate(self.problem.leaves.values()):
-            noise = normal(Key(i, stream=0x0FF), x.shape)
-            sizes = np.abs(x.data) + np.where(x.data == 0.0, np.abs(x.data).max(initial=0.0) or 1.0, 0.0)
-            moved[x] = np.asarray(scale * (x.data + by * sizes * noise) if scale else noise)
-        size = self.size * scale if scale else 1.0
-        with _holding(moved):
-            part = _Part(self.problem, self.name, self.direction, size, self.problem.gradients)
-            try:
-                part.here = self.problem.moved(self.leaf, 0.0 * self.direction)
-            except (ArithmeticError, ValueError):  # the function refuses them
-                return False
-            return part.agrees()
-
-    # ---- central differences ----
-
-    def compute(self, k: int) -> bool:
-        """Compute D for a step of 10ᵏ · size, and return whether it says anything about the derivative here."""
-        if k not in self.values:
-            h, here = 10.0**k * self.size, self.here
-            try:
-                up, down = (self.problem.moved(self.leaf, step * self.direction) for step in (h, -h))
-            except (ArithmeticError, ValueError):  # the function refuses what lies so far away
-                return False
-            if not up.shape == down.shape == here.shape:
-                return False
-            with np.errstate(all="ignore"):
-                value = float((up - down).sum() / (2.0 * h))
-                bent = float(np.abs(up + down - 2.0 * here).sum()) > 0.1 * float(np.abs(here).sum())
-            if math.isfinite(value) and not (bent and k >= 0):
-                self.values[k], self.changed[k] = value, (up != here) | (down != here)
-        return k in self.values
-
-    def refined(self, k: int) -> float:
-        """Return (100·D(h) - D(10h)) / 99: it has no error in h² (Richardson 1911, doi:10.1098/rsta.1911.0009)."""
-        return self.values[k] + (self.values[k] - self.values[k + 1]) / 99.0
-
-    def near(self, derivative: float, rtol: float, atol: float = 0.0) -> float | None:
-        """Return a difference, of a small step, that is equal to ``derivative`` while rounding is far less."""
-        for k in NEAR_STEPS:
-            if self.compute(k):
-                rounding = EPSILON * float(np.abs(self.here).sum()) / (10.0**k * self.size)
-                refined = [self.refined(i) for i in (k, k - 1) if i in self.values and i + 1 in self.values]
-                for value in [self.values[k], *refined]:
-                    allowed = rtol * max(self.terms, abs(value)) + atol
-                    if abs(derivative - value) <= allowed and DOUBT * rounding <= allowed:
-                        return value
-        return None
-
-    def best(self) -> tuple[float, float, int]:
-        """Return the difference with the least noise, this noise and the exponent of its step.
-
-        Noise is how far two neighbours are apart; to have a meaning, that is little beside them or what rounding does.
-        From afar a function may look flat: a larger step that contradicts a smaller one does not count.
-        """
-        reach = math.ceil(math.log10(max(float(np.abs(self.leaf.data).max(initial=0.0)) / self.size, 1.0)))
-        d = {k: self.values[k] for k in range(LEAST_STEP, reach + 7) if self.compute(k)}
-        changed = np.any([self.changed[k] for k in d], axis=0) if d else False
-        rounding = EPSILON * float(np.abs(self.here).sum(where=changed)) / self.size
-        noise: dict[int, float] = {}
-        for k in (k for k in d if k + 1 in d):
-            apart, least = abs(d[k] - d[k + 1]), rounding / 10.0**k
-            below = abs(d[k - 1] - d[k]) / 10.0 if k - 1 in d else 0.0  # a step of a tenth: ten times the rounding
-            settled = k < -1 or apart <= max(0.1 * abs(d[k]), DOUBT * least)
-            if settled and all(abs(d[k] - d[j]) <= DOUBT * noise[j] for j in noise):
-                noise[k] = max(apart, below, least)
-        if not noise:
-            raise NonFiniteError(
-                f"the function to check is finite, but not around {self.name}: it has no derivative there",
-                "choose arguments inside the function's domain, not on its edge",
-            )
-        k = min(noise, key=lambda k: noise[k])
-        return self.refined(k), noise[k], k
-
 
 # ---- helpers ---------------------------------------------------------------------------------------------------------
-
-
-def _alike(x: np.ndarray) -> list[tuple[np.ndarray, float]]:
-    """Return groups of entries of about the same size: (which entries, their mean size, 1 if all are zero)."""
-    sizes = np.abs(x)
-    some = sizes > 0.0
-    if not some.any():
-        return [(np.ones(x.shape, bool), 1.0)]
-    logs = np.log10(sizes, out=np.full(x.shape, np.log10(sizes.max())), where=some)  # zeros go with the largest
-    groups = (logs.max() - logs) // DECADES
-    parts = [groups == g for g in np.unique(groups)]
-    return [(part, max(float(sizes[part & some].mean()), SMALLEST)) for part in parts]
-
-
-@contextlib.contextmanager
-def _holding(arrays: Mapping[Tensor, np.ndarray]) -> Iterator[None]:
-    """Let these leaves hold other arrays meanwhile."""
-    before = {x: x.data for x in arrays}
-    try:
-        for x, data in arrays.items():
-            _put(x, data)
-        yield
-    finally:
-        for x, data in before.items():
-            _put(x, data)
-
-
-def _put(x: Tensor, data: np.ndarray) -> None:
-    x.data = data
-    x.requires_grad = False  # a new leaf node, with the new dtype
-    x.requires_grad = True
 
 
 def _nudged(x: np.ndarray, by: float, key: Key) -> np.ndarray:

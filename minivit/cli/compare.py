@@ -175,7 +175,7 @@ def other_data(first: Mapping[str, Any], other: Mapping[str, Any]) -> str:
     return ""
 
 
-PARTING = ("data.val_fraction", "data.overfit", "data.bad_images", "train.seed")
+PARTING = ("data.val_fraction", "data.layout", "data.overfit", "data.bad_images", "train.seed")
 """Settings that decide which of the training images are held out, and so which labels are hashed."""
 
 

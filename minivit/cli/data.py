@@ -31,8 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the report, and draw a picture if asked to; 3 if there are files that cannot be read."""
-    import json
-
+    from minivit.cli.report import json_text
     from minivit.data.audit import audit
     from minivit.errors import ConfigError
 
@@ -44,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
         )
     found = audit(args.data[0], (args.size, args.size) if args.size else None)
     picture = draw(found, args.output) if args.output else None
-    print(json.dumps(as_json(found) | {"mosaic": picture}) if args.json else report(found, picture))
+    print(json_text(as_json(found) | {"mosaic": picture}) if args.json else report(found, picture))
     return BAD_INPUTS if found.corrupt else OK
 
 
@@ -131,8 +130,8 @@ def report(found: Audit, picture: str | None) -> str:
 
 def class_table(found: Audit) -> str:
     """Return the number of images by class and split; of many classes, the range."""
-    from minivit.cli.eval import short
     from minivit.cli.report import text_table
+    from minivit.errors import shortened
 
     if len(found.classes) == 1:
         return ""
@@ -142,7 +141,7 @@ def class_table(found: Audit) -> str:
         return "\n".join(
             f"{split}: {min(n):,} to {max(n):,} images a class" for split, n in zip(splits, columns, strict=True)
         )
-    rows = [[short(name, 40), *map("{:,}".format, row)] for name, *row in zip(found.classes, *columns, strict=True)]
+    rows = [[shortened(name, 40), *map("{:,}".format, row)] for name, *row in zip(found.classes, *columns, strict=True)]
     rows.append(["all", *(f"{sum(column):,}" for column in columns)])
     return text_table(["class", *splits], rows, right=range(1, len(splits) + 1))
 

@@ -133,7 +133,7 @@ def run_split(trained: Trained, split: str) -> Dataset | None:
     if (folder := run_of(trained.path)) is None:
         return None
     job = Job(settings_of_run(folder, trained.meta, {"train.device": "cpu"}), quiet=True, resumed=True)
-    now = job.make_trainer(None).meta["data"]
+    now = job.data_meta()
     if changed := [k for k in trained.data if k in now and k != "name" and now[k] != trained.data[k]]:
         what = f"{now['name']} is not as it was when {folder} was trained: other {', '.join(changed)}"
         raise DataError(what, "bring the data back, or name data and another split: --data NAME --split test")
@@ -231,8 +231,8 @@ def _logits(trained: Trained, dataset: Dataset, name: str) -> np.ndarray:
 
 def report(result: dict[str, Any], matching: Matching) -> str:
     """Return the figures of :func:`assess` as text."""
-    from minivit.cli.report import percent_interval, text_table
-    from minivit.errors import printable
+    from minivit.cli.report import percent_interval, plural, text_table
+    from minivit.errors import printable, shortened
 
     confusion, rows = result["confusion"], [*map(printable, matching.rows)]  # (K + U, K): label, prediction
     classes = rows[: confusion.shape[1]]
@@ -242,9 +242,9 @@ def report(result: dict[str, Any], matching: Matching) -> str:
     if "top5" in result:
         lines.append(f"top-5     {result['top5']:.2%}")
     lines += remarks(result, matching)
-    names = [*(short(name, 12) for name in classes), *(f"{short(name, 12)} (unknown)" for name in rows[len(classes) :])]
+    names = [shortened(name, 12) + " (unknown)" * (i >= len(classes)) for i, name in enumerate(rows)]
     if len(classes) <= 20:  # as wide as a page
-        head = ["label", "images", "right", *[short(name, 5) for name in classes]]
+        head = ["label", "images", "right", *[shortened(name, 5) for name in classes]]
         cells = [["·" if n == 0 else str(n) for n in row] for row in confusion.tolist()]
         lines.append("\nlabel by row, prediction by column:")
     else:
@@ -258,7 +258,7 @@ def report(result: dict[str, Any], matching: Matching) -> str:
     wrong = [(n, i, j) for i, row in enumerate(confusion.tolist()) for j, n in enumerate(row) if n and i != j]
     if wrong:
         worst = sorted(wrong, key=lambda w: -w[0])[:5]
-        pairs = [f"{rows[i]} as {classes[j]} ({n} time{'s' * (n > 1)})" for n, i, j in worst]
+        pairs = [f"{rows[i]} as {classes[j]} ({plural(n, 'time')})" for n, i, j in worst]
         lines.append(f"\nmost often mistaken: {', '.join(pairs)}")
     if found := result["worst"]:
         listed = [[one["file"], one["label"], one["class"], f"{one['probability']:.1%}"] for one in found]
@@ -284,8 +284,3 @@ def remarks(result: dict[str, Any], matching: Matching) -> list[str]:
     if absent := result["absent"]:
         lines.append(f"absent    no image is of {listed(absent)}")
     return lines
-
-
-def short(name: str, width: int) -> str:
-    """Return a name cut to ``width`` characters."""
-    return name if len(name) <= width else name[: width - 1] + "…"

@@ -36,9 +36,7 @@ def run(args: argparse.Namespace) -> int:
 
 def check_operations(order: int, seed: int, as_json: bool = False) -> int:
     """Check every operation on its samples, and whether the check refuses its mutants."""
-    import json
-
-    from minivit.cli.report import row_format
+    from minivit.cli.report import json_text, row_format
     from minivit.ops.samples import SAMPLES
 
     started = time.perf_counter()
@@ -58,7 +56,7 @@ def check_operations(order: int, seed: int, as_json: bool = False) -> int:
     faults = [fault for row in rows for fault in row["faults"]]
     worst = max((error for row in rows for error in row["errors"] if error is not None), default=0.0)
     if as_json:
-        print(json.dumps({"operations": rows, "worst_error": worst}))
+        print(json_text({"operations": rows, "worst_error": worst}))
         return 1 if faults else 0
     for fault in faults:
         print(f"\nFAIL  {fault}")
@@ -112,13 +110,12 @@ def _error(value: float | None) -> str:
 
 def check_model(name: str, order: int, seed: int, as_json: bool = False) -> int:
     """Check the gradient of a model in each of its parameters, in float64, on two random images."""
-    import json
-
     import numpy as np
 
     from minivit.autograd.check import check_module
     from minivit.backend import Key, normal
     from minivit.cli.layers import image_shape, model_config, open_model
+    from minivit.cli.report import json_text
     from minivit.errors import ConfigError, printable
     from minivit.models.zoo import count_parameters
 
@@ -143,7 +140,7 @@ def check_model(name: str, order: int, seed: int, as_json: bool = False) -> int:
     worst = max(report.checks, key=lambda c: c.error)
     if as_json:
         checks = [{"parameter": c.name, "order": c.order, "error": c.error, "method": c.method} for c in report.checks]
-        print(json.dumps({"model": name, "parameters": size, "worst_error": worst.error, "checks": checks}))
+        print(json_text({"model": name, "parameters": size, "worst_error": worst.error, "checks": checks}))
         return 0
     print(report_table(report, dict(model.named_parameters()), order))
     arrays = len(list(model.parameters()))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import itertools
 import shlex
 import sys
@@ -52,7 +51,7 @@ from minivit.train.schedule import Schedule
 from minivit.train.signals import Stop, StopSignals
 from minivit.train.step import Team
 from minivit.train.trainer import Trainer, evaluate
-from minivit.train.weights import init_from, load_weights
+from minivit.train.weights import data_meta, init_from, load_weights
 
 TRAIN_STREAM, HOLD_OUT_STREAM = 0x7A1, 0x0FF  # streams of random numbers under the run's seed
 
@@ -76,7 +75,7 @@ MAY_CHANGE = (
     "data.name", "data.bad_images",  # where the images are; that they are the same is checked by their content
     "train.init_from", "model.recompute",  # what a run in progress does not depend on
     "train.epochs", "train.patience", "train.max_time", "train.on_nan", "train.save_every",
-    "train.device", "train.threads", "train.micro_batch",  # the numbers then agree but for rounding, which is told
+    "train.device", "train.threads", "train.micro_batch",  # which the run tells: the numbers agree but for rounding
 )  # fmt: skip
 """The settings that need not be the same when a run is resumed."""
 
@@ -123,7 +122,7 @@ def settings_of_run(folder: Path, meta: Mapping[str, Any], typed: Mapping[str, A
     file = folder / "config.toml"
     settings = resolve(typed or {}, file=file)
     named = read_toml(file).keys() | (typed or {}).keys()
-    kept = _kept(meta) or {"data.layout": 1}
+    kept = _kept(meta) or {"data.layout": 1}  # version 0.1.0 kept none, and knew no other layout
     settings.take({key: value for key, value in kept.items() if "." in key and key not in named}, "the run's start")
     return settings
 
@@ -360,19 +359,9 @@ class Job:
     def make_trainer(self, folder: Path | None) -> Trainer:
         """Return the Trainer, with a fresh optimizer."""
         s = self.settings
-        mean, std = self.train_data.mean, self.train_data.std
         meta = {
             "name": s["model.name"],
-            "data": {
-                "name": s["data.name"],
-                "fit": "crop" if data.kind_of(s["data.name"]) == "folder" else "stretch",  # of image files to its size
-                "bad_images": s["data.bad_images"],
-                "layout": s["data.layout"],
-                "classes": list(self.train_data.classes),
-                "labels": hashlib.sha256(self.train_data.labels.tobytes()).hexdigest(),
-                "mean": list(mean),
-                "std": list(std),
-            },
+            "data": self.data_meta(),
             "run": {"settings": dict(s), "origins": s.origins, "data": self._digests() if folder is not None else {}},
         }
         return Trainer(
@@ -394,6 +383,11 @@ class Job:
             meta=meta,
             quiet=self.quiet,
         )
+
+    def data_meta(self) -> dict[str, Any]:
+        """Return what a checkpoint of the run keeps of the images that it trains on."""
+        s = self.settings
+        return data_meta(self.train_data) | {"bad_images": s["data.bad_images"], "layout": s["data.layout"]}
 
     def _digests(self) -> dict[str, str]:
         """Return the SHA-256 of the images and the labels of each part of the data."""

@@ -13,7 +13,7 @@ from importlib import import_module
 from types import ModuleType
 
 from minivit import __version__
-from minivit.errors import MinivitError, printable
+from minivit.errors import MinivitError, printable, shortened
 
 TYPE_CHECKING = False  # as typing.TYPE_CHECKING, without the import
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ def number(kind: type, low: float | None = None, high: float | None = None) -> C
     """Return an argument's ``type``: a number, whole if ``kind`` is int; from ``low`` to ``high`` if given."""
 
     def check(word: str) -> float:
-        shown = repr(word if len(word) <= 40 else f"{word[:39]}…")
+        shown = repr(shortened(word, 40))
         try:
             value: float = kind(word)
         except ValueError:  # no number, or one of more digits than Python reads

@@ -33,9 +33,9 @@ class Matching:
 def match_classes(known: Sequence[str], given: Sequence[str], count: int, name: str, by_position: bool) -> Matching:
     """Match the classes ``given`` by a data set to those ``known`` to a model of ``count`` classes (() if unnamed).
 
-    A class is known by its name, to the letter; data without names have the numbers "0", "1", … for names. With
-    ``by_position`` the n-th class of the data is the model's n-th. So it is, too, where the model's have no names and
-    there are as many in the data.
+    A class is known by its name, to the letter; data without names have the numbers "0", "1", … for names. The n-th
+    class of the data is taken for the model's n-th with ``by_position``, and where the model's classes have no names
+    and the data have as many.
 
     Raises DataError, in the name of the data set ``name``, if no name is shared, if one occurs twice, or if there are
     more or other classes than positions.

@@ -106,43 +106,35 @@ def classify(trained: Trained, waiting: list[tuple[dict[str, Any], np.ndarray]])
 
 def read_all(sources: Sequence[str], trained: Trained) -> Iterator[tuple[str, np.ndarray | str]]:
     """Yield (name, image uint8 (C, H, W)) for each image of each source; or, where it cannot be read, the reason."""
-    from minivit.data.datasets import reading
-    from minivit.data.folder import image_files
+    import os
+
     from minivit.errors import MinivitError
 
     for source in sources:
         try:
-            if Path(source).is_dir():
-                with reading(source, "check its permissions"):
-                    files = image_files(Path(source))
-                _tell_of_others(source, files)
-                yield from read_all([str(file) for file in files], trained)
+            if os.path.isdir(source):  # which, unlike Path's, raises nothing for a name that is too long
+                yield from read_all(files_in(source), trained)
             else:
                 yield from read(source, trained.model, trained.data.get("fit", "stretch"))
         except MinivitError as error:  # the others may be sound
             yield source, f"{error.what.removeprefix(f'{source}: ')} → {error.remedy}"
 
 
-def _tell_of_others(folder: str, images: Sequence[Path]) -> None:
-    """Say how many files of a folder are no images; raise DataError if all are."""
-    import os
-
+def files_in(folder: str) -> list[str]:
+    """Return the image files in a folder and below it; say how many others are there. Raises DataError for none."""
     from minivit.cli.report import plural
+    from minivit.data.datasets import reading
+    from minivit.data.folder import is_image_file, visible_files
     from minivit.errors import DataError, printable
 
-    seen: set[str] = set()
-    count = -len(images)
-    for root, folders, names in os.walk(folder, followlinks=True):
-        if (real := os.path.realpath(root)) in seen:  # as image_files does
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        count += sum(not name.startswith(".") for name in names)
+    with reading(folder, "check its permissions"):
+        files = visible_files(Path(folder))
+        images = [str(file) for file in files if is_image_file(file)]
     if not images:
         raise DataError(f"{folder}: no image files", "give a folder that has some")
-    if count:
-        print(printable(f"skipped     {plural(count, 'file')} in {folder}: no images"), file=sys.stderr)
+    if others := len(files) - len(images):
+        print(printable(f"skipped     {plural(others, 'file')} in {folder}: no images"), file=sys.stderr)
+    return images
 
 
 def read(source: str, model: ViT, fit: str) -> Iterator[tuple[str, np.ndarray]]:

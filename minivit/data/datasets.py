@@ -34,6 +34,7 @@ class Dataset:
 
     ``images`` uint8 (N, C, H, W), 0 to 255; ``labels`` int64 (N,), each an index into ``classes``, the classes' names.
     ``files`` are the image files that they came from, as paths in the folder ``name``, or () where there are none.
+    ``fit`` says how other image files are brought to the size of these: :func:`~minivit.data.images.read_image`.
     Raises DataError if these do not fit each other.
     """
 
@@ -42,11 +43,15 @@ class Dataset:
     classes: tuple[str, ...]
     name: str
     files: tuple[str, ...] = ()
+    fit: str = "stretch"
 
     def __post_init__(self) -> None:
-        images, labels, classes = self.images, self.labels, self.classes
-        from minivit.data.folder import ImageFiles  # late: it needs this module
+        from minivit.data.folder import ImageFiles  # late: they need this module
+        from minivit.data.images import FITS
 
+        images, labels, classes = self.images, self.labels, self.classes
+        if self.fit not in FITS:
+            raise unknown_name("fit", self.fit, FITS, error=DataError)
         if not isinstance(images, np.ndarray | ImageFiles) or images.dtype != np.uint8 or images.ndim != 4:
             what = f"{self.name}: images must be uint8 (N, C, H, W), not {_describe(images)}"
             raise DataError(what, bytes_remedy(images))
@@ -59,10 +64,7 @@ class Dataset:
             raise DataError(f"{self.name}: {len(images)} images but {len(labels)} labels", "give one label per image")
         if self.files and len(self.files) != len(images):
             raise DataError(f"{self.name}: {len(images)} images but {len(self.files)} files", "give one per image")
-        wrong = np.flatnonzero((labels < 0) | (labels >= len(classes)))
-        if len(wrong):
-            what = f"{self.name}: label {labels[wrong[0]]} of image {wrong[0]} is not a class: there are {len(classes)}"
-            raise DataError(what, f"labels run from 0 to {len(classes) - 1}; name every class in `classes`")
+        _check_labels(labels, classes, self.name)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -139,7 +141,8 @@ class Dataset:
         quotas = fraction * np.bincount(labels, minlength=len(self.classes))  # (K,)
         most = np.maximum(np.bincount(labels, minlength=len(self.classes)) - 1, 0)
         counts = np.minimum(quotas.astype(np.int64), most)
-        first = {label: place for place, label in reversed([*enumerate(labels.tolist())])}  # so the key decides on ties
+        # each class's first place in the order, which decides where remainders are equal
+        first = {label: place for place, label in reversed([*enumerate(labels.tolist())])}
         for label in sorted(first, key=lambda label: (counts[label] - quotas[label], first[label])):
             if counts.sum() < held and counts[label] < most[label]:
                 counts[label] += 1
@@ -168,6 +171,14 @@ def bytes_remedy(images: Any, name: str = "images") -> str:
     if images.dtype.kind in "bf" and high <= 1:
         return f"they run from 0 to 1: np.rint(255 * {name}).astype(np.uint8)"
     return f"{f'np.rint({name})' if images.dtype.kind == 'f' else name}.astype(np.uint8)"
+
+
+def _check_labels(labels: np.ndarray, classes: Sequence[str], where: str) -> None:
+    """Raise DataError for the first label that is not a place among the classes."""
+    wrong = np.flatnonzero((labels < 0) | (labels >= len(classes)))
+    if len(wrong):
+        what = f"{where}: label {labels[wrong[0]]} of image {wrong[0]} is not a class: there are {len(classes)}"
+        raise DataError(what, f"labels run from 0 to {len(classes) - 1}; name every class in `classes`")
 
 
 def _describe(x: Any) -> str:
@@ -346,10 +357,7 @@ def load_npz(path: str | PathLike[str], split: str, layout: int = LAYOUT) -> Dat
         if unknown := set(labels.tolist()) - numbers.keys():
             raise DataError(f"{where}: {min(unknown)!r} is not one of the classes", f"name it in {names['classes']!r}")
         labels = np.array([numbers[name] for name in labels.tolist()], np.int64)
-    wrong = np.flatnonzero((labels < 0) | (labels >= len(classes)))
-    if len(wrong):
-        what = f"{where}: label {labels[wrong[0]]} of image {wrong[0]} is not a class: there are {len(classes)}"
-        raise DataError(what, f"labels run from 0 to {len(classes) - 1}; name every class in `classes`")
+    _check_labels(labels, classes, where)
     dataset = Dataset(channels_first(images, path), labels.astype(np.int64), classes, str(path))
     if split == "train":
         _announce_gaps(dataset, where)

@@ -24,6 +24,9 @@ from minivit.errors import ConfigError, DataError, unknown_name
 SIZE = (64, 64)
 """The height and width that pictures are brought to unless others are asked for."""
 
+FIT = "crop"
+"""How they are brought to it: see :func:`~minivit.data.images.read_image`."""
+
 TEST_SHARE = 0.2
 """This share of each class is the split "test" where a folder does not part its files itself."""
 
@@ -126,7 +129,7 @@ def load_folder(
         raise DataError(what, "repair some, or remove the class")
     images = files.take(good) if held is None else held if len(good) == len(held) else held[good]
     names = tuple(str(files.paths[i].relative_to(path)) for i in good)
-    return Dataset(cast(np.ndarray, images), labels[good], found.classes, str(path), names)
+    return Dataset(cast(np.ndarray, images), labels[good], found.classes, str(path), names, fit=FIT)
 
 
 # ---- which files -----------------------------------------------------------------------------------------------------
@@ -232,7 +235,7 @@ def _loose(folder: Path) -> str:
     """Say which images lie in ``folder`` itself and so in no class; "" if none do."""
     with os.scandir(folder) as entries:
         files = sorted(Path(e.path) for e in entries if not e.name.startswith(".") and not e.is_dir())
-    found = [file for file in files if _is_image_file(file)]
+    found = [file for file in files if is_image_file(file)]
     return f"{len(found):,} image{'s' * (len(found) > 1)} in no class, such as {found[0]}" if found else ""
 
 
@@ -303,8 +306,8 @@ def _subfolders(path: Path | None) -> list[Path]:
     return sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
 
 
-def image_files(folder: Path) -> list[Path]:
-    """Return the image files in a folder and in those below it, in order."""
+def visible_files(folder: Path) -> list[Path]:
+    """Return the files in a folder and in those below it, in order, but for hidden ones."""
 
     def refuse(error: OSError) -> None:
         raise error
@@ -317,10 +320,16 @@ def image_files(folder: Path) -> list[Path]:
         seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         found += [Path(root, name) for name in sorted(names) if not name.startswith(".")]
-    return [file for file in found if _is_image_file(file)]
+    return found
 
 
-def _is_image_file(file: Path) -> bool:
+def image_files(folder: Path) -> list[Path]:
+    """Return those of the :func:`visible_files` that are image files."""
+    return [file for file in visible_files(folder) if is_image_file(file)]
+
+
+def is_image_file(file: Path) -> bool:
+    """Tell whether a file is a picture, or is called like one: see :data:`SUFFIXES`."""
     if file.exists() and not file.is_file():  # to open a pipe would wait for its writer for ever
         return False
     return file.suffix.lower() in SUFFIXES or is_image(file)
@@ -372,7 +381,7 @@ class ImageFiles:
     def read(self, i: int) -> tuple[np.ndarray, bool]:
         """Decode a file: (uint8 (C, H, W), whether it holds further pictures)."""
         picture = decode(self.paths[i], self.shape[1], at_least=self.shape[2:])
-        return fitted(picture.page, self.shape[2:], "crop"), picture.animated
+        return fitted(picture.page, self.shape[2:], FIT), picture.animated
 
 
 def in_threads(work: Callable[[int], None], paths: Sequence[Path], title: str = "") -> None:

@@ -28,7 +28,7 @@ MAX_PIXELS = 50_000_000
 """The largest picture that is decoded. A few bytes can claim any size: this is checked before memory is taken."""
 
 MAX_SCANS = 20
-"""A JPEG of :data:`MAX_PIXELS` may go over them so often, a smaller one more often; usual are ten times at most."""
+"""A JPEG of :data:`MAX_PIXELS` may have so many scans over them, a smaller one more; usual are ten at most."""
 
 MAX_BYTES = 8 * MAX_PIXELS + (64 << 20)
 """The largest file that is read: four channels of 16 bits take so much, and some metadata."""
@@ -235,7 +235,8 @@ def _scans(file: BinaryIO) -> int:
     scans, at = 0, 2  # behind the marker that starts every file
     while (marker := _MARKER.search(data, at)) and (code := data[marker.end() - 1]) != 0xD9:
         scans += code == 0xDA
-        at = marker.end() + int.from_bytes(data[marker.end() : marker.end() + 2], "big")  # what a segment holds is none
+        # behind the segment, whose length comes first: what looks like a marker in it is none
+        at = marker.end() + int.from_bytes(data[marker.end() : marker.end() + 2], "big")
     return scans
 
 

@@ -12,7 +12,7 @@ from minivit.autograd.op import raw
 from minivit.backend import is_array
 from minivit.errors import DTypeError, ShapeError, unknown_name
 from minivit.nn import init
-from minivit.nn.module import Module, Parameter, by
+from minivit.nn.module import Module, Parameter, shape_text
 from minivit.nn.random import first_row, next_key
 from minivit.nn.settings import Size, check_settings, pair
 
@@ -51,7 +51,7 @@ class LayerNorm(Module):
 
     def extra_repr(self) -> str:
         """Return the length of the axis."""
-        return by(self.weight.shape)
+        return shape_text(self.weight.shape)
 
     def forward(self, x: Any) -> Any:
         """Return the normalised x, of the same shape."""
@@ -118,7 +118,7 @@ class PatchProjection(Module):
 
     def extra_repr(self) -> str:
         """Return what comes in, a patch, and goes out, a token."""
-        return f"{by(self.weight.shape[1:])} → {self.weight.shape[0]}"
+        return f"{shape_text(self.weight.shape[1:])} → {self.weight.shape[0]}"
 
     def forward(self, patches: Any) -> Any:
         """Return tokens (B, N, dim) of patches (B, N, C·P·Q)."""
@@ -143,7 +143,7 @@ class PatchEmbed(Module):
 
     def extra_repr(self) -> str:
         """Return the image, and the patches that it is cut into."""
-        return f"{by((self.in_channels, *self.image_size))} in {by(self.grid)} patches"
+        return f"{shape_text((self.in_channels, *self.image_size))} in {shape_text(self.grid)} patches"
 
     @property
     def grid(self) -> tuple[int, int]:

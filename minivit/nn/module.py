@@ -126,7 +126,7 @@ class Module:
     # ---- what it looks like ----
 
     def extra_repr(self) -> str:
-        """Return what ``print(model)`` shows of a layer besides its parts, such as sizes; "": its own parameters."""
+        """Return what ``print(model)`` shows of a layer besides its parts, such as sizes; if "", its parameters."""
         return ""
 
     def __repr__(self) -> str:
@@ -139,7 +139,7 @@ class Module:
         parts: list[tuple[str, str]] = []
         if not extra:
             own = [(name, p) for name, p in _members(vars(self)) if isinstance(p, Parameter)]
-            parts = [(name, f"Parameter({by(p.shape)})") for name, p in own]
+            parts = [(name, f"Parameter({shape_text(p.shape)})") for name, p in own]
         parts += [(name, child._tree()) for name, child in self.children()]
         lines = [f"{type(self).__name__}({extra})" if extra else type(self).__name__]
         for (folder, text), group in itertools.groupby(parts, lambda part: (_list_of(part[0]), part[1])):
@@ -231,7 +231,7 @@ def _list_of(name: str) -> str | None:
     return path if path and place.isdecimal() else None
 
 
-def by(shape: tuple[int, ...]) -> str:
+def shape_text(shape: tuple[int, ...]) -> str:
     """Return a shape as text: ``64 × 192``."""
     return " × ".join(map(str, shape)) or "one number"
 

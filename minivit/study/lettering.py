@@ -25,7 +25,7 @@ PREFERRED = ("dejavusans.", "notosans-regular", "arial.", "segoeui.", "notosansc
 UNLIKE_TEXT = ("bold", "italic", "oblique", "black", "light", "thin", "mono", "condensed", "lastresort", "notdef")
 MOST_FONTS = 300  # that are looked into
 PROBE_SIZE = 14  # pixels
-NO_CHARACTER = "\U0010ffff"  # of which every font draws what it has for those that it lacks
+NO_CHARACTER = "\U0010ffff"  # no font has it: each draws for it what it draws for all that it lacks, mostly a box
 
 
 def write(

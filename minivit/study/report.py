@@ -14,6 +14,7 @@ import numpy as np
 from minivit import ops
 from minivit.data.datasets import class_names
 from minivit.data.files import replacing
+from minivit.errors import shortened
 from minivit.study.curves import COLOURS, STYLE, chart, escape
 from minivit.study.pictures import MOST_NAMED, enlarged
 
@@ -291,7 +292,7 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]], numbers: Sequence
 
 def _short(name: str, width: int = 40) -> str:
     """Return a name as HTML, cut to ``width`` characters."""
-    return escape(name if len(name) <= width else name[: width - 1] + "…")
+    return escape(shortened(name, width))
 
 
 # ---- images ----------------------------------------------------------------------------------------------------------

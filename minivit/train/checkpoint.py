@@ -32,7 +32,7 @@ FORMAT = 1
 """Version of the layout, kept in the meta; raised when an older minivit could not read the file any more."""
 
 _NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EINVAL, errno.ENXIO, errno.ENAMETOOLONG, errno.ELOOP)
-"""What opening tells of a name that is no file's: a folder's, a pipe's, or none."""
+"""The errors of opening what is no regular file, such as a folder or a pipe, or a name that no file has."""
 
 _SEAL = b"minivit sha256 "
 _SEAL_SIZE = len(_SEAL) + 64  # the digest in hexadecimal
@@ -133,7 +133,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
             remedy = "a run keeps its own as checkpoints/last.npz and best.npz in its folder"
             raise CheckpointError(f"there is no checkpoint {path}", remedy) from error
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}", "check its permissions") from error
-    except Exception as error:  # a file made to mislead, seal and all, can make the parsers raise anything; a NUL
+    except Exception as error:  # a file made to mislead, seal and all, can make the parsers raise anything
         raise _unusable(path, f"its contents make no sense ({type(error).__name__}: {error})") from error
     if version != FORMAT:
         raise CheckpointError(f"{path} has format {version}, this minivit reads {FORMAT}", "use a matching minivit")

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from minivit.data.datasets import Dataset
+from minivit.errors import shortened
 
 
 def settings_of(x: Any, *left_out: str) -> dict[str, Any]:
@@ -58,9 +59,4 @@ def differences(before: Any, now: Any, name: str = "") -> list[str]:
         for key in keys:
             found += differences(before.get(key), now.get(key), f"{name}.{key}" if name else key)
         return found
-    return [] if before == now else [f"{name}: {_short(before)} → {_short(now)}"]
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else f"{text[:59]}…"
+    return [] if before == now else [f"{name}: {shortened(str(before), 60)} → {shortened(str(now), 60)}"]

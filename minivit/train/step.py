@@ -328,7 +328,10 @@ def check_loss(loss: Any) -> Tensor:
 
 
 def count_right(logits: Any, labels: Array) -> Array | None:
-    """Return how many rows of logits (B, K) are largest at their label, as a 0-d array; None if they have no such."""
+    """Return how many rows of logits (B, K) are largest at their label, as a 0-d array.
+
+    labels (B,) of integers or (B, K) of shares; None if logits or labels are anything else.
+    """
     logits = raw(logits)
     if not is_array(logits) or logits.ndim != 2 or logits.shape[1] < 2:
         return None

@@ -171,7 +171,7 @@ class Trainer:
         with self._prepared_folder(), StopSignals(self.folder is not None) as signals:  # where there is one to save in
             p.batches = len(train)
             for _, labels in itertools.islice(valid.batches(0), 1) if valid is not None else ():
-                self._check_labels(labels)  # here, not after an epoch
+                _check_classes(labels, self._classes())  # here, not after an epoch
             try:
                 while self.progress.epoch < self.epochs and not self.progress.stopped:
                     self._train_epoch(train, valid, signals.raise_if_noted)
@@ -266,11 +266,6 @@ class Trainer:
     def _classes(self) -> int | None:
         """Return the number of the model's classes, if it says so."""
         return getattr(self.model, "config", {}).get("num_classes")
-
-    def _check_labels(self, labels: Array) -> None:
-        _check_labels(labels)
-        if (classes := self._classes()) is not None:
-            check_labels(labels, classes)
 
     def _tell(self, text: str) -> None:
         """Print a remark about the run, unless it is quiet."""
@@ -476,16 +471,16 @@ class Trainer:
             raise CheckpointError(what, remedy)
 
 
-Stamp = tuple[int, int, int] | None
-
-
 def _but_seed(config: Any) -> Any:
     """Return a model's settings but for the seed of its first parameters, which are not those of a checkpoint."""
     return {"kind": "model"} | {k: v for k, v in config.items() if k != "seed"} if isinstance(config, dict) else None
 
 
+Stamp = tuple[int, int, int] | None
+"""What changes when a file is replaced; None if there is none."""
+
+
 def _stamp(path: Path) -> Stamp:
-    """Return what changes when a file is replaced; None if there is none."""
     try:
         found = path.stat()
     except OSError:
@@ -511,7 +506,7 @@ def evaluate(
     """
     logits, labels = [], []
     for images, targets in loader.batches(0):
-        _check_labels(targets)
+        _check_classes(targets)
         logits.append(predict_logits(model, images, threads))
         labels.append(targets)
         if after_batch is not None:
@@ -524,12 +519,15 @@ def evaluate(
     return {"loss": loss, "accuracy": accuracy, "count": len(y), "logits": x, "labels": y}
 
 
-def _check_labels(labels: Array) -> None:
+def _check_classes(labels: Array, classes: int | None = None) -> None:
+    """Raise DataError unless labels to validate with are numbers of classes; of a model's ``classes``, if given."""
     if labels.dtype.kind not in "iu":
         raise DataError(
             f"evaluation needs a class for each image, not {labels.dtype} labels of shape {labels.shape}",
             "give the validation images integer labels (N,): soft ones are for training",
         )
+    if classes is not None:
+        check_labels(labels, classes)
 
 
 def _worth(row: Row) -> tuple[float, float]:

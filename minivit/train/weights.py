@@ -16,7 +16,6 @@ import numpy as np
 
 from minivit.data import Dataset
 from minivit.data.datasets import NAMES
-from minivit.data.folder import ImageFiles
 from minivit.errors import CheckpointError, ConfigError, DataError, MinivitError, unknown_name, value_text
 from minivit.models.positions import Grid, resize_positions
 from minivit.models.vit import ViT
@@ -76,7 +75,7 @@ def data_meta(data: Dataset) -> dict[str, Any]:
     known = data.name in NAMES or not os.path.exists(data.name)
     return {
         "name": data.name if known else os.path.abspath(data.name),  # found again from any folder
-        "fit": "crop" if isinstance(data.images, ImageFiles) else "stretch",
+        "fit": data.fit,
         "bad_images": "stop",
         "classes": list(data.classes),
         "labels": hashlib.sha256(data.labels.tobytes()).hexdigest(),
@@ -102,7 +101,8 @@ def load_weights(model: Module, path: str | Path) -> None:
 def load_model(path: str | Path) -> ViT:
     """Build the model that a checkpoint was saved from, in eval mode, with the dtype of the stored parameters.
 
-    Of these :func:`load_weights` says which they are. Raises CheckpointError if the file cannot be used.
+    Where a run kept an average of the parameters, that is what the model gets. Raises CheckpointError if the file
+    cannot be used.
     """
     return _build(load_checkpoint(path), path)
 

@@ -1,0 +1,227 @@
+"""Numerical derivatives: how fast a number changes when some entries of a Tensor move along a direction.
+
+Where the function is analytic a complex step gives the derivative, Im f(x + ih·v) / h with h = 1e-20: nothing is
+subtracted, so it is exact to the last bits (Squire and Trapp 1998, "Using complex variables to estimate derivatives of
+real functions", SIAM Review 40(1)). Elsewhere a central difference does. A function that is not analytic still gives a
+number for a complex step, a wrong one: a difference has to confirm it, roughly.
+
+Steps follow the size of what is moved, so that a derivative of 1e-9 is found as sharply as one of 1e9.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Protocol
+
+import numpy as np
+
+from minivit.autograd.tensor import Tensor
+from minivit.backend import Key, normal
+from minivit.errors import NonFiniteError
+
+__tracebackhide__ = True  # as in check.py
+
+COMPLEX_STEP = 1e-20
+"""The complex step, as a share of the argument's size."""
+
+NEAR_STEPS = (-5, -6, -4, -7, -3)
+"""Exponents of ten: steps of a central difference, as shares of the argument's size, in the order of trying."""
+
+LEAST_STEP = -10
+
+TOLERANCE = {("complex", 1): 1e-12, ("complex", 2): 1e-12, ("central", 1): 1e-7, ("central", 2): 1e-6}
+"""Largest relative error allowed, by method and order."""
+
+DOUBT = 10.0
+"""An error counts as one when it is this many times the noise that was measured."""
+
+DECADES = 6
+"""Entries of an argument whose sizes lie more decades apart are moved apart, each group by steps of its own size."""
+
+EPSILON = float(np.finfo(np.float64).eps)
+SMALLEST = 1e-270  # of an argument: its complex step must be a number
+
+
+class Scalar(Protocol):
+    """A number s that is a sum of terms, as a function of leaves."""
+
+    order: int
+    leaves: dict[str, Tensor]
+    gradients: dict[str, np.ndarray]
+    here: np.ndarray  # the terms at the leaves' own values
+
+    def terms(self) -> np.ndarray:
+        """Return the terms of s, with the leaves as they are now."""
+        ...
+
+    def moved(self, leaf: Tensor, step: np.ndarray) -> np.ndarray:
+        """Return the terms of s with one leaf moved by ``step``."""
+        ...
+
+
+class Derivative:
+    """The derivative of s when entries of the leaf ``name``, which are of about one ``size``, move along ``direction``.
+
+    ``analytic`` is what the ``gradient`` says of it. The numerical ones are a complex step and central differences,
+    D(h) = (s(x + h·v) - s(x - h·v)) / 2h; they are computed when asked for.
+    """
+
+    def __init__(self, scalar: Scalar, name: str, direction: np.ndarray, size: float, gradient: np.ndarray) -> None:
+        self.scalar, self.name, self.direction, self.size = scalar, name, direction, size
+        self.leaf, self.here = scalar.leaves[name], scalar.here
+        products = gradient * direction
+        self.analytic, self.terms = float(products.sum()), float(np.abs(products).sum())
+        self.values: dict[int, float] = {}  # D by the exponent of its step, h = 10ᵏ · size
+        self.changed: dict[int, np.ndarray] = {}  # which terms of s the step changes
+
+    # ---- the complex step ----
+
+    @functools.cached_property
+    def stepped(self) -> float | None:
+        """ds/dh by a complex step, or None if the function cannot run on complex numbers."""
+        h = COMPLEX_STEP * self.size
+        moved = {x: x.data.astype(np.complex128) for x in self.scalar.leaves.values()}
+        moved[self.leaf] = np.asarray(moved[self.leaf] + 1j * h * self.direction)
+        with holding(moved), np.errstate(all="ignore"), warnings.catch_warnings():
+            warnings.simplefilter("error", np.exceptions.ComplexWarning)  # an imaginary part thrown away
+            try:
+                value = float(np.imag(self.scalar.terms()).sum() / h)
+            except (TypeError, np.exceptions.ComplexWarning):
+                return None
+        return value if math.isfinite(value) else None
+
+    @functools.cached_property
+    def is_analytic(self) -> bool | None:
+        """Whether the function is analytic, as differences that agree with the complex step show; None if unknown."""
+        if self.agrees() or self.agrees_beside(1.0, 1e-3):  # it may have a kink just here
+            return True
+        value, noise, _ = self.best()
+        if self.stepped is None or abs(self.stepped - value) > DOUBT * noise:
+            return False
+        # it may change too little just here
+        return self.agrees_beside(1.0, 0.3) or self.agrees_beside(0.1, 0.3) or self.agrees_beside(0.0, 1.0) or None
+
+    def agrees(self) -> bool:
+        """Return whether a difference is equal to the complex step."""
+        if self.stepped is None:
+            return False
+        if self.stepped == 0.0 and all(self.compute(k) and not self.changed[k].any() for k in (-5, -1)):
+            return True
+        return self.near(self.stepped, TOLERANCE["central", self.scalar.order]) is not None
+
+    def agrees_beside(self, scale: float, by: float) -> bool:
+        """Return whether a difference agrees at other arguments: ``scale`` times these, each changed by about ``by``.
+
+        ``by`` is a share of their size. With ``scale`` 0 the arguments are standard normal instead.
+        """
+        moved = {}
+        for i, x in enumerate(self.scalar.leaves.values()):
+            noise = normal(Key(i, stream=0x0FF), x.shape)
+            sizes = np.abs(x.data) + np.where(x.data == 0.0, np.abs(x.data).max(initial=0.0) or 1.0, 0.0)
+            moved[x] = np.asarray(scale * (x.data + by * sizes * noise) if scale else noise)
+        size = self.size * scale if scale else 1.0
+        with holding(moved):
+            beside = Derivative(self.scalar, self.name, self.direction, size, self.scalar.gradients[self.name])
+            try:
+                beside.here = self.scalar.moved(self.leaf, 0.0 * self.direction)
+            except (ArithmeticError, ValueError):  # the function refuses them
+                return False
+            return beside.agrees()
+
+    # ---- central differences ----
+
+    def compute(self, k: int) -> bool:
+        """Compute D for a step of 10ᵏ · size, and return whether it says anything about the derivative here."""
+        if k not in self.values:
+            h, here = 10.0**k * self.size, self.here
+            try:
+                up, down = (self.scalar.moved(self.leaf, step * self.direction) for step in (h, -h))
+            except (ArithmeticError, ValueError):  # the function refuses what lies so far away
+                return False
+            if not up.shape == down.shape == here.shape:
+                return False
+            with np.errstate(all="ignore"):
+                value = float((up - down).sum() / (2.0 * h))
+                bent = float(np.abs(up + down - 2.0 * here).sum()) > 0.1 * float(np.abs(here).sum())
+            if math.isfinite(value) and not (bent and k >= 0):
+                self.values[k], self.changed[k] = value, (up != here) | (down != here)
+        return k in self.values
+
+    def refined(self, k: int) -> float:
+        """Return (100·D(h) - D(10h)) / 99: it has no error in h² (Richardson 1911, doi:10.1098/rsta.1911.0009)."""
+        return self.values[k] + (self.values[k] - self.values[k + 1]) / 99.0
+
+    def near(self, derivative: float, rtol: float, atol: float = 0.0) -> float | None:
+        """Return a difference, of a small step, that is equal to ``derivative`` while rounding is far less."""
+        for k in NEAR_STEPS:
+            if self.compute(k):
+                rounding = EPSILON * float(np.abs(self.here).sum()) / (10.0**k * self.size)
+                refined = [self.refined(i) for i in (k, k - 1) if i in self.values and i + 1 in self.values]
+                for value in [self.values[k], *refined]:
+                    allowed = rtol * max(self.terms, abs(value)) + atol
+                    if abs(derivative - value) <= allowed and DOUBT * rounding <= allowed:
+                        return value
+        return None
+
+    def best(self) -> tuple[float, float, int]:
+        """Return the difference with the least noise, this noise and the exponent of its step.
+
+        Noise is how far two neighbours are apart; to have a meaning, that is little beside them or what rounding does.
+        From afar a function may look flat: a larger step that contradicts a smaller one does not count.
+        """
+        reach = math.ceil(math.log10(max(float(np.abs(self.leaf.data).max(initial=0.0)) / self.size, 1.0)))
+        d = {k: self.values[k] for k in range(LEAST_STEP, reach + 7) if self.compute(k)}
+        changed = np.any([self.changed[k] for k in d], axis=0) if d else False
+        rounding = EPSILON * float(np.abs(self.here).sum(where=changed)) / self.size
+        noise: dict[int, float] = {}
+        for k in (k for k in d if k + 1 in d):
+            apart, least = abs(d[k] - d[k + 1]), rounding / 10.0**k
+            below = abs(d[k - 1] - d[k]) / 10.0 if k - 1 in d else 0.0  # a step of a tenth: ten times the rounding
+            settled = k < -1 or apart <= max(0.1 * abs(d[k]), DOUBT * least)
+            if settled and all(abs(d[k] - d[j]) <= DOUBT * noise[j] for j in noise):
+                noise[k] = max(apart, below, least)
+        if not noise:
+            raise NonFiniteError(
+                f"the function to check is finite, but not around {self.name}: it has no derivative there",
+                "choose arguments inside the function's domain, not on its edge",
+            )
+        k = min(noise, key=lambda k: noise[k])
+        return self.refined(k), noise[k], k
+
+
+# ---- moving leaves ---------------------------------------------------------------------------------------------------
+
+
+def alike(x: np.ndarray) -> list[tuple[np.ndarray, float]]:
+    """Return groups of entries of about the same size: (which entries, their mean size, 1 if all are zero)."""
+    sizes = np.abs(x)
+    some = sizes > 0.0
+    if not some.any():
+        return [(np.ones(x.shape, bool), 1.0)]
+    logs = np.log10(sizes, out=np.full(x.shape, np.log10(sizes.max())), where=some)  # zeros go with the largest
+    groups = (logs.max() - logs) // DECADES
+    parts = [groups == g for g in np.unique(groups)]
+    return [(part, max(float(sizes[part & some].mean()), SMALLEST)) for part in parts]
+
+
+@contextlib.contextmanager
+def holding(arrays: Mapping[Tensor, np.ndarray]) -> Iterator[None]:
+    """Let these leaves hold other arrays meanwhile."""
+    before = {x: x.data for x in arrays}
+    try:
+        for x, data in arrays.items():
+            _put(x, data)
+        yield
+    finally:
+        for x, data in before.items():
+            _put(x, data)
+
+
+def _put(x: Tensor, data: np.ndarray) -> None:
+    x.data = data
+    x.requires_grad = False  # a new leaf node, with the new dtype
+    x.requires_grad = True
