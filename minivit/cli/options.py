@@ -43,7 +43,7 @@ OPTIONS: dict[str, Option] = {
     "train.batch_size": Option(64, "images in a batch", ("--batch-size", "-b"), low=1, high=MANY),
     "train.grad_accum_steps": Option(1, "batches whose gradients are averaged for one update",
                                       ("--grad-accum-steps",), low=1, high=MANY),
-    "train.init_from": Option("", "start from the weights of a checkpoint, with a new head", ("--init-from",)),
+    "train.init_from": Option("", "start from the weights of a checkpoint or run, with a new head", ("--init-from",)),
     "train.optimizer": Option("adamw", "adamw, muon, or sgd with momentum", ("--optimizer",),
                               choices=("adamw", "muon", "sgd")),
     "train.momentum": Option(0.9, "of sgd", low=0.0, high=0.999),

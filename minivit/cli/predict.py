@@ -106,13 +106,15 @@ def classify(trained: Trained, waiting: list[tuple[dict[str, Any], np.ndarray]])
 
 def read_all(sources: Sequence[str], trained: Trained) -> Iterator[tuple[str, np.ndarray | str]]:
     """Yield (name, image uint8 (C, H, W)) for each image of each source; or, where it cannot be read, the reason."""
+    import os
+
     from minivit.data.datasets import reading
     from minivit.data.folder import image_files
     from minivit.errors import MinivitError
 
     for source in sources:
         try:
-            if Path(source).is_dir():
+            if os.path.isdir(source):  # which, unlike Path's, raises nothing for a name that is too long, and knows ""
                 with reading(source, "check its permissions"):
                     files = image_files(Path(source))
                 _tell_of_others(source, files)

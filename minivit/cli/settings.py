@@ -125,6 +125,7 @@ def resolve(typed: Mapping[str, Any], recipe: str | None = None, file: str | Pat
     """
     import inspect
 
+    from minivit.cli.checkpoints import find_checkpoint
     from minivit.data.datasets import kind_of
     from minivit.models.vit import ViT
     from minivit.train.recipes import FOR_DATA, RECIPES, full_name
@@ -138,7 +139,7 @@ def resolve(typed: Mapping[str, Any], recipe: str | None = None, file: str | Pat
     if recipe and in_file and full_name(recipe) != full_name(in_file):
         raise ConfigError(f"recipe {recipe}, but {file} has the values of {in_file}", "give one of them")
     given = {key: option.default for key, option in OPTIONS.items()} | from_file | dict(typed)
-    start = given["train.init_from"]
+    start = find_checkpoint(given["train.init_from"])
     asked = recipe or in_file or ("finetune" if start else FOR_DATA.get(kind_of(given["data.name"]), ""))
     asked = full_name(asked) if asked else ""
     from_recipe = _flat(RECIPES[asked]) if asked else {}
