@@ -171,6 +171,8 @@ def other_data(first: Mapping[str, Any], other: Mapping[str, Any]) -> str:
         return f"they were tested on {a:,} and {b:,} images"
     alike = all(first["settings"].get(key) == other["settings"].get(key) for key in PARTING)
     if alike and "labels" in both and one["labels"] != two["labels"]:
+        if first["settings"].get("data.layout", 1) != other["settings"].get("data.layout", 1):
+            return "version 0.1.0 held out other images, and did not record which it tested on"
         return "the labels of their data are not the same"
     return ""
 

@@ -186,7 +186,7 @@ def _compare_settings(settings: Settings, meta: Mapping[str, Any], folder: Path)
 
 
 def _make_absolute(settings: Settings) -> None:
-    """Make paths absolute, so that the run can be resumed from any folder, and of a run's folder name the checkpoint."""
+    """Make paths absolute, so that the run can be resumed from any folder; a run's folder becomes its checkpoint."""
     paths = {}
     if settings["data.name"] != data.kind_of(settings["data.name"]):
         paths["data.name"] = settings["data.name"]

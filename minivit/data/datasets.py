@@ -419,9 +419,9 @@ def _pairs(split: str) -> list[tuple[str, str]]:
 
 
 def _names_for(split: str, held: Collection[str], path: Path, layout: int) -> dict[str, str]:
-    """Name "images", "labels" and, where the archive has them, "labels of" the other splits, "classes", "other classes".
+    """Name "images", "labels" and, where the archive has them, "labels of" the other splits and the classes' names.
 
-    Two arrays may name the classes; version 0.1.0, of layout 1, knew one.
+    Two arrays may hold these, "classes" and "other classes"; version 0.1.0, of layout 1, knew one.
     """
     pairs = _pairs(split)
     images, labels = next((pair for pair in pairs if pair[0] in held), pairs[0 if split != "train" else -1])
