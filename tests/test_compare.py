@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 
-from minivit.cli.compare import difference, differing, read_run
+from minivit.cli.compare import difference, differing, other_data, read_run
 from minivit.cli.main import main
 from minivit.cli.report import wilson_interval
 from minivit.errors import CheckpointError, ConfigError, DataError
@@ -150,11 +150,13 @@ def test_only_runs_with_the_same_test_images_are_compared(tmp_path, one, two, wh
     assert (f"b and a: {why}: their accuracies cannot be compared" in capsys.readouterr().out) == bool(why)
 
 
-def test_a_run_of_the_first_version_held_out_others_of_the_same_images(tmp_path):
-    first, second = (recording(tmp_path / name, 800, labels=name) for name in ("a", "b"))
-    config = second / "config.toml"
-    config.write_text(config.read_text().replace("[train]", "layout = 2\n[train]"))
-    assert difference(read_run(first), read_run(second))["why"] == ""
+def test_other_labels_of_the_first_version_are_no_proof_of_other_data():
+    runs = [
+        {"settings": {"data.name": "a.npz"} | layout, "data": {"labels": labels}}
+        for layout, labels in (({}, "1"), ({"data.layout": 2}, "2"), ({"data.layout": 2}, "3"))
+    ]
+    assert other_data(runs[0], runs[1]).startswith("version 0.1.0 held out other images")
+    assert other_data(runs[1], runs[2]) == "the labels of their data are not the same"
 
 
 @pytest.mark.parametrize("meta", [{"data": 5}, {"data": {"classes": 3}}, {"run": []}, {"run": {"data": 1}}])

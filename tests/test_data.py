@@ -193,6 +193,16 @@ def test_npz_layouts(tmp_path, shape, expected):
     assert np.array_equal(data.images, moved)
 
 
+def test_npz_names_its_classes_once_or_twice_the_same(tmp_path):
+    arrays = {"images": np.zeros((2, 4, 4), np.uint8), "labels": np.array([0, 1]), "classes": np.array(["a", "b"])}
+    np.savez(tmp_path / "d.npz", **arrays, class_names=np.array(["a", "b"]))
+    assert load(tmp_path / "d.npz").classes == ("a", "b")
+    np.savez(tmp_path / "d.npz", **arrays, class_names=np.array(["b", "a"]))
+    with pytest.raises(DataError, match="classes and class_names do not name the same"):
+        load(tmp_path / "d.npz")
+    assert load(tmp_path / "d.npz", layout=1).classes == ("a", "b")
+
+
 def test_npz_splits_agree_on_the_classes(tmp_path):
     arrays = {"train_images": np.zeros((5, 4, 4), np.uint8), "train_labels": np.arange(5)}
     arrays |= {"test_images": np.ones((2, 4, 4), np.uint8), "test_labels": np.array([0, 1])}

@@ -266,6 +266,24 @@ def test_a_run_that_held_nothing_out(run: Path, here: Path, capsys: pytest.Captu
     assert evaluated(capsys, "runs/whole", "--split", "train")["count"] == 60
 
 
+def test_a_name_left_empty_is_not_the_runs_own_data(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", str(run), "--data", ""]) == 1
+    assert "the data set has no name" in capsys.readouterr().err
+
+
+def test_data_without_test_images_name_a_split_that_there_is(
+    run: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = pictures(np.arange(12) % 3, tuple(COLOURS))
+    arrays = {"train_images": images, "train_labels": np.arange(12) % 3, "classes": np.array([*COLOURS])}
+    for more, split in (({}, "all"), ({"val_images": images, "val_labels": np.arange(12) % 3}, "val")):
+        np.savez("some.npz", **arrays, **more)
+        assert main(["eval", str(run), "--data", "some.npz"]) == 1
+        said = capsys.readouterr().err
+        assert "some.npz has no test images of its own" in said and f"--split {split}" in said
+        assert main(["eval", str(run), "--data", "some.npz", "--split", split]) == 0
+
+
 def test_all_images_of_a_folder(run: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names = ("fox", "dog")
     for i, image in enumerate(pictures(np.arange(20) % 2, names)):
@@ -304,9 +322,9 @@ def test_a_split_that_is_not_there_is_said_with_those_that_are(
     out = capsys.readouterr().out
     assert "next        minivit eval runs/bare-1 --split val\n" in out
     assert main(["eval", "runs/bare-1"]) == 1
-    assert "has no split 'test'\n  → use --split val, " in capsys.readouterr().err
+    assert "has no test images of its own\n  → measure it on others: --split val, " in capsys.readouterr().err
     assert main(["eval", str(run), "--data", "bare.npz"]) == 1
-    assert "→ use --split all\n" in capsys.readouterr().err
+    assert "→ measure it on others: --split all\n" in capsys.readouterr().err
 
 
 # ---- what is not finite ----------------------------------------------------------------------------------------------

@@ -441,8 +441,8 @@ def test_a_run_is_held_from_before_it_is_read_to_after_its_report(
         for name in ("load_checkpoint", "write_results"):
             patch.setattr(job, name, holding(getattr(job, name)))
         assert main(["train", "--resume", str(run), "-q"]) == 0
-    assert held == ["load_checkpoint", "write_results"]
-    assert capsys.readouterr().err.count("is in use by process") == 2
+    assert held == ["load_checkpoint", "load_checkpoint", "write_results"]  # last.npz, then best.npz
+    assert capsys.readouterr().err.count("is in use by process") == 3
     assert not (run / ".lock").exists()
 
 
@@ -485,6 +485,55 @@ def test_a_run_without_a_checkpoint_can_be_started_again(
     said = capsys.readouterr().err
     assert "runs/early has no checkpoint yet" in said and "minivit train --config runs/early/config.toml" in said
     assert main(["train", "--config", "runs/early/config.toml", "--epochs", "1", "-q"]) == 0
+
+
+def test_the_best_epochs_weights_are_those_that_are_measured(
+    archive: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, epochs in (("one", "1"), ("two", "2")):
+        assert main(["train", str(archive), *TINY, "-q", "--epochs", epochs, "--name", name]) == 0
+    run, best = Path("runs/one"), Path("runs/one/checkpoints/best.npz")
+    own, others = best.read_bytes(), Path("runs/two/checkpoints/best.npz").read_bytes()
+    (run / "report.html").unlink()
+    before = (run / "metrics.jsonl").read_text()
+    for content, says in ((others, "does not hold the weights of epoch 1"), (b"", "not a usable"), (None, "no check")):
+        best.unlink() if content is None else best.write_bytes(content)
+        capsys.readouterr()
+        assert main(["train", "--resume", "runs/one", "-q"]) == 1
+        said = capsys.readouterr().err
+        assert says in said and "put it back; or measure the last weights: minivit eval runs/one" in said
+    best.write_bytes(own)
+    assert main(["train", "--resume", "runs/one", "-q"]) == 0
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == len(before.splitlines())
+    (run / "checkpoints" / "last.npz").unlink()
+    assert main(["train", "--resume", "runs/one"]) == 1
+    said = capsys.readouterr().err
+    assert "has no last.npz" in said and "minivit train --resume runs/one/checkpoints/best.npz" in said
+
+
+def test_the_same_data_by_another_path_are_no_change(
+    archive: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copy(archive, "own.npz")
+    assert main(["train", "own.npz", *TINY, "-q", "--epochs", "1", "--name", "run"]) == 0
+    assert main(["train", "--resume", "runs/run", "own.npz"]) == 0
+    assert "changed" not in capsys.readouterr().out
+
+
+def test_a_run_begins_with_the_weights_of_a_runs_folder(archive: Path, here: Path) -> None:
+    assert main(["train", str(archive), *TINY, "-q", "--epochs", "1", "--name", "run"]) == 0
+    start = resolve({"data.name": str(archive), "train.init_from": "runs/run", "model.dim": 8, "model.depth": 2,
+                     "model.heads": 2, "model.mlp_dim": 16})  # fmt: skip
+    made = Job(start, quiet=True)
+    assert made.settings["train.init_from"] == str(Path("runs/run/checkpoints/best.npz").resolve())
+    kept = read_model("runs/run/checkpoints/best.npz")[0].state_dict()
+    assert np.array_equal(made.model.state_dict()["cls_token"], kept["cls_token"])
+
+
+def test_one_class_is_no_task(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    np.savez("one.npz", images=np.zeros((20, 8, 8), np.uint8), labels=np.zeros(20, int))
+    assert main(["train", "one.npz", *TINY, "--epochs", "1"]) == 1
+    assert "there is only one class, '0'" in capsys.readouterr().err
 
 
 def test_a_model_or_recipe_typed_beside_a_file_counts_whole(archive: Path, tmp_path: Path) -> None:
@@ -602,7 +651,7 @@ def test_a_folder_s_val_validates_and_what_was_trained_before_keeps_its_split(
     assert "validation  best accuracy" in said
     assert "\ntest " not in said
     assert main(["eval", "runs/run/checkpoints/last.npz"]) == 1
-    assert "no split 'test'" in capsys.readouterr().err
+    assert "no test images of its own" in capsys.readouterr().err
     old = load_checkpoint("runs/run/checkpoints/last.npz")
     assert old.meta["data"].pop("layout") == 2  # as version 0.1.0 left it
     save_checkpoint("old.npz", old.arrays, old.meta)

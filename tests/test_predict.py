@@ -87,6 +87,16 @@ def test_a_folder_without_images_has_a_row(run: str, here: Path, capsys: pytest.
     assert "no image files" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["", "x" * 5000])
+def test_what_cannot_be_a_file_has_a_row(name: str, run: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    drawn(40, 12, "black", "white").save("a.png")
+    capsys.readouterr()
+    assert main(["predict", run, "a.png", name, "--json"]) == 3
+    sound, other = json.loads(capsys.readouterr().out)
+    assert (sound["file"], other["file"]) == ("a.png", name) and "class" in sound
+    assert "no such file" in other["error"] or "File name too long" in other["error"]
+
+
 def test_more_images_than_are_held_at_once(run: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     images = data.load("digits").images[: AT_ONCE + 3]
     np.save("many.npy", images)

@@ -171,11 +171,13 @@ def other_data(first: Mapping[str, Any], other: Mapping[str, Any]) -> str:
         return f"they were tested on {a:,} and {b:,} images"
     alike = all(first["settings"].get(key) == other["settings"].get(key) for key in PARTING)
     if alike and "labels" in both and one["labels"] != two["labels"]:
+        if first["settings"].get("data.layout", 1) != other["settings"].get("data.layout", 1):
+            return "version 0.1.0 held out other images, and did not record which it tested on"
         return "the labels of their data are not the same"
     return ""
 
 
-PARTING = ("data.val_fraction", "data.layout", "data.overfit", "data.bad_images", "train.seed")
+PARTING = ("data.val_fraction", "data.overfit", "data.bad_images", "train.seed")
 """Settings that decide which of the training images are held out, and so which labels are hashed."""
 
 

@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
 
     keep_freed_memory()
     trained = open_trained(args.checkpoint)
-    name = args.data or trained.data.get("name")
+    name = trained.data.get("name") if args.data is None else args.data
     if not isinstance(name, str):
         raise DataError(f"{trained.path} does not say what it was trained on", "name the data: --data NAME")
     parts = load_parts(trained, name, args.split)
@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
         print(json_text(result | about | {"labels": matching.rows, "remark": matching.remark}))
     else:
         print(printable(f"{trained.path} on {parts[0].name}, {args.split}: {result['count']:,} images"))
-        if args.data and args.split != "all" and kind_of(name) == "folder":
+        if args.data is not None and args.split != "all" and kind_of(name) == "folder":
             print(printable(f"splits: {list_folder(name).how}; --split all takes them together"))
         print(f"\n{report(result, matching)}")
     return 0
@@ -108,9 +108,9 @@ def load_parts(trained: Trained, name: str, split: str) -> list[Dataset]:
     elif split == "val" and split not in splits:
         why = f"{trained.path} is in no run's folder" if own else f"{name} has no such split of its own"
         raise DataError(f"which images were held out to validate with is not known: {why}", "use another --split")
-    elif split not in splits:
-        others = "val, the images that the run held out, or --split all" if own else "all"
-        raise DataError(f"{name} has no split {split!r}", f"use --split {others}")
+    elif split not in splits and splits:
+        known = "val, the images that the run held out, or --split all" if own else "val" if "val" in splits else "all"
+        raise DataError(f"{name} has no {split} images of its own", f"measure it on others: --split {known}")
     else:
         parts = [load(split)]
     if any(part.classes != parts[0].classes for part in parts):

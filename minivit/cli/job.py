@@ -98,6 +98,9 @@ def resume(args: argparse.Namespace) -> int:
     folder = path.parent.parent
     config = folder / "config.toml"
     if not path.exists() and config.is_file():
+        if (best := path.with_name("best.npz")).is_file():
+            again = f"continue from its best epoch: minivit train --resume {shlex.quote(str(best))}"
+            raise CheckpointError(f"{args.resume} has no {path.name}", again)
         again = f"start it again: minivit train --config {shlex.quote(str(config))}"
         raise CheckpointError(f"{args.resume} has no checkpoint yet", again)
     if not path.is_file() or not config.is_file():
@@ -105,6 +108,7 @@ def resume(args: argparse.Namespace) -> int:
     with RunLock(folder) as lock:  # before anything is read that another process may be changing
         meta = load_checkpoint(path).meta
         settings = settings_of_run(folder, meta, typed)
+        _make_absolute(settings)
         remarks = _compare_settings(settings, meta, folder)
         job = Job(settings, args.quiet, resumed=True)
         job.say(printable(f"run folder  {folder}"))
@@ -180,6 +184,17 @@ def _compare_settings(settings: Settings, meta: Mapping[str, Any], folder: Path)
     return remarks
 
 
+def _make_absolute(settings: Settings) -> None:
+    """Make paths absolute, so that the run can be resumed from any folder; a run's folder becomes its checkpoint."""
+    paths = {}
+    if settings["data.name"] != data.kind_of(settings["data.name"]):
+        paths["data.name"] = settings["data.name"]
+    if settings["train.init_from"]:
+        paths["train.init_from"] = find_checkpoint(settings["train.init_from"])
+    for key, path in paths.items():
+        settings.take({key: str(Path(path).resolve())}, settings.origins[key])
+
+
 def typed_settings(args: argparse.Namespace) -> dict[str, Any]:
     """Return the settings that the command line gives, by dotted key."""
     typed = {key: value for key, value in vars(args).items() if "." in key and value is not None}
@@ -200,17 +215,13 @@ class Job:
         self.settings, self.quiet = settings, quiet
         keep_freed_memory()
         device, why = auto_device(settings["train.device"])
-        kind = data.kind_of(settings["data.name"])
-        paths = [settings["data.name"] != kind and "data.name", settings["train.init_from"] and "train.init_from"]
-        for key in filter(None, paths):
-            if key == "train.init_from":
-                settings.take({key: find_checkpoint(settings[key])}, settings.origins[key])
-            # the run can then be resumed from any folder
-            settings.take({key: str(Path(settings[key]).resolve())}, settings.origins[key])
-        name = settings["data.name"]
+        _make_absolute(settings)
+        name, kind = settings["data.name"], data.kind_of(settings["data.name"])
         self.title = printable(Path(name).stem if kind in ("npz", "folder") else kind)
         self.remark = ""
         whole = self._load("train")
+        if len(whole.classes) == 1 and not resumed:
+            raise DataError(f"{name}: there is only one class, {whole.classes[0]!r}", "give images of two, at least")
         test, valid = (self._load_beside(whole, split) for split in ("test", "val"))
         fit_to_data(settings, whole.images.shape[1:], len(whole.classes))
         if settings["data.overfit"]:
@@ -477,7 +488,7 @@ class Job:
         overfit = self.settings["data.overfit"] > 0
         shown, split = self.train_data, "training"
         if self.valid_data is not None and best is not None:
-            checkpoint = folder / "checkpoints" / "best.npz"
+            checkpoint = _best_checkpoint(folder, best)
             shown, split = self.valid_data, "training" if overfit else "validation"
             what = "overfit     of the training images" if overfit else "validation  best accuracy"
             print(f"{what} {best['valid_accuracy']:.2%}, after epoch {best['epoch']}")
@@ -525,6 +536,25 @@ class Job:
         if held is not None:
             title = f"Images of {self.title} held out, as the model sees them"
             draw_batch(self.held_loader(spread_out(held)), folder / "samples_valid.png", title)
+
+
+def _best_checkpoint(folder: Path, best: Mapping[str, Any]) -> Path:
+    """Return the checkpoint that holds the weights of the epoch whose row is ``best``.
+
+    Raises CheckpointError if it is missing or damaged, or of another epoch, as after a mix of two runs' files.
+    """
+    path = folder / "checkpoints" / "best.npz"
+    instead = f"put it back; or measure the last weights: minivit eval {shlex.quote(str(path.with_name('last.npz')))}"
+    try:
+        kept = load_checkpoint(path).meta["train"]["best"]
+        same = all(kept.get(key) == best[key] for key in ("epoch", "step", "valid_accuracy", "valid_loss"))
+    except CheckpointError as error:
+        raise CheckpointError(error.what, instead) from error
+    except (KeyError, TypeError, AttributeError):
+        same = False
+    if not same:
+        raise CheckpointError(f"{path} does not hold the weights of epoch {best['epoch']}, the best one", instead)
+    return path
 
 
 def _check_memory(needed: int, device: str) -> None:

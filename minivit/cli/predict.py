@@ -112,7 +112,7 @@ def read_all(sources: Sequence[str], trained: Trained) -> Iterator[tuple[str, np
 
     for source in sources:
         try:
-            if os.path.isdir(source):  # which, unlike Path's, raises nothing for a name that is too long
+            if os.path.isdir(source):  # which, unlike Path's, raises nothing for a name that is too long, and knows ""
                 yield from read_all(files_in(source), trained)
             else:
                 yield from read(source, trained.model, trained.data.get("fit", "stretch"))

@@ -350,6 +350,8 @@ def load_npz(path: str | PathLike[str], split: str, layout: int = LAYOUT) -> Dat
     labels = _flat_labels(labels, where)
     if "classes" in arrays:
         classes = tuple(map(_text, arrays["classes"].reshape(-1)))
+        if "other classes" in arrays and classes != tuple(map(_text, arrays["other classes"].reshape(-1))):
+            raise DataError(f"{path}: classes and class_names do not name the same", "leave one of them out")
     else:
         classes = _classes_of({f"{path}: {names[key]}": arrays[key] for key in names if key.startswith("labels")})
     if labels.dtype.kind == "U":
@@ -430,16 +432,19 @@ def _pairs(split: str) -> list[tuple[str, str]]:
 
 
 def _names_for(split: str, held: Collection[str], path: Path, layout: int) -> dict[str, str]:
-    """Name "images", "labels" and, where the archive has them, "classes" and "labels of" the other splits."""
+    """Name "images", "labels" and, where the archive has them, "labels of" the other splits and the classes' names.
+
+    Two arrays may hold these, "classes" and "other classes"; version 0.1.0, of layout 1, knew one.
+    """
     pairs = _pairs(split)
     images, labels = next((pair for pair in pairs if pair[0] in held), pairs[0 if split != "train" else -1])
     if missing := [name for name in (images, labels) if name not in held]:
         what = f"{path}: no array {missing[0]!r}, needed for the split {split!r}; it holds"
         raise DataError(f"{what} {', '.join(sorted(held)) or 'nothing'}", f"save it with {images}=… and {labels}=…")
     others = {f"labels of {other}": y for other in SPLITS if other != split for x, y in _pairs(other) if y in held}
-    known = ("classes", "class_names") if layout > 1 else ("classes",)
-    names = [{"classes": name} for name in known if name in held] or [{}]
-    return {"images": images, "labels": labels} | others | names[0]
+    known = [name for name in ("classes", "class_names")[:layout] if name in held]
+    named = dict(zip(("classes", "other classes"), known, strict=False))
+    return {"images": images, "labels": labels} | others | named
 
 
 def channels_first(images: np.ndarray, path: Path, channels: tuple[int, ...] = (1, 3, 4)) -> np.ndarray:
