@@ -43,6 +43,8 @@ NEAR_STEPS = (-5, -6, -4, -7, -3)
 """Exponents of ten: steps of a central difference, as shares of the argument's size, in the order of trying."""
 
 LEAST_STEP = -10
+NEAR = 1e-3
+FLAT = -3  # a step as large as this that changes nothing shows that the function is constant here
 
 TOLERANCE = {("complex", 1): 1e-12, ("complex", 2): 1e-12, ("central", 1): 1e-7, ("central", 2): 1e-6}
 """Largest relative error allowed, by method and order."""
@@ -422,8 +424,11 @@ class _Part:
                 return check
         if method == "auto" and self.is_analytic is None:
             return self.judge("central", rtol, atol, whole, zero=False)  # the complex step alone proves no fault
-        if how == "complex" and excess > 0.1 * scale and self.agrees():
-            return result(numeric, scale)  # wrong: rounding cannot do that where a difference confirms the step
+        if how == "complex" and excess > 0.1 * scale:
+            if self.agrees():
+                return result(numeric, scale)  # wrong: rounding cannot do that where a difference confirms the step
+            if method == "auto" and self.near(self.analytic, TOLERANCE["central", self.problem.order]) is not None:
+                return self.judge("central", rtol, atol, whole, zero=False)  # at a kink: the step is of one side
         own, of_step = self.shaken(EPSILON, how, excess)
         noise = DOUBT * (own + of_step + noise)
         if excess > allowed * scale + noise:
@@ -435,7 +440,10 @@ class _Part:
         raise self.undecided(check, noise)
 
     def natural(self) -> float:
-        """Return the size of what these entries change in s, over their own: what a derivative usually is like.
+        """Return the size of what these entries change in s, over the distance on which they do.
+
+        It is what a derivative usually is like. The distance is their own size or, where these entries are so small
+        that the function hardly sees them, like exp(1e-12), up to ``NEAR``.
 
         What they change is seen at other arguments, because here a saturated function may change nothing.
         """
@@ -453,7 +461,16 @@ class _Part:
                 changed |= before != after  # NaN, too
             except (ArithmeticError, ValueError):  # the function refuses these arguments, or returns another shape
                 changed[:] = True
-        return max(float(np.abs(self.here).sum(where=changed)), self.problem.least) / self.size
+        size, distance = float(np.abs(self.here).sum(where=changed)), self.size
+        while distance < NEAR:
+            try:
+                moved = self.problem.moved(self.leaf, distance * self.direction)
+            except (ArithmeticError, ValueError):  # the function refuses what lies so far away
+                break
+            if moved.shape != changed.shape or not np.abs(moved - self.here).sum(where=changed) < 0.1 * size:
+                break
+            distance *= 10.0
+        return max(size, self.problem.least) / distance
 
     def zero(self, how: str, numeric: float, noise: float) -> float:
         """Return the derivative that is natural here if both derivatives are zero beside it, else 0.
@@ -498,12 +515,13 @@ class _Part:
     def undecided(self, check: Check, noise: float) -> UndecidedError:
         """Return the error for a gradient of which rounding hides whether it is right."""
         derivative = max(abs(check.analytic), abs(check.numeric))
+        share = f"rtol={_up(noise / derivative)} or " if derivative else ""
         return UndecidedError(
             f"cannot tell whether the gradient of order {check.order} for {check.name} {self.leaf.shape} is right: "
             f"along a random direction it gives {check.analytic:.12g}, the {check.method} step {check.numeric:.12g}; "
             f"an error of {check.tolerance:.0e} · {derivative:.1e} is allowed, but rounding alone may make {noise:.1e}",
             "check at arguments where the function changes more or cancels less, and off its kinks; or allow as much: "
-            f"rtol={_up(noise / derivative)} or atol={_up(noise)}",
+            f"{share}atol={_up(noise)}",
         )
 
     # ---- the complex step ----
@@ -591,6 +609,21 @@ class _Part:
                 self.values[k], self.changed[k] = value, (up != here) | (down != here)
         return k in self.values
 
+    def quantum(self, d: Mapping[int, float]) -> float:
+        """Return the least change of s, over ``size``, that differences ``d`` can show.
+
+        Where rounding inside of the function swallows the smallest steps (1 - sigmoid(30), 1e8 + x), they change
+        nothing, and the first step that does shows about one unit of it. It is rounding, and not a function of steps
+        like floor, if the complex step comes to what the gradient says.
+        """
+        flat = not all(self.changed[k].any() for k in d)
+        if not flat or self.stepped is None or abs(self.analytic - self.stepped) > 1e-3 * abs(self.analytic):
+            return 0.0
+        first = next((k for k in d if self.changed[k].any()), None)
+        if first is None:  # none do: as in exp(1e-24), they may be too small for the whole function
+            return EPSILON * float(np.abs(self.here).sum()) / self.size
+        return abs(d[first]) * 10.0**first if first <= FLAT else 0.0
+
     def refined(self, k: int) -> float:
         """Return (100·D(h) - D(10h)) / 99: it has no error in h² (Richardson 1911, doi:10.1098/rsta.1911.0009)."""
         return self.values[k] + (self.values[k] - self.values[k + 1]) / 99.0
@@ -615,11 +648,13 @@ class _Part:
         """
         reach = math.ceil(math.log10(max(float(np.abs(self.leaf.data).max(initial=0.0)) / self.size, 1.0)))
         d = {k: self.values[k] for k in range(LEAST_STEP, reach + 7) if self.compute(k)}
+        quantum = self.quantum(d)
         changed = np.any([self.changed[k] for k in d], axis=0) if d else False
-        rounding = EPSILON * float(np.abs(self.here).sum(where=changed)) / self.size
+        least = self.problem.least if np.any(changed) else 0.0
+        rounding = EPSILON * max(float(np.abs(self.here).sum(where=changed)), least) / self.size
         noise: dict[int, float] = {}
         for k in (k for k in d if k + 1 in d):
-            apart, least = abs(d[k] - d[k + 1]), rounding / 10.0**k
+            apart, least = abs(d[k] - d[k + 1]), max(rounding, quantum) / 10.0**k
             below = abs(d[k - 1] - d[k]) / 10.0 if k - 1 in d else 0.0  # a step of a tenth: ten times the rounding
             settled = k < -1 or apart <= max(0.1 * abs(d[k]), DOUBT * least)
             if settled and all(abs(d[k] - d[j]) <= DOUBT * noise[j] for j in noise):
