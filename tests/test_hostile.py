@@ -494,7 +494,7 @@ def test_a_model_saved_with_a_folder_of_photos_crops_other_photos_as_it_did(here
         mv.save(model, "mine", data=data)
         assert read_model("mine")[1]["data"]["fit"] == "crop"
     with pytest.raises(DataError, match="unknown fit 'cropp'"):
-        mv.data.Dataset(photos.images, photos.labels, photos.classes, "mine", "cropp")
+        mv.data.Dataset(photos.images, photos.labels, photos.classes, "mine", fit="cropp")
 
 
 def test_predict_says_what_a_model_saved_alone_lacks(

@@ -128,7 +128,7 @@ def load_folder(
         what = f"{path}: no image of the class {found.classes[min(lost)]!r} can be read"
         raise DataError(what, "repair some, or remove the class")
     images = files.take(good) if held is None else held if len(good) == len(held) else held[good]
-    return Dataset(cast(np.ndarray, images), labels[good], found.classes, str(path), FIT)
+    return Dataset(cast(np.ndarray, images), labels[good], found.classes, str(path), fit=FIT)
 
 
 # ---- which files -----------------------------------------------------------------------------------------------------
