@@ -38,6 +38,9 @@ ROUNDED = 100 * EPSILON
 """An error of this much of the function's size over its argument's is none: the gradient of a saturated softmax is a
 difference of numbers near 1, and a few times 2⁻⁵³ off, where the complex step knows that it is e⁻³⁰⁰."""
 
+NEAR = 1e-3
+"""Up to here a very small argument may be moved to see what it changes: see ``_Part.usual``."""
+
 
 @dataclass(frozen=True)
 class Check:
@@ -396,8 +399,12 @@ class _Part(Derivative):
                 return check
         if method == "auto" and self.is_analytic is None:
             return self.judge("central", rtol, atol, whole, may_be_zero=False)  # the complex step alone proves no fault
-        if how == "complex" and excess > 0.1 * scale and self.agrees():
-            return result(numeric, scale)  # wrong: rounding cannot do that where a difference confirms the step
+        if how == "complex" and excess > 0.1 * scale:
+            if self.agrees():
+                return result(numeric, scale)  # wrong: rounding cannot do that where a difference confirms the step
+            if method == "auto" and self.near(self.analytic, TOLERANCE["central", self.scalar.order]) is not None:
+                # at a kink: the complex step is of one side
+                return self.judge("central", rtol, atol, whole, may_be_zero=False)
         own, of_step = self.shaken(EPSILON, how, excess)
         noise = DOUBT * (own + of_step + noise)
         if excess > allowed * scale + noise:
@@ -409,7 +416,10 @@ class _Part(Derivative):
         raise self.undecided(check, noise)
 
     def usual(self) -> float:
-        """Return the size of what these entries change in s, over their own: what a derivative usually is like.
+        """Return the size of what these entries change in s, over the distance on which they do.
+
+        It is what a derivative usually is like. The distance is their own size or, where these entries are so small
+        that the function hardly sees them, like exp(1e-12), up to ``NEAR``.
 
         What they change is seen at other arguments, because here a saturated function may change nothing.
         """
@@ -426,7 +436,16 @@ class _Part(Derivative):
                 changed |= before != after  # NaN, too
             except (ArithmeticError, ValueError):  # the function refuses these arguments, or returns another shape
                 changed[:] = True
-        return max(float(np.abs(self.here).sum(where=changed)), self.scalar.least) / self.size
+        size, distance = float(np.abs(self.here).sum(where=changed)), self.size
+        while distance < NEAR:
+            try:
+                further = self.scalar.moved(self.leaf, distance * self.direction)
+            except (ArithmeticError, ValueError):  # the function refuses what lies so far away
+                break
+            if further.shape != changed.shape or not np.abs(further - self.here).sum(where=changed) < 0.1 * size:
+                break
+            distance *= 10.0
+        return max(size, self.scalar.least) / distance
 
     def usual_if_zero(self, how: str, numeric: float, noise: float) -> float:
         """Return the size that a derivative usually has here if both derivatives are zero beside it, else 0.
@@ -471,12 +490,13 @@ class _Part(Derivative):
     def undecided(self, check: Check, noise: float) -> UndecidedError:
         """Return the error for a gradient of which rounding hides whether it is right."""
         derivative = max(abs(check.analytic), abs(check.numeric))
+        share = f"rtol={_up(noise / derivative)} or " if derivative else ""
         return UndecidedError(
             f"cannot tell whether the gradient of order {check.order} for {check.name} {self.leaf.shape} is right: "
             f"along a random direction it gives {check.analytic:.12g}, the {check.method} step {check.numeric:.12g}; "
             f"an error of {check.tolerance:.0e} · {derivative:.1e} is allowed, but rounding alone may make {noise:.1e}",
             "check at arguments where the function changes more or cancels less, and off its kinks; or allow as much: "
-            f"rtol={_up(noise / derivative)} or atol={_up(noise)}",
+            f"{share}atol={_up(noise)}",
         )
 
 

@@ -32,6 +32,7 @@ NEAR_STEPS = (-5, -6, -4, -7, -3)
 """Exponents of ten: steps of a central difference, as shares of the argument's size, in the order of trying."""
 
 LEAST_STEP = -10
+FLAT = -3  # a step as large as this that changes nothing shows that the function is constant here
 
 TOLERANCE = {("complex", 1): 1e-12, ("complex", 2): 1e-12, ("central", 1): 1e-7, ("central", 2): 1e-6}
 """Largest relative error allowed, by method and order."""
@@ -47,9 +48,10 @@ SMALLEST = 1e-270  # of an argument: its complex step must be a number
 
 
 class Scalar(Protocol):
-    """A number s that is a sum of terms, as a function of leaves."""
+    """A number s that is a sum of terms, as a function of leaves. Rounding is that of numbers of ``least`` size."""
 
     order: int
+    least: float
     leaves: dict[str, Tensor]
     gradients: dict[str, np.ndarray]
     here: np.ndarray  # the terms at the leaves' own values
@@ -151,6 +153,21 @@ class Derivative:
                 self.values[k], self.changed[k] = value, (up != here) | (down != here)
         return k in self.values
 
+    def quantum(self, d: Mapping[int, float]) -> float:
+        """Return the least change of s, over ``size``, that differences ``d`` can show.
+
+        Where rounding inside of the function swallows the smallest steps (1 - sigmoid(30), 1e8 + x), they change
+        nothing, and the first step that does shows about one unit of it. It is rounding, and not a function of steps
+        like floor, if the complex step comes to what the gradient says.
+        """
+        flat = not all(self.changed[k].any() for k in d)
+        if not flat or self.stepped is None or abs(self.analytic - self.stepped) > 1e-3 * abs(self.analytic):
+            return 0.0
+        first = next((k for k in d if self.changed[k].any()), None)
+        if first is None:  # none do: as in exp(1e-24), they may be too small for the whole function
+            return EPSILON * float(np.abs(self.here).sum()) / self.size
+        return abs(d[first]) * 10.0**first if first <= FLAT else 0.0
+
     def refined(self, k: int) -> float:
         """Return (100·D(h) - D(10h)) / 99: it has no error in h² (Richardson 1911, doi:10.1098/rsta.1911.0009)."""
         return self.values[k] + (self.values[k] - self.values[k + 1]) / 99.0
@@ -175,11 +192,13 @@ class Derivative:
         """
         reach = math.ceil(math.log10(max(float(np.abs(self.leaf.data).max(initial=0.0)) / self.size, 1.0)))
         d = {k: self.values[k] for k in range(LEAST_STEP, reach + 7) if self.compute(k)}
+        quantum = self.quantum(d)
         changed = np.any([self.changed[k] for k in d], axis=0) if d else False
-        rounding = EPSILON * float(np.abs(self.here).sum(where=changed)) / self.size
+        least = self.scalar.least if np.any(changed) else 0.0
+        rounding = EPSILON * max(float(np.abs(self.here).sum(where=changed)), least) / self.size
         noise: dict[int, float] = {}
         for k in (k for k in d if k + 1 in d):
-            apart, least = abs(d[k] - d[k + 1]), rounding / 10.0**k
+            apart, least = abs(d[k] - d[k + 1]), max(rounding, quantum) / 10.0**k
             below = abs(d[k - 1] - d[k]) / 10.0 if k - 1 in d else 0.0  # a step of a tenth: ten times the rounding
             settled = k < -1 or apart <= max(0.1 * abs(d[k]), DOUBT * least)
             if settled and all(abs(d[k] - d[j]) <= DOUBT * noise[j] for j in noise):

@@ -114,6 +114,9 @@ class Op:
         """Act as a method when attached to a class, as functions do."""
         return self if instance is None else types.MethodType(self, instance)
 
+    def __reduce__(self) -> str:
+        return self.forward.__qualname__  # as a function: copies are the operation itself, pickle looks up its name
+
     def __repr__(self) -> str:
         return f"<op {self.name}>"
 
@@ -218,9 +221,10 @@ class Op:
                     for j, b in arrays:
                         args[j] = b.astype("complex128")
                     return
+                to = first.dtype if first.dtype.kind in "fc" else a.dtype  # a mask becomes numbers, not they a mask
                 raise DTypeError(
                     f"{self.name}: {first.dtype}{first.shape} and {a.dtype}{a.shape} have different dtypes",
-                    f"convert one side: .to(np.{first.dtype}) or array.astype(np.{first.dtype})",
+                    f"convert one side: .to(np.{to}) or array.astype(np.{to})",
                 )
             if device_of(a) != device_of(first):
                 raise DeviceError(

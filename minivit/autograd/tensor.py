@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator, Sequence
-from copy import deepcopy
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
@@ -100,20 +99,11 @@ class Tensor:
 
     __hash__ = object.__hash__  # by identity, although == compares elements: Tensors can be keys
 
-    def __copy__(self) -> Self:
-        return self._copied(self.data, self.grad)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        return self._copied(deepcopy(self.data, memo), deepcopy(self.grad, memo))
-
-    def _copied(self, data: Array, grad: Array | None) -> Self:
-        """Return a Tensor of its own: were the node copied as well, its gradients would go to this one."""
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Say how copy, deepcopy and pickle make another: with a node of its own, or gradients would go to this one."""
         if not self.is_leaf:
             raise GraphError("a result cannot be copied with its graph", "copy x.detach(), or leaves only")
-        copied = type(self).__new__(type(self))
-        copied.data, copied.grad, copied.node = data, grad, None
-        copied.requires_grad = self.requires_grad
-        return copied
+        return _remade, (type(self), self.data, self.grad, self.requires_grad)
 
     def __bool__(self) -> bool:
         return bool(self.item())
@@ -123,6 +113,9 @@ class Tensor:
 
     def __int__(self) -> int:
         return int(self.item())
+
+    def __format__(self, spec: str) -> str:
+        return format(self.item(), spec) if spec else str(self)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         if self.is_recorded:
@@ -169,6 +162,14 @@ class Tensor:
                     leaf.grad += part
                 else:
                     leaf.grad = _array(leaf.grad + part)
+
+
+def _remade(kind: type[Tensor], data: Array, grad: Array | None, requires_grad: bool) -> Tensor:
+    """Return a leaf of the given class with these contents."""
+    made = kind.__new__(kind)
+    made.data, made.grad, made.node = data, grad, None
+    made.requires_grad = requires_grad
+    return made
 
 
 def tensor(data: Any, dtype: Any = None, device: str | None = None, requires_grad: bool = False) -> Tensor:

@@ -126,20 +126,6 @@ class ViTClassifier:
     def __sklearn_is_fitted__(self) -> bool:
         return hasattr(self, "model_")
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Return settings and arrays: a graph's nodes cannot go to scikit-learn's other processes."""
-        state = dict(vars(self))
-        if (model := state.pop("model_", None)) is not None:
-            state["model_"] = (model.config, model.state_dict())
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        if "model_" in state:
-            config, arrays = state["model_"]
-            self.model_ = ViT(**config).eval()
-            self.model_.load_state_dict(arrays)
-
     # ---- fit ----
 
     def fit(self, X: Any, y: Any) -> ViTClassifier:

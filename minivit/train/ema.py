@@ -30,6 +30,14 @@ class EMA:
             self.flat = opt.flat.copy()
         self.views = opt.split(self.flat)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy, or pickle, takes along: not the views, of which it would make arrays of their own."""
+        return {name: value for name, value in vars(self).items() if name != "views"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.views = self.opt.split(self.flat)
+
     def update(self) -> None:
         """Take the parameters' present values in: after ``opt.step()``."""
         self.update_spans([(0, self.flat.size)])

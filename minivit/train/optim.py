@@ -112,6 +112,12 @@ class Optimizer:
         def rule(item: tuple[str, Parameter]) -> tuple[bool, float]:
             return is_decayed(*item), scales[item[0]]
 
+        for kind, keys in (("name", [n for n, _ in named]), ("parameter", [id(p) for _, p in named])):
+            if twice := [n for (n, _), key in zip(named, keys, strict=True) if keys.count(key) > 1]:
+                raise ConfigError(
+                    f"the optimizer got the same {kind} twice: {', '.join(dict.fromkeys(twice[:5]))}",
+                    'give each parameter once, by a name of its own: [("teacher." + n, p) for n, p in …]',
+                )
         named.sort(key=rule, reverse=True)  # what is updated alike lies together, in its order; the decayed ones first
         self.lr, self.weight_decay, self.steps = lr, weight_decay, 0
         check_rates(lr, weight_decay, scales.values(), named[0][1].dtype)
@@ -129,9 +135,22 @@ class Optimizer:
             self.grad = xp.zeros_like(self.flat)
             self.state = {slot: xp.zeros_like(self.flat) for slot in self.slots}
         self.updated = [(0, self.flat.size)]  # what the last update changed, as spans of the flat array
+        self._lay_out()
+
+    def _lay_out(self) -> None:
+        """Make the parameters views of the flat array."""
         self.views = self.split(self.flat)
         for p, view in zip(self.parameters, self.views, strict=True):
             p.data = view
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy, or pickle, takes along: not the views, of which it would make arrays of their own."""
+        self._check_views()
+        return {name: value for name, value in vars(self).items() if name != "views"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._lay_out()
 
     def split(self, flat: Array) -> list[Array]:
         """Return views of a flat array in the shapes of the parameters."""
@@ -172,18 +191,21 @@ class Optimizer:
 
         Raises ConfigError, nothing changed, if a learning rate or weight decay was set that is not finite.
         """
-        for name, p, view in zip(self.names, self.parameters, self.views, strict=True):
-            if p.data is not view:
-                raise GraphError(
-                    f"{name}.data was replaced after its optimizer was made: by model.to(…), or by another optimizer",
-                    "make the optimizer after model.to(…); change values in place: p.data[...] = values",
-                )
+        self._check_views()
         try:
             check_rates(self.lr, self.weight_decay, [g.scale for g in self.groups], self.flat.dtype)
         except ConfigError as error:
             raise ConfigError(f"step {self.steps}: {error.what}", error.remedy) from None
         self.updated = list(spans) or [(0, self.flat.size)]
         self.steps += 1
+
+    def _check_views(self) -> None:
+        for name, p, view in zip(self.names, self.parameters, self.views, strict=True):
+            if p.data is not view:
+                raise GraphError(
+                    f"{name}.data was replaced after its optimizer was made: by model.to(…), or by another optimizer",
+                    "make the optimizer after model.to(…); change values in place: p.data[...] = values",
+                )
 
     def update_spans(self, spans: Sequence[tuple[int, int]]) -> None:
         """Make the part of the update that lies in the given spans; threads may share them out."""
@@ -432,14 +454,22 @@ def gradient_norm(arrays: Iterable[Array]) -> Array:
 def clip_grad_norm(parameters: Iterable[Parameter], max_norm: float) -> float:
     """Scale all gradients together so that their norm is at most ``max_norm``; return the norm they had.
 
-    Parameters that do not require a gradient, and are therefore not updated, do not count.
+    Parameters that do not require a gradient, and are therefore not updated, do not count. Raises ConfigError for a
+    ``max_norm`` that is not positive.
     """
+    check_clip_norm(max_norm)
     grads = [p.grad for p in parameters if p.grad is not None and p.requires_grad]
     if not grads:
         return 0.0
     norm = float(gradient_norm(grads))
     scale_to_norm(grads, norm, max_norm)
     return norm
+
+
+def check_clip_norm(norm: Any) -> None:
+    """Raise ConfigError unless ``norm`` is a positive number: a negative one would turn the gradient round."""
+    if not (isinstance(norm, Real) and norm > 0):
+        raise ConfigError(f"a gradient norm of at most {norm!r}", "give a positive number; None, for TrainStep, clips none")
 
 
 def scale_to_norm(arrays: Iterable[Array], norm: float, max_norm: float) -> None:

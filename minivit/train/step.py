@@ -14,6 +14,7 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -39,7 +40,7 @@ from minivit.errors import ConfigError, DataError, GraphError, NonFiniteError, S
 from minivit.nn.module import Module, mode, watching
 from minivit.nn.random import random_key
 from minivit.ops.loss import check_labels
-from minivit.train.optim import Optimizer, scale_to_norm
+from minivit.train.optim import Optimizer, check_clip_norm, scale_to_norm
 
 DROP_STREAM = 0xD209  # the stream of dropout and drop path under a run's seed
 CACHED_NUMBERS = 51 << 12  # tokens · dim of a micro-batch, for each MiB of L2 cache: fewer make calls too short
@@ -80,8 +81,8 @@ class TrainStep:
         clip_norm: float | None = None,
         seed: int = 0,
     ) -> None:
-        if clip_norm is not None and not clip_norm > 0:
-            raise ConfigError(f"clip_norm={clip_norm}", "give a positive number, or None for no clipping")
+        if clip_norm is not None:
+            check_clip_norm(clip_norm)
         self.model, self.opt, self.loss, self.clip_norm, self.seed = model, opt, loss, clip_norm, seed
         self.grad_norm = math.nan
         self.right: int | None = None
@@ -91,13 +92,27 @@ class TrainStep:
         self.flats = [opt.grad, *others]
         self.views = [opt.split(flat) for flat in self.flats]
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy, or pickle, takes along: not the views, of which it would make arrays of their own."""
+        return {name: value for name, value in vars(self).items() if name != "views"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.views = [self.opt.split(flat) for flat in self.flats]
+
     def __call__(self, images: Any, labels: Any) -> float:
         """Make one update and return the batch's mean loss before it.
 
         images (B, C, H, W), made the model's dtype, labels as the loss takes them. Raises :class:`NonFiniteError`
         before the update if the loss or the gradient is not finite, :class:`GraphError` if nothing gets a gradient.
         """
+        for name, given in (("images", images), ("labels", labels)):
+            if isinstance(given, Tensor) and given.is_recorded:
+                what = f"a TrainStep has no gradient in its {name}, a Tensor that requires one"
+                raise GraphError(what, f"give {name}.detach() to hold them constant, or train by loss.backward()")
         images, labels = as_array(images, self.opt.flat.dtype), as_array(labels)
+        if not (images.ndim and labels.ndim):
+            raise ShapeError(f"images {images.shape}, labels {labels.shape}", "give arrays (B, C, H, W) and (B,)")
         if len(images) != len(labels):
             raise ShapeError(f"{len(images)} images, {len(labels)} labels", "give one label for each image")
         key = Key(self.seed, DROP_STREAM, self.opt.steps)
@@ -214,8 +229,8 @@ class Team:
     """Threads that share the rows of a batch, BLAS held to one thread meanwhile; on a GPU, one thread and one piece."""
 
     def __init__(self, model: Module, threads: int | None, micro_batch: int | None) -> None:
-        if (threads is not None and threads < 1) or (micro_batch is not None and micro_batch < 1):
-            raise ConfigError(f"threads={threads}, micro_batch={micro_batch}", "each must be at least 1, or None")
+        if not all(n is None or (isinstance(n, Integral) and n >= 1) for n in (threads, micro_batch)):
+            raise ConfigError(f"threads={threads}, micro_batch={micro_batch}", "each must be a whole number, at least 1, or None")
         self.device = next(model.parameters()).device
         self.threads, self.micro_batch = 1, micro_batch
         tokens, dim = getattr(model, "num_tokens", 1), getattr(model, "dim", None)
@@ -227,6 +242,10 @@ class Team:
             self.micro_batch = micro_batch or max(1, min(fit, kept))
         self.all_threads = threads is not None  # asked for, whether they pay or not
         self._pool: tuple[int, ThreadPoolExecutor] | None = None  # and the process that it was started in
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy, or pickle, takes along: not the threads."""
+        return vars(self) | {"_pool": None}
 
     @property
     def pool(self) -> ThreadPoolExecutor:
