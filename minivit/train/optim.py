@@ -468,7 +468,7 @@ def clip_grad_norm(parameters: Iterable[Parameter], max_norm: float) -> float:
 
 def check_clip_norm(norm: Any) -> None:
     """Raise ConfigError unless ``norm`` is a positive number: a negative one would turn the gradient round."""
-    if not (isinstance(norm, Real) and 0.0 < norm):
+    if not (isinstance(norm, int | float | np.number) and norm > 0):
         raise ConfigError(
             f"a gradient norm of at most {norm!r}", "give a positive number; for TrainStep, None clips nothing"
         )
