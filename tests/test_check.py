@@ -466,3 +466,30 @@ def test_the_traceback_under_pytest_ends_at_the_line_that_called_the_check(tmp_p
 
 def _environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(Path(mv.__file__).parents[1])}
+
+
+@pytest.mark.parametrize(
+    ("fn", "x"),
+    [
+        (ops.sigmoid, np.array([30.0, -30.0, 31.0])),  # 1 - sigmoid(x) swallows small steps
+        (ops.softmax, np.array([[30.0, 0.0, -30.0], [33.0, 0.0, 1.0]])),
+        (lambda x: (x + 1e8) - 1e8, X),
+        (ops.sigmoid, 1e-24 * X),  # too small to be seen beside 0.5
+        (lambda x: ops.maximum(x, 0.0), np.array([0.0, 1.0, -1.0])),  # a kink, where the gradient is the mean of both
+        (ops.abs, np.array([0.0, 1.0, -1.0])),
+        (lambda x: ops.sigmoid(ops.sigmoid(ops.maximum(x, 0.0))), 1e-5 * X),
+    ],
+)
+def test_neither_swallowed_steps_nor_kinks_are_blamed_on_a_right_gradient(fn, x):
+    assert mv.check_grads(fn, [x]).passed
+
+
+@pytest.mark.parametrize(("scale", "factor"), [(1e-6, 1.0 + 1e-9), (1e-12, 1.01)])
+def test_small_arguments_do_not_hide_a_wrong_gradient(scale, factor):
+    @op(save=("out",))
+    def exp(x: Array) -> Array:
+        return np.exp(x)
+
+    exp.vjps(lambda g, out, x: g * out * factor)
+    with pytest.raises(GradientError, match="wrong gradient of order 1"):
+        mv.check_grads(exp, [scale * X])

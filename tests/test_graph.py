@@ -7,6 +7,7 @@ import copy
 import gc
 import inspect
 import os
+import pickle
 import textwrap
 import threading
 import time
@@ -423,7 +424,11 @@ def test_detach_to_and_astype():
     assert x.grad.dtype == np.float64
 
 
-@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy])
+def pickled(x):
+    return pickle.loads(pickle.dumps(x))
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickled])
 def test_a_copy_gets_its_own_gradient(copied):
     x = leaf(3)
     x.grad = np.ones(3)
@@ -436,9 +441,10 @@ def test_a_copy_gets_its_own_gradient(copied):
         copied(x * 2.0)
 
 
-def test_a_copied_module_learns_by_itself():
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled])
+def test_a_copied_module_learns_by_itself(copied):
     model = mv.nn.Linear(2, 3)
-    twin = copy.deepcopy(model)
+    twin = copied(model)
     twin(np.ones((1, 2), np.float32)).sum().backward()
     assert model.weight.grad is None
     np.testing.assert_array_equal(twin.weight.grad, np.ones((3, 2)))
@@ -818,3 +824,21 @@ def test_any_graph_agrees_with_the_complex_step(program):
 
     report = mv.check_grads(run, [normal(Key(0), (3, 3)), normal(Key(1), (3, 3))])
     assert {c.method for c in report.checks} == {"complex"}
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickled])
+def test_a_copied_operation_is_the_operation(copied):
+    assert copied(mv.ops.gelu) is mv.ops.gelu
+
+
+def test_one_number_is_formatted_as_a_number():
+    loss = mv.tensor([1.0, 2.0], requires_grad=True).sum()
+    assert f"{loss:.3f}" == "3.000"
+    assert f"{loss}" == str(loss)
+    with pytest.raises(ShapeError, match="needs one element"):
+        f"{leaf(3):.3f}"
+
+
+def test_the_remedy_for_a_mask_is_to_make_numbers_of_it():
+    with pytest.raises(DTypeError, match=r"have different dtypes\n  → convert one side: .to\(np.float64\)"):
+        np.ones(3, bool) * leaf(3)

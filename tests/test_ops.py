@@ -712,3 +712,18 @@ def test_a_loss_of_many_rows_in_float16():
     for loss in (plain, fast):
         assert loss.dtype == np.float16
         assert abs(loss.item() - 8.003) < 0.01
+
+
+@pytest.mark.parametrize("labels", [LABELS.astype(np.float64), LABELS > 0, LABELS.astype(str)])
+def test_labels_that_are_no_whole_numbers_are_not_called_soft(labels):
+    logits = np.zeros((*LABELS.shape, 4))
+    with pytest.raises(DTypeError, match=r"one for each row of logits, .*\n  → give whole numbers"):
+        ops.cross_entropy(logits, labels)
+
+
+@pytest.mark.parametrize("axis", [np.int64(1), np.int8(-1)])
+def test_an_axis_may_be_one_of_numpys_integers(axis):
+    x = np.arange(6.0).reshape(2, 3)
+    for reduce in (ops.sum, ops.mean, ops.var, ops.max, ops.min, ops.logsumexp):
+        g, expected = (backward(reduce, [x, where], [0])[1][0] for where in (axis, int(axis)))
+        np.testing.assert_array_equal(g, expected)

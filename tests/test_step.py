@@ -1,9 +1,11 @@
 """The training step against PyTorch's losses, against plain backward, and against itself on other threads."""
 
 import contextlib
+import copy
 import gc
 import math
 import os
+import pickle
 import subprocess
 import sys
 import threading
@@ -712,3 +714,61 @@ def test_a_forked_child_makes_steps_with_a_team_that_was_used_before():
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     done = subprocess.run(program, capture_output=True, text=True, timeout=60, env=environment)
     assert done.stdout.split("\n")[0] == "0 {2}", done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_copies_of_model_optimizer_average_and_step_train_on_as_the_originals(copied):
+    images, labels = batch(16)
+    model, opt = make()
+    ema, step = EMA(opt, 0.9), mv.TrainStep(model, opt, threads=2, micro_batch=3)
+    step(images, labels)
+    ema.update()
+    before = model.state_dict()
+    twins = copied((model, opt, ema, step))
+    for m, o, e, s in (twins, (model, opt, ema, step)):
+        s(images, labels)
+        e.update()
+        ops.cross_entropy(m(images), labels).backward()
+        o.step()
+        assert all(np.shares_memory(p.data, o.flat) for p in o.parameters)
+    first, second = everything(*twins[:3]), everything(model, opt, ema)
+    assert first.keys() == second.keys()
+    for name, array in first.items():
+        np.testing.assert_array_equal(array, second[name])
+    assert any((model.state_dict()[n] != a).any() for n, a in before.items())
+
+
+def test_an_optimizer_refuses_a_name_or_a_parameter_given_twice():
+    (model, _), (other, _) = make(), make()
+    with pytest.raises(ConfigError, match=r"the same name twice: .*\n  → give each parameter once, by a name"):
+        AdamW([*model.named_parameters(), *other.named_parameters()])
+    with pytest.raises(ConfigError, match=r"the same parameter twice: head\.weight, again"):
+        AdamW([("head.weight", model.head.weight), ("again", model.head.weight)])
+
+
+@pytest.mark.parametrize("norm", [-1.0, 0.0, math.nan, "1", None])
+def test_gradients_are_not_scaled_to_a_norm_that_is_none(norm):
+    p = mv.nn.Parameter(np.ones(3))
+    p.grad = np.ones(3)
+    with pytest.raises(ConfigError, match="give a positive number"):
+        clip_grad_norm([p], norm)
+    np.testing.assert_array_equal(p.grad, np.ones(3))
+
+
+def test_a_step_refuses_tensors_whose_graph_it_would_cut():
+    images, labels = batch()
+    step = mv.TrainStep(*make())
+    soft = ops.softmax(mv.tensor(np.zeros((len(images), 5), np.float32), requires_grad=True))
+    with pytest.raises(GraphError, match="no gradient in its labels"):
+        step(images, soft)
+    with pytest.raises(GraphError, match="no gradient in its images"):
+        step(mv.tensor(images, requires_grad=True), labels)
+    with pytest.raises(ShapeError, match=r"give arrays"):
+        step(None, labels)
+    assert math.isfinite(step(images, soft.detach()))
+
+
+@pytest.mark.parametrize("count", [1.5, "2", 0])
+def test_threads_are_a_whole_number(count):
+    with pytest.raises(ConfigError, match="each must be a whole number"):
+        mv.predict_logits(make()[0], batch()[0], threads=count)

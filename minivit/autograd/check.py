@@ -399,10 +399,12 @@ class _Part(Derivative):
                 return check
         if method == "auto" and self.is_analytic is None:
             return self.judge("central", rtol, atol, whole, may_be_zero=False)  # the complex step alone proves no fault
-        if how == "complex" and excess > 0.1 * scale:
-            if self.agrees():
+        if how == "complex":
+            finest = TOLERANCE["central", self.scalar.order]
+            confirmed = self.agrees(finest)
+            if confirmed and excess > 0.1 * scale:
                 return result(numeric, scale)  # wrong: rounding cannot do that where a difference confirms the step
-            if method == "auto" and self.near(self.analytic, TOLERANCE["central", self.scalar.order]) is not None:
+            if not confirmed and method == "auto" and self.near(self.analytic, finest) is not None:
                 # at a kink: the complex step is of one side
                 return self.judge("central", rtol, atol, whole, may_be_zero=False)
         own, of_step = self.shaken(EPSILON, how, excess)

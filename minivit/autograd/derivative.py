@@ -32,10 +32,13 @@ NEAR_STEPS = (-5, -6, -4, -7, -3)
 """Exponents of ten: steps of a central difference, as shares of the argument's size, in the order of trying."""
 
 LEAST_STEP = -10
-FLAT = -3  # a step as large as this that changes nothing shows that the function is constant here
+FLAT = -1  # a step as large as this that changes nothing shows that the function is constant here
 
 TOLERANCE = {("complex", 1): 1e-12, ("complex", 2): 1e-12, ("central", 1): 1e-7, ("central", 2): 1e-6}
 """Largest relative error allowed, by method and order."""
+
+ROUGHLY = 1e-5
+"""A difference that is this near the complex step confirms it."""
 
 DOUBT = 10.0
 """An error counts as one when it is this many times the noise that was measured."""
@@ -107,13 +110,13 @@ class Derivative:
         # it may change too little just here
         return self.agrees_beside(1.0, 0.3) or self.agrees_beside(0.1, 0.3) or self.agrees_beside(0.0, 1.0) or None
 
-    def agrees(self) -> bool:
+    def agrees(self, rtol: float = ROUGHLY) -> bool:
         """Return whether a difference is equal to the complex step."""
         if self.stepped is None:
             return False
         if self.stepped == 0.0 and all(self.compute(k) and not self.changed[k].any() for k in (-5, -1)):
             return True
-        return self.near(self.stepped, TOLERANCE["central", self.scalar.order]) is not None
+        return self.near(self.stepped, rtol) is not None
 
     def agrees_beside(self, scale: float, by: float) -> bool:
         """Return whether a difference agrees at other arguments: ``scale`` times these, each changed by about ``by``.
@@ -153,6 +156,11 @@ class Derivative:
                 self.values[k], self.changed[k] = value, (up != here) | (down != here)
         return k in self.values
 
+    def both_agree(self) -> bool:
+        """Return whether the gradient and the complex step, which know nothing of each other, say the same."""
+        step = self.stepped
+        return step is not None and self.analytic != 0.0 and abs(self.analytic - step) <= 1e-3 * abs(self.analytic)
+
     def quantum(self, d: Mapping[int, float]) -> float:
         """Return the least change of s, over ``size``, that differences ``d`` can show.
 
@@ -160,8 +168,7 @@ class Derivative:
         nothing, and the first step that does shows about one unit of it. It is rounding, and not a function of steps
         like floor, if the complex step comes to what the gradient says.
         """
-        flat = not all(self.changed[k].any() for k in d)
-        if not flat or self.stepped is None or abs(self.analytic - self.stepped) > 1e-3 * abs(self.analytic):
+        if all(self.changed[k].any() for k in d) or not self.both_agree():
             return 0.0
         first = next((k for k in d if self.changed[k].any()), None)
         if first is None:  # none do: as in exp(1e-24), they may be too small for the whole function
@@ -175,8 +182,9 @@ class Derivative:
     def near(self, derivative: float, rtol: float, atol: float = 0.0) -> float | None:
         """Return a difference, of a small step, that is equal to ``derivative`` while rounding is far less."""
         for k in NEAR_STEPS:
-            if self.compute(k):
-                rounding = EPSILON * float(np.abs(self.here).sum()) / (10.0**k * self.size)
+            rounding = EPSILON * float(np.abs(self.here).sum()) / (10.0**k * self.size)
+            most = rtol * max(self.terms, 2.0 * abs(derivative)) + atol
+            if DOUBT * rounding <= most and self.compute(k):
                 refined = [self.refined(i) for i in (k, k - 1) if i in self.values and i + 1 in self.values]
                 for value in [self.values[k], *refined]:
                     allowed = rtol * max(self.terms, abs(value)) + atol
@@ -191,7 +199,8 @@ class Derivative:
         From afar a function may look flat: a larger step that contradicts a smaller one does not count.
         """
         reach = math.ceil(math.log10(max(float(np.abs(self.leaf.data).max(initial=0.0)) / self.size, 1.0)))
-        d = {k: self.values[k] for k in range(LEAST_STEP, reach + 7) if self.compute(k)}
+        end = 0 if self.both_agree() else reach + 7  # what is far away has no say against two that agree
+        d = {k: self.values[k] for k in range(LEAST_STEP, end) if self.compute(k)}
         quantum = self.quantum(d)
         changed = np.any([self.changed[k] for k in d], axis=0) if d else False
         least = self.scalar.least if np.any(changed) else 0.0

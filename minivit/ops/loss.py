@@ -58,7 +58,7 @@ def _target(logits: Array, labels: Any) -> Any:
         return Tensor(target) if isinstance(labels, Tensor) else target
     if given.dtype.kind not in "iu" and given.shape == logits.shape[:-1]:
         what = f"cross_entropy: labels {given.shape}, one for each row of logits, are {given.dtype}"
-        raise DTypeError(what, "give whole numbers: labels.astype(np.int64); of names, their places in the list of them")
+        raise DTypeError(what, "give whole numbers: labels.astype(np.int64), or the places of names in their list")
     if given.dtype.kind not in "fc" or given.real.dtype != real:
         raise DTypeError(
             f"cross_entropy: soft labels are {given.dtype}, logits {logits.dtype}", "convert the labels to match"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from numbers import Integral
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ HALF = np.dtype(np.float16)
 def _axes(axis: Axis, ndim: int) -> tuple[int, ...]:
     if axis is None:
         return tuple(range(ndim))
-    return tuple(a % ndim for a in ((axis,) if isinstance(axis, Integral) else axis))
+    return tuple(a % ndim for a in (axis if isinstance(axis, Iterable) else (axis,)))
 
 
 def _count(shape: tuple[int, ...], axis: Axis) -> int:

@@ -112,8 +112,8 @@ class Optimizer:
         def rule(item: tuple[str, Parameter]) -> tuple[bool, float]:
             return is_decayed(*item), scales[item[0]]
 
-        for kind, keys in (("name", [n for n, _ in named]), ("parameter", [id(p) for _, p in named])):
-            if twice := [n for (n, _), key in zip(named, keys, strict=True) if keys.count(key) > 1]:
+        for kind, values in (("name", [n for n, _ in named]), ("parameter", [str(id(p)) for _, p in named])):
+            if twice := [n for (n, _), value in zip(named, values, strict=True) if values.count(value) > 1]:
                 raise ConfigError(
                     f"the optimizer got the same {kind} twice: {', '.join(dict.fromkeys(twice[:5]))}",
                     'give each parameter once, by a name of its own: [("teacher." + n, p) for n, p in …]',
@@ -468,8 +468,10 @@ def clip_grad_norm(parameters: Iterable[Parameter], max_norm: float) -> float:
 
 def check_clip_norm(norm: Any) -> None:
     """Raise ConfigError unless ``norm`` is a positive number: a negative one would turn the gradient round."""
-    if not (isinstance(norm, Real) and norm > 0):
-        raise ConfigError(f"a gradient norm of at most {norm!r}", "give a positive number; None, for TrainStep, clips none")
+    if not (isinstance(norm, int | float | np.number) and norm > 0):
+        raise ConfigError(
+            f"a gradient norm of at most {norm!r}", "give a positive number; for TrainStep, None clips nothing"
+        )
 
 
 def scale_to_norm(arrays: Iterable[Array], norm: float, max_norm: float) -> None:

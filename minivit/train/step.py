@@ -230,7 +230,8 @@ class Team:
 
     def __init__(self, model: Module, threads: int | None, micro_batch: int | None) -> None:
         if not all(n is None or (isinstance(n, Integral) and n >= 1) for n in (threads, micro_batch)):
-            raise ConfigError(f"threads={threads}, micro_batch={micro_batch}", "each must be a whole number, at least 1, or None")
+            remedy = "each must be a whole number, at least 1, or None"
+            raise ConfigError(f"threads={threads}, micro_batch={micro_batch}", remedy)
         self.device = next(model.parameters()).device
         self.threads, self.micro_batch = 1, micro_batch
         tokens, dim = getattr(model, "num_tokens", 1), getattr(model, "dim", None)
