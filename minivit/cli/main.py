@@ -34,7 +34,7 @@ COMMANDS = {
 """What there is, each in a module of ``minivit.cli``: ``add_arguments(parser)`` and ``run(args)`` → exit code."""
 
 OK, FAILURE, USAGE, BAD_INPUTS, INTERRUPTED = 0, 1, 2, 3, 130
-"""Exit codes. SIGTERM gives 143, as a shell reports it."""
+"""Exit codes. SIGTERM gives 143 and SIGHUP 129, as a shell reports them."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
