@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,17 @@ from minivit.backend import cuda_status
 from tests import strict
 
 strict_cupy = strict.strict_cupy  # the fixture: CuPy's strict stand-in
+
+
+def pytest_configure() -> None:
+    """Heed signals that whoever starts the tests ignores (nohup, a job in the background): they stop runs here."""
+    for name, handler in {
+        "SIGINT": signal.default_int_handler,
+        "SIGTERM": signal.SIG_DFL,
+        "SIGHUP": signal.SIG_DFL,
+    }.items():
+        if (number := getattr(signal, name, None)) is not None and signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
