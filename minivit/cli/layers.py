@@ -31,7 +31,7 @@ def model_config(name: str) -> dict[str, Any]:
         defaults = {p.name: p.default for p in inspect.signature(ViT).parameters.values()}
         return defaults | MODELS[name]
     config = weights.model_config(_path(name))
-    _check_memory(name, config)
+    _check_image_fits(name, config)
     return config
 
 
@@ -40,7 +40,7 @@ def open_model(name: str) -> ViT:
     return create_model(name) if name in MODELS else weights.load_model(_path(name))
 
 
-def _check_memory(name: str, config: dict[str, Any]) -> None:
+def _check_image_fits(name: str, config: dict[str, Any]) -> None:
     """Raise ConfigError if one image does not fit: where positions are not learned, no array bounds its size."""
     (height, width), (p, q) = pair("image_size", config["image_size"]), pair("patch_size", config["patch_size"])
     tokens = (height // p) * (width // q)

@@ -56,7 +56,7 @@ def _target(logits: Array, labels: Any) -> Any:
         places = to_device(given, device_of(logits))[..., None]
         target = (places == array_module(logits).arange(logits.shape[-1])).astype(real)  # (…,) → (…, K)
         return Tensor(target) if isinstance(labels, Tensor) else target
-    if given.dtype.kind not in "iu" and given.shape == logits.shape[:-1]:
+    if given.shape == logits.shape[:-1]:
         what = f"cross_entropy: labels {given.shape}, one for each row of logits, are {given.dtype}"
         raise DTypeError(what, "give whole numbers: labels.astype(np.int64), or the places of names in their list")
     if given.dtype.kind not in "fc" or given.real.dtype != real:

@@ -16,6 +16,7 @@ import numpy as np
 
 from minivit.data import Dataset
 from minivit.data.datasets import NAMES
+from minivit.data.images import FITS
 from minivit.errors import CheckpointError, ConfigError, DataError, MinivitError, unknown_name, value_text
 from minivit.models.positions import Grid, resize_positions
 from minivit.models.vit import ViT
@@ -111,7 +112,7 @@ def read_model(path: str | Path) -> tuple[ViT, dict[str, Any]]:
     """Return :func:`load_model`'s model, and the checkpoint's meta, its ``data`` as :func:`data_of` returns them."""
     checkpoint = load_checkpoint(path)
     model = _build(checkpoint, path)
-    return model, checkpoint.meta | {"data": data_of(checkpoint, path)}
+    return model, checkpoint.meta | {"data": data_of(checkpoint, model.config, path)}
 
 
 def model_config(path: str | Path) -> dict[str, Any]:
@@ -208,12 +209,12 @@ def _difference(config: Mapping[str, Any], state: Mapping[str, np.ndarray]) -> s
     return ""
 
 
-def data_of(checkpoint: Checkpoint, path: str | Path) -> dict[str, Any]:
+def data_of(checkpoint: Checkpoint, config: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
     """Return what a checkpoint says of its data: what :func:`data_meta` returns, or a part of it.
 
-    Raises CheckpointError if an entry is not what it should be.
+    ``config`` holds the settings of its model. Raises CheckpointError if an entry is not what it should be.
     """
-    found, config = checkpoint.meta.get("data", {}), config_of(checkpoint, path)
+    found = checkpoint.meta.get("data", {})
     classes, channels = config["num_classes"], config["in_channels"]
 
     def numbers(value: Any, least: float) -> bool:
@@ -222,7 +223,7 @@ def data_of(checkpoint: Checkpoint, path: str | Path) -> dict[str, Any]:
 
     rules = {
         "name": (lambda v: isinstance(v, str) and v, "text"),
-        "fit": (lambda v: v in ("crop", "stretch"), "'crop' or 'stretch'"),
+        "fit": (lambda v: v in FITS, " or ".join(map(repr, FITS))),
         "bad_images": (lambda v: v in ("stop", "skip"), "'stop' or 'skip'"),
         "classes": (
             lambda v: isinstance(v, list) and len(v) <= classes and all(isinstance(name, str) for name in v),
