@@ -44,7 +44,7 @@ def arguments(description: str, **choices: list[str]) -> tuple[Config, str, argp
 
 
 def time_steps(step: Callable[..., Any], images: Any, labels: Any, steps: int, warmup: int = 3) -> list[float]:
-    """Time steps as minivit.study.speed.time_steps does, which the peers' Python may not have."""
+    """Time steps as minivit.measure.speed.time_steps does, which the peers' Python may not have."""
     times = []
     for _ in range(warmup + steps):
         start = time.perf_counter()

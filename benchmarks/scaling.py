@@ -57,7 +57,7 @@ def measure(point: Point) -> Measured:
 
     import minivit as mv
     from minivit.backend import cpu_cores, keep_freed_memory, normal, peak_memory, random_bits
-    from minivit.study.speed import sgemm_rate, step_flops, time_steps
+    from minivit.measure.speed import sgemm_rate, step_flops, time_steps
 
     batch, image, dim, depth, threads = point
     keep_freed_memory()

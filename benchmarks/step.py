@@ -13,7 +13,7 @@ from configs import arguments, report
 
 import minivit as mv
 from minivit.backend import keep_freed_memory, normal, peak_memory, random_bits, to_device
-from minivit.study.speed import time_steps
+from minivit.measure.speed import time_steps
 
 
 def main() -> None:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from minivit.train.classifier import ViTClassifier
     from minivit.train.step import TrainStep, predict_logits
     from minivit.train.trainer import Trainer
-    from minivit.train.weights import load_model, load_weights, save
+    from minivit.weights.native import load_model, load_weights, save
 
 __version__ = "0.1.0"
 
@@ -43,13 +43,13 @@ _HOMES = {
     "first_order": "autograd.graph",
     "grad": "autograd.tensor",
     "list_models": "models.zoo",
-    "load_model": "train.weights",
-    "load_weights": "train.weights",
+    "load_model": "weights.native",
+    "load_weights": "weights.native",
     "no_grad": "autograd.graph",
     "op": "autograd.op",
     "predict_logits": "train.step",
     "random_key": "nn.random",
-    "save": "train.weights",
+    "save": "weights.native",
     "tensor": "autograd.tensor",
 }
 """The module, under minivit, that a public name comes from."""

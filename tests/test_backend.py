@@ -27,7 +27,7 @@ from tests import strict
 
 strict_cupy = strict.strict_cupy
 any_cupy = strict.any_cupy
-PACKAGE = Path(backend.__file__).parent
+PACKAGE = Path(backend.__file__).parents[1]
 SAMPLES = 1 << 16
 
 
@@ -109,7 +109,7 @@ def package_uses() -> list[tuple[str, Use]]:
 def test_the_package_calls_only_what_cupy_has():
     uses = package_uses()
     keys = {(file, use.key) for file, use in uses}
-    assert {("backend.py", "arange"), ("backend.py", "uint32"), ("backend.py", "cuda.Device")} <= keys  # it does look
+    assert {("backend/random.py", "arange"), ("backend/devices.py", "cuda.Device")} <= keys  # it does look
     problems = [
         f"{file}:{use.line}: {wrong}"
         for file, use in uses
@@ -293,7 +293,7 @@ def test_a_cuda_device_without_cupy(monkeypatch):
 
 
 def test_what_a_container_keeps_of_files_counts_as_available(tmp_path, monkeypatch):
-    monkeypatch.setattr(backend, "_CGROUP", tmp_path)
+    monkeypatch.setattr("minivit.backend.memory._CGROUP", tmp_path)
     of_the_machine = backend.available_memory()  # no such limit
     assert 0 < of_the_machine <= backend.total_memory()
     (tmp_path / "memory.max").write_text("1000000\n")
@@ -457,7 +457,7 @@ def test_a_step_and_a_prediction_leave_the_processs_memory_settings_alone():
     "command", ["train digits --dry-run --quiet", "lr-find digits", "eval x", "predict x y", "bench"]
 )
 def test_the_commands_keep_freed_memory(command, monkeypatch):
-    import minivit.cli.job
+    import minivit.runs.job
     from minivit.cli.main import main
 
     class Called(Exception):
@@ -467,7 +467,7 @@ def test_the_commands_keep_freed_memory(command, monkeypatch):
         raise Called
 
     monkeypatch.setattr(backend, "keep_freed_memory", keep)
-    monkeypatch.setattr(minivit.cli.job, "keep_freed_memory", keep)
+    monkeypatch.setattr(minivit.runs.job, "keep_freed_memory", keep)
     with pytest.raises(Called):
         main(command.split())
 
@@ -490,7 +490,7 @@ def chi_square(counts: np.ndarray) -> bool:
 def test_bits_are_splitmix64():
     """The published sequence for the seed 1234567 (Vigna's splitmix64.c), upper halves."""
     published = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431]
-    assert backend._splitmix(np, 1234567, 0, 4).tolist() == [z >> 32 for z in published]
+    assert backend.random._splitmix(np, 1234567, 0, 4).tolist() == [z >> 32 for z in published]
 
 
 def test_bits_never_change():
@@ -590,7 +590,7 @@ def test_uniform():
 
 
 def test_uniform_never_reaches_one(monkeypatch):
-    monkeypatch.setattr(backend, "_splitmix", lambda *args: np.array([0, 2**32 - 1], np.uint32))
+    monkeypatch.setattr("minivit.backend.random._splitmix", lambda *args: np.array([0, 2**32 - 1], np.uint32))
     assert backend.uniform(Key(0), (2,)).tolist() == [0.0, 1 - 2.0**-24]
 
 
@@ -604,7 +604,9 @@ def test_normal_moments():
 
 
 def test_normal_is_finite_at_the_ends(monkeypatch):
-    monkeypatch.setattr(backend, "random_bits", lambda *args, **kwargs: np.array([0, 2**32 - 1], np.uint32))
+    monkeypatch.setattr(
+        "minivit.backend.random.random_bits", lambda *args, **kwargs: np.array([0, 2**32 - 1], np.uint32)
+    )
     assert np.isfinite(backend.normal(Key(0), (2,))).all()
 
 

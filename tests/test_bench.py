@@ -15,8 +15,8 @@ from minivit.backend import Key, normal
 from minivit.cli.bench import profile_table
 from minivit.cli.main import main
 from minivit.errors import ConfigError, DataError
-from minivit.study.profile import OpTimes, Profile, profile_step, timed_calls
-from minivit.study.speed import flops, image_flops, sgemm_rate, step_flops, time_steps
+from minivit.measure.profile import OpTimes, Profile, profile_step, timed_calls
+from minivit.measure.speed import flops, image_flops, sgemm_rate, step_flops, time_steps
 
 D, M, P, C, DEPTH = 8, 24, 16, 3, 3  # widths of tokens and MLP, pixels of a patch, classes, blocks
 TINY: dict[str, Any] = {"image_size": (8, 12), "patch_size": 4, "in_channels": 1, "num_classes": C, "dim": D,

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 
 import minivit as mv
-from minivit.data.files import sync
 from minivit.errors import CheckpointError
+from minivit.files import sync
 from minivit.train import AdamW, load_checkpoint, parameters_hash, save_checkpoint
-from minivit.train import checkpoint as module
+from minivit.weights import checkpoint as module
 
 ARRAYS = {
     "model/weight": np.arange(12, dtype=np.float32).reshape(3, 4),

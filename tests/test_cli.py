@@ -22,19 +22,20 @@ from PIL import Image
 import minivit as mv
 from minivit import data
 from minivit.backend import Key
-from minivit.cli.job import augmentation
-from minivit.cli.layers import layer_of, model_config
-from minivit.cli.layers import measure as measure_layers
 from minivit.cli.main import COMMANDS, main
-from minivit.cli.options import MODEL_FLAGS, OPTIONS, RECIPE_NAMES
-from minivit.cli.report import measure, plural, text_table, wilson_interval
-from minivit.cli.settings import fit_to_data, known_settings, parse_assignment, resolve, write_toml
 from minivit.data.datasets import NAMES
 from minivit.errors import CheckpointError, ConfigError, DataError
+from minivit.measure.costs import layer_of, model_config
+from minivit.measure.costs import measure as measure_layers
+from minivit.measure.metrics import classification_metrics, wilson_interval
 from minivit.models.zoo import MODELS, count_parameters
-from minivit.train.checkpoint import load_checkpoint, save_checkpoint
-from minivit.train.recipes import FOR_DATA, RECIPES, full_name
-from minivit.train.weights import read_model
+from minivit.runs.job import augmentation
+from minivit.runs.options import MODEL_FLAGS, OPTIONS, RECIPE_NAMES
+from minivit.runs.recipes import FOR_DATA, RECIPES, full_name
+from minivit.runs.settings import fit_to_data, known_settings, parse_assignment, resolve, write_toml
+from minivit.show.text import plural, text_table
+from minivit.weights.checkpoint import load_checkpoint, save_checkpoint
+from minivit.weights.native import read_model
 
 TINY = ["--set", "model.dim=8", "--set", "model.depth=1", "--set", "model.heads=2", "--set", "model.mlp_dim=16"]
 
@@ -643,12 +644,12 @@ def test_a_float64_checkpoint_is_measured_and_predicts_in_float64(
 
 def test_measures_by_hand() -> None:
     logits = np.log(np.array([[0.7, 0.2, 0.1], [0.5, 0.4, 0.1], [0.2, 0.2, 0.6]]))
-    found = measure(logits, np.array([0, 1, 2]))
+    found = classification_metrics(logits, np.array([0, 1, 2]))
     assert found["right"] == 2
     assert found["confusion"].tolist() == [[1, 0, 0], [1, 0, 0], [0, 0, 1]]
     assert found["loss"] == pytest.approx(-np.log([0.7, 0.4, 0.6]).mean())
     assert "top5" not in found
-    ten = measure(np.tile(np.arange(10.0), (10, 1)), np.arange(10))
+    ten = classification_metrics(np.tile(np.arange(10.0), (10, 1)), np.arange(10))
     assert ten["top5"] == 0.5
     assert ten["accuracy"] == 0.1
 
@@ -799,7 +800,7 @@ def test_summary_counts_the_bytes_that_the_graph_keeps() -> None:
 
 @pytest.mark.parametrize("depth", [1, 2, 3, 5])
 def test_summary_of_every_depth_adds_up(depth: int, capsys: pytest.CaptureFixture[str]) -> None:
-    from minivit.cli.layers import report
+    from minivit.measure.costs import report
 
     config = {**mv.create_model("vit_digits", drop_path=0.1).config, "depth": depth}
     model = mv.ViT(**config)

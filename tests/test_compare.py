@@ -10,9 +10,9 @@ import pytest
 
 from minivit.cli.compare import difference, differing, other_data, read_run
 from minivit.cli.main import main
-from minivit.cli.report import wilson_interval
 from minivit.errors import CheckpointError, ConfigError, DataError
-from minivit.train.checkpoint import save_checkpoint
+from minivit.measure.metrics import wilson_interval
+from minivit.weights.checkpoint import save_checkpoint
 
 
 def make_run(folder, right=None, count=1000, valid=(), data="digits", **settings):

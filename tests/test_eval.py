@@ -12,12 +12,13 @@ import pytest
 from PIL import Image
 
 from minivit import data
-from minivit.cli.checkpoints import find_checkpoint, open_trained, run_of
 from minivit.cli.main import main
 from minivit.cli.matching import match_classes, meant_by
-from minivit.cli.report import json_text, measure
 from minivit.errors import CheckpointError, DataError
-from minivit.train.checkpoint import load_checkpoint, save_checkpoint
+from minivit.measure.metrics import classification_metrics
+from minivit.runs.trained import find_checkpoint, open_trained, run_of
+from minivit.show.text import json_text
+from minivit.weights.checkpoint import load_checkpoint, save_checkpoint
 
 COLOURS = {"cat": (230, 20, 20), "dog": (20, 230, 20), "fox": (20, 20, 230)}
 TINY = ["--set", "model.dim=8", "--set", "model.depth=1", "--set", "model.heads=2", "--set", "model.mlp_dim=16"]
@@ -187,11 +188,11 @@ def test_near_names() -> None:
 
 def test_unknown_labels_in_the_measures() -> None:
     logits = np.log(np.array([[0.7, 0.2, 0.1], [0.2, 0.5, 0.3], [0.2, 0.2, 0.6]]))
-    found = measure(logits, np.array([0, 3, 4]), unknown=2)
+    found = classification_metrics(logits, np.array([0, 3, 4]), unknown=2)
     assert (found["right"], found["count"]) == (1, 3)
     assert found["confusion"].tolist() == [[1, 0, 0], [0, 0, 0], [0, 0, 0], [0, 1, 0], [0, 0, 1]]
     assert found["loss"] == pytest.approx(-np.log(0.7))
-    assert measure(np.eye(10), np.array([*range(9), 10]), unknown=1)["top5"] == 0.9
+    assert classification_metrics(np.eye(10), np.array([*range(9), 10]), unknown=1)["top5"] == 0.9
 
 
 # ---- which checkpoint, which images ----------------------------------------------------------------------------------

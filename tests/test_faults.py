@@ -19,9 +19,9 @@ import pytest
 from minivit.cli.main import main
 from minivit.errors import CheckpointError
 from minivit.train import load_checkpoint, save_checkpoint
-from minivit.train.checkpoint import sweep
 from minivit.train.lock import RunLock
 from minivit.train.records import Records
+from minivit.weights.checkpoint import sweep
 from tests.faults import ERRORS, TEMPORARY, Faults, every_fault, failing, signals, start
 
 ALL = os.environ.get("MINIVIT_FAULTS") == "all"
@@ -144,8 +144,8 @@ def parameters(folder):
 def _small_pictures():
     """Show two small images only: they are written as fifty are."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("minivit.cli.results.SHOWN", 2)
-        patch.setattr("minivit.study.pictures.TILE", 8)
+        patch.setattr("minivit.runs.results.SHOWN", 2)
+        patch.setattr("minivit.show.pictures.TILE", 8)
         yield
 
 

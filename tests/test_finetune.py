@@ -12,7 +12,7 @@ from minivit.models.positions import resize_matrix, resize_positions
 from minivit.train import load_checkpoint, save_checkpoint
 from minivit.train.ema import EMA
 from minivit.train.optim import SGD, AdamW
-from minivit.train.weights import init_from, load_weights, model_config, read_model
+from minivit.weights.native import init_from, load_weights, model_config, read_model
 
 SMALL = {
     "image_size": (12, 8), "patch_size": 4, "dim": 16, "depth": 2, "heads": 4, "mlp_dim": 24, "num_classes": 5,

@@ -34,12 +34,12 @@ import pytest
 from PIL import Image
 
 from minivit.cli.main import main
-from minivit.cli.settings import resolve, write_toml
 from minivit.data import load, read_image
 from minivit.errors import MinivitError
 from minivit.models.zoo import count_parameters
-from minivit.train.checkpoint import load_checkpoint, save_checkpoint
-from minivit.train.weights import init_from, load_model, model_config
+from minivit.runs.settings import resolve, write_toml
+from minivit.weights.checkpoint import load_checkpoint, save_checkpoint
+from minivit.weights.native import init_from, load_model, model_config
 from tests.test_formats import CIFAR, IDX, NAMES10, npy, pixels, python2
 from tests.test_formats import idx as idx_bytes
 

@@ -17,15 +17,15 @@ import pytest
 from PIL import Image
 
 import minivit as mv
-from minivit.cli.layers import model_config, open_model
 from minivit.cli.main import main
-from minivit.cli.settings import Settings, parse_assignment, read_toml, resolve, write_toml
 from minivit.errors import CheckpointError, ConfigError, DataError, MinivitError, printable
+from minivit.measure.costs import model_config, open_model
 from minivit.models.zoo import MODELS, count_parameters, parameter_shapes
-from minivit.nn.settings import check_settings
-from minivit.study.curves import chart
+from minivit.nn.rules import check_settings
+from minivit.runs.settings import Settings, parse_assignment, read_toml, resolve, write_toml
+from minivit.show.curves import chart
 from minivit.train import load_checkpoint, save_checkpoint
-from minivit.train.weights import init_from, load_model, load_weights, read_model
+from minivit.weights.native import init_from, load_model, load_weights, read_model
 
 SMALL = {
     "image_size": 8, "patch_size": 4, "in_channels": 1, "dim": 8, "depth": 2, "heads": 2, "num_classes": 10, "seed": 3,

@@ -18,12 +18,7 @@ from PIL import Image
 
 import minivit as mv
 from minivit import data
-from minivit.cli import job
-from minivit.cli.checkpoints import find_checkpoint
-from minivit.cli.job import MAY_CHANGE, Job, augmentation, settings_of_run
 from minivit.cli.main import main
-from minivit.cli.results import _label_text
-from minivit.cli.settings import known_settings, resolve
 from minivit.data import (
     Affine,
     Chain,
@@ -37,11 +32,16 @@ from minivit.data import (
     RandomResizedCrop,
 )
 from minivit.errors import ConfigError
-from minivit.train.checkpoint import load_checkpoint, parameters_hash, save_checkpoint
+from minivit.runs import job
+from minivit.runs.job import MAY_CHANGE, Job, augmentation, settings_of_run
+from minivit.runs.results import _label_text
+from minivit.runs.settings import known_settings, resolve
+from minivit.runs.trained import find_checkpoint
 from minivit.train.optim import SGD
 from minivit.train.records import Records, Row
 from minivit.train.trainer import evaluate
-from minivit.train.weights import read_model
+from minivit.weights.checkpoint import load_checkpoint, parameters_hash, save_checkpoint
+from minivit.weights.native import read_model
 
 TINY = [word for key in ("dim=8", "depth=2", "heads=2", "mlp_dim=16") for word in ("--set", f"model.{key}")]
 EVERYTHING = ["--grad-accum-steps", "2", "--drop-path", "0.1", "--mixup", "0.8", "--cutmix", "1", "--model-ema", "0.9",
@@ -53,8 +53,8 @@ EVERYTHING = ["--grad-accum-steps", "2", "--drop-path", "0.1", "--mixup", "0.8",
 def _small_pictures() -> Iterator[None]:
     """Show two small images only: what is drawn is tested elsewhere."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("minivit.cli.results.SHOWN", 2)
-        patch.setattr("minivit.study.pictures.TILE", 8)
+        patch.setattr("minivit.runs.results.SHOWN", 2)
+        patch.setattr("minivit.show.pictures.TILE", 8)
         yield
 
 
@@ -640,7 +640,7 @@ def test_data_of_a_fixed_size_ignore_the_model_size(archive: Path) -> None:
 def test_a_folder_s_val_validates_and_what_was_trained_before_keeps_its_split(
     photos: Path, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from minivit.train.checkpoint import load_checkpoint, save_checkpoint
+    from minivit.weights.checkpoint import load_checkpoint, save_checkpoint
 
     shutil.copytree(photos, here / "mine")
     (here / "mine" / "test").rename(here / "mine" / "val")

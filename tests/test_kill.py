@@ -24,14 +24,14 @@ import pytest
 
 import minivit as mv
 from minivit.backend import random_bits
-from minivit.cli.job import make_folder
 from minivit.cli.main import main
 from minivit.data import Affine, Dataset, Loader
-from minivit.data.files import unfinished
 from minivit.errors import CheckpointError, ConfigError
+from minivit.files import unfinished
+from minivit.runs.job import make_folder
 from minivit.train import AdamW, Trainer, load_checkpoint, parameters_hash, save_checkpoint, warmup_cosine
-from minivit.train.checkpoint import sweep
 from minivit.train.lock import RunLock
+from minivit.weights.checkpoint import sweep
 
 EPOCHS, BATCHES = 4, 7
 KILLS, RESUMES, RACES = (

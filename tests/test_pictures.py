@@ -11,9 +11,9 @@ from PIL import Image
 
 from minivit.backend import Key, random_bits, uniform
 from minivit.errors import ShapeError
-from minivit.study import lettering
-from minivit.study.lettering import drawable_names, lettered
-from minivit.study.pictures import HEAT, PAPER, RED, attention_overlay, confusion_picture, heat, mosaic
+from minivit.show import lettering
+from minivit.show.lettering import drawable_names, lettered
+from minivit.show.pictures import HEAT, PAPER, RED, attention_overlay, confusion_picture, heat, mosaic
 
 IMAGES = (random_bits(Key(0), (7, 1, 8, 8)) >> 24).astype(np.uint8)
 ATTENTION = uniform(Key(1), (7, 4, 2))
@@ -146,7 +146,7 @@ def test_overlays_need_one_of_each(tmp_path):
 
 
 def test_pillow_is_imported_late():
-    code = "import sys, minivit.study.pictures; assert 'PIL' not in sys.modules"
+    code = "import sys, minivit.show.pictures; assert 'PIL' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -17,11 +17,11 @@ import pytest
 from PIL import Image
 
 from minivit.backend import Key, normal, random_bits
-from minivit.cli.report import measure
 from minivit.errors import ShapeError
-from minivit.study.curves import chart, ticks, write_svg
-from minivit.study.pictures import RED, confusion_picture, predictions_picture
-from minivit.study.report import MISTAKES, write_report
+from minivit.measure.metrics import classification_metrics
+from minivit.show.curves import chart, ticks, write_svg
+from minivit.show.page import MISTAKES, write_report
+from minivit.show.pictures import RED, confusion_picture, predictions_picture
 
 HOSTILE = '<script>document.title="owned"</script>'
 VOID = {"meta", "img", "br"}
@@ -48,7 +48,7 @@ def trial(classes: int = 3, count: int = 60, channels: int = 1, size: tuple[int,
 def written(tmp_path, **given) -> Page:
     tried = trial() | {k: given.pop(k) for k in ("images", "logits", "labels", "classes") if k in given}
     config, command = '[data]\nname = "x"  # recipe <i>', "command  minivit train & more"
-    defaults = {"title": "digits-1", "rows": rows(5), "test": measure(tried["logits"], tried["labels"])}
+    defaults = {"title": "digits-1", "rows": rows(5), "test": classification_metrics(tried["logits"], tried["labels"])}
     write_report(tmp_path / "report.html", **defaults | {"config": config, "command": command} | tried | given)
     return Page((tmp_path / "report.html").read_text(encoding="utf-8"))
 
@@ -127,7 +127,7 @@ def test_names_that_are_no_text_can_be_written(tmp_path):
 
 def test_the_figures_are_those_of_the_run(tmp_path):
     tried = trial(classes=12, count=200)
-    test = measure(tried["logits"], tried["labels"])
+    test = classification_metrics(tried["logits"], tried["labels"])
     page = written(tmp_path, **tried, test=test)
     for figure in (f"{test['accuracy']:.2%}", f"{test['top5']:.2%}", f"{test['loss']:.4f}", "90.00%", "10.0 s", "5"):
         assert figure in page.texts["b"]

@@ -17,10 +17,10 @@ import pytest
 import minivit as mv
 from minivit import ops
 from minivit.backend import memory_in_use, normal, uniform
-from minivit.cli.results import draw_attention
 from minivit.errors import CheckpointError, ConfigError, DataError, GraphError, NonFiniteError, ShapeError
+from minivit.measure.speed import image_flops
 from minivit.nn.module import mode
-from minivit.study.speed import image_flops
+from minivit.runs.results import draw_attention
 from minivit.train.ema import EMA
 from minivit.train.optim import SGD, AdamW, Muon, clip_grad_norm, is_decayed, layer_scales
 from tests.test_vit import SMALL, disturbed, golden_model, goldens  # noqa: F401

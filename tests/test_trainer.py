@@ -32,7 +32,7 @@ from minivit.train import (
     warmup_cosine,
 )
 from minivit.train import trainer as trainer_module
-from minivit.train.weights import read_model
+from minivit.weights.native import read_model
 from tests.test_kill import BATCHES, EPOCHS, small_run
 
 STEPS = EPOCHS * BATCHES

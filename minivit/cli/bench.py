@@ -6,10 +6,10 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from minivit.cli.main import number
-from minivit.cli.options import MANY
+from minivit.runs.options import MANY
 
 if TYPE_CHECKING:
-    from minivit.study.profile import Profile
+    from minivit.measure.profile import Profile
 
 SECONDS, FEWEST, MOST = 5.0, 5, 100  # how long to measure, in how many steps at least and at most
 
@@ -36,14 +36,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure, and print what was found."""
     from minivit.backend import Key, auto_device, keep_freed_memory, peak_memory, random_bits, uniform
-    from minivit.cli.checkpoints import find_model
-    from minivit.cli.doctor import cpu_text
-    from minivit.cli.layers import image_shape, model_config
-    from minivit.cli.report import bytes_text, json_text, plural
     from minivit.errors import ConfigError, printable
+    from minivit.measure.costs import image_shape, model_config
+    from minivit.measure.machine import cpu_text
+    from minivit.measure.profile import profile_step
+    from minivit.measure.speed import image_flops, sgemm_rate, time_steps
     from minivit.models.vit import ViT
-    from minivit.study.profile import profile_step
-    from minivit.study.speed import image_flops, sgemm_rate, time_steps
+    from minivit.runs.trained import find_model
+    from minivit.show.text import bytes_text, json_text, plural
     from minivit.train.optim import AdamW
     from minivit.train.step import TrainStep, predict_logits
 
@@ -110,7 +110,7 @@ def speeds(times: dict[str, list[float]], batch: int, flops: dict[str, int]) -> 
 
 def speed_table(times: dict[str, list[float]], batch: int, flops: dict[str, int], sgemm: float | None) -> str:
     """Return a row for each kind of work: median speed and time with their quartiles, and FLOP/s beside sgemm's."""
-    from minivit.cli.report import text_table
+    from minivit.show.text import text_table
 
     rows = []
     for row in speeds(times, batch, flops):
@@ -126,7 +126,7 @@ def speed_table(times: dict[str, list[float]], batch: int, flops: dict[str, int]
 
 def profile_table(profile: Profile) -> str:
     """Return a row for each operation, the slowest first, one for what is outside of them, and the sum."""
-    from minivit.cli.report import text_table
+    from minivit.show.text import text_table
 
     def ms(seconds: float | None) -> str:
         return "" if seconds is None else f"{seconds * 1e3:.2f}"
@@ -141,7 +141,7 @@ def profile_table(profile: Profile) -> str:
 
 def profile_rows(profile: Profile) -> list[dict[str, Any]]:
     """Return the rows of :func:`profile_table`, times in seconds; None where a row has no such figure."""
-    from minivit.study.profile import OpTimes
+    from minivit.measure.profile import OpTimes
 
     def row(
         name: str, seconds: float, calls: int | None = None, forward: float | None = None, backward: float | None = None

@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the comparison."""
-    from minivit.cli.report import json_text
+    from minivit.show.text import json_text
 
     runs = [read_run(Path(folder)) for folder in (args.first, *args.others)]
     keys = differing([run["settings"] for run in runs])
@@ -40,8 +40,8 @@ def read_run(folder: Path) -> dict[str, Any]:
     of validation with its best_epoch; test_accuracy with its 95% test_interval, test_loss and test_count; and in
     ``data``, as far as the checkpoint records them, the classes' names and what labels and test images hash to.
     """
-    from minivit.cli.settings import read_toml
     from minivit.errors import ConfigError
+    from minivit.runs.settings import read_toml
 
     if not (folder / "config.toml").is_file():
         raise ConfigError(f"{folder} is no run folder: it has no config.toml", "give runs/NAME, as minivit train made")
@@ -104,7 +104,7 @@ def _test(path: Path) -> dict[str, Any]:
 def _recorded(path: Path) -> tuple[int | None, dict[str, Any]]:
     """Return the number of parameters in a checkpoint, and what it records of the data."""
     from minivit.errors import CheckpointError
-    from minivit.train.checkpoint import load_checkpoint
+    from minivit.weights.checkpoint import load_checkpoint
 
     if not path.is_file():
         return None, {}
@@ -202,8 +202,8 @@ RESULTS = {
 
 def report(runs: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> str:
     """Return the comparison as text: a column for each run."""
-    from minivit.cli.report import text_table
     from minivit.errors import printable
+    from minivit.show.text import text_table
 
     names = [printable(Path(run["folder"]).resolve().name) for run in runs]
     if len(set(names)) < len(names):

@@ -31,9 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the report, and draw a picture if asked to; 3 if there are files that cannot be read."""
-    from minivit.cli.report import json_text
     from minivit.data.audit import audit
     from minivit.errors import ConfigError
+    from minivit.show.text import json_text
 
     if args.data[0] == "get":  # a folder of that name is ./get
         return get(args.data[1:])
@@ -64,7 +64,7 @@ def draw(found: Audit, path: str) -> str | None:
     """Draw a few images of each class; return the file's name, or None where no image can be drawn."""
     import numpy as np
 
-    from minivit.study.pictures import mosaic
+    from minivit.show.pictures import mosaic
 
     if not found.samples:
         return None
@@ -130,8 +130,8 @@ def report(found: Audit, picture: str | None) -> str:
 
 def class_table(found: Audit) -> str:
     """Return the number of images by class and split; of many classes, the range."""
-    from minivit.cli.report import text_table
     from minivit.errors import shortened
+    from minivit.show.text import text_table
 
     if len(found.classes) == 1:
         return ""

@@ -3,14 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
-import os
-import platform
 import time
 from collections.abc import Callable
-from pathlib import Path
-
-PARTS = ("numpy", "pillow", "tqdm", "threadpoolctl")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,7 +15,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the report; 1 if a test fails."""
     from minivit.backend import cuda_status, total_memory
-    from minivit.cli.report import bytes_text, json_text
+    from minivit.measure.machine import blas_text, cpu_text, gpu_text, system_text, versions
+    from minivit.show.text import bytes_text, json_text
 
     memory = total_memory()
     found: dict[str, object] = {**versions(), "system": system_text(), "cpu": cpu_text()}
@@ -78,71 +73,3 @@ def training_step() -> str:
     if not losses[1] < losses[0]:
         raise NonFiniteError(f"the loss rose from {losses[0]:.4f} to {losses[1]:.4f}", "report this")
     return f"loss {losses[0]:.4f} → {losses[1]:.4f}"
-
-
-# ---- what there is ---------------------------------------------------------------------------------------------------
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of minivit and of what it stands on."""
-    from minivit import __version__
-
-    found = {"minivit": __version__, "python": platform.python_version()}
-    for part in PARTS:
-        try:
-            found[part] = importlib.metadata.version(part)
-        except importlib.metadata.PackageNotFoundError:
-            found[part] = "not installed"
-    cupy = [d for d in ("cupy-cuda13x", "cupy-cuda12x", "cupy") if _installed(d)]
-    found["cupy"] = importlib.metadata.version(cupy[0]) if cupy else "not installed"
-    return found
-
-
-def _installed(name: str) -> bool:
-    try:
-        return bool(importlib.metadata.version(name))
-    except importlib.metadata.PackageNotFoundError:
-        return False
-
-
-def system_text() -> str:
-    """Return the operating system, its version and the kind of processor; ``platform.platform()`` would start uname."""
-    return f"{platform.system()} {platform.release()} {platform.machine()}"
-
-
-def cpu_text() -> str:
-    """Return the processor's name, and how many of its cores this process may use."""
-    from minivit.backend import cpu_cores
-    from minivit.cli.report import plural
-
-    name = platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
-    except OSError:  # no /proc
-        pass
-    return f"{name}, {plural(os.cpu_count() or 1, 'core')}, {cpu_cores()} usable here"
-
-
-def blas_text() -> str:
-    """Return which BLAS NumPy uses, for which processors it was tuned, and on how many threads."""
-    import numpy  # noqa: F401 - its BLAS is then loaded
-    import threadpoolctl
-
-    from minivit.cli.report import plural
-
-    found = [
-        f"{lib['internal_api']} {lib.get('version') or '?'}, {lib.get('architecture', 'unknown')} kernels, "
-        f"{plural(lib['num_threads'], 'thread')}"
-        for lib in threadpoolctl.threadpool_info()
-        if lib["user_api"] == "blas"
-    ]
-    return "; ".join(found) or "unknown to threadpoolctl"
-
-
-def gpu_text() -> str:
-    """Return the first GPU's memory."""
-    from minivit.backend import total_memory
-    from minivit.cli.report import bytes_text
-
-    return f"cuda:0 with {bytes_text(total_memory('cuda:0'))}"

@@ -15,9 +15,9 @@ WORST = 8
 if TYPE_CHECKING:
     import numpy as np
 
-    from minivit.cli.checkpoints import Trained
     from minivit.cli.matching import Matching
     from minivit.data import Dataset
+    from minivit.runs.trained import Trained
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,12 +47,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the report."""
     from minivit.backend import auto_device, keep_freed_memory
-    from minivit.cli.checkpoints import open_trained
     from minivit.cli.matching import match_classes
-    from minivit.cli.report import json_text
     from minivit.data import kind_of
     from minivit.data.folder import list_folder
     from minivit.errors import DataError, printable
+    from minivit.runs.trained import open_trained
+    from minivit.show.text import json_text
 
     keep_freed_memory()
     trained = open_trained(args.checkpoint)
@@ -85,9 +85,9 @@ def load_parts(trained: Trained, name: str, split: str) -> list[Dataset]:
     Raises DataError if there is no such split, or its images do not fit the model.
     """
     from minivit import data
-    from minivit.cli.report import plural
     from minivit.data.datasets import LAYOUT
     from minivit.errors import DataError
+    from minivit.show.text import plural
 
     size, takes = trained.model.patch_embed.image_size, trained.model.config["in_channels"]
 
@@ -126,9 +126,9 @@ def load_parts(trained: Trained, name: str, split: str) -> list[Dataset]:
 
 def run_split(trained: Trained, split: str) -> Dataset | None:
     """Return the images that the run of a checkpoint trained on or held out, or None if it is in no run's folder."""
-    from minivit.cli.checkpoints import run_of
-    from minivit.cli.job import Job, settings_of_run
     from minivit.errors import DataError
+    from minivit.runs.job import Job, settings_of_run
+    from minivit.runs.trained import run_of
 
     if (folder := run_of(trained.path)) is None:
         return None
@@ -148,7 +148,7 @@ def run_split(trained: Trained, split: str) -> Dataset | None:
 
 
 def assess(trained: Trained, parts: list[Dataset], matching: Matching, name: str) -> dict[str, Any]:
-    """Return what :func:`minivit.cli.report.measure` finds, and how it treats the classes.
+    """Return what :func:`minivit.show.text.measure` finds, and how it treats the classes.
 
     ``matched`` are the accuracy, interval and count of the images whose class the model knows, ``unknown`` the number
     of images of each other class, ``absent`` the model's classes that no image is of. Raises NonFiniteError if logits
@@ -156,8 +156,8 @@ def assess(trained: Trained, parts: list[Dataset], matching: Matching, name: str
     """
     import numpy as np
 
-    from minivit.cli.report import measure, wilson_interval
     from minivit.errors import DataError
+    from minivit.measure.metrics import classification_metrics, wilson_interval
 
     count = trained.model.config["num_classes"]
     logits = np.concatenate([_logits(trained, part, name) for part in parts])  # (N, K)
@@ -166,7 +166,7 @@ def assess(trained: Trained, parts: list[Dataset], matching: Matching, name: str
     known = labels < count
     if not known.any():
         raise DataError(f"the model knows the class of none of the images of {name}", "use another --split or --data")
-    result = measure(logits, labels, len(matching.unknown))
+    result = classification_metrics(logits, labels, len(matching.unknown))
     right, images = result["right"], int(known.sum())
     totals = result["confusion"].sum(axis=1).tolist()
     matched = {"accuracy": right / images, "interval": wilson_interval(right, images), "count": images}
@@ -231,8 +231,8 @@ def _logits(trained: Trained, dataset: Dataset, name: str) -> np.ndarray:
 
 def report(result: dict[str, Any], matching: Matching) -> str:
     """Return the figures of :func:`assess` as text."""
-    from minivit.cli.report import percent_interval, plural, text_table
     from minivit.errors import printable, shortened
+    from minivit.show.text import percent_interval, plural, text_table
 
     confusion, rows = result["confusion"], [*map(printable, matching.rows)]  # (K + U, K): label, prediction
     classes = rows[: confusion.shape[1]]
@@ -270,7 +270,7 @@ def report(result: dict[str, Any], matching: Matching) -> str:
 def remarks(result: dict[str, Any], matching: Matching) -> list[str]:
     """Return a line on each thing about the classes that makes the accuracy mean something else."""
     from minivit.cli.matching import listed, meant_by
-    from minivit.cli.report import percent_interval, plural
+    from minivit.show.text import percent_interval, plural
 
     lines = [f"remark    {matching.remark}"] if matching.remark else []
     if unknown := result["unknown"]:

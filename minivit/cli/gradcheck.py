@@ -29,15 +29,15 @@ def run(args: argparse.Namespace) -> int:
     """Print a table, or JSON; 1 if a gradient is wrong, or a wrong one was not found."""
     if args.model is None:
         return check_operations(args.order, args.seed, args.json)
-    from minivit.cli.checkpoints import find_model
+    from minivit.runs.trained import find_model
 
     return check_model(find_model(args.model), args.order, args.seed, args.json)
 
 
 def check_operations(order: int, seed: int, as_json: bool = False) -> int:
     """Check every operation on its samples, and whether the check refuses its mutants."""
-    from minivit.cli.report import json_text, row_format
     from minivit.ops.samples import SAMPLES
+    from minivit.show.text import json_text, row_format
 
     started = time.perf_counter()
     names = list(dict.fromkeys(sample.op for sample in SAMPLES))
@@ -114,10 +114,10 @@ def check_model(name: str, order: int, seed: int, as_json: bool = False) -> int:
 
     from minivit.autograd.check import check_module
     from minivit.backend import Key, normal
-    from minivit.cli.layers import image_shape, model_config, open_model
-    from minivit.cli.report import json_text
     from minivit.errors import ConfigError, printable
+    from minivit.measure.costs import image_shape, model_config, open_model
     from minivit.models.zoo import count_parameters
+    from minivit.show.text import json_text
 
     config = model_config(name)
     size = count_parameters(config)
@@ -150,7 +150,7 @@ def check_model(name: str, order: int, seed: int, as_json: bool = False) -> int:
 
 def report_table(report: Any, named: dict[str, Any], order: int) -> str:
     """Return a table with a row for each parameter: its shape and its errors by order."""
-    from minivit.cli.report import text_table
+    from minivit.show.text import text_table
 
     rows = []
     for name in dict.fromkeys(check.name for check in report.checks):

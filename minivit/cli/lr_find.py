@@ -25,11 +25,11 @@ def run(args: argparse.Namespace) -> int:
     """Run the test; print a table and suggestions, and draw the curve."""
     from itertools import count
 
-    from minivit.cli.job import Job, typed_settings
-    from minivit.cli.report import json_text
-    from minivit.cli.settings import resolve
     from minivit.errors import NonFiniteError, printable
-    from minivit.study.curves import chart, write_svg
+    from minivit.runs.job import Job, typed_settings
+    from minivit.runs.settings import resolve
+    from minivit.show.curves import chart, write_svg
+    from minivit.show.text import json_text
     from minivit.train.lr_find import lr_range_test, smoothed, suggest
     from minivit.train.step import TrainStep
 
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
 
 def table(points: Sequence[tuple[float, float]], smooth: Sequence[float]) -> str:
     """Return some of the points, evenly spaced, the last among them."""
-    from minivit.cli.report import text_table
+    from minivit.show.text import text_table
 
     last, every = len(points) - 1, max(1, len(points) // ROWS)
     rows = [

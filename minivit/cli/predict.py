@@ -14,8 +14,8 @@ from minivit.cli.main import BAD_INPUTS, OK, one_of
 if TYPE_CHECKING:
     import numpy as np
 
-    from minivit.cli.checkpoints import Trained
     from minivit.models.vit import ViT
+    from minivit.runs.trained import Trained
 
 RUNNERS_UP = 2
 LISTED = 8
@@ -49,8 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print a row for each image; 3 if some could not be read."""
     from minivit.backend import auto_device, keep_freed_memory
-    from minivit.cli.checkpoints import open_trained
     from minivit.errors import printable
+    from minivit.runs.trained import open_trained
 
     keep_freed_memory()
     trained = open_trained(args.checkpoint)
@@ -122,10 +122,10 @@ def read_all(sources: Sequence[str], trained: Trained) -> Iterator[tuple[str, np
 
 def files_in(folder: str) -> list[str]:
     """Return the image files in a folder and below it; say how many others are there. Raises DataError for none."""
-    from minivit.cli.report import plural
     from minivit.data.datasets import reading
     from minivit.data.folder import is_image_file, visible_files
     from minivit.errors import DataError, printable
+    from minivit.show.text import plural
 
     with reading(folder, "check its permissions"):
         files = visible_files(Path(folder))
@@ -165,8 +165,8 @@ def read_arrays(path: Path, shape: tuple[int, int, int]) -> np.ndarray:
     import numpy as np
 
     from minivit.data.datasets import channels_first, read_npy, read_npz, reading
-    from minivit.data.files import open_regular
     from minivit.errors import DataError
+    from minivit.files import open_regular
 
     def choose(names: Collection[str]) -> dict[str, str]:
         known = [n for n in ("images", "test_images") if n in names]
@@ -219,8 +219,8 @@ def looks_inverted(image: np.ndarray, mean: Sequence[float]) -> bool:
 
 
 def _inverted_text(names: Sequence[str], count: int, turned: bool) -> str:
-    from minivit.cli.report import plural
     from minivit.errors import printable
+    from minivit.show.text import plural
 
     some = ", ".join(map(printable, names[:LISTED])) + (
         f" and {len(names) - LISTED:,} more" if len(names) > LISTED else ""
@@ -246,7 +246,7 @@ def _answer(probabilities: np.ndarray, classes: list[str]) -> dict[str, Any]:
 
 
 def _print_table(rows: list[dict[str, Any]]) -> None:
-    from minivit.cli.report import text_table
+    from minivit.show.text import text_table
 
     cells = []
     for row in rows:
@@ -257,7 +257,7 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
 
 
 def _print_json(rows: list[dict[str, Any]]) -> None:
-    from minivit.cli.report import json_text
+    from minivit.show.text import json_text
 
     print(json_text(rows))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from minivit.cli.main import number
-from minivit.cli.options import MANY
+from minivit.runs.options import MANY
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,10 +23,10 @@ def run(args: argparse.Namespace) -> int:
     """Print the table."""
     if args.list is not None:
         return list_models(args.list, args.json)
-    from minivit.cli.checkpoints import find_model
-    from minivit.cli.layers import figures, image_shape, model_config, report
-    from minivit.cli.report import json_text
     from minivit.errors import printable
+    from minivit.measure.costs import figures, image_shape, model_config, report
+    from minivit.runs.trained import find_model
+    from minivit.show.text import json_text
 
     model = find_model(args.model)
     config = model_config(model)
@@ -41,11 +41,11 @@ def run(args: argparse.Namespace) -> int:
 
 def list_models(pattern: str, as_json: bool) -> int:
     """Print the named models that match a shell pattern, with their sizes."""
-    from minivit.cli.layers import model_config
-    from minivit.cli.report import json_text, text_table
     from minivit.errors import unknown_name
+    from minivit.measure.costs import model_config
     from minivit.models.zoo import MODELS, count_parameters
     from minivit.models.zoo import list_models as names
+    from minivit.show.text import json_text, text_table
 
     found = names(pattern)
     if not found:

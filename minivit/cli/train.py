@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from minivit.cli.main import number
-from minivit.cli.options import MODEL_FLAGS, OPTIONS, RECIPE_NAMES
+from minivit.runs.options import MODEL_FLAGS, OPTIONS, RECIPE_NAMES
 
 METAVARS = {int: "N", float: "X", str: "NAME"}
 TITLES = {"data": "data", "model": "model", "train": "training"}
@@ -44,6 +44,6 @@ def add_setting_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train, test, and leave a run folder."""
-    from minivit.cli import job
+    from minivit.runs import job
 
     return job.resume(args) if args.resume is not None else job.start(args)

@@ -18,8 +18,8 @@ from zipfile import ZIP_DEFLATED, ZIP_STORED, ZipFile, is_zipfile
 import numpy as np
 
 from minivit.backend import Key, available_memory, permutation
-from minivit.data.files import open_regular
 from minivit.errors import DataError, unknown_name
+from minivit.files import open_regular
 
 SPLITS = ("train", "val", "test")
 """The parts of a data set. Where it has no "val" of its own, hold some of "train" out: :meth:`Dataset.split_off`."""

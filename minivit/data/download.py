@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 
 from minivit.data.datasets import data_home, load, reading
-from minivit.data.files import open_regular, sync
 from minivit.errors import DataError, unknown_name
+from minivit.files import open_regular, sync
 
 SOURCES = {
     "mnist": (

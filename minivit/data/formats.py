@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from minivit.data.datasets import Dataset, check_size, read_exactly, reading
-from minivit.data.files import open_regular
 from minivit.errors import DataError
+from minivit.files import open_regular
 
 _REMEDY = "get the file again: minivit data get NAME, or from where it came"
 

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, BinaryIO
 import numpy as np
 
 from minivit.data.datasets import reading
-from minivit.data.files import open_regular
 from minivit.errors import ConfigError, DataError
+from minivit.files import open_regular
 
 if TYPE_CHECKING:
     from PIL import Image, ImageFile

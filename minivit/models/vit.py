@@ -11,7 +11,7 @@ from minivit.nn.attention import EncoderBlock, attention_mask
 from minivit.nn.layers import Dropout, LayerNorm, Linear, PatchEmbed
 from minivit.nn.module import Module, Parameter
 from minivit.nn.random import random_key
-from minivit.nn.settings import Size, check_settings
+from minivit.nn.rules import Size, check_settings
 
 
 class ViT(Module):

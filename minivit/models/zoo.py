@@ -10,7 +10,7 @@ from typing import Any
 
 from minivit.errors import unknown_name
 from minivit.models.vit import ViT
-from minivit.nn.settings import pair
+from minivit.nn.rules import pair
 
 _SIZES = {  # dim, depth, heads
     "tiny": (192, 12, 3),
@@ -65,7 +65,7 @@ def create_model(name: str, **settings: Any) -> ViT:
 def parameter_shapes(config: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, ...], str]]:
     """Yield (name, shape, the settings that it follows from) of each parameter of ``ViT(**config)``; nothing is made.
 
-    ``config`` has every setting, each such as it may be (:func:`minivit.nn.settings.check_settings`).
+    ``config`` has every setting, each such as it may be (:func:`minivit.nn.rules.check_settings`).
     """
     dim, heads, depth = config["dim"], config["heads"], config["depth"]
     inner, hidden = heads * (config["dim_head"] or dim // heads), config["mlp_dim"] or 4 * dim

@@ -11,7 +11,7 @@ from minivit.nn.layers import MLP, Dropout, DropPath, LayerNorm, Linear
 from minivit.nn.module import Module
 from minivit.nn.random import first_row, next_key
 from minivit.nn.recompute import recompute
-from minivit.nn.settings import check_settings
+from minivit.nn.rules import check_settings
 from minivit.ops.attention import bool_mask, split_heads
 
 

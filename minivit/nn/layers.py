@@ -14,7 +14,7 @@ from minivit.errors import DTypeError, ShapeError, unknown_name
 from minivit.nn import init
 from minivit.nn.module import Module, Parameter, shape_text
 from minivit.nn.random import first_row, next_key
-from minivit.nn.settings import Size, check_settings, pair
+from minivit.nn.rules import Size, check_settings, pair
 
 
 class Linear(Module):

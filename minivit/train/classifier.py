@@ -17,7 +17,7 @@ from minivit import ops
 from minivit.backend import Key, permutation
 from minivit.errors import ConfigError, DataError, DTypeError, ShapeError, unknown_name
 from minivit.models.vit import ViT
-from minivit.nn.settings import Size
+from minivit.nn.rules import Size
 from minivit.train.optim import AdamW
 from minivit.train.schedule import warmup_cosine
 from minivit.train.step import TrainStep, predict_logits

@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from minivit.data.files import replacing
 from minivit.errors import CheckpointError, ConfigError
+from minivit.files import replacing
 
 Row = dict[str, Any]
 

@@ -23,7 +23,6 @@ from minivit.data.loader import Loader
 from minivit.errors import CheckpointError, ConfigError, DataError, NonFiniteError, unknown_name
 from minivit.nn.module import Module
 from minivit.ops.loss import check_labels
-from minivit.train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, sweep
 from minivit.train.ema import EMA
 from minivit.train.identity import differences, plain, settings_of
 from minivit.train.lock import RunLock
@@ -32,6 +31,7 @@ from minivit.train.records import Records, Row
 from minivit.train.schedule import Schedule
 from minivit.train.signals import Stop, StopSignals
 from minivit.train.step import TrainStep, predict_logits
+from minivit.weights.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, sweep
 
 
 class Batches(Protocol):

@@ -12,7 +12,7 @@ from minivit.data.datasets import class_names
 from minivit.errors import CheckpointError, NonFiniteError
 from minivit.models.vit import ViT
 from minivit.models.zoo import MODELS
-from minivit.train.weights import read_model
+from minivit.weights.native import read_model
 
 
 def find_checkpoint(given: str) -> str:

@@ -13,10 +13,10 @@ import numpy as np
 
 from minivit import ops
 from minivit.data.datasets import class_names
-from minivit.data.files import replacing
 from minivit.errors import shortened
-from minivit.study.curves import COLOURS, STYLE, chart, escape
-from minivit.study.pictures import MOST_NAMED, enlarged
+from minivit.files import replacing
+from minivit.show.curves import COLOURS, STYLE, chart, escape
+from minivit.show.pictures import MOST_NAMED, enlarged
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -24,8 +24,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from minivit.data.files import open_regular, replacing, unfinished
 from minivit.errors import CheckpointError
+from minivit.files import open_regular, replacing, unfinished
 from minivit.nn.module import Module
 
 FORMAT = 1

@@ -3,7 +3,7 @@
 Those of the data sets that have a name were chosen on held-out training images, as benchmarks/results tells; those for
 folders of photos and for fine-tuning start from the literature's and were tried on ten classes of photos.
 
-A recipe has the tables and keys of a run's config.toml (see :mod:`minivit.cli.settings`); what it does not name keeps
+A recipe has the tables and keys of a run's config.toml (see :mod:`minivit.runs.settings`); what it does not name keeps
 its default. Its name carries a version, because a run says which recipe it was made with: a recipe that changes gets
 the next one, and the old one stays.
 """

@@ -7,8 +7,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from minivit.data.files import replacing
 from minivit.errors import printable
+from minivit.files import replacing
 
 Points = Sequence[tuple[float, float]]
 

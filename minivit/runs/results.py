@@ -13,9 +13,9 @@ from minivit.backend import to_device, to_numpy
 from minivit.data import Dataset, Loader
 from minivit.models.vit import ViT
 from minivit.nn.module import mode
-from minivit.study.lettering import drawable_names
-from minivit.study.pictures import attention_overlay, confusion_picture, mosaic, predictions_picture
-from minivit.study.report import write_report
+from minivit.show.lettering import drawable_names
+from minivit.show.page import write_report
+from minivit.show.pictures import attention_overlay, confusion_picture, mosaic, predictions_picture
 from minivit.train.step import predict_logits
 
 SHOWN = 50  # images in a picture

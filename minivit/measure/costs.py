@@ -11,15 +11,15 @@ import numpy as np
 
 from minivit.autograd.graph import Node, first_order
 from minivit.backend import available_memory
-from minivit.cli.report import bytes_text, plural, text_table
 from minivit.errors import ConfigError, unknown_name
+from minivit.measure.speed import flops
 from minivit.models.vit import ViT
 from minivit.models.zoo import MODELS, create_model
 from minivit.nn.module import Module, watching
-from minivit.nn.settings import pair
-from minivit.study.speed import flops
-from minivit.train import weights
+from minivit.nn.rules import pair
+from minivit.show.text import bytes_text, plural, text_table
 from minivit.train.step import Team
+from minivit.weights import native as weights
 
 
 def model_config(name: str) -> dict[str, Any]:

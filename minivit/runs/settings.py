@@ -13,9 +13,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from minivit.cli.options import OPTIONS, Option
 from minivit.errors import ConfigError, MinivitError, printable, unknown_name, value_text
-from minivit.nn.settings import check_settings
+from minivit.nn.rules import check_settings
+from minivit.runs.options import OPTIONS, Option
 
 
 class Settings(dict[str, Any]):
@@ -125,10 +125,10 @@ def resolve(typed: Mapping[str, Any], recipe: str | None = None, file: str | Pat
     """
     import inspect
 
-    from minivit.cli.checkpoints import find_checkpoint
     from minivit.data.datasets import kind_of
     from minivit.models.vit import ViT
-    from minivit.train.recipes import FOR_DATA, RECIPES, full_name
+    from minivit.runs.recipes import FOR_DATA, RECIPES, full_name
+    from minivit.runs.trained import find_checkpoint
 
     Settings().take(typed, "command line")  # checked before any of it is used
     from_file = read_toml(file) if file is not None else {}
@@ -170,8 +170,8 @@ def resolve(typed: Mapping[str, Any], recipe: str | None = None, file: str | Pat
 def _sizes_in(path: str) -> dict[str, Any]:
     """Return the settings of the model in a checkpoint, but for those of its head."""
     from minivit.models.zoo import MODELS
-    from minivit.train.checkpoint import load_checkpoint
-    from minivit.train.weights import config_of
+    from minivit.weights.checkpoint import load_checkpoint
+    from minivit.weights.native import config_of
 
     checkpoint = load_checkpoint(path)
     config = config_of(checkpoint, path)
@@ -261,7 +261,7 @@ def read_toml(path: str | Path) -> dict[str, Any]:
     """Read a TOML file of settings: values by dotted key. Raises ConfigError if it cannot be read."""
     import tomllib
 
-    from minivit.data.files import open_regular
+    from minivit.files import open_regular
 
     try:
         with open_regular(path) as f:

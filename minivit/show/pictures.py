@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from minivit.data.files import replacing
 from minivit.errors import ShapeError
-from minivit.study.lettering import drawable_names, lettered, write
+from minivit.files import replacing
+from minivit.show.lettering import drawable_names, lettered, write
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -22,8 +22,8 @@ from minivit.models.positions import Grid, resize_positions
 from minivit.models.vit import ViT
 from minivit.models.zoo import parameter_shapes
 from minivit.nn.module import Module
-from minivit.nn.settings import check_settings, pair
-from minivit.train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from minivit.nn.rules import check_settings, pair
+from minivit.weights.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 
 _HEAD = ("head.", "pre_logits.")  # what fine-tuning replaces
 _ENCODER = ("in_channels", "patch_size", "dim", "depth", "heads", "dim_head", "mlp_dim", "qkv_bias", "position")

@@ -81,7 +81,7 @@ OPTIONS: dict[str, Option] = {
 """All settings but the model's, which are the arguments of :class:`minivit.ViT`."""
 
 RECIPE_NAMES = ("digits", "mnist", "fashion", "cifar10", "imagefolder", "finetune")
-"""The names in :data:`minivit.train.recipes.RECIPES`, which ``--help`` cannot wait for."""
+"""The names in :data:`minivit.runs.recipes.RECIPES`, which ``--help`` cannot wait for."""
 
 MODEL_FLAGS = {
     "model.dropout": ("--dropout", "dropout after attention and in the MLP"),

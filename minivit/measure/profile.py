@@ -10,7 +10,7 @@ from typing import Any
 
 from minivit.autograd.op import OPS
 from minivit.errors import ConfigError
-from minivit.study.speed import time_steps
+from minivit.measure.speed import time_steps
 from minivit.train.step import TrainStep
 
 

@@ -17,12 +17,6 @@ import numpy as np
 
 from minivit import data, ops
 from minivit.backend import Key, auto_device, available_memory, keep_freed_memory, permutation
-from minivit.cli.checkpoints import find_checkpoint
-from minivit.cli.doctor import blas_text, cpu_text, system_text, versions
-from minivit.cli.layers import peak_memory
-from minivit.cli.report import bytes_text, measure, percent_interval, plural
-from minivit.cli.results import draw_batch, spread_out, write_results
-from minivit.cli.settings import Settings, fit_to_data, parse_assignment, read_toml, resolve, write_toml
 from minivit.data import (
     Affine,
     Augment,
@@ -38,20 +32,27 @@ from minivit.data import (
     RandomResizedCrop,
 )
 from minivit.data.datasets import class_names, splits_of
-from minivit.data.files import replacing
 from minivit.errors import CheckpointError, ConfigError, DataError, printable
+from minivit.files import replacing
+from minivit.measure.costs import peak_memory
+from minivit.measure.machine import blas_text, cpu_text, system_text, versions
+from minivit.measure.metrics import classification_metrics
 from minivit.models.vit import ViT
 from minivit.models.zoo import count_parameters
-from minivit.nn.settings import check_settings, pair
+from minivit.nn.rules import check_settings, pair
+from minivit.runs.results import draw_batch, spread_out, write_results
+from minivit.runs.settings import Settings, fit_to_data, parse_assignment, read_toml, resolve, write_toml
+from minivit.runs.trained import find_checkpoint
+from minivit.show.text import bytes_text, percent_interval, plural
 from minivit.train import schedule
-from minivit.train.checkpoint import load_checkpoint
 from minivit.train.lock import RunLock
 from minivit.train.optim import SGD, AdamW, Muon, Optimizer, layer_scales
 from minivit.train.schedule import Schedule
 from minivit.train.signals import Stop, StopSignals
 from minivit.train.step import Team
 from minivit.train.trainer import Trainer, evaluate
-from minivit.train.weights import data_meta, init_from, load_weights
+from minivit.weights.checkpoint import load_checkpoint
+from minivit.weights.native import data_meta, init_from, load_weights
 
 TRAIN_STREAM, HOLD_OUT_STREAM = 0x7A1, 0x0FF  # streams of random numbers under the run's seed
 
@@ -497,7 +498,7 @@ class Job:
         load_weights(self.model, checkpoint)  # their average, if the run keeps one
         loader = self.held_loader(shown)
         logits = evaluate(self.model, loader, stop_if_asked, self.settings["train.threads"])["logits"]
-        result = measure(logits, shown.labels)
+        result = classification_metrics(logits, shown.labels)
         if split == "test":
             of = f", with the weights of epoch {best['epoch']}" if best is not None else ""
             figures = f"accuracy {percent_interval(result)} on {result['count']:,} images, loss {result['loss']:.4f}"

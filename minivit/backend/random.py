@@ -1,0 +1,124 @@
+"""Random numbers by counting: a :class:`Key` (seed, stream, step) and a position give a number, with no hidden state.
+
+They are made in integer arithmetic, which has the same bits on both backends.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from minivit.backend.devices import Array, resolve_device
+
+_MASK = (1 << 64) - 1
+_GOLDEN = 0x9E3779B97F4A7C15
+
+
+def _mix(z: int) -> int:
+    """Finalise 64 bits as SplitMix64 does (Steele, Lea, Flood 2014, "Fast splittable … generators")."""
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
+    return z ^ (z >> 31)
+
+
+@dataclass(frozen=True)
+class Key:
+    """Names one stream of random numbers: (seed, stream, step). Equal keys give equal numbers, on every backend.
+
+    ``stream`` tells independent users apart (initialisation, shuffling, one dropout layer and the next); ``step`` is
+    the training step. Nothing advances by itself: to get fresh numbers, use another step or another stream.
+    """
+
+    seed: int
+    stream: int = 0
+    step: int = 0
+
+    def child(self, stream: int) -> Key:
+        """Return the key of the ``stream``-th user under this one."""
+        return Key(self.seed, _mix((self.stream * _GOLDEN + stream + 1) & _MASK), self.step)
+
+    def at(self, step: int) -> Key:
+        """Return the same stream's key at another step."""
+        return Key(self.seed, self.stream, step)
+
+    def bits(self) -> int:
+        """Return the 64 bits that start the counter."""
+        z = 0
+        for part in (self.seed, self.stream, self.step):
+            z = _mix((z + (part & _MASK) + _GOLDEN) & _MASK)
+        return z
+
+
+def random_bits(key: Key, shape: tuple[int, ...], *, start: int = 0, device: str = "cpu") -> Array:
+    """Return uint32 random bits of ``shape``; element i (in C order) depends on ``key`` and ``start + i`` only.
+
+    So rows can be made apart: ``start=row * row_size`` gives the very numbers that the whole array has there.
+    """
+    return _generate(key, shape, start, device, "uint32", lambda bits: bits)
+
+
+def uniform(key: Key, shape: tuple[int, ...], *, start: int = 0, device: str = "cpu") -> Array:
+    """Return float32 uniform numbers in [0, 1), multiples of 2⁻²⁴."""
+    return _generate(key, shape, start, device, "float32", _unit_interval)
+
+
+def uniform_rows(key: Key, rows: np.ndarray, width: int) -> np.ndarray:
+    """Return ``uniform(key, (n, width))[rows]``, float32 (len(rows), width), without making the other rows."""
+    places = np.uint64(width) * rows.astype(np.uint64)[:, None] + np.arange(1, width + 1, dtype=np.uint64)
+    return np.asarray(_unit_interval(_splitmix_at(np, key.bits(), places)))  # (rows, width)
+
+
+def _unit_interval(bits: Array) -> Array:
+    return (bits >> 8).astype("float32") * 2.0**-24
+
+
+def _generate(
+    key: Key, shape: tuple[int, ...], start: int, device: str, dtype: str, finish: Callable[[Array], Array]
+) -> Array:
+    size, device = math.prod(shape), resolve_device(device)
+    if device == "cpu":
+        out = np.empty(size, dtype)
+        for a in range(0, size, 1 << 14):  # in pieces that stay in the cache: eight times faster for large arrays
+            b = min(a + (1 << 14), size)
+            out[a:b] = finish(_splitmix(np, key.bits(), start + a, b - a))
+        return out.reshape(shape)
+    import cupy
+
+    with cupy.cuda.Device(int(device.removeprefix("cuda:"))):
+        return finish(_splitmix(cupy, key.bits(), start, size)).reshape(shape)
+
+
+def _splitmix(xp: Any, seed: int, start: int, size: int) -> Array:
+    return _splitmix_at(xp, seed, xp.arange(start + 1, start + size + 1, dtype=xp.uint64))
+
+
+def _splitmix_at(xp: Any, seed: int, z: Array) -> Array:
+    """Return the uint32 bits at the places ``z``, uint64 from 1, which is written over."""
+    z *= xp.uint64(_GOLDEN)
+    z += xp.uint64(seed)
+    z ^= z >> xp.uint64(30)
+    z *= xp.uint64(0xBF58476D1CE4E5B9)
+    z ^= z >> xp.uint64(27)
+    z *= xp.uint64(0x94D049BB133111EB)
+    z ^= z >> xp.uint64(31)
+    return (z >> xp.uint64(32)).astype(xp.uint32)
+
+
+def normal(key: Key, shape: tuple[int, ...]) -> np.ndarray:
+    """Return float64 standard normal numbers (Box and Muller 1958).
+
+    Always made on the CPU, because log and cos differ in their last bit between libraries; the caller moves them.
+    """
+    u1 = (random_bits(key.child(0), shape) + 1.0) * 2.0**-32  # in (0, 1]: its logarithm is finite
+    u2 = random_bits(key.child(1), shape) * 2.0**-32
+    return np.asarray(np.sqrt(-2.0 * np.log(u1)) * np.cos(2.0 * np.pi * u2))
+
+
+def permutation(key: Key, n: int) -> np.ndarray:
+    """Return a random order of 0 … n-1 as int64 (on the CPU: it indexes data that lies there)."""
+    high = random_bits(key.child(0), (n,)).astype(np.uint64) << np.uint64(32)
+    return np.argsort(high | random_bits(key.child(1), (n,)), kind="stable")

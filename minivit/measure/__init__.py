@@ -1,0 +1,1 @@
+"""What a model costs, how fast it runs, and how good its answers are."""

@@ -1,1 +1,0 @@
-"""Looking into what a model has learned."""
