@@ -8,7 +8,7 @@ import pytest
 import minivit as mv
 from minivit.backend import normal, to_numpy
 from minivit.errors import CheckpointError, ConfigError, GraphError
-from minivit.train import optim
+from minivit.train import parameters
 from minivit.train.ema import EMA
 from minivit.train.optim import AdamW
 
@@ -19,12 +19,12 @@ IMAGES = normal(mv.Key(7), (5, 1, 8, 8)).astype(np.float32)
 def make(decay=0.99, dtype=np.float32):
     model = mv.ViT(**SMALL).to(dtype)
     opt = AdamW(model.named_parameters(), lr=0.01)
-    return model, opt, EMA(opt, decay)
+    return model, opt, EMA(opt.store, decay)
 
 
 def train(opt, ema, steps=5):
     for _ in range(steps):
-        opt.grad[...] = normal(mv.Key(1, opt.steps), opt.grad.shape)
+        opt.store.grad[...] = normal(mv.Key(1, opt.steps), opt.store.grad.shape)
         opt.update()
         ema.update()
 
@@ -45,8 +45,8 @@ def test_shares_of_threads_give_the_bits_of_the_whole(monkeypatch):
     (_, opt, ema), (_, other, shared) = make(), make()
     for _ in range(4):
         train(opt, ema, steps=1)
-        other.grad[...] = opt.grad
-        monkeypatch.setattr(optim, "CHUNK", 7)
+        other.store.grad[...] = opt.store.grad
+        monkeypatch.setattr(parameters, "CHUNK", 7)
         other.begin_update()
         for span in ((500, other.flat.size), (0, 33), (33, 500)):
             other.update_spans([span])
@@ -119,7 +119,7 @@ def test_frozen_parameters_have_no_average():
     model = mv.ViT(**SMALL)
     for name, p in model.named_parameters():
         p.requires_grad = name.startswith("head.")
-    ema = EMA(AdamW(model.named_parameters()), 0.9)
+    ema = EMA(AdamW(model.named_parameters()).store, 0.9)
     assert ema.state_dict().keys() == {"head.weight", "head.bias"}
     with ema.swapped():
         assert mv.predict_logits(model, IMAGES).shape == (5, 3)
@@ -136,9 +136,9 @@ def test_on_a_gpu_nothing_waits_or_crosses(strict_cupy):
     train(opt, ema)
     model = mv.ViT(**SMALL).to("cuda")
     opt_gpu = AdamW(model.named_parameters(), lr=0.01)
-    on_gpu = EMA(opt_gpu, 0.99)
+    on_gpu = EMA(opt_gpu.store, 0.99)
     for t in range(5):
-        opt_gpu.grad[...] = strict_cupy.asarray(normal(mv.Key(1, t), opt.grad.shape).astype(np.float32))
+        opt_gpu.store.grad[...] = strict_cupy.asarray(normal(mv.Key(1, t), opt.store.grad.shape).astype(np.float32))
         opt_gpu.update()
         strict_cupy.counters.reset()
         on_gpu.update()

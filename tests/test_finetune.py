@@ -316,7 +316,7 @@ def test_fine_tuning_at_another_size_starts_ahead(tmp_path):
     config = {"image_size": 16, "patch_size": 4, "in_channels": 1, "num_classes": 4, "dim": 24, "depth": 2, "heads": 2}
     model = mv.ViT(**config)
     opt = AdamW(model.named_parameters(), lr=3e-3)
-    ema = EMA(opt, 0.95)
+    ema = EMA(opt.store, 0.95)
     fit(model, opt, 16, 200, ema)
     path = saved(tmp_path / "a.npz", model, **ema.state_dict())
     assert accuracy(read_model(path)[0], 16) > 0.9
@@ -326,7 +326,7 @@ def test_fine_tuning_at_another_size_starts_ahead(tmp_path):
         fine = mv.ViT(**config | {"image_size": 24})
         if start:
             init_from(fine, start)
-        scales = mv.optim.layer_scales([n for n, _ in fine.named_parameters()], 2, 0.75)
+        scales = mv.optim.layer_scales(fine.named_parameters(), 0.75)
         fit(fine, SGD(fine.named_parameters(), lr=0.03, lr_scales=scales), 24, 15)
         reached.append(accuracy(fine, 24))
     assert reached[0] > 0.85 and reached[1] < 0.6, reached

@@ -10,8 +10,8 @@ import pytest
 import minivit as mv
 from minivit.backend import normal
 from minivit.errors import ConfigError
-from minivit.train import optim
-from minivit.train.optim import SGD, AdamW, Muon, is_decayed, layer_scales, orthogonalized
+from minivit.train import parameters
+from minivit.train.optim import SGD, AdamW, Muon, layer_scales, orthogonalized
 
 SMALL = {"image_size": 8, "patch_size": 4, "in_channels": 1, "num_classes": 3, "dim": 8, "depth": 2, "heads": 2}
 KINDS = {
@@ -23,8 +23,13 @@ KINDS = {
 
 def make(kind, decay=0.5, dtype=np.float64):
     model = mv.ViT(**SMALL).to(dtype)
-    scales = None if decay is None else layer_scales((n for n, _ in model.named_parameters()), 2, decay)
+    scales = None if decay is None else layer_scales(model.named_parameters(), decay)
     return model, KINDS[kind](model, lr_scales=scales)
+
+
+def is_decayed(name, p):
+    """Tell whether weight decay should apply to a ViT's parameter: not to biases, norms, class token and positions."""
+    return p.ndim > 1 and name not in ("cls_token", "pos_embed")
 
 
 def gradient(opt, step):
@@ -33,7 +38,7 @@ def gradient(opt, step):
 
 
 def give(opt, gradients):
-    for name, view in zip(opt.names, opt.split(opt.grad), strict=True):
+    for name, view in zip(opt.names, opt.store.split(opt.store.grad), strict=True):
         view[...] = gradients[name]
 
 
@@ -67,7 +72,7 @@ def by_hand(kind, name, p, grads, lr, weight_decay):
 
 
 def test_the_scales_fall_from_the_head_to_the_patches():
-    scales = layer_scales((n for n, _ in mv.ViT(**SMALL, head="mlp").named_parameters()), 2, 0.5)
+    scales = layer_scales(mv.ViT(**SMALL, head="mlp").named_parameters(), 0.5)
     of = {name.rpartition(".")[0] or name: scale for name, scale in scales.items()}
     assert of.pop("patch_embed.proj") == of.pop("cls_token") == of.pop("pos_embed") == 0.125
     assert of.pop("head") == of.pop("pre_logits") == of.pop("norm") == 1.0
@@ -78,9 +83,9 @@ def test_the_scales_fall_from_the_head_to_the_patches():
 @pytest.mark.parametrize("chunk", [5, 1 << 16])
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_parameter_moves_by_its_own_rate(kind, chunk, monkeypatch):
-    monkeypatch.setattr(optim, "CHUNK", chunk)
+    monkeypatch.setattr(parameters, "CHUNK", chunk)
     model, opt = make(kind)
-    before, scales = model.state_dict(), layer_scales(opt.names, 2, 0.5)
+    before, scales = model.state_dict(), layer_scales(model.named_parameters(), 0.5)
     gradients = [gradient(opt, t) for t in range(4)]
     for t, g in enumerate(gradients):
         give(opt, g)
@@ -100,7 +105,7 @@ def test_plain_steps_and_missing_gradients(kind):
     for name, p in model.named_parameters():
         p.grad = gradients[name] if name in some else None
     opt.step()
-    scales = layer_scales(opt.names, 2, 0.5)
+    scales = layer_scales(model.named_parameters(), 0.5)
     for name, p in model.named_parameters():
         weight_decay = 0.3 if is_decayed(name, p) else 0.0
         expected = by_hand(kind, name, before[name], [gradients[name]], 0.01 * scales[name], weight_decay)
@@ -112,7 +117,7 @@ def test_the_groups_are_as_few_as_can_be_and_cover_everything():
     assert [g.start for g in opt.groups] == [0, *[g.stop for g in opt.groups[:-1]]]
     assert opt.groups[-1].stop == opt.flat.size == model.num_parameters()
     assert [(g.decayed, g.scale) for g in opt.groups] == [(d, s) for d in (True, False) for s in (1, 0.5, 0.25, 0.125)]
-    for name, p, (start, stop) in zip(opt.names, opt.parameters, opt.spans, strict=True):
+    for name, p, (start, stop) in zip(opt.names, opt.parameters, opt.store.spans, strict=True):
         (group,) = [g for g in opt.groups if g.start <= start and stop <= g.stop]
         assert group.decayed == is_decayed(name, p)
 
@@ -188,13 +193,15 @@ def test_orthogonalized_keeps_the_singular_vectors_and_brings_the_values_near_1(
 
 def test_muon_takes_the_matrices_of_the_blocks_and_no_others():
     _, opt = make("muon")
-    names = [n for n, (start, _) in zip(opt.names, opt.spans, strict=True) if start in {m[0] for m in opt.matrices}]
+    names = [
+        n for n, (start, _) in zip(opt.names, opt.store.spans, strict=True) if start in {m[0] for m in opt.matrices}
+    ]
     of_block = ["attn.proj.weight", "attn.qkv.weight", "mlp.fc1.weight", "mlp.fc2.weight"]
     assert sorted(names) == [f"blocks.{i}.{name}" for i in (0, 1) for name in of_block]
     assert {shape for _, _, shape in opt.matrices} == {(3, 8, 8), (1, 8, 8), (1, 32, 8), (1, 8, 32)}
     give(opt, gradient(opt, 1))
     opt.update()
-    size = {n: float(np.abs(a).max()) for n, a in zip(opt.names, opt.split(opt.state["v"]), strict=True)}
+    size = {n: float(np.abs(a).max()) for n, a in zip(opt.names, opt.store.split(opt.state["v"]), strict=True)}
     assert {n for n, most in size.items() if most == 0.0} == set(names)  # no second moments: Adam left them alone
 
 
@@ -211,7 +218,7 @@ def test_bad_scales():
     model = mv.ViT(**SMALL)
     for decay in (-0.1, 1.1, float("nan")):
         with pytest.raises(ConfigError, match="layer decay"):
-            layer_scales(["norm.bias"], 2, decay)
+            layer_scales(model.named_parameters(), decay)
     for scale in (-1.0, float("inf"), float("nan")):
         with pytest.raises(ConfigError, match="finite and at least 0"):
             AdamW(model.named_parameters(), lr_scales={"norm.bias": scale})

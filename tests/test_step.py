@@ -17,12 +17,13 @@ import pytest
 import minivit as mv
 from minivit import ops
 from minivit.backend import memory_in_use, normal, uniform
+from minivit.backend.threads import wait
 from minivit.errors import CheckpointError, ConfigError, DataError, GraphError, NonFiniteError, ShapeError
 from minivit.measure.speed import image_flops
 from minivit.nn.module import mode
 from minivit.runs.results import draw_attention
 from minivit.train.ema import EMA
-from minivit.train.optim import SGD, AdamW, Muon, clip_grad_norm, is_decayed, layer_scales
+from minivit.train.optim import SGD, AdamW, Muon, clip_grad_norm, layer_scales
 from tests.test_vit import SMALL, disturbed, golden_model, goldens  # noqa: F401
 
 
@@ -89,7 +90,7 @@ def test_one_adamw_step_is_its_closed_form():
 
 def test_biases_norms_class_token_and_positions_do_not_decay():
     model = mv.ViT(**SMALL)
-    decayed = {n for n, p in model.named_parameters() if is_decayed(n, p)}
+    decayed = {n for n, p in model.named_parameters() if p.decays}
     blocks = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
     assert decayed == {"patch_embed.proj.weight", "head.weight"} | {
         f"blocks.{i}.{b}.weight" for i in range(3) for b in blocks
@@ -171,10 +172,10 @@ def test_gradients_equal_the_plain_ones(threads, micro_batch, dtype, tolerance):
     plain = plain_gradients(model, images.astype(dtype), labels)
     opt.lr = 0.0
     mv.TrainStep(model, opt, threads=threads, micro_batch=micro_batch)(images, labels)
-    difference = opt.grad - np.concatenate([plain[name].reshape(-1) for name in opt.names])
-    assert np.linalg.norm(difference) <= tolerance * np.linalg.norm(opt.grad)
+    difference = opt.store.grad - np.concatenate([plain[name].reshape(-1) for name in opt.names])
+    assert np.linalg.norm(difference) <= tolerance * np.linalg.norm(opt.store.grad)
     if dtype == np.float64:  # in float32 the rounding of a small gradient, of either way, is larger
-        for name, d in zip(opt.names, opt.split(difference), strict=True):
+        for name, d in zip(opt.names, opt.store.split(difference), strict=True):
             assert np.linalg.norm(d) <= tolerance * max(np.linalg.norm(plain[name]), 1e-3), name
 
 
@@ -184,7 +185,7 @@ def test_dropout_does_not_depend_on_threads_or_micro_batches():
         model, opt = make(dropout=0.2, attention_dropout=0.2, embed_dropout=0.1, drop_path=0.3)
         opt.lr = 0.0
         loss = mv.TrainStep(model, opt, threads=threads, micro_batch=micro_batch)(*batch())
-        results.append((loss, opt.grad.copy()))
+        results.append((loss, opt.store.grad.copy()))
     for loss, grad in results[1:]:
         assert loss == pytest.approx(results[0][0], rel=1e-6)
         np.testing.assert_allclose(grad, results[0][1], atol=1e-6 * np.abs(grad).max())
@@ -214,7 +215,7 @@ def test_clipping_in_the_step():
     step = mv.TrainStep(model, opt, clip_norm=1e-3)
     step(*batch())
     assert step.grad_norm > 1e-3
-    assert np.linalg.norm(opt.grad) == pytest.approx(1e-3, rel=1e-3)
+    assert np.linalg.norm(opt.store.grad) == pytest.approx(1e-3, rel=1e-3)
 
 
 def test_non_finite_loss_stops_before_the_update():
@@ -276,16 +277,15 @@ def test_an_interrupt_waits_for_the_threads_and_changes_nothing(monkeypatch):
     model, opt = make()
     step = mv.TrainStep(model, opt, threads=2, micro_batch=1)
     before, running = model.state_dict(), []
-    real = mv.train.step.wait
 
     def interrupted(futures, **how):
         if how:
             raise KeyboardInterrupt
-        done = real(futures)
+        done = wait(futures)
         running.extend(f.running() for f in futures)
         return done
 
-    monkeypatch.setattr("minivit.train.step.wait", interrupted)
+    monkeypatch.setattr("minivit.backend.threads.wait", interrupted)
     with pytest.raises(KeyboardInterrupt):
         step(*batch())
     assert running == [False, False]
@@ -417,7 +417,7 @@ def test_what_gets_no_gradient_stays_and_the_rest_moves_as_in_plain_steps(kind, 
     for how in ("step", "plain"):
         model = disturbed(WithSpares(**{**SMALL, "qkv_bias": False})).to(np.float64)
         opt = KINDS[kind](model)
-        ema = EMA(opt, 0.9)
+        ema = EMA(opt.store, 0.9)
         step = mv.TrainStep(model, opt, threads=threads, micro_batch=7, clip_norm=clip_norm)
         norms = []
         for t in range(5):
@@ -476,11 +476,11 @@ def test_buffers_of_threads_without_work_are_neither_cleared_nor_added():
     images, labels = batch(1)
     plain = plain_gradients(model, images.astype(np.float64), labels)
     step = mv.TrainStep(model, opt, threads=3)
-    for flat in step.flats[1:]:
-        flat[...] = 7.0
+    for buffer in step.buffers[1:]:
+        buffer.flat[...] = 7.0
     step(images, labels)
-    np.testing.assert_allclose(opt.grad, np.concatenate([plain[n].reshape(-1) for n in opt.names]), atol=1e-13)
-    assert all((flat == 7.0).all() for flat in step.flats[1:])
+    np.testing.assert_allclose(opt.store.grad, np.concatenate([plain[n].reshape(-1) for n in opt.names]), atol=1e-13)
+    assert all((buffer.flat == 7.0).all() for buffer in step.buffers[1:])
 
 
 @pytest.mark.parametrize("rate", [math.nan, math.inf, -1e-3, 1e39, 10**400, None, "fast"], ids=lambda r: str(r)[:6])
@@ -488,7 +488,7 @@ def test_a_rate_that_is_none_changes_nothing(rate):
     model, opt = make()
     step = mv.TrainStep(model, opt)
     step(*batch())
-    before = everything(model, opt, EMA(opt, 0.9))
+    before = everything(model, opt, EMA(opt.store, 0.9))
     for name in ("lr", "weight_decay"):
         usual = getattr(opt, name)
         setattr(opt, name, rate)
@@ -497,14 +497,14 @@ def test_a_rate_that_is_none_changes_nothing(rate):
         with pytest.raises(ConfigError, match=rf"^step 1: {name}="):
             opt.update()
         setattr(opt, name, usual)
-    after = everything(model, opt, EMA(opt, 0.9))
+    after = everything(model, opt, EMA(opt.store, 0.9))
     assert all((after[name] == value).all() for name, value in before.items())
     step(*batch())
 
 
 def test_the_first_non_finite_gradient_is_that_of_the_last_layer():
     model = disturbed(mv.ViT(**{**SMALL, "depth": 2}))
-    scales = layer_scales((n for n, _ in model.named_parameters()), 2, 0.5)
+    scales = layer_scales(model.named_parameters(), 0.5)
     opt = AdamW(model.named_parameters(), lr=1e-2, lr_scales=scales)
     assert not opt.names[-1].startswith("head.")
 
@@ -564,7 +564,7 @@ def test_a_model_in_eval_mode_trains_as_one_in_training_mode(threads, recompute)
         before = flags(model)
         loss = mv.TrainStep(model, opt, threads=threads, micro_batch=2)(*batch())
         assert flags(model) == before
-        results.append((loss, opt.grad.copy()))
+        results.append((loss, opt.store.grad.copy()))
     assert results[0][0] == results[1][0] and (results[0][1] == results[1][1]).all()
     model, opt = make()  # and dropout is on
     assert mv.TrainStep(model, opt, threads=threads, micro_batch=2)(*batch()) != results[0][0]
@@ -720,7 +720,7 @@ def test_a_forked_child_makes_steps_with_a_team_that_was_used_before():
 def test_copies_of_model_optimizer_average_and_step_train_on_as_the_originals(copied):
     images, labels = batch(16)
     model, opt = make()
-    ema, step = EMA(opt, 0.9), mv.TrainStep(model, opt, threads=2, micro_batch=3)
+    ema, step = EMA(opt.store, 0.9), mv.TrainStep(model, opt, threads=2, micro_batch=3)
     step(images, labels)
     ema.update()
     before = model.state_dict()

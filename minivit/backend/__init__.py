@@ -28,6 +28,7 @@ from minivit.backend.random import (
     uniform_rows,
 )
 from minivit.backend.threads import (
+    Team,
     blas_threads,
     cpu_cores,
     l2_cache,
@@ -36,6 +37,7 @@ from minivit.backend.threads import (
 __all__ = [
     "Array",
     "Key",
+    "Team",
     "array_module",
     "auto_device",
     "available_memory",

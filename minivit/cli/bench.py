@@ -45,7 +45,8 @@ def run(args: argparse.Namespace) -> int:
     from minivit.runs.trained import find_model
     from minivit.show.text import bytes_text, json_text, plural
     from minivit.train.optim import AdamW
-    from minivit.train.step import TrainStep, predict_logits
+    from minivit.train.predict import predict_logits
+    from minivit.train.step import TrainStep
 
     device, batch = auto_device(args.device)[0], args.batch_size
     if args.profile and device != "cpu":

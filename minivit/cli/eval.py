@@ -210,7 +210,8 @@ def _logits(trained: Trained, dataset: Dataset, name: str) -> np.ndarray:
     from minivit import data
     from minivit.backend import Key
     from minivit.errors import NonFiniteError
-    from minivit.train.step import first_non_finite, predict_logits
+    from minivit.train.nonfinite import first_non_finite
+    from minivit.train.predict import predict_logits
 
     loader = data.Loader(dataset, 512, Key(0), mean=trained.mean, std=trained.std, shuffle=False)
     found: list[np.ndarray] = []

@@ -87,7 +87,7 @@ def classify(trained: Trained, waiting: list[tuple[dict[str, Any], np.ndarray]])
     from minivit import ops
     from minivit.data import standardize
     from minivit.data.datasets import class_names
-    from minivit.train.step import predict_logits
+    from minivit.train.predict import predict_logits
 
     if not waiting:
         return

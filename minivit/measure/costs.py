@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from minivit.autograd.graph import Node, first_order
-from minivit.backend import available_memory
+from minivit.backend import Team, available_memory
 from minivit.errors import ConfigError, unknown_name
 from minivit.measure.speed import flops
 from minivit.models.vit import ViT
@@ -18,7 +18,7 @@ from minivit.models.zoo import MODELS, create_model
 from minivit.nn.module import Module, watching
 from minivit.nn.rules import pair
 from minivit.show.text import bytes_text, plural, text_table
-from minivit.train.step import Team
+from minivit.train.sharing import team_for
 from minivit.weights import native as weights
 
 
@@ -235,7 +235,7 @@ def peak_memory(config: dict[str, Any], team: Team, batch_size: int) -> int:
 def _team(config: dict[str, Any]) -> Team:
     model = outline(config)
     model.blocks = model.blocks[:1] * config["depth"]  # micro-batches depend on how many there are
-    return Team(model, None, None)
+    return team_for(model)
 
 
 def _on_a_gpu(total: Row, batch_size: int) -> int:

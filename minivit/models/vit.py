@@ -9,7 +9,7 @@ from minivit.backend import Key
 from minivit.nn import init
 from minivit.nn.attention import EncoderBlock, attention_mask
 from minivit.nn.layers import Dropout, LayerNorm, Linear, PatchEmbed
-from minivit.nn.module import Module, Parameter
+from minivit.nn.module import Module, Parameter, RowSize, set_layer
 from minivit.nn.random import random_key
 from minivit.nn.rules import Size, check_settings
 
@@ -63,10 +63,10 @@ class ViT(Module):
         self.dim, self.pool = dim, pool
         with random_key(Key(self.config["seed"])):
             self.patch_embed = PatchEmbed(image_size, patch_size, in_channels, dim)
-            self.cls_token = Parameter(init.zeros(1, 1, dim)) if pool == "cls" else None
-            self.pos_embed = (
-                Parameter(init.normal(1, self.num_tokens, dim, std=0.02)) if position == "learned" else None
-            )
+            self.cls_token = Parameter(init.zeros(1, 1, dim), decays=False) if pool == "cls" else None
+            self.pos_embed = None
+            if position == "learned":
+                self.pos_embed = Parameter(init.normal(1, self.num_tokens, dim, std=0.02), decays=False)
             self.embed_drop = Dropout(embed_dropout)
             self.blocks = [
                 EncoderBlock(dim, heads, mlp_dim or 4 * dim, dim_head, qkv_bias, activation, norm_eps,
@@ -95,6 +95,14 @@ class ViT(Module):
         self.head = Linear(self.dim, num_classes, weight_init=init.zeros)
         if before is not None:
             self.head.to(before.weight.dtype).to(before.weight.device)
+        set_layer(0, self.patch_embed, self.cls_token, self.pos_embed)
+        for i, block in enumerate(self.blocks, 1):
+            set_layer(i, block)
+        set_layer(len(self.blocks) + 1, self.norm, self.pre_logits, self.head)
+
+    def row_size(self) -> RowSize:
+        """Return what an image is in every block: tokens · dim numbers."""
+        return RowSize(self.num_tokens * self.dim, len(self.blocks))
 
     @property
     def num_tokens(self) -> int:

@@ -2,7 +2,7 @@
 
 from minivit.nn.attention import EncoderBlock, MultiHeadAttention
 from minivit.nn.layers import MLP, Dropout, DropPath, LayerNorm, Linear, PatchEmbed
-from minivit.nn.module import Module, Parameter
+from minivit.nn.module import Module, Parameter, RowSize
 from minivit.nn.random import random_key
 
 __all__ = [
@@ -16,5 +16,6 @@ __all__ = [
     "MultiHeadAttention",
     "Parameter",
     "PatchEmbed",
+    "RowSize",
     "random_key",
 ]

@@ -37,6 +37,7 @@ class MultiHeadAttention(Module):
         inner = heads * self.dim_head
         self.qkv = Linear(dim, 3 * inner, qkv_bias, weight_init=init.xavier_uniform_qkv)
         self.proj = Linear(inner, dim)
+        self.qkv.weight.matrices, self.proj.weight.matrices = 3, 1
         self.attention_dropout = attention_dropout
         self.drop = Dropout(dropout)
 

@@ -95,6 +95,7 @@ class MLP(Module):
         self.fc2 = Linear(hidden, dim)
         for layer in (self.fc1, self.fc2):
             layer.bias = Parameter(init.normal(layer.weight.shape[0], std=1e-6))
+            layer.weight.matrices = 1
         self.activation = activation
         self.drop = Dropout(dropout)
 

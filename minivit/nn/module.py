@@ -19,13 +19,39 @@ from minivit.ops.convert import device_or_dtype
 
 
 class Parameter(Tensor):
-    """A Tensor that a Module learns: it requires a gradient."""
+    """A Tensor that a Module learns: it requires a gradient.
 
-    __slots__ = ()
+    It says what it is to whoever trains it, who so needs no names; the layer or model that makes it knows:
 
-    def __init__(self, data: Array) -> None:
+    - ``decays``: whether weight decay pulls it to 0, unless told if it has more than one axis (no bias, no norm);
+    - ``layer``: its layer's number, counted from the input, for rates that fall from layer to layer
+      (:func:`minivit.train.parameters.layer_scales`); None belongs to no layer;
+    - ``matrices``: how many hidden matrices (rows, columns) are stacked along its first axis, for
+      :class:`minivit.train.muon.Muon`; 0 if it is none.
+
+    Copies and pickles keep them, and so does :meth:`Module.to`.
+    """
+
+    __slots__ = ("decays", "layer", "matrices")
+
+    def __init__(self, data: Array, decays: bool | None = None, layer: int | None = None, matrices: int = 0) -> None:
         super().__init__(data)
         self.requires_grad = True
+        self.decays = self.ndim > 1 if decays is None else decays
+        self.layer, self.matrices = layer, matrices
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return *super().__reduce__(), (self.decays, self.layer, self.matrices)
+
+    def __setstate__(self, state: tuple[bool, int | None, int]) -> None:
+        self.decays, self.layer, self.matrices = state
+
+
+class RowSize(NamedTuple):
+    """What one row of a batch makes a model work on and keep: see :meth:`Module.row_size`."""
+
+    numbers: int  # of a row's activations between two layers: tokens · dim
+    layers: int  # that keep some of them for the backward pass
 
 
 class Watch(NamedTuple):
@@ -151,6 +177,13 @@ class Module:
             lines += [line.replace("\n", "\n  ") for line in found]
         return "\n  ".join(lines)
 
+    def row_size(self) -> RowSize | None:
+        """Return how much work one row of a batch is, from which a training step's pieces get their size.
+
+        A model whose rows are small, or very large, says it; None leaves it at what is usual.
+        """
+        return None
+
     # ---- modes ----
 
     def train(self, mode: bool = True) -> Self:
@@ -212,6 +245,13 @@ class Module:
         for name, p in own.items():
             if name in state:
                 p.data[...] = to_device(np.asarray(state[name], p.dtype), device_of(p.data))
+
+
+def set_layer(layer: int, *parts: Module | Parameter | None) -> None:
+    """Let every parameter of the parts say that it belongs to ``layer``."""
+    for part in parts:
+        for p in [part] if isinstance(part, Parameter) else part.parameters() if part is not None else ():
+            p.layer = layer
 
 
 def _members(named: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:

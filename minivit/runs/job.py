@@ -48,8 +48,8 @@ from minivit.train import schedule
 from minivit.train.lock import RunLock
 from minivit.train.optim import SGD, AdamW, Muon, Optimizer, layer_scales
 from minivit.train.schedule import Schedule
+from minivit.train.sharing import team_for
 from minivit.train.signals import Stop, StopSignals
-from minivit.train.step import Team
 from minivit.train.trainer import Trainer, evaluate
 from minivit.weights.checkpoint import load_checkpoint
 from minivit.weights.native import data_meta, init_from, load_weights
@@ -247,14 +247,15 @@ class Job:
             changed = init_from(self.model, settings["train.init_from"])
         self.loader = self.make_loader()
         # what "auto" and 0 come to on this machine is kept, because equal bits need the same again
-        team, batch_size = Team(self.model, None, settings["train.micro_batch"] or None), settings["train.batch_size"]
+        team = team_for(self.model, micro_batch=settings["train.micro_batch"] or None)
+        batch_size = settings["train.batch_size"]
         threads = settings["train.threads"] or team.threads_for(self.loader.batch_size)
         micro_batch = min(team.micro_batch or batch_size, batch_size)
         found = {"train.device": device, "train.threads": threads, "train.micro_batch": micro_batch}
         settings.take({key: value for key, value in found.items() if settings[key] != value}, "this machine")
         kept = self.model.config | {"recompute": settings["model.recompute"]}
         rows = min(self.loader.batch_size, len(self.train_data))
-        self.memory = peak_memory(kept, Team(self.model, threads, micro_batch), rows)
+        self.memory = peak_memory(kept, team_for(self.model, threads, micro_batch), rows)
         self.memory += 4 * self.model.num_parameters() * bool(settings["train.model_ema"])
         _check_memory(self.memory, device)
         self.schedule = self.make_schedule()
@@ -355,8 +356,7 @@ class Job:
         s = self.settings
         scales = None
         if s["train.layer_decay"] != 1.0:
-            names = [name for name, _ in self.model.named_parameters()]
-            scales = layer_scales(names, s["model.depth"], s["train.layer_decay"])
+            scales = layer_scales(self.model.named_parameters(), s["train.layer_decay"])
         settings: dict[str, Any] = {"lr": s["train.lr"], "weight_decay": s["train.weight_decay"], "lr_scales": scales}
         if s["train.optimizer"] == "sgd":
             return SGD(self.model.named_parameters(), momentum=s["train.momentum"], **settings)

@@ -16,7 +16,7 @@ from minivit.nn.module import mode
 from minivit.show.lettering import drawable_names
 from minivit.show.page import write_report
 from minivit.show.pictures import attention_overlay, confusion_picture, mosaic, predictions_picture
-from minivit.train.step import predict_logits
+from minivit.train.predict import predict_logits
 
 SHOWN = 50  # images in a picture
 

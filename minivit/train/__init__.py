@@ -1,8 +1,9 @@
 """Training: optimizers, schedules, one step, whole runs, and their checkpoints."""
 
 from minivit.train.optim import SGD, AdamW, Muon, clip_grad_norm
+from minivit.train.predict import predict_logits
 from minivit.train.schedule import warmup_cosine, warmup_linear
-from minivit.train.step import TrainStep, predict_logits
+from minivit.train.step import TrainStep
 from minivit.train.trainer import Progress, Trainer, evaluate
 from minivit.weights.checkpoint import Checkpoint, load_checkpoint, parameters_hash, save_checkpoint
 

@@ -18,9 +18,10 @@ from minivit.backend import Key, permutation
 from minivit.errors import ConfigError, DataError, DTypeError, ShapeError, unknown_name
 from minivit.models.vit import ViT
 from minivit.nn.rules import Size
-from minivit.train.optim import AdamW
+from minivit.train.optimizer import AdamW
+from minivit.train.predict import predict_logits
 from minivit.train.schedule import warmup_cosine
-from minivit.train.step import TrainStep, predict_logits
+from minivit.train.step import TrainStep
 
 ORDER_STREAM = 0x0DE2  # the stream of the epochs' orders under random_state
 WARMUP = 0.1  # of all steps

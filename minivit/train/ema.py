@@ -10,11 +10,11 @@ import numpy as np
 
 from minivit.backend import on_device_of, to_numpy
 from minivit.errors import ConfigError
-from minivit.train.optim import Optimizer, chunks, load_arrays, overlaps
+from minivit.train.parameters import FlatParameters, Span, chunks, load_arrays, overlaps
 
 
 class EMA:
-    """Average of the parameters that ``opt`` updates: a ← d·a + (1 - d)·p after each update of p.
+    """Average of the parameters in ``store`` (of an optimizer: ``opt.store``): a ← d·a + (1 - d)·p after each update.
 
     It does better than the last values, which the noise in the gradients moves about (Polyak and Juditsky 1992,
     "Acceleration of stochastic approximation by averaging"; Dosovitskiy et al. 2020, section 4.1, with d = 0.9999).
@@ -22,13 +22,13 @@ class EMA:
     TensorFlow's ``ExponentialMovingAverage``). Raises ConfigError for a decay outside [0, 1).
     """
 
-    def __init__(self, opt: Optimizer, decay: float) -> None:
+    def __init__(self, store: FlatParameters, decay: float) -> None:
         if not 0.0 <= decay < 1.0:
             raise ConfigError(f"decay={decay}", "it must be in [0, 1); 0.999 to 0.9999 is usual")
-        self.opt, self.decay = opt, decay
-        with on_device_of(opt.flat):
-            self.flat = opt.flat.copy()
-        self.views = opt.split(self.flat)
+        self.store, self.decay = store, decay
+        with on_device_of(store.values):
+            self.flat = store.values.copy()
+        self.views = store.split(self.flat)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy, or pickle, takes along: not the views, of which it would make arrays of their own."""
@@ -36,20 +36,20 @@ class EMA:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self.views = self.opt.split(self.flat)
+        self.views = self.store.split(self.flat)
 
     def update(self) -> None:
         """Take the parameters' present values in: after ``opt.step()``."""
         self.update_spans([(0, self.flat.size)])
 
-    def update_spans(self, spans: Sequence[tuple[int, int]]) -> None:
+    def update_spans(self, spans: Sequence[Span]) -> None:
         """Take in what the last update changed in given spans; threads may share them out, as ``opt.update_spans``."""
-        t = self.opt.steps
+        t = self.store.steps
         decay = min(self.decay, (1.0 + t) / (10.0 + t))
         with on_device_of(self.flat):
-            for start, stop in chunks(self.flat, overlaps(spans, self.opt.updated)):
+            for start, stop in chunks(self.flat, overlaps(spans, self.store.updated)):
                 average = self.flat[start:stop]
-                difference = self.opt.flat[start:stop] - average
+                difference = self.store.values[start:stop] - average
                 difference *= 1.0 - decay
                 average += difference
 
@@ -57,21 +57,21 @@ class EMA:
     def swapped(self) -> Iterator[None]:
         """Let the model have the averaged parameters in this block, to evaluate it; updates raise GraphError meanwhile.
 
-        Nothing is copied: the optimizer's own values stay where they are, and come back however the block ends.
+        Nothing is copied: the store's own values stay where they are, and come back however the block ends.
         """
-        before = [p.data for p in self.opt.parameters]
+        before = [p.data for p in self.store.parameters]
         try:
-            for p, average in zip(self.opt.parameters, self.views, strict=True):
+            for p, average in zip(self.store.parameters, self.views, strict=True):
                 p.data = average
             yield
         finally:
-            for p, data in zip(self.opt.parameters, before, strict=True):
+            for p, data in zip(self.store.parameters, before, strict=True):
                 p.data = data
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """Return a copy of each averaged parameter, by its name."""
-        return dict(zip(self.opt.names, self.opt.split(np.array(to_numpy(self.flat))), strict=True))
+        return self.store.by_name(np.array(to_numpy(self.flat)))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what :meth:`state_dict` gave; raise CheckpointError, nothing changed, if it does not fit."""
-        load_arrays(dict(zip(self.opt.names, self.views, strict=True)), state, "the averaged parameters")
+        load_arrays(self.store.by_name(self.flat), state, "the averaged parameters")

@@ -26,11 +26,12 @@ from minivit.ops.loss import check_labels
 from minivit.train.ema import EMA
 from minivit.train.identity import differences, plain, settings_of
 from minivit.train.lock import RunLock
-from minivit.train.optim import Optimizer
+from minivit.train.optimizer import Optimizer
+from minivit.train.predict import predict_logits
 from minivit.train.records import Records, Row
 from minivit.train.schedule import Schedule
 from minivit.train.signals import Stop, StopSignals
-from minivit.train.step import TrainStep, predict_logits
+from minivit.train.step import TrainStep
 from minivit.weights.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, sweep
 
 
@@ -138,7 +139,7 @@ class Trainer:
         self.folder = None if folder is None else Path(folder)
         self.save_every, self.meta, self.quiet = save_every, dict(meta or {}), quiet
         self.patience, self.max_seconds, self.on_nan = patience, max_seconds, on_nan
-        self.ema = None if ema is None else EMA(opt, ema)
+        self.ema = None if ema is None else EMA(opt.store, ema)
         self.step = TrainStep(model, opt, loss, threads, micro_batch, clip_norm, seed)
         self.records = Records(self.folder)
         self.progress = Progress()
