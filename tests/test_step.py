@@ -24,6 +24,7 @@ from minivit.nn.module import mode
 from minivit.runs.results import draw_attention
 from minivit.train.ema import EMA
 from minivit.train.optim import SGD, AdamW, Muon, clip_grad_norm, layer_scales
+from minivit.train.step import Piece, Totals
 from tests.test_vit import SMALL, disturbed, golden_model, goldens  # noqa: F401
 
 
@@ -382,6 +383,138 @@ def test_a_float64_model_trains_from_float32_images():
     step = mv.TrainStep(model, AdamW(model.named_parameters()))
     assert step(*batch()) > 0
     assert mv.predict_logits(model, batch()[0]).dtype == np.float64
+
+
+# ---- the four verbs --------------------------------------------------------------------------------------------------
+
+
+def values(model, opt):
+    """Return a copy of what a step may not change before its last verb."""
+    return [opt.steps, opt.store.values.copy(), *(a.copy() for a in opt.state.values())]
+
+
+def unchanged(before, model, opt):
+    return all(np.array_equal(a, b) for a, b in zip(before, values(model, opt), strict=True))
+
+
+def flat(opt, by_name):
+    return np.concatenate([by_name[name].reshape(-1) for name in opt.names])
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_gradients_leaves_each_threads_sum_in_its_buffer_and_changes_nothing_else(threads):
+    model, opt = make(np.float64)
+    images, labels = batch()
+    images = images.astype(np.float64)
+    whole = ops.cross_entropy(model(images), labels).item()
+    plain = flat(opt, plain_gradients(model, images, labels))
+    step, before = mv.TrainStep(model, opt, threads=threads, micro_batch=2), values(model, opt)
+    for buffer in step.buffers:
+        buffer.flat[...] = 1e9  # what was there before is gone
+    for _ in range(2):
+        pieces = step.gradients(step._batch(images, labels))
+        assert all(buffer.written == set(range(len(opt.names))) for buffer in step.buffers)
+        np.testing.assert_allclose(sum(buffer.flat for buffer in step.buffers), plain, atol=1e-13)
+    assert len(pieces) == len(step.team.pieces(7))
+    assert sum(float(piece.loss) for piece in pieces) == pytest.approx(whole, rel=1e-13)
+    assert unchanged(before, model, opt) and math.isnan(step.grad_norm) and step.right is None
+    assert step.buffers[0].flat is opt.store.grad
+
+
+def test_exchange_adds_up_what_the_threads_have_found():
+    model, opt = make(np.float64)
+    step, before = mv.TrainStep(model, opt, threads=3), values(model, opt)
+    first, second, idle = step.buffers
+    for value, buffer in enumerate(step.buffers, 1):
+        buffer.flat[...] = 100.0 * value
+    first.written.clear()
+    first.add(0, np.full(opt.parameters[0].shape, 2.0))
+    first.add(0, np.full(opt.parameters[0].shape, 3.0))
+    second.add(0, np.full(opt.parameters[0].shape, 1.0))
+    second.add(4, np.full(opt.parameters[4].shape, 7.0))
+    pieces = [Piece(np.asarray(loss), np.asarray(right)) for loss, right in ((0.5, 3), (0.25, 0), (1.0, 2))]
+    totals = step.exchange(pieces)
+    expected = [np.full(p.shape, {0: 6.0, 4: 7.0}.get(i, 0.0)) for i, p in enumerate(opt.parameters)]
+    for name, view, value in zip(opt.names, opt.store.split(opt.store.grad), expected, strict=True):
+        np.testing.assert_array_equal(view, value, err_msg=name)
+    assert first.written == {0, 4} and (idle.flat == 300.0).all()
+    assert totals == (1.75, pytest.approx(np.linalg.norm(opt.store.grad), rel=1e-14), 5)
+    assert unchanged(before, model, opt)
+    assert step.exchange([*pieces, Piece(np.asarray(0.0), None)]).right is None  # unknown of one, unknown of all
+    first.written.clear()
+    second.written.clear()
+    with pytest.raises(GraphError, match="no parameter of the optimizer gets a gradient"):
+        step.exchange(pieces)
+
+
+def test_clip_scales_the_whole_gradient_down_and_never_up():
+    model, opt = make(np.float64)
+    before = values(model, opt)
+    for limit, scale in ((None, 1.0), (4.0, 0.5), (8.0, 1.0), (100.0, 1.0)):
+        step = mv.TrainStep(model, opt, threads=2, clip_norm=limit)
+        step.team.spread = lambda work, length: [work(a, b) for a, b in ((0, 100), (100, length))]
+        gradient = normal(mv.Key(3), opt.store.grad.shape)
+        opt.store.grad[...] = gradient
+        step.clip(8.0)
+        np.testing.assert_allclose(opt.store.grad, gradient * scale, rtol=1e-6)
+        assert scale < 1.0 or (opt.store.grad == gradient).all()
+    assert unchanged(before, model, opt)
+
+
+def test_update_changes_what_is_written_in_the_first_buffer():
+    model, opt = make(np.float64)
+    step = mv.TrainStep(model, opt, threads=2)
+    opt.store.grad[...] = 1.0
+    step.buffers[0].written.update({1, 2})
+    step.buffers[1].written.add(5)  # what exchange has not taken over is none of its business
+    before = model.state_dict()
+    step.update()
+    assert {n for n, v in model.state_dict().items() if (v != before[n]).any()} == {opt.names[1], opt.names[2]}
+    assert opt.steps == 1
+
+
+@pytest.mark.parametrize("clip_norm", [None, 1e-2])
+def test_an_exchange_of_ones_own_makes_two_steps_on_halves_one_on_the_whole(clip_norm):
+    """As two machines would: either has half of the batch, and both have the mean of the halves' gradients."""
+    images, labels = batch(8)
+    images = images.astype(np.float64)
+
+    class Half(mv.TrainStep):
+        def exchange(self, pieces):
+            totals = super().exchange(pieces)
+            other = self.other
+            other_totals = mv.TrainStep.exchange(other, other.gradients(other._batch(images[4:], labels[4:])))
+            self.opt.store.grad += other.opt.store.grad
+            self.opt.store.grad /= 2.0
+            norm = float(np.linalg.norm(self.opt.store.grad))
+            return Totals((totals.loss + other_totals.loss) / 2, norm, totals.right + other_totals.right)
+
+    results = []
+    for kind in (mv.TrainStep, Half):
+        model, opt = make(np.float64)
+        step = kind(model, opt, clip_norm=clip_norm, threads=1)
+        if kind is Half:
+            step.other = mv.TrainStep(*make(np.float64), threads=1)
+        loss = step(images, labels) if kind is mv.TrainStep else step(images[:4], labels[:4])
+        results.append((loss, step.grad_norm, step.right, model.state_dict()))
+    (loss, norm, right, state), (*again, other) = results
+    assert again == [pytest.approx(loss, rel=1e-13), pytest.approx(norm, rel=1e-13), right]
+    for name, value in state.items():
+        np.testing.assert_allclose(other[name], value, rtol=1e-7, atol=1e-9, err_msg=name)
+
+
+def test_each_verb_is_called_once_in_its_order():
+    model, opt = make()
+    step, called = mv.TrainStep(model, opt), []
+    for name in ("update", "clip", "exchange", "gradients"):
+        verb = getattr(step, name)
+        setattr(step, name, lambda *given, name=name, verb=verb: called.append(name) or verb(*given))
+    step(*batch())
+    assert called == ["gradients", "exchange", "clip", "update"]
+    model.head.weight.data[0, 0] = np.nan
+    with pytest.raises(NonFiniteError):
+        step(*batch())
+    assert called[4:] == ["gradients", "exchange"]
 
 
 # ---- only what gets a gradient ---------------------------------------------------------------------------------------
