@@ -21,13 +21,14 @@ from minivit.ops.convert import device_or_dtype
 class Parameter(Tensor):
     """A Tensor that a Module learns: it requires a gradient.
 
-    It says what it is to whoever trains it, who so needs no names; the layer or model that makes it knows:
+    It says what it is, so that whoever trains it needs no names. The layer or model that makes it sets:
 
-    - ``decays``: whether weight decay pulls it to 0, unless told if it has more than one axis (no bias, no norm);
-    - ``layer``: its layer's number, counted from the input, for rates that fall from layer to layer
-      (:func:`minivit.train.parameters.layer_scales`); None belongs to no layer;
-    - ``matrices``: how many hidden matrices (rows, columns) are stacked along its first axis, for
-      :class:`minivit.train.muon.Muon`; 0 if it is none.
+    - ``decays``: whether weight decay pulls it to 0. Unless told, it does if there is more than one axis: biases and
+      norms have one;
+    - ``layer``: the number of its layer, counted from the input, for rates that fall from layer to layer
+      (:func:`minivit.train.parameters.layer_scales`); None if it belongs to none;
+    - ``matrices``: how many hidden matrices are stacked along its first axis, for :class:`minivit.train.muon.Muon`;
+      0 if it is no hidden matrix.
 
     Copies and pickles keep them, and so does :meth:`Module.to`.
     """
