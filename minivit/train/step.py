@@ -122,7 +122,7 @@ class TrainStep:
 
         def work(thread: int, start: int, stop: int) -> Any:
             share = (stop - start) / len(images)
-            with mode(training), random_key(key, first_row=start), first_order():
+            with mode(training), random_key(key.at_row(start)), first_order():
                 logits = self.model(self.team.here(images[start:stop]))
                 loss = self._loss(logits, labels, start, stop)
             right = count_right(logits, labels[start:stop])
@@ -203,7 +203,7 @@ class TrainStep:
 
     def _non_finite(self, loss: float, images: Array, key: Key) -> NonFiniteError:
         places = (
-            first_non_finite(self.model, self.team.here(images[start:stop]), key, start)
+            first_non_finite(self.model, self.team.here(images[start:stop]), key.at_row(start))
             for start, stop in self.team.pieces(len(images))
         )
         place = next((p for p in places if p is not None), None)
@@ -364,7 +364,7 @@ def count_right(logits: Any, labels: Array) -> Array | None:
     return (logits.argmax(axis=1) == to_device(labels, device_of(logits))).sum()
 
 
-def first_non_finite(model: Module, images: Array, key: Key, first_row: int = 0) -> str | None:
+def first_non_finite(model: Module, images: Array, key: Key) -> str | None:
     """Return where the first NaN or infinity of a forward pass is: the images, a parameter, or a layer's output."""
 
     def bad(x: Any) -> bool:
@@ -382,6 +382,6 @@ def first_non_finite(model: Module, images: Array, key: Key, first_row: int = 0)
         if not found and bad(out):
             found.append(f"the output of {path or type(model).__name__}")
 
-    with watching(model, look), no_grad(), random_key(key, first_row), np.errstate(all="ignore"):
+    with watching(model, look), no_grad(), random_key(key), np.errstate(all="ignore"):
         model(images)
     return found[0] if found else None
