@@ -10,20 +10,18 @@ Steps follow the size of what is moved, so that a derivative of 1e-9 is found as
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 import warnings
-from collections.abc import Iterator, Mapping
-from typing import Protocol
+from collections.abc import Mapping
 
 import numpy as np
 
-from minivit.autograd.tensor import Tensor
+from minivit.autograd.orders import FirstOrder, holding
 from minivit.backend import Key, normal
 from minivit.errors import NonFiniteError
 
-__tracebackhide__ = True  # as in check.py
+__tracebackhide__ = True  # as in orders.py
 
 COMPLEX_STEP = 1e-20
 """The complex step, as a share of the argument's size."""
@@ -43,29 +41,7 @@ ROUGHLY = 1e-5
 DOUBT = 10.0
 """An error counts as one when it is this many times the noise that was measured."""
 
-DECADES = 6
-"""Entries of an argument whose sizes lie more decades apart are moved apart, each group by steps of its own size."""
-
 EPSILON = float(np.finfo(np.float64).eps)
-SMALLEST = 1e-270  # of an argument: its complex step must be a number
-
-
-class Scalar(Protocol):
-    """A number s that is a sum of terms, as a function of leaves. Rounding is that of numbers of ``least`` size."""
-
-    order: int
-    least: float
-    leaves: dict[str, Tensor]
-    gradients: dict[str, np.ndarray]
-    here: np.ndarray  # the terms at the leaves' own values
-
-    def terms(self) -> np.ndarray:
-        """Return the terms of s, with the leaves as they are now."""
-        ...
-
-    def moved(self, leaf: Tensor, step: np.ndarray) -> np.ndarray:
-        """Return the terms of s with one leaf moved by ``step``."""
-        ...
 
 
 class Derivative:
@@ -75,7 +51,7 @@ class Derivative:
     D(h) = (s(x + h·v) - s(x - h·v)) / 2h; they are computed when asked for.
     """
 
-    def __init__(self, scalar: Scalar, name: str, direction: np.ndarray, size: float, gradient: np.ndarray) -> None:
+    def __init__(self, scalar: FirstOrder, name: str, direction: np.ndarray, size: float, gradient: np.ndarray) -> None:
         self.scalar, self.name, self.direction, self.size = scalar, name, direction, size
         self.leaf, self.here = scalar.leaves[name], scalar.here
         products = gradient * direction
@@ -219,37 +195,3 @@ class Derivative:
             )
         k = min(noise, key=lambda k: noise[k])
         return self.refined(k), noise[k], k
-
-
-# ---- moving leaves ---------------------------------------------------------------------------------------------------
-
-
-def alike(x: np.ndarray) -> list[tuple[np.ndarray, float]]:
-    """Return groups of entries of about the same size: (which entries, their mean size, 1 if all are zero)."""
-    sizes = np.abs(x)
-    some = sizes > 0.0
-    if not some.any():
-        return [(np.ones(x.shape, bool), 1.0)]
-    logs = np.log10(sizes, out=np.full(x.shape, np.log10(sizes.max())), where=some)  # zeros go with the largest
-    groups = (logs.max() - logs) // DECADES
-    parts = [groups == g for g in np.unique(groups)]
-    return [(part, max(float(sizes[part & some].mean()), SMALLEST)) for part in parts]
-
-
-@contextlib.contextmanager
-def holding(arrays: Mapping[Tensor, np.ndarray]) -> Iterator[None]:
-    """Let these leaves hold other arrays meanwhile."""
-    before = {x: x.data for x in arrays}
-    try:
-        for x, data in arrays.items():
-            _put(x, data)
-        yield
-    finally:
-        for x, data in before.items():
-            _put(x, data)
-
-
-def _put(x: Tensor, data: np.ndarray) -> None:
-    x.data = data
-    x.requires_grad = False  # a new leaf node, with the new dtype
-    x.requires_grad = True
