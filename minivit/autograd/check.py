@@ -8,6 +8,7 @@ Every argument is moved along a random direction, and the change of the output i
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from minivit.autograd.derivative import confirm_together
 from minivit.autograd.judge import Check, judged_parts, locate, parts_of
 from minivit.autograd.orders import FirstOrder, SecondOrder, check_finite
 from minivit.autograd.tensor import Tensor, tensor
@@ -168,10 +170,15 @@ def judged(
     key = Key(seed, stream=0xC4EC)
     for k in range(1, order + 1):
         problem = FirstOrder(fn, leaves, key) if k == 1 else SecondOrder(fn, leaves, key)
-        for i, (name, leaf) in enumerate(problem.leaves.items()):
-            parts = parts_of(problem, name, normal(key.child(1000 + i), leaf.shape))
+        parts = {
+            name: parts_of(problem, name, normal(key.child(1000 + i), leaf.shape))
+            for i, (name, leaf) in enumerate(problem.leaves.items())
+        }
+        if method != "central":
+            confirm_together(list(itertools.chain(*parts.values())))
+        for name, leaf in problem.leaves.items():
             try:
-                check = judged_parts(parts, method, rtol, atol or 0.0)
+                check = judged_parts(parts[name], method, rtol, atol or 0.0)
             except UndecidedError:
                 problem.check_repeats()
                 raise

@@ -13,11 +13,13 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from minivit.autograd.orders import FirstOrder, holding
+from minivit.autograd.tensor import Tensor
 from minivit.backend import Key, normal
 from minivit.errors import NonFiniteError
 
@@ -58,6 +60,11 @@ class Derivative:
         self.analytic, self.terms = float(products.sum()), float(np.abs(products).sum())
         self.values: dict[int, float] = {}  # D by the exponent of its step, h = 10ᵏ · size
         self.changed: dict[int, np.ndarray] = {}  # which terms of s the step changes
+        self.confirmed = False  # the complex step, by a difference: see confirm_together
+
+    def moved(self, distance: float) -> np.ndarray:
+        """Return the terms of s with the entries moved that far along the direction."""
+        return self.scalar.moved({self.leaf: distance * self.direction})
 
     # ---- the complex step ----
 
@@ -78,7 +85,7 @@ class Derivative:
     @functools.cached_property
     def is_analytic(self) -> bool | None:
         """Whether the function is analytic, as differences that agree with the complex step show; None if unknown."""
-        if self.agrees() or self.agrees_beside(1.0, 1e-3):  # it may have a kink just here
+        if self.confirmed or self.agrees() or self.agrees_beside(1.0, 1e-3):  # it may have a kink just here
             return True
         value, noise, _ = self.best()
         if self.stepped is None or abs(self.stepped - value) > DOUBT * noise:
@@ -108,7 +115,7 @@ class Derivative:
         with holding(moved):
             beside = Derivative(self.scalar, self.name, self.direction, size, self.scalar.gradients[self.name])
             try:
-                beside.here = self.scalar.moved(self.leaf, 0.0 * self.direction)
+                beside.here = self.moved(0.0)
             except (ArithmeticError, ValueError):  # the function refuses them
                 return False
             return beside.agrees()
@@ -120,7 +127,7 @@ class Derivative:
         if k not in self.values:
             h, here = 10.0**k * self.size, self.here
             try:
-                up, down = (self.scalar.moved(self.leaf, step * self.direction) for step in (h, -h))
+                up, down = self.moved(h), self.moved(-h)
             except (ArithmeticError, ValueError):  # the function refuses what lies so far away
                 return False
             if not up.shape == down.shape == here.shape:
@@ -195,3 +202,34 @@ class Derivative:
             )
         k = min(noise, key=lambda k: noise[k])
         return self.refined(k), noise[k], k
+
+
+def confirm_together(derivatives: Sequence[Derivative]) -> None:
+    """Let a difference confirm the complex steps of many derivatives of one s at once, where it can.
+
+    All entries move together, each along its direction and by a step of its own size. The difference has to equal the
+    sum of the complex steps to within what is allowed of the least of them alone, so that none hides behind a larger
+    one; and errors of several do not cancel along random directions. Those so small that rounding hides them go into
+    the next difference, of larger steps. What is not confirmed in the end is left to differences of its own.
+    """
+    scalar = derivatives[0].scalar
+    steps = [
+        (d, d.stepped, ROUGHLY * max(d.terms, abs(d.stepped)) * d.size) for d in derivatives if d.stepped is not None
+    ]
+    for h in (1e-5, 1e-4, 1e-3):  # the first of NEAR_STEPS, and the larger ones
+        rounding = EPSILON * float(np.abs(scalar.here).sum()) / h
+        together = [(d, stepped, allowed) for d, stepped, allowed in steps if DOUBT * rounding <= allowed]
+        if not together:
+            continue
+        moves: dict[Tensor, Any] = {}
+        for d, _, _ in together:
+            moves[d.leaf] = moves.get(d.leaf, 0.0) + h * d.size * d.direction
+        try:
+            up, down = (scalar.moved({x: sign * move for x, move in moves.items()}) for sign in (1.0, -1.0))
+            off = float((up - down).sum()) / (2.0 * h) - sum(stepped * d.size for d, stepped, _ in together)
+        except (ArithmeticError, ValueError):  # the function refuses what lies so far away, or returns another shape
+            continue
+        if abs(off) <= min(allowed for _, _, allowed in together):
+            for d, _, _ in together:
+                d.confirmed = True
+            steps = [step for step in steps if not step[0].confirmed]

@@ -149,15 +149,14 @@ class Part(Derivative):
             }
             try:
                 with holding(moved):
-                    steps = (0.0 * self.direction, scale * self.size * self.direction)
-                    before, after = (self.scalar.moved(self.leaf, step) for step in steps)
+                    before, after = self.moved(0.0), self.moved(scale * self.size)
                 changed |= before != after  # NaN, too
             except (ArithmeticError, ValueError):  # the function refuses these arguments, or returns another shape
                 changed[:] = True
         size, distance = float(np.abs(self.here).sum(where=changed)), self.size
         while distance < NEAR:
             try:
-                further = self.scalar.moved(self.leaf, distance * self.direction)
+                further = self.moved(distance)
             except (ArithmeticError, ValueError):  # the function refuses what lies so far away
                 break
             if further.shape != changed.shape or not np.abs(further - self.here).sum(where=changed) < 0.1 * size:
@@ -168,7 +167,7 @@ class Part(Derivative):
     def usual_at_most(self) -> float:
         """Return the size of all of s, here and around, over the entries' own: no less than :meth:`usual`."""
         try:
-            around = float(np.abs(self.scalar.moved(self.leaf, self.size * self.direction)).sum())
+            around = float(np.abs(self.moved(self.size)).sum())
         except (ArithmeticError, ValueError):  # the function refuses what lies so far away
             around = math.nan
         return max(self.scalar.size, around if math.isfinite(around) else 0.0) / self.size

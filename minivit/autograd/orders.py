@@ -81,9 +81,9 @@ class FirstOrder:
         with no_grad():
             return np.ravel(self.fn().data * self.weights[0])
 
-    def moved(self, leaf: Tensor, step: np.ndarray) -> np.ndarray:
-        """Return the terms of s with one leaf moved by ``step``."""
-        with holding({leaf: np.asarray(leaf.data + step)}), np.errstate(all="ignore"):
+    def moved(self, steps: Mapping[Tensor, np.ndarray]) -> np.ndarray:
+        """Return the terms of s with some leaves moved, each by its step."""
+        with holding({x: np.asarray(x.data + step) for x, step in steps.items()}), np.errstate(all="ignore"):
             return self.terms()
 
 
