@@ -71,20 +71,20 @@ def _gelu(x: np.ndarray, approximate: str = "none") -> np.ndarray:
     return _each(lambda v: v * math.erfc(-v / math.sqrt(2)) / 2)(x)
 
 
-def _dropped(shape: tuple[int, ...], p: float, key: Any, first_row: int) -> np.ndarray:
-    """Return 0 or 1/(1 - p): row i is row ``first_row + i`` of a batch that starts at 0."""
-    whole = uniform(key, (first_row + shape[0], *shape[1:]))
-    return np.where(whole[first_row:] < p, 0.0, 1.0 / (1.0 - p))
+def _dropped(shape: tuple[int, ...], p: float, key: Any) -> np.ndarray:
+    """Return 0 or 1/(1 - p): row i is row ``key.row + i`` of a batch that starts at 0."""
+    whole = uniform(key, (key.row + shape[0], *shape[1:]))
+    return np.where(whole[key.row :] < p, 0.0, 1.0 / (1.0 - p))
 
 
 def _attention(
-    q: Any, k: Any, v: Any, mask: Any = None, scale: Any = None, dropout: float = 0.0, key: Any = None, row: int = 0
+    q: Any, k: Any, v: Any, mask: Any = None, scale: Any = None, dropout: float = 0.0, key: Any = None
 ) -> np.ndarray:  # fmt: skip
     lead = np.broadcast_shapes(q.shape[:-2], k.shape[:-2], v.shape[:-2])
     q, k, v = (np.broadcast_to(x, (*lead, *x.shape[-2:])) for x in (q, k, v))
     shape = (*lead, q.shape[-2], k.shape[-2])
     mask = np.broadcast_to(False if mask is None else mask, shape)
-    drop = _dropped(shape, dropout, key, row) if dropout else np.ones(shape)
+    drop = _dropped(shape, dropout, key) if dropout else np.ones(shape)
     out = np.zeros((*lead, q.shape[-2], v.shape[-1]))
     for i in np.ndindex(*lead):
         for t in range(q.shape[-2]):
@@ -184,10 +184,8 @@ FORWARD: dict[str, Callable[..., Any]] = {
     "cos": _each(math.cos),
     "cross_entropy": _cross_entropy,
     "div": _each(operator.truediv),
-    "drop_path": lambda x, p, key, first_row=0: (
-        x * _dropped((len(x), 1), p, key, first_row).reshape(-1, *[1] * (x.ndim - 1))
-    ),
-    "dropout": lambda x, p, key, first_row=0: x * _dropped(x.shape, p, key, first_row),
+    "drop_path": lambda x, p, key: x * _dropped((len(x), 1), p, key).reshape(-1, *[1] * (x.ndim - 1)),
+    "dropout": lambda x, p, key: x * _dropped(x.shape, p, key),
     "erf": _each(math.erf),
     "exp": _each(math.exp),
     "gelu": _gelu,

@@ -540,10 +540,18 @@ def test_keys_are_distinct():
     assert len({key.bits() for key in keys}) == len(set(keys)) == len(keys)
 
 
-def test_children_keep_the_step():
-    assert Key(1, 2, 3).child(4).at(9) == Key(1, 2, 9).child(4)
+def test_children_keep_step_and_row():
+    assert Key(1, 2, 3, 4).child(4).at(9) == Key(1, 2, 9, 4).child(4)
+    assert Key(1, 2, 3).child(4).at_row(5) == Key(1, 2, 3, 5).child(4) != Key(1, 2, 3).child(4)
     assert Key(1, 2, 3).at(9) == Key(1, 2, 9)
     assert Key(1).child(2).child(3) != Key(1).child(3).child(2)
+
+
+def test_a_row_changes_no_stream():
+    key, other = Key(1, 2, 3), Key(1, 2, 3, row=4)
+    assert key.bits() == other.bits() and key.child(5).bits() == other.child(5).bits()
+    np.testing.assert_array_equal(random_bits(key, (3, 4)), random_bits(other, (3, 4)))
+    assert len({key, other, Key(1, 2, 3, 4)}) == 2
 
 
 def test_bits_are_uniform():

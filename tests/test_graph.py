@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 import minivit as mv
 from minivit import ops
 from minivit.autograd.op import OPS, op
-from minivit.backend import Array, Key, normal
+from minivit.backend import Array, Key, normal, to_device, to_numpy
 from minivit.errors import ConfigError, DTypeError, GraphError, ShapeError
 
 
@@ -114,10 +114,12 @@ def test_the_graph_is_freed_by_reference_counts(toys, no_collector):
     assert all(r() is None for r in nodes)
 
 
-def test_what_a_fast_gradient_keeps_is_freed(no_collector):
+def test_what_a_twin_keeps_is_freed(no_collector):
     with mv.first_order():
         y = ops.gelu(leaf(4, 3))
-    kept = weakref.ref(y.node.kept)
+    (derivative,) = y.node.args
+    kept = weakref.ref(derivative)
+    del derivative
     y.backward(np.ones((4, 3)))
     assert kept() is None
 
@@ -302,13 +304,13 @@ def test_a_node_that_another_thread_frees_meanwhile_is_noticed(monkeypatch, firs
     x = leaf(3)
     with mv.first_order() if first_order else contextlib.nullcontext():
         y = ops.softmax(x)
-    gradient = ops.softmax.gradient
+    gradient = y.node.op.gradient  # the operation's, or its twin's
 
     def late(node: Any, *rest: Any) -> Any:
         node.free()  # what another thread's walk does between this walk's look at the node and its reading of it
         return gradient(node, *rest)
 
-    monkeypatch.setattr(ops.softmax, "gradient", late)
+    monkeypatch.setattr(y.node.op, "gradient", late)
     with pytest.raises(GraphError, match=FREED):
         y.backward(np.ones(3))
     assert x.grad is None
@@ -639,11 +641,11 @@ def test_first_order_recording_refuses_create_graph(toys):
 
     cube.vjps(lambda g, out, x: g * 3.0 * x * x)
 
-    @cube.fast
+    @cube.twin("cpu")
     def _(x: np.ndarray) -> Any:
         return x * x * x, 3.0 * x * x
 
-    @cube.fast_vjp
+    @cube.twin("cpu").vjp
     def _(g: np.ndarray, kept: Any, needs: Any) -> Any:
         return (g * kept,)
 
@@ -657,6 +659,60 @@ def test_first_order_recording_refuses_create_graph(toys):
     y.backward(np.ones(3))
     np.testing.assert_allclose(x.grad, 3 * x.data**2, rtol=1e-15)
     with pytest.raises(GraphError, match=FREED):
+        y.backward(np.ones(3))
+
+
+def test_the_kind_of_the_arrays_chooses_the_twin(toys, strict_cupy):
+    @op(save=("x",))
+    def double(x: Array) -> Array:
+        return x * 2.0
+
+    double.vjps(lambda g, out, x: g * 2.0)
+    ran: list[str] = []
+
+    def attach(kind: str) -> None:
+        @double.twin(kind)
+        def _(x: Array) -> Any:
+            ran.append(f"forward on {kind}")
+            return x * 2.0, None  # keeps nothing
+
+        @double.twin(kind).vjp
+        def _(g: Array, kept: Any, needs: Any) -> Any:
+            ran.append(f"back on {kind}")
+            return (g * 2.0,)
+
+    def what_runs(device: str, recording: Any) -> list[str]:
+        ran.clear()
+        x = leaf(3).to(device).detach()
+        x.requires_grad = True
+        with recording:
+            y = double(x)
+        y.backward(to_device(np.ones(3), device))
+        np.testing.assert_array_equal(to_numpy(x.grad), np.full(3, 2.0))
+        return list(ran)
+
+    for kind, other in [("cuda", "cpu"), ("cpu", "cuda")]:  # first with one twin, then with both
+        before = what_runs(other, mv.first_order())
+        attach(kind)
+        assert what_runs(other, mv.first_order()) == before
+        assert what_runs(kind, mv.first_order()) == [f"forward on {kind}", f"back on {kind}"]
+        assert what_runs(kind, contextlib.nullcontext()) == []
+    assert repr(double.twin("cpu")) == "<cpu twin of op double>"
+
+
+def test_a_twin_that_is_not_whole(toys):
+    @op()
+    def same(x: Array) -> Array:
+        return x
+
+    same.vjps(lambda g, out, x: g)
+    with pytest.raises(ConfigError, match=r"same: a twin on arrays of kind 'tpu'\n  → the kinds are cpu, cuda"):
+        same.twin("tpu")
+    assert same.twins == {}  # to ask for one attaches none
+    same.twin("cpu")(lambda x: (x * 1.0, ()))
+    with mv.first_order():
+        y = same(leaf(3))
+    with pytest.raises(GraphError, match=r"the cpu twin of same has no gradient\n  → define one with .vjp"):
         y.backward(np.ones(3))
 
 

@@ -95,9 +95,10 @@ class Scarce:
     def __init__(self, monkeypatch):
         self.left = 0
         for op in OPS.values():
-            for name in ("forward", "_fast", "_vjp", "_fast_vjp"):
-                if (function := getattr(op, name)) is not None:
-                    monkeypatch.setattr(op, name, self.counted(function))
+            for it in (op, *op.twins.values()):
+                for name in ("forward", "_vjp"):
+                    if (function := getattr(it, name)) is not None:
+                        monkeypatch.setattr(it, name, self.counted(function))
             monkeypatch.setattr(op, "_vjps", tuple(map(self.counted, op._vjps)))
 
     def counted(self, function):

@@ -11,7 +11,7 @@ import pytest
 import minivit as mv
 from minivit import ops
 from minivit.autograd.check import judged
-from minivit.autograd.mutate import SCALES, Verdict, check_mutants, check_op, mutants, refuses
+from minivit.autograd.mutate import SCALES, Verdict, _function, _gradients, check_mutants, check_op, mutants, refuses
 from minivit.autograd.op import OPS
 from minivit.errors import GradientError, UndecidedError
 from minivit.ops.samples import SAMPLES
@@ -102,6 +102,14 @@ def test_on_every_scale_the_gradients_are_that_large():
     for scale in SCALES:
         report = check_op(OPS["exp"], [np.ones(3)], scale=scale)
         assert report.checks[0].analytic == pytest.approx(scale * check_op(OPS["exp"], [np.ones(3)]).checks[0].analytic)
+
+
+def test_the_factors_around_a_mutant_of_mul_are_true_ones():
+    fn, arrays = _function(OPS["mul"], [np.full(3, 2.0), np.full(3, 5.0)], 1e6)
+    (mutated,) = [m for description, m in mutants(OPS["mul"], arrays) if description == "mul: gradient 0 zero"]
+    with mutated:
+        gradients = list(_gradients(fn, arrays))
+    assert (gradients[0] == 0.0).all() and (gradients[1] != 0.0).all()
 
 
 def test_refusing_is_not_being_undecided(monkeypatch):

@@ -17,11 +17,19 @@ from minivit.autograd.mutate import check_op
 from minivit.autograd.op import OPS
 from minivit.backend import Key, is_array, normal, to_device, to_numpy
 from minivit.errors import ConfigError, DataError, DeviceError, DTypeError, ShapeError
-from minivit.ops import fast
+from minivit.ops.cpu import attention as cpu_attention
 from minivit.ops.samples import SAMPLES, Sample
 from tests.optable import FORWARD
 
 rows = pytest.mark.parametrize("sample", SAMPLES, ids=str)
+twins = pytest.mark.parametrize(
+    ("sample", "kind"),
+    [
+        pytest.param(s, kind, marks=pytest.mark.gpu if kind == "cuda" else (), id=f"{s}, {kind}")
+        for s in SAMPLES
+        for kind in s.function.twins
+    ],
+)
 fused = pytest.mark.parametrize("sample", [s for s in SAMPLES if s.function.reference], ids=str)
 
 
@@ -128,45 +136,63 @@ def test_equals_its_composed_reference(sample):
         assert_near(g, e)
 
 
+def of_twin(fn: Any, args: Any, at: list[int], cotangent: Any = None) -> tuple[mv.Tensor, list[Any]]:
+    """Return the output and the gradients of ``fn`` as its twin has them."""
+    with mv.first_order():
+        return backward(fn, args, at, cotangent)
+
+
 @pytest.mark.parametrize("dtype", [np.float64, np.float32], ids=["float64", "float32"])
-@pytest.mark.parametrize("sample", [s for s in SAMPLES if s.function._fast], ids=str)
-def test_fast_gradient_equals_the_plain_one(sample, dtype):
+@twins
+def test_twin_equals_the_plain_operation(sample, kind, dtype):
     args = as_type(dtype, sample.build())
     at = places(sample, args)
     for some in subsets(at):
         out, gradients = backward(sample.function, args, some)
         for layout in (np.copy, strided):
-            given, cotangent = mapped(layout, args), layout(cotangent_for(out))
+            given, cotangent = (mapped(lambda a: to_device(a, kind), x) for x in
+                                (mapped(layout, args), layout(cotangent_for(out))))  # fmt: skip
+            before = mapped(lambda a: to_numpy(a).copy(), [given, cotangent])
             for a in flat([given, cotangent]):
-                a.flags.writeable = False  # a write in place raises
-            with mv.first_order():
-                fast, fast_gradients = backward(sample.function, given, some, cotangent)
-            for a, e in zip([fast.data, *fast_gradients], [out.data, *gradients], strict=True):
+                if kind == "cpu":
+                    a.flags.writeable = False  # a write in place raises
+            ours, our_gradients = of_twin(sample.function, given, some, cotangent)
+            for a, e in zip([ours.data, *our_gradients], [out.data, *gradients], strict=True):
                 assert a.dtype == dtype
-                assert_near(a, e, 1e-12 if dtype == np.float64 else 1e-5)
+                assert_near(to_numpy(a), e, 1e-12 if dtype == np.float64 else 1e-5)
+            assert_same(map(to_numpy, flat([given, cotangent])), flat(before))
+
+
+def test_every_twin_is_whole_and_where_the_plain_operation_says():
+    found = [(op, kind, twin) for op in OPS.values() for kind, twin in op.twins.items()]
+    assert {kind for _, kind, _ in found} >= {"cpu"}
+    for op, kind, twin in found:
+        room, _, file = op.forward.__module__.rpartition(".")
+        assert twin is op.twin(kind) and (twin.name, twin.kind) == (op.name, kind)
+        assert twin.forward.__module__ == twin._vjp.__module__ == f"{room}.{kind}.{file}"
+        assert f"ops/{kind}/{file}.py" in op.__doc__, f"{op.name} does not say where its twin is"
+    assert {op.name for op, _, _ in found} == {op.name for op in OPS.values() if "Twins: " in (op.__doc__ or "")}
 
 
 @pytest.mark.parametrize("approximate", ["none", "tanh"])
-def test_fast_gelu_over_more_than_one_block(approximate):
+def test_gelus_twin_over_more_than_one_block(approximate):
     args = [normal(Key(8), (7, 10_001)).astype(np.float32) * 3.0, approximate]
     out, (expected,) = backward(ops.gelu, args, [0])
-    with mv.first_order():
-        fast, (actual,) = backward(ops.gelu, args, [0])
-    assert_near(fast.data, out.data, 1e-6)
+    ours, (actual,) = of_twin(ops.gelu, args, [0])
+    assert_near(ours.data, out.data, 1e-6)
     assert_near(actual, expected, 1e-6)
     with mv.first_order(), mv.no_grad():  # without the derivative
-        np.testing.assert_array_equal(ops.gelu(mv.tensor(args[0]), approximate).data, fast.data)
+        np.testing.assert_array_equal(ops.gelu(mv.tensor(args[0]), approximate).data, ours.data)
 
 
 @pytest.mark.parametrize("scores", [1, 6, 9])
 @pytest.mark.parametrize("sample", [s for s in SAMPLES if s.op in ("attention", "self_attention")], ids=str)
 def test_attention_in_blocks_of_queries_equals_the_plain_one(monkeypatch, sample, scores):
-    monkeypatch.setattr(fast, "KEPT_SCORES", scores)  # a block of one query, or of two or three
+    monkeypatch.setattr(cpu_attention, "KEPT_SCORES", scores)  # a block of one query, or of two or three
     args = sample.build()
     at = places(sample, args)
     out, gradients = backward(sample.function, args, at)
-    with mv.first_order():
-        in_blocks, block_gradients = backward(sample.function, args, at)
+    in_blocks, block_gradients = of_twin(sample.function, args, at)
     for a, e in zip([in_blocks.data, *block_gradients], [out.data, *gradients], strict=True):
         assert_near(a, e, 1e-12)
 
@@ -357,10 +383,10 @@ def test_where_keeps_a_nan_on_its_own_side():
 
 
 @pytest.mark.parametrize("fn", [ops.softmax, ops.log_softmax, ops.logsumexp], ids=lambda fn: fn.name)
-@pytest.mark.parametrize("fast", [False, True])
-def test_nothing_overflows_in_float32(fn, fast):
+@pytest.mark.parametrize("first_order", [False, True])
+def test_nothing_overflows_in_float32(fn, first_order):
     x = mv.tensor(np.array([[0.0, 1.0], [1000.0, 1001.0], [-1000.0, 3000.0]], np.float32), requires_grad=True)
-    with mv.first_order() if fast else mv.no_grad():
+    with mv.first_order() if first_order else mv.no_grad():
         assert np.isfinite(fn(x).data).all()
     fn(x).backward(np.ones(fn(x).shape, np.float32))
     assert np.isfinite(x.grad).all()
@@ -391,15 +417,24 @@ def test_a_masked_key_has_no_influence():
 @pytest.mark.parametrize(
     "drop",
     [
-        lambda x, row: ops.dropout(x, 0.3, Key(1, 2, 3), row),
-        lambda x, row: ops.drop_path(x, 0.3, Key(1, 2, 3), row),
-        lambda x, row: ops.attention(x, x, x, None, None, 0.3, Key(1, 2, 3), row),
+        lambda x, key: ops.dropout(x, 0.3, key),
+        lambda x, key: ops.drop_path(x, 0.3, key),
+        lambda x, key: ops.attention(x, x, x, None, None, 0.3, key),
+        lambda x, key: ops.self_attention(x, 2, None, None, None, 0.3, key),
     ],
-    ids=["dropout", "drop_path", "attention"],
+    ids=["dropout", "drop_path", "attention", "self_attention"],
 )
-def test_a_batch_in_pieces_is_dropped_as_the_whole(drop):
-    x = normal(Key(0), (8, 3, 5))
-    np.testing.assert_allclose(np.concatenate([drop(x[:3], 0), drop(x[3:], 3)]), drop(x, 0), rtol=1e-14)
+@pytest.mark.parametrize("scores", [None, 6], ids=["at once", "in blocks of queries"])
+@pytest.mark.parametrize("first_order", [False, True], ids=["plain", "twin"])
+def test_a_batch_in_pieces_is_dropped_as_the_whole(monkeypatch, drop, first_order, scores):
+    if scores is not None:
+        monkeypatch.setattr(cpu_attention, "KEPT_SCORES", scores)
+    x, key = mv.tensor(normal(Key(0), (8, 3, 12)), requires_grad=True), Key(1, 2, 3)
+    with mv.first_order() if first_order else contextlib.nullcontext():
+        whole, pieces = drop(x, key), [drop(x[:3], key), drop(x[3:], Key(1, 2, 3, row=3))]
+        wrong = drop(x[3:], key)
+    np.testing.assert_allclose(np.concatenate([piece.data for piece in pieces]), whole.data, rtol=1e-13)
+    assert not np.allclose(wrong.data, pieces[1].data)
 
 
 @pytest.mark.parametrize("fn", [ops.dropout, ops.drop_path], ids=lambda fn: fn.name)
@@ -618,14 +653,9 @@ def test_arrays_on_two_devices_are_refused(strict_cupy):
 
 
 def gradients_both_ways(function: Any, args: Any, at: list[int], cotangent: Any) -> list[list[Any]]:
-    """Return the output and the gradients of the plain operation, and of its fast twin if there is one."""
-    out, plain = backward(function, args, at, cotangent)
-    results = [[out.data, *plain]]
-    if function._fast:
-        with mv.first_order():
-            out, fast = backward(function, args, at, cotangent)
-        results.append([out.data, *fast])
-    return results
+    """Return the output and the gradients of the plain operation, and of its twin if there is one."""
+    ways = [backward] + [of_twin] * ("cpu" in function.twins)
+    return [[out.data, *gradients] for out, gradients in (way(function, args, at, cotangent) for way in ways)]
 
 
 @rows
@@ -663,9 +693,9 @@ WIDE: dict[str, tuple[Any, Any]] = {
 }
 
 
-@pytest.mark.parametrize("fast", [False, True], ids=["plain", "fast"])
+@pytest.mark.parametrize("first_order", [False, True], ids=["plain", "twin"])
 @pytest.mark.parametrize("name", WIDE)
-def test_float16_overflows_only_where_the_result_does(name, fast):
+def test_float16_overflows_only_where_the_result_does(name, first_order):
     fn, values = WIDE[name]
     x = np.asarray(values, np.float16)
     expected = mv.tensor(x.astype(np.float64), requires_grad=True)
@@ -673,7 +703,7 @@ def test_float16_overflows_only_where_the_result_does(name, fast):
     cotangent = np.asarray(np.linspace(0.5, 1.0, wide.size).reshape(wide.shape), np.float16)
     wide.backward(cotangent.astype(np.float64))
     half = mv.tensor(x, requires_grad=True)
-    with mv.first_order() if fast else contextlib.nullcontext():
+    with mv.first_order() if first_order else contextlib.nullcontext():
         out = fn(half)
     out.backward(cotangent)
     assert out.dtype == half.grad.dtype == np.float16
@@ -708,8 +738,8 @@ def test_a_loss_of_many_rows_in_float16():
     labels = np.ones(len(logits), np.int64)
     plain = ops.cross_entropy(mv.tensor(logits, requires_grad=True), labels)
     with mv.first_order():
-        fast = ops.cross_entropy(mv.tensor(logits, requires_grad=True), labels)
-    for loss in (plain, fast):
+        ours = ops.cross_entropy(mv.tensor(logits, requires_grad=True), labels)
+    for loss in (plain, ours):
         assert loss.dtype == np.float16
         assert abs(loss.item() - 8.003) < 0.01
 

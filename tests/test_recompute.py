@@ -18,7 +18,7 @@ DROPS = {"dropout": 0.2, "attention_dropout": 0.2, "embed_dropout": 0.1, "drop_p
 
 
 def gradients(model, images, first_order):
-    with mv.first_order() if first_order else mv.random_key(mv.Key(9)), mv.random_key(mv.Key(5), first_row=3):
+    with mv.first_order() if first_order else mv.random_key(mv.Key(9)), mv.random_key(mv.Key(5, row=3)):
         loss = ops.cross_entropy(model(images), np.arange(len(images)) % 5)
     loss.backward()
     return {"loss": loss.data} | {n: p.grad for n, p in model.named_parameters() if p.grad is not None}

@@ -10,20 +10,20 @@ Steps follow the size of what is moved, so that a derivative of 1e-9 is found as
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 import warnings
-from collections.abc import Iterator, Mapping
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
+from minivit.autograd.orders import FirstOrder, holding
 from minivit.autograd.tensor import Tensor
 from minivit.backend import Key, normal
 from minivit.errors import NonFiniteError
 
-__tracebackhide__ = True  # as in check.py
+__tracebackhide__ = True  # as in orders.py
 
 COMPLEX_STEP = 1e-20
 """The complex step, as a share of the argument's size."""
@@ -43,29 +43,7 @@ ROUGHLY = 1e-5
 DOUBT = 10.0
 """An error counts as one when it is this many times the noise that was measured."""
 
-DECADES = 6
-"""Entries of an argument whose sizes lie more decades apart are moved apart, each group by steps of its own size."""
-
 EPSILON = float(np.finfo(np.float64).eps)
-SMALLEST = 1e-270  # of an argument: its complex step must be a number
-
-
-class Scalar(Protocol):
-    """A number s that is a sum of terms, as a function of leaves. Rounding is that of numbers of ``least`` size."""
-
-    order: int
-    least: float
-    leaves: dict[str, Tensor]
-    gradients: dict[str, np.ndarray]
-    here: np.ndarray  # the terms at the leaves' own values
-
-    def terms(self) -> np.ndarray:
-        """Return the terms of s, with the leaves as they are now."""
-        ...
-
-    def moved(self, leaf: Tensor, step: np.ndarray) -> np.ndarray:
-        """Return the terms of s with one leaf moved by ``step``."""
-        ...
 
 
 class Derivative:
@@ -75,13 +53,18 @@ class Derivative:
     D(h) = (s(x + h·v) - s(x - h·v)) / 2h; they are computed when asked for.
     """
 
-    def __init__(self, scalar: Scalar, name: str, direction: np.ndarray, size: float, gradient: np.ndarray) -> None:
+    def __init__(self, scalar: FirstOrder, name: str, direction: np.ndarray, size: float, gradient: np.ndarray) -> None:
         self.scalar, self.name, self.direction, self.size = scalar, name, direction, size
         self.leaf, self.here = scalar.leaves[name], scalar.here
         products = gradient * direction
         self.analytic, self.terms = float(products.sum()), float(np.abs(products).sum())
         self.values: dict[int, float] = {}  # D by the exponent of its step, h = 10ᵏ · size
         self.changed: dict[int, np.ndarray] = {}  # which terms of s the step changes
+        self.confirmed = False  # the complex step, by a difference: see confirm_together
+
+    def moved(self, distance: float) -> np.ndarray:
+        """Return the terms of s with the entries moved that far along the direction."""
+        return self.scalar.moved({self.leaf: distance * self.direction})
 
     # ---- the complex step ----
 
@@ -102,7 +85,7 @@ class Derivative:
     @functools.cached_property
     def is_analytic(self) -> bool | None:
         """Whether the function is analytic, as differences that agree with the complex step show; None if unknown."""
-        if self.agrees() or self.agrees_beside(1.0, 1e-3):  # it may have a kink just here
+        if self.confirmed or self.agrees() or self.agrees_beside(1.0, 1e-3):  # it may have a kink just here
             return True
         value, noise, _ = self.best()
         if self.stepped is None or abs(self.stepped - value) > DOUBT * noise:
@@ -132,7 +115,7 @@ class Derivative:
         with holding(moved):
             beside = Derivative(self.scalar, self.name, self.direction, size, self.scalar.gradients[self.name])
             try:
-                beside.here = self.scalar.moved(self.leaf, 0.0 * self.direction)
+                beside.here = self.moved(0.0)
             except (ArithmeticError, ValueError):  # the function refuses them
                 return False
             return beside.agrees()
@@ -144,7 +127,7 @@ class Derivative:
         if k not in self.values:
             h, here = 10.0**k * self.size, self.here
             try:
-                up, down = (self.scalar.moved(self.leaf, step * self.direction) for step in (h, -h))
+                up, down = self.moved(h), self.moved(-h)
             except (ArithmeticError, ValueError):  # the function refuses what lies so far away
                 return False
             if not up.shape == down.shape == here.shape:
@@ -221,35 +204,32 @@ class Derivative:
         return self.refined(k), noise[k], k
 
 
-# ---- moving leaves ---------------------------------------------------------------------------------------------------
+def confirm_together(derivatives: Sequence[Derivative]) -> None:
+    """Let a difference confirm the complex steps of many derivatives of one s at once, where it can.
 
-
-def alike(x: np.ndarray) -> list[tuple[np.ndarray, float]]:
-    """Return groups of entries of about the same size: (which entries, their mean size, 1 if all are zero)."""
-    sizes = np.abs(x)
-    some = sizes > 0.0
-    if not some.any():
-        return [(np.ones(x.shape, bool), 1.0)]
-    logs = np.log10(sizes, out=np.full(x.shape, np.log10(sizes.max())), where=some)  # zeros go with the largest
-    groups = (logs.max() - logs) // DECADES
-    parts = [groups == g for g in np.unique(groups)]
-    return [(part, max(float(sizes[part & some].mean()), SMALLEST)) for part in parts]
-
-
-@contextlib.contextmanager
-def holding(arrays: Mapping[Tensor, np.ndarray]) -> Iterator[None]:
-    """Let these leaves hold other arrays meanwhile."""
-    before = {x: x.data for x in arrays}
-    try:
-        for x, data in arrays.items():
-            _put(x, data)
-        yield
-    finally:
-        for x, data in before.items():
-            _put(x, data)
-
-
-def _put(x: Tensor, data: np.ndarray) -> None:
-    x.data = data
-    x.requires_grad = False  # a new leaf node, with the new dtype
-    x.requires_grad = True
+    All entries move together, each along its direction and by a step of its own size. The difference has to equal the
+    sum of the complex steps to within what is allowed of the least of them alone, so that none hides behind a larger
+    one; and errors of several do not cancel along random directions. Those so small that rounding hides them go into
+    the next difference, of larger steps. What is not confirmed in the end is left to differences of its own.
+    """
+    scalar = derivatives[0].scalar
+    steps = [
+        (d, d.stepped, ROUGHLY * max(d.terms, abs(d.stepped)) * d.size) for d in derivatives if d.stepped is not None
+    ]
+    for h in (1e-5, 1e-4, 1e-3):  # the first of NEAR_STEPS, and the larger ones
+        rounding = EPSILON * float(np.abs(scalar.here).sum()) / h
+        together = [(d, stepped, allowed) for d, stepped, allowed in steps if DOUBT * rounding <= allowed]
+        if not together:
+            continue
+        moves: dict[Tensor, Any] = {}
+        for d, _, _ in together:
+            moves[d.leaf] = moves.get(d.leaf, 0.0) + h * d.size * d.direction
+        try:
+            up, down = (scalar.moved({x: sign * move for x, move in moves.items()}) for sign in (1.0, -1.0))
+            off = float((up - down).sum()) / (2.0 * h) - sum(stepped * d.size for d, stepped, _ in together)
+        except (ArithmeticError, ValueError):  # the function refuses what lies so far away, or returns another shape
+            continue
+        if abs(off) <= min(allowed for _, _, allowed in together):
+            for d, _, _ in together:
+                d.confirmed = True
+            steps = [step for step in steps if not step[0].confirmed]

@@ -14,7 +14,7 @@ import itertools
 import operator
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -48,8 +48,9 @@ def no_grad() -> Iterator[None]:
 def first_order() -> Iterator[None]:
     """Record, in this block, for ``backward`` only.
 
-    Operations with a fast gradient then use it and keep what it reads (a derivative, probabilities) instead of their
-    inputs. ``grad(..., create_graph=True)`` through such a graph raises :class:`GraphError`.
+    Operations with a twin for the arrays at hand then run it, which keeps what its gradient reads (a derivative,
+    probabilities) instead of the inputs. ``grad(..., create_graph=True)`` through such a graph raises
+    :class:`GraphError`.
     """
     before, recording.first_order = recording.first_order, True
     try:
@@ -90,29 +91,28 @@ _age = operator.attrgetter("age")
 class Node:
     """One recorded operation, or a leaf (``op`` None).
 
-    ``args`` are the operation's arguments in the order of its signature, as raw arrays, with :class:`Unsaved` for what
-    it does not keep; ``parents`` has one entry for each differentiable input: its node, or None for a constant.
-    ``kept`` is what the fast gradient reads, if the node was recorded for it.
+    ``op`` is whatever has the gradient: an operation, or a twin of one. ``args`` is what it reads: an operation's
+    arguments in the order of its signature, as raw arrays, with :class:`Unsaved` for what it does not keep; for a twin
+    what its forward kept. ``parents`` has one entry for each differentiable input: its node, or None for a constant.
     """
 
-    __slots__ = ("__weakref__", "age", "args", "dtype", "kept", "op", "out", "parents", "shape", "tensor")
+    __slots__ = ("__weakref__", "age", "args", "dtype", "op", "out", "parents", "shape", "tensor")
 
-    def __init__(self, op: Any, args: Any, parents: tuple[Node | None, ...], out: Array, kept: Any = None) -> None:
+    def __init__(self, op: Any, args: Sequence[Any], parents: tuple[Node | None, ...], out: Array) -> None:
         self.age = next(_ages)
         self.op = op
-        self.args = args
+        self.args: Any = args
         self.parents = parents
         self.shape: tuple[int, ...] = out.shape
         self.dtype = out.dtype
-        self.out = out if op.saves_out and kept is None else None
-        self.kept = kept
+        self.out = out if op.saves_out else None
         self.tensor: Callable[[], Any] = _no_tensor
 
     @classmethod
     def leaf(cls, tensor: Any) -> Node:
         """Return the node of a Tensor that is nobody's result."""
         node = cls.__new__(cls)
-        node.op = node.args = node.out = node.kept = None
+        node.op = node.args = node.out = None
         node.parents = ()
         node.shape, node.dtype = tensor.data.shape, tensor.data.dtype
         node.tensor = weakref.ref(tensor)
@@ -121,24 +121,24 @@ class Node:
     @property
     def freed(self) -> bool:
         """Whether a walk has passed here and dropped the arrays."""
-        return self.op is not None and self.args is None and self.kept is None
+        return self.op is not None and self.args is None
 
     def free(self) -> None:
         """Drop the arrays; a later walk through this node raises."""
-        self.args = self.out = self.kept = None
+        self.args = self.out = None
         self.parents = ()
 
-    def read(self) -> tuple[Any, Any, Any]:
-        """Return (args, out, kept), what a gradient may read; raise GraphError if a walk has dropped them."""
-        args, out, kept = self.args, self.out, self.kept
+    def read(self) -> tuple[Any, Any]:
+        """Return (args, out), what a gradient may read; raise GraphError if a walk has dropped them."""
+        args, out = self.args, self.out
         # asked last, because another thread may walk through this node too, and drop them meanwhile
-        if self.args is None and self.kept is None:
+        if self.args is None:
             raise GraphError(
                 f"backward reached a result of {self.op.name} whose graph is already freed",
                 "run the forward pass again, add the losses up before one backward, "
                 "or use grad(..., create_graph=True), which keeps the graph",
             )
-        return args, out, kept
+        return args, out
 
 
 _no_tensor = lambda: None

@@ -107,7 +107,8 @@ def _function(op: Op, args: Sequence[Any], scale: float = 1.0) -> tuple[Callable
     """Return ``op`` between two factors √scale as a function of the arrays at its inputs, and these arrays / √scale."""
     places = [i for i in _positions(op, args) if is_array(args[i])]
     root = math.sqrt(scale)
-    mul = copy.copy(OPS["mul"])  # stays what it is while the operation itself is mutated
+    mul = Op.__new__(Op)  # a copy, which stays what it is while the operation itself is mutated
+    vars(mul).update(vars(OPS["mul"]))
 
     def fn(*inputs: Any) -> Tensor:
         values = list(args)

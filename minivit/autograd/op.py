@@ -12,9 +12,10 @@ What can be set on one:
     forward    (*arguments) → out                             the function itself, on raw arrays
     .vjp       (g, out, *arguments, needs) → one per input    the gradient, where inputs share work
     .vjps      (g, out, *arguments) → one, for each input     the gradient, an input at a time, where they do not
-    .fast      (*arguments) → (out, kept)                     a second forward, NumPy only, under first_order()
-    .fast_vjp  (g, kept, needs) → one per input               and its gradient, on raw arrays
     .composed  (*arguments) → out                             the same of simpler operations: what tests compare with
+    .twin("cpu")      (*arguments) → (out, kept)              a faster forward on NumPy arrays, under first_order()
+    .twin("cpu").vjp  (g, kept, needs) → one per input        and its gradient, on raw arrays
+    .twin("cuda"), .twin("cuda").vjp                          the same on CuPy arrays
 
 g is the cotangent: the gradient that reaches the output. Every operation needs a vjp or vjps; the rest is extra.
 """
@@ -32,6 +33,7 @@ import numpy as np
 
 from minivit.autograd.graph import Node, Unsaved, recording
 from minivit.autograd.tensor import Tensor
+from minivit.autograd.twin import KINDS, Twin
 from minivit.backend import Array, device_of, is_array, on_device_of
 from minivit.errors import ConfigError, DeviceError, DTypeError, GraphError, MinivitError, ShapeError
 
@@ -64,8 +66,7 @@ class Op:
         self.reference: Callable[..., Any] | None = None
         self._vjp: Callable[..., Any] | None = None
         self._vjps: tuple[Callable[..., Any], ...] = ()
-        self._fast: Callable[..., Any] | None = None
-        self._fast_vjp: Callable[..., Any] | None = None
+        self.twins: dict[str, Twin] = {}
         if not self.inputs and self.variadic is None:
             remedy = "annotate its inputs: x: Array, with Array of minivit.backend"
             raise ConfigError(f"op {self.name} has no differentiable input", remedy)
@@ -95,15 +96,11 @@ class Op:
         """Set one gradient for each input, ``gradient(g, out, *arguments)``, called only where it is needed."""
         self._vjps = gradients
 
-    def fast(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """Set a second forward for first-order recording: returns (out, what the fast gradient reads)."""
-        self._fast = forward
-        return forward
-
-    def fast_vjp(self, gradient: Callable[..., Any]) -> Callable[..., Any]:
-        """Set the fast gradient, on raw arrays: ``gradient(g, kept, needs)`` → a gradient (or None) for each input."""
-        self._fast_vjp = gradient
-        return gradient
+    def twin(self, kind: str) -> Twin:
+        """Return the twin on one kind of arrays, ``"cpu"`` or ``"cuda"``: its decorators attach the functions."""
+        if kind not in KINDS:
+            raise ConfigError(f"{self.name}: a twin on arrays of kind {kind!r}", f"the kinds are {', '.join(KINDS)}")
+        return self.twins.get(kind) or Twin(self.name, kind, self.twins)
 
     def composed(self, reference: Callable[..., Any]) -> Callable[..., Any]:
         """Set the same mathematics composed of simpler operations: what the tests hold a fused operation against."""
@@ -185,26 +182,32 @@ class Op:
                 self._check_alike(args, positions)
                 first = next((args[i] for i in positions if is_array(args[i])), first)
                 break
-        fast = self._fast if recording.first_order and isinstance(first, np.ndarray) else None
+        twin = self._twin_for(first) if self.twins and recording.first_order else None
+        forward = self.forward if twin is None else twin.forward
         if type(first) is np.ndarray:
-            out = self._run(fast or self.forward, args)
+            out = self._run(forward, args)
         else:
             with on_device_of(first):
-                out = self._run(fast or self.forward, args)
-        kept = None
-        if fast is not None:
+                out = self._run(forward, args)
+        if twin is not None:
             out, kept = out
         if isinstance(out, np.generic):
             out = np.asarray(out)
         parents = tuple([nodes[i] for i in positions])
         if not (recording.enabled and any(parents)):
             return Tensor(out)
-        if fast is not None:
-            return Tensor(out, Node(self, None, parents, out, kept))
+        if twin is not None:
+            return Tensor(out, Node(twin, (kept,), parents, out))
         for i in positions:
             if (i >= len(self.names) or self.names[i] not in self.save) and is_array(args[i]):
                 args[i] = Unsaved(args[i])
         return Tensor(out, Node(self, args, parents, out))
+
+    def _twin_for(self, first: Any) -> Twin | None:
+        """Return the twin for arrays of the kind of ``first``, if there is one."""
+        if isinstance(first, np.ndarray):
+            return self.twins.get("cpu")
+        return self.twins.get("cuda") if is_array(first) else None
 
     def _check_alike(self, args: list[Any], positions: Sequence[int]) -> None:
         """Raise unless the inputs are arrays of one dtype and device, or numbers; make NumPy scalars plain numbers."""
@@ -236,15 +239,7 @@ class Op:
 
     def gradient(self, node: Node, g: Any, needs: tuple[bool, ...], wrap: Callable[..., Any] | None) -> Sequence[Any]:
         """Return the gradient for each input of ``node``; with ``wrap`` on Tensors, re-joined to the graph."""
-        parents, (args, out, kept) = node.parents, node.read()
-        if kept is not None:
-            if wrap is not None:
-                raise GraphError(
-                    f"{self.name} was recorded for first-order gradients only",
-                    "run the forward pass outside first_order() to use create_graph=True",
-                )
-            assert self._fast_vjp is not None
-            return self._fast_vjp(g, kept, needs)
+        parents, (args, out) = node.parents, node.read()
         if wrap is not None:
             args = list(args)
             for i, parent in zip(self.input_positions(args), parents, strict=True):

@@ -1,4 +1,4 @@
-"""Random numbers by counting: a :class:`Key` (seed, stream, step) and a position give a number, with no hidden state.
+"""Random numbers by counting: a :class:`Key` and a position give a number, with no hidden state.
 
 They are made in integer arithmetic, which has the same bits on both backends.
 """
@@ -27,26 +27,36 @@ def _mix(z: int) -> int:
 
 @dataclass(frozen=True)
 class Key:
-    """Names one stream of random numbers: (seed, stream, step). Equal keys give equal numbers, on every backend.
+    """Names one stream of random numbers, and where in it to begin. Equal keys give equal numbers, on every backend.
 
     ``stream`` tells independent users apart (initialisation, shuffling, one dropout layer and the next); ``step`` is
     the training step. Nothing advances by itself: to get fresh numbers, use another step or another stream.
+
+    ``row`` says that row 0 of the batches worked on under this key is that row of a larger batch. Operations that drop
+    (:func:`minivit.ops.dropout`, ``drop_path``, ``attention``) give row i the numbers of row ``row + i``, so that a
+    batch in pieces gets the masks that it has as a whole. It is no part of the stream: :func:`random_bits` and its
+    like, whose numbers belong to no batch, do not look at it.
     """
 
     seed: int
     stream: int = 0
     step: int = 0
+    row: int = 0
 
     def child(self, stream: int) -> Key:
-        """Return the key of the ``stream``-th user under this one."""
-        return Key(self.seed, _mix((self.stream * _GOLDEN + stream + 1) & _MASK), self.step)
+        """Return the key of the ``stream``-th user under this one, at the same step and row."""
+        return Key(self.seed, _mix((self.stream * _GOLDEN + stream + 1) & _MASK), self.step, self.row)
 
     def at(self, step: int) -> Key:
-        """Return the same stream's key at another step."""
-        return Key(self.seed, self.stream, step)
+        """Return the same stream's key at another step, and the same row."""
+        return Key(self.seed, self.stream, step, self.row)
+
+    def at_row(self, row: int) -> Key:
+        """Return the same stream's key for a batch that begins at another row."""
+        return Key(self.seed, self.stream, self.step, row)
 
     def bits(self) -> int:
-        """Return the 64 bits that start the counter."""
+        """Return the 64 bits that start the counter: of seed, stream and step."""
         z = 0
         for part in (self.seed, self.stream, self.step):
             z = _mix((z + (part & _MASK) + _GOLDEN) & _MASK)

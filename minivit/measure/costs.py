@@ -124,7 +124,7 @@ def measure(model: Module, images: Any) -> dict[str, Row]:
             seen.add(node)
             stack.extend(node.parents)
             row.flops += flops(node)
-            for array in _arrays((node.args, node.out, node.kept)):
+            for array in _arrays((node.args, node.out)):
                 owner = _owner(array)
                 if id(owner) not in counted:
                     counted.add(id(owner))

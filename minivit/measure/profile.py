@@ -60,8 +60,8 @@ def profile_step(step: TrainStep, images: Any, labels: Any, steps: int = 5, warm
         update: list[float] = []
         calls: list[tuple[Any, str, list[float]]] = [(step.opt, "update_spans", update)]
         for name, op in OPS.items():
-            calls += [(op, "forward", ops[name].forward), (op, "_fast", ops[name].forward)]
-            calls += [(op, "gradient", ops[name].backward)]
+            for it in (op, *op.twins.values()):
+                calls += [(it, "forward", ops[name].forward), (it, "gradient", ops[name].backward)]
         with timed_calls(calls):
             (seconds,) = time_steps(step, images, labels, 1, warmup=0)
         profiles.append(Profile({name: times for name, times in ops.items() if times.total}, sum(update), seconds))
@@ -73,7 +73,7 @@ def timed_calls(calls: Iterable[tuple[Any, str, list[float]]]) -> Iterator[None]
     """Add the seconds of every call of a function (its owner, its name) to a list, in this block and on one thread.
 
     Functions are replaced by timed ones for the time of the block, so that nothing is slower outside. A call that
-    another one makes is part of that one and not counted itself. A function that is None stays so.
+    another one makes is part of that one and not counted itself.
     """
     running = False
 
@@ -95,8 +95,7 @@ def timed_calls(calls: Iterable[tuple[Any, str, list[float]]]) -> Iterator[None]
     with contextlib.ExitStack() as restore:
         for owner, name, times in calls:
             function, own = getattr(owner, name), vars(owner)
-            if function is not None:
-                # a method is found in the class again, a function of the object's own has to be put back
-                restore.callback(own.update, {name: function}) if name in own else restore.callback(own.pop, name)
-                own[name] = timed(function, times)
+            # a method is found in the class again, a function of the object's own has to be put back
+            restore.callback(own.update, {name: function}) if name in own else restore.callback(own.pop, name)
+            own[name] = timed(function, times)
         yield

@@ -9,7 +9,7 @@ from minivit.errors import ConfigError, ShapeError
 from minivit.nn import init
 from minivit.nn.layers import MLP, Dropout, DropPath, LayerNorm, Linear
 from minivit.nn.module import Module
-from minivit.nn.random import first_row, next_key
+from minivit.nn.random import next_key
 from minivit.nn.recompute import recompute
 from minivit.nn.rules import check_settings
 from minivit.ops.attention import bool_mask, split_heads
@@ -64,7 +64,7 @@ class MultiHeadAttention(Module):
         key = next_key() if p > 0 else None
         mask = mask if mask is None or queries is None else mask[..., :queries, :]
         # (B, T, 3·H·d) → (B, T or queries, H·d)
-        heads = ops.self_attention(self.qkv(x), self.heads, queries, mask, None, p, key, first_row())
+        heads = ops.self_attention(self.qkv(x), self.heads, queries, mask, None, p, key)
         return self.drop(self.proj(heads))  # → (B, T or queries, dim)
 
     def weights(self, x: Any, mask: Any = None) -> Any:

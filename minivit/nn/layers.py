@@ -13,7 +13,7 @@ from minivit.backend import is_array
 from minivit.errors import DTypeError, ShapeError, unknown_name
 from minivit.nn import init
 from minivit.nn.module import Module, Parameter, shape_text
-from minivit.nn.random import first_row, next_key
+from minivit.nn.random import next_key
 from minivit.nn.rules import Size, check_settings, pair
 
 
@@ -70,7 +70,7 @@ class Dropout(Module):
 
     def forward(self, x: Any) -> Any:
         """Return x with elements dropped, or x itself in eval mode."""
-        return ops.dropout(x, self.p, next_key(), first_row()) if self.training and self.p > 0 else x
+        return ops.dropout(x, self.p, next_key()) if self.training and self.p > 0 else x
 
 
 class DropPath(Module):
@@ -81,7 +81,7 @@ class DropPath(Module):
 
     def forward(self, x: Any) -> Any:
         """Return x with samples dropped, or x itself in eval mode."""
-        return ops.drop_path(x, self.p, next_key(), first_row()) if self.training and self.p > 0 else x
+        return ops.drop_path(x, self.p, next_key()) if self.training and self.p > 0 else x
 
 
 class MLP(Module):

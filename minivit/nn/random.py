@@ -1,7 +1,7 @@
 """Where layers take their random keys from: initial weights, dropout and drop path.
 
-Inside ``with random_key(Key(seed, stream, step)):`` the first draw gets that key's child 0, the next its child 1, and
-so on: the same code under the same key draws the same numbers. Outside any block each thread draws on from seed 0.
+Inside ``with random_key(Key(seed, stream, step, row)):`` the first draw gets that key's child 0, the next its child 1,
+and so on: the same code under the same key draws the same numbers. Outside any block each thread draws on from seed 0.
 """
 
 from __future__ import annotations
@@ -15,11 +15,10 @@ from minivit.backend import Key
 
 
 class Draws(NamedTuple):
-    """Where a thread's drawing stands: the block's key, how many were drawn from it, the row that row 0 is."""
+    """Where a thread's drawing stands: the block's key, and how many were drawn from it."""
 
     key: Key = Key(0)
     drawn: int = 0
-    first_row: int = 0
 
 
 class _Now(threading.local):
@@ -29,13 +28,9 @@ class _Now(threading.local):
 _now = _Now()
 
 
-def random_key(key: Key, first_row: int = 0) -> contextlib.AbstractContextManager[None]:
-    """Take this thread's random numbers from ``key`` in this block.
-
-    ``first_row`` says that row 0 of the batches worked on here is that row of a larger batch, so that dropout gives a
-    batch worked off in pieces the masks that it has as a whole.
-    """
-    return drawing(Draws(key, 0, first_row))
+def random_key(key: Key) -> contextlib.AbstractContextManager[None]:
+    """Take this thread's random numbers from ``key`` in this block."""
+    return drawing(Draws(key))
 
 
 @contextlib.contextmanager
@@ -55,11 +50,6 @@ def draws() -> Draws:
 
 def next_key() -> Key:
     """Return the next key of this thread's block."""
-    key, drawn, first_row = _now.draws
-    _now.draws = Draws(key, drawn + 1, first_row)
+    key, drawn = _now.draws
+    _now.draws = Draws(key, drawn + 1)
     return key.child(drawn)
-
-
-def first_row() -> int:
-    """Return the row of the whole batch at which this thread's piece begins."""
-    return _now.draws.first_row

@@ -50,7 +50,7 @@ class _Again:
         if wrap is not None:
             raise GraphError("a recomputed layer has first-order gradients only", "use recompute=False")
         parents = node.parents
-        args, _, _ = node.read()
+        args, _ = node.read()
         x = Tensor(args[0])
         x.requires_grad = needs[0]
         before = recording.enabled, recording.first_order

@@ -6,7 +6,7 @@ import operator
 from typing import Any
 
 from minivit.autograd.tensor import Tensor
-from minivit.ops import fast as _fast  # noqa: F401 - attaches the fast twins to their operations
+from minivit.ops import cpu as _cpu  # noqa: F401 - attaches the twins on NumPy arrays to their operations
 from minivit.ops.activation import ACTIVATIONS, gelu, relu, sigmoid, silu
 from minivit.ops.attention import attention, attention_weights, self_attention
 from minivit.ops.convert import convert

@@ -46,16 +46,16 @@ def attention(
     scale: float | None = None,
     dropout: float = 0.0,
     key: Key | None = None,
-    first_row: int = 0,
 ) -> Array:
     """Return P·V with P = softmax(scale · Q·Kᵀ): q (…, Tq, d), k (…, Tk, d), v (…, Tk, e) → (…, Tq, e).
 
     ``mask`` is bool, broadcast to (…, Tq, Tk), True = may not attend; a query that may attend to nothing gets zeros.
     ``dropout`` drops entries of P, by ``key``; with several axes before Tq the first is the batch.
+    Twins: ops/cpu/attention.py.
     """
     check_inputs(q, k, v, mask, dropout, key)
     p = _weights(q, k, _on_device(mask, q), scale)
-    drop = _drop(p, dropout, key, first_row)
+    drop = _drop(p, dropout, key)
     return narrow((p if drop is None else p * drop) @ wide(v), q)
 
 
@@ -88,20 +88,20 @@ def _on_device(mask: Any, like: Array) -> Any:
     return None if mask is None else to_device(raw(bool_mask(mask)), device_of(like))
 
 
-def _drop(p: Array, dropout: float, key: Key | None, first_row: int) -> Array | None:
+def _drop(p: Array, dropout: float, key: Key | None) -> Array | None:
     if dropout == 0.0:
         return None
     assert key is not None
-    return keep_scale(p, p.shape, dropout, key, first_row)
+    return keep_scale(p, p.shape, dropout, key)
 
 
 @attention.vjp
-def _(g: Any, out: Any, q: Any, k: Any, v: Any, mask: Any, scale: Any, dropout: float, key: Any, first_row: int,
+def _(g: Any, out: Any, q: Any, k: Any, v: Any, mask: Any, scale: Any, dropout: float, key: Any,
       needs: tuple[bool, ...]) -> Any:  # fmt: skip
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
     like, g, q, k, v = g, wide(g), wide(q), wide(k), wide(v)
     p = _weights(q, k, _on_device(mask, raw(q)), scale)  # computed again rather than kept: T² numbers a head
-    drop = _drop(raw(p), dropout, key, first_row)
+    drop = _drop(raw(p), dropout, key)
     kept = p if drop is None else p * drop
     gv = narrow(matmul(swapaxes(kept, -1, -2), g), like) if needs[2] else None  # dV = Pᵀ·dO
     if not (needs[0] or needs[1]):
@@ -116,10 +116,11 @@ def _(g: Any, out: Any, q: Any, k: Any, v: Any, mask: Any, scale: Any, dropout: 
 
 
 @attention.composed
-def _(q: Any, k: Any, v: Any, mask: Any = None, scale: float | None = None, dropout: float = 0.0, key: Any = None,
-      first_row: int = 0) -> Any:  # fmt: skip
+def _(
+    q: Any, k: Any, v: Any, mask: Any = None, scale: float | None = None, dropout: float = 0.0, key: Any = None
+) -> Any:
     p = attention_weights(q, k, mask, scale)
-    drop = _drop(raw(p), dropout, key, first_row)
+    drop = _drop(raw(p), dropout, key)
     return matmul(p if drop is None else p * drop, v)
 
 
@@ -138,17 +139,17 @@ def merge_heads(x: Any) -> Any:
 @op(save=("qkv",))
 def self_attention(
     qkv: Array, heads: int, queries: int | None = None, mask: Any = None, scale: float | None = None,
-    dropout: float = 0.0, key: Key | None = None, first_row: int = 0,
+    dropout: float = 0.0, key: Key | None = None,
 ) -> Array:  # fmt: skip
     """Return :func:`attention` of each head of qkv (B, T, 3·heads·d), the heads merged: → (B, T, heads·d).
 
     qkv holds a token's queries, then its keys, then its values, as one projection makes them: one input instead of
     three, whose gradient is written in one piece. With ``queries`` only that many first tokens attend, to all of them:
-    → (B, queries, heads·d).
+    → (B, queries, heads·d). Twins: ops/cpu/attention.py.
     """
     check_heads(qkv, heads, queries)
     q, k, v = split_heads(qkv, 3, heads)
-    return merge_heads(attention.forward(q[..., :queries, :], k, v, mask, scale, dropout, key, first_row)[None])
+    return merge_heads(attention.forward(q[..., :queries, :], k, v, mask, scale, dropout, key)[None])
 
 
 def check_heads(qkv: Array, heads: int, queries: int | None) -> None:

@@ -57,7 +57,7 @@ _matmul.vjps(lambda g, out, a, b: matmul(g, swapaxes(b, -1, -2)),
 
 @op(save=("x", "weight"))
 def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
-    """Return x·Wᵀ + b: x (…, in), weight (out, in) as in PyTorch, bias (out,) → (…, out)."""
+    """Return x·Wᵀ + b: x (…, in), weight (out, in) as in PyTorch, bias (out,) → (…, out). Twins: ops/cpu/matmul.py."""
     check_linear(x, weight)
     # (…, in) → (rows, in) → (rows, out): one product, not one for each entry of the batch
     out = _product(x.reshape(-1, x.shape[-1]), weight.T)

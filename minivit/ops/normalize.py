@@ -12,7 +12,10 @@ from minivit.ops.reduce import centred, logsumexp, mean, narrow, sum, var, wide
 
 @op(save=("out",))
 def softmax(x: Array, axis: int = -1) -> Array:
-    """Return e^x / Σ e^x along ``axis``, shifted by each row's own largest x so that nothing overflows."""
+    """Return e^x / Σ e^x along ``axis``, shifted by each row's own largest x so that nothing overflows.
+
+    Twins: ops/cpu/normalize.py.
+    """
     out = array_module(x).exp(wide(x) - x.real.max(axis=axis, keepdims=True))
     out /= out.sum(axis=axis, keepdims=True)
     return narrow(out, x)
@@ -40,7 +43,7 @@ def layer_norm(x: Array, weight: Array, bias: Array, eps: float = 1e-6) -> Array
     """Return (x - μ)/√(σ² + eps) · weight + bias over the last axis (Ba, Kiros, Hinton 2016, arXiv 1607.06450, eq. 4).
 
     x (…, D), weight and bias (D,). The variance is taken of the centred x, in two passes: exact where E[x²] - E[x]²
-    would cancel. A row of equal numbers gives the bias.
+    would cancel. A row of equal numbers gives the bias. Twins: ops/cpu/normalize.py.
     """
     x_hat, _ = _normalized(x, eps)
     return narrow(x_hat * weight + bias, x)

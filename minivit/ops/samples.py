@@ -82,6 +82,7 @@ class Sample:
 
 
 _KEY = Key(7, stream=3)  # for what drops
+_LATER = Key(7, stream=3, row=5)  # and for the later rows of a batch
 
 _ROWS: dict[str, dict[str, Callable[[Draw], tuple[Any, ...]]]] = {
     # ---- elementwise ----
@@ -318,16 +319,14 @@ _ROWS: dict[str, dict[str, Callable[[Draw], tuple[Any, ...]]]] = {
             np.concatenate([r(1, 7, 4), np.full((1, 7, 4), 100.0)]),
             r(2, 7, 2),
         ),
-        "dropout": lambda r: (r(2, 3, 2), r(2, 5, 2), r(2, 5, 3), None, None, 0.3, _KEY, 5),
+        "dropout": lambda r: (r(2, 3, 2), r(2, 5, 2), r(2, 5, 3), None, None, 0.3, _LATER),
     },
     "self_attention": {
         "heads": lambda r: (r(2, 3, 12), 2),
         "a mask": lambda r: (r(1, 3, 12), 2, None, r.mask(3, 3)),
-        "a mask for each image, a scale, dropout": lambda r: (
-            r(2, 3, 9), 1, None, r.mask(2, 1, 3, 3), 0.3, 0.3, _KEY, 5
-        ),
+        "a mask for each image, scale, dropout": lambda r: (r(2, 3, 9), 1, None, r.mask(2, 1, 3, 3), 0.3, 0.3, _LATER),
         "a single query": lambda r: (r(2, 3, 12), 2, 1),
-        "two queries, a mask, a scale, dropout": lambda r: (r(2, 5, 6), 2, 2, r.mask(2, 5), 0.3, 0.3, _KEY, 5),
+        "two queries, a mask, a scale, dropout": lambda r: (r(2, 5, 6), 2, 2, r.mask(2, 5), 0.3, 0.3, _LATER),
     },
     "cross_entropy": {
         # weights that do not add up to 1: a gradient right for probabilities only would pass with them
@@ -338,11 +337,11 @@ _ROWS: dict[str, dict[str, Callable[[Draw], tuple[Any, ...]]]] = {
     },
     "dropout": {
         "3-D": lambda r: (r(2, 3, 5), 0.3, _KEY),
-        "later rows": lambda r: (r(2, 5), 0.5, _KEY, 3),
+        "later rows": lambda r: (r(2, 5), 0.5, _LATER),
     },
     "drop_path": {
         "3-D": lambda r: (r(5, 2, 3), 0.4, _KEY),
-        "later rows": lambda r: (r(7, 1), 0.5, _KEY, 3),
+        "later rows": lambda r: (r(7, 1), 0.5, _LATER),
     },
 }  # fmt: skip
 

@@ -14,7 +14,7 @@ from minivit.nn.random import random_key
 from minivit.train.parameters import FlatParameters
 
 
-def first_non_finite(model: Module, images: Array, key: Key, first_row: int = 0) -> str | None:
+def first_non_finite(model: Module, images: Array, key: Key) -> str | None:
     """Return where the first NaN or infinity of a forward pass is: the images, a parameter, or a layer's output."""
     if not _finite(images):
         return "the images"
@@ -27,7 +27,7 @@ def first_non_finite(model: Module, images: Array, key: Key, first_row: int = 0)
         if not found and not _finite(out):
             found.append(f"the output of {path or type(model).__name__}")
 
-    with watching(model, look), no_grad(), random_key(key, first_row), np.errstate(all="ignore"):
+    with watching(model, look), no_grad(), random_key(key), np.errstate(all="ignore"):
         model(images)
     return found[0] if found else None
 

@@ -230,7 +230,7 @@ class TrainStep:
     def _piece(self, batch: Batch, thread: int, start: int, stop: int) -> Piece:
         """Run one micro-batch forward and backward into the thread's buffer."""
         share = (stop - start) / len(batch.images)
-        with mode(batch.training), random_key(batch.key, first_row=start), first_order():
+        with mode(batch.training), random_key(batch.key.at_row(start)), first_order():
             logits = self.model(self.team.here(batch.images[start:stop]))
             loss = self._loss(logits, batch.labels, start, stop)
         right = count_right(logits, batch.labels[start:stop])
@@ -263,7 +263,7 @@ class TrainStep:
         with mode(batch.training):
             for start, stop in self.team.pieces(len(batch.images)):
                 images = self.team.here(batch.images[start:stop])
-                if place := first_non_finite(self.model, images, batch.key, start):
+                if place := first_non_finite(self.model, images, batch.key.at_row(start)):
                     break
         if place is None and math.isfinite(totals.loss):
             place = first_non_finite_gradient(self.model, self.opt.store)

@@ -1,0 +1,86 @@
+"""The twins of :mod:`minivit.ops.normalize`: softmax and layer_norm."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from minivit.ops.cpu.sums import column_sums, row_dots, row_sums, shares
+from minivit.ops.normalize import layer_norm, softmax
+from minivit.ops.reduce import HALF, narrow, wide
+
+
+def softmax_rows(scores: np.ndarray) -> np.ndarray:
+    """Make scores (…, n), float32 or float64, probabilities, in place."""
+    if not (scores.max(initial=0.0) < 60.0 and scores.min(initial=0.0) > -60.0):  # else no e^x overflows or vanishes
+        scores -= scores.max(axis=-1, keepdims=True)
+    np.exp(scores, out=scores)
+    total = row_sums(scores)
+    np.reciprocal(total, out=total)
+    scores *= total
+    return scores
+
+
+@softmax.twin("cpu")
+def _(x: np.ndarray, axis: int) -> Any:
+    if axis % x.ndim != x.ndim - 1:
+        return (out := softmax.forward(x, axis)), (out, axis)
+    out = narrow(softmax_rows(wide(x) if x.dtype == HALF else x.copy()), x)
+    return out, (out, -1)
+
+
+@softmax.twin("cpu").vjp
+def _(g: np.ndarray, kept: Any, needs: tuple[bool, ...]) -> Any:
+    out, axis = kept
+    gx = g - (row_dots(g, out) if axis == -1 else (g * out).sum(axis=axis, keepdims=True))
+    gx *= out
+    return (gx,)
+
+
+FAR = 100.0  # standard deviations from 0 to a row's mean: further off, the mean's own rounding is seen in what is left
+
+
+def _centred(rows: np.ndarray, eps: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return rows (rows, D) less their means, the means, and √(σ² + eps)."""
+    share = shares(rows.shape[1], rows.dtype)
+    mean = rows @ share
+    offsets = rows - mean[:, None]
+    std = (offsets * offsets) @ share
+    std += eps
+    np.sqrt(std, out=std)
+    return offsets, mean, std
+
+
+@layer_norm.twin("cpu")
+def _(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, eps: float) -> Any:
+    rows = wide(x).reshape(-1, x.shape[-1])  # (…, D) → (rows, D)
+    x_hat, mean, std = _centred(rows, eps)
+    mean /= std
+    if not mean @ mean < FAR * FAR:  # squares add up to at least the largest
+        x_hat, _, std = _centred(rows - rows[:, :1], eps)
+    std = std[:, None]
+    x_hat /= std
+    out = x_hat * weight
+    out += bias
+    return narrow(out, x).reshape(x.shape), (x_hat, std, weight)
+
+
+@layer_norm.twin("cpu").vjp
+def _(g: np.ndarray, kept: Any, needs: tuple[bool, ...]) -> Any:
+    x_hat, std, weight = kept
+    like, g = g, wide(g).reshape(x_hat.shape)
+    product = g * x_hat
+    g_weight = narrow(column_sums(product), like) if needs[1] else None
+    g_bias = narrow(column_sums(g), like) if needs[2] else None
+    if not needs[0]:
+        return None, g_weight, g_bias
+    mean_weight = wide(weight) / g.shape[-1]  # its product with a row is the mean of row·weight
+    along_one = (g @ mean_weight)[:, None]
+    along_x_hat = (product @ mean_weight)[:, None]
+    gx = g * weight
+    np.multiply(x_hat, along_x_hat, out=product)
+    product += along_one
+    gx -= product
+    gx /= std
+    return narrow(gx, like).reshape(like.shape), g_weight, g_bias
