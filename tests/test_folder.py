@@ -16,9 +16,11 @@ import pytest
 from PIL import Image
 
 from minivit.backend import Key, random_bits
-from minivit.data import Loader, load, read_image, splits_of
+from minivit.data import Loader, file_array, load, read_image, splits_of
 from minivit.data import folder as folder_module
-from minivit.data.folder import ImageFiles, in_threads, list_folder, load_folder
+from minivit.data.file_array import ImageFiles, in_threads
+from minivit.data.folder import load_folder
+from minivit.data.listing import list_folder
 from minivit.errors import ConfigError, DataError
 
 
@@ -459,13 +461,13 @@ def test_an_interrupt_leaves_at_once_even_if_a_file_hangs(monkeypatch):
     release.set()
     while threading.active_count() > before:
         time.sleep(0.001)
-    assert len(begun) <= folder_module.cpu_cores()  # none took a further file
+    assert len(begun) <= file_array.cpu_cores()  # none took a further file
 
 
 def test_a_file_that_never_comes_is_named(animals, lazily, monkeypatch):
     data = load_folder(animals, "train", (6, 8))
-    monkeypatch.setattr(folder_module, "DEADLINE", 1.0)
-    monkeypatch.setattr(folder_module, "cpu_cores", lambda: 2)
+    monkeypatch.setattr(file_array, "DEADLINE", 1.0)
+    monkeypatch.setattr(file_array, "cpu_cores", lambda: 2)
     before, slow, release, read = threading.active_count(), data.images.paths[2], threading.Event(), ImageFiles.read
 
     def wait(self, i):
@@ -486,8 +488,8 @@ def test_a_file_that_never_comes_is_named(animals, lazily, monkeypatch):
 
 
 def test_slow_files_are_waited_for(monkeypatch):
-    monkeypatch.setattr(folder_module, "DEADLINE", 1.0)
-    monkeypatch.setattr(folder_module, "cpu_cores", lambda: 1)
+    monkeypatch.setattr(file_array, "DEADLINE", 1.0)
+    monkeypatch.setattr(file_array, "cpu_cores", lambda: 1)
     done = []
     in_threads(lambda i: (time.sleep(0.15), done.append(i)), range(8))
     assert done == list(range(8))

@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
 
 def get(names: list[str]) -> int:
     """Download a data set; print where it is."""
-    from minivit.data.datasets import NAMES
+    from minivit.data.catalog import NAMES
     from minivit.data.download import fetch
     from minivit.errors import ConfigError, printable
 

@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     from minivit.backend import auto_device, keep_freed_memory
     from minivit.cli.matching import match_classes
     from minivit.data import kind_of
-    from minivit.data.folder import list_folder
+    from minivit.data.listing import list_folder
     from minivit.errors import DataError, printable
     from minivit.runs.trained import open_trained
     from minivit.show.text import json_text
@@ -85,7 +85,7 @@ def load_parts(trained: Trained, name: str, split: str) -> list[Dataset]:
     Raises DataError if there is no such split, or its images do not fit the model.
     """
     from minivit import data
-    from minivit.data.datasets import LAYOUT
+    from minivit.data.dataset import LAYOUT
     from minivit.errors import DataError
     from minivit.show.text import plural
 
@@ -96,7 +96,7 @@ def load_parts(trained: Trained, name: str, split: str) -> list[Dataset]:
     layout = LAYOUT
     if own and "train" in trained.meta:  # a run is tested as it was before; version 0.1.0 did not say how
         layout = trained.data.get("layout", 1)
-    splits = data.datasets.splits_of(name, layout)
+    splits = data.splits_of(name, layout)
 
     def load(part: str) -> Dataset:
         return data.load(name, part, size, takes, trained.data.get("bad_images", "stop"), layout)

@@ -11,9 +11,12 @@ from os import PathLike
 import numpy as np
 
 from minivit.backend import Key, permutation
-from minivit.data.datasets import kind_of, load, moments, splits_of
-from minivit.data.folder import SIZE, ImageFiles, in_threads, list_folder
+from minivit.data.catalog import kind_of, load, splits_of
+from minivit.data.dataset import moments
+from minivit.data.file_array import ImageFiles, in_threads
+from minivit.data.folder import SIZE
 from minivit.data.images import decode
+from minivit.data.listing import list_folder
 from minivit.errors import ConfigError, DataError
 
 SAMPLES = 100
@@ -67,7 +70,7 @@ class Audit:
 
 
 def audit(name: str | PathLike[str], size: tuple[int, int] | None = None) -> Audit:
-    """Look over a data set that :func:`~minivit.data.datasets.load` knows, all its splits, or any folder of images.
+    """Look over a data set that :func:`~minivit.data.catalog.load` knows, all its splits, or any folder of images.
 
     ``sizes`` are (height, width), "smallest", "median" and "largest" by area; ``formats`` and ``modes`` (Pillow's)
     count what the files are. ``corrupt`` are those that cannot be decoded, with the reasons; ``several`` hold more than

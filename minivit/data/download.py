@@ -11,7 +11,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from minivit.data.datasets import data_home, load, reading
+from minivit.data.catalog import data_home, load
+from minivit.data.reading import reading
 from minivit.errors import DataError, unknown_name
 from minivit.files import open_regular, sync
 

@@ -31,7 +31,8 @@ from minivit.data import (
     RandomErasing,
     RandomResizedCrop,
 )
-from minivit.data.datasets import class_names, splits_of
+from minivit.data.catalog import splits_of
+from minivit.data.dataset import class_names
 from minivit.errors import CheckpointError, ConfigError, DataError, printable
 from minivit.files import replacing
 from minivit.measure.costs import peak_memory
