@@ -6,6 +6,8 @@ import hashlib
 import os
 import re
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -425,6 +427,36 @@ def test_threads_do_everything_once():
     assert sorted(done) == list(range(1000))
     in_threads(done.append, [])
     assert len(done) == 1000
+
+
+class Bar:
+    """Counts what it is told, as a bar that is shown would."""
+
+    def __init__(self, total: int, desc: str) -> None:
+        self.total, self.desc, self.done, self.closed = total, desc, 0, False
+
+    def update(self) -> None:
+        assert not self.closed
+        self.done += 1
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_a_bar_is_told_of_every_file(animals):
+    shown = []
+    bar = lambda **given: shown.append(Bar(**given)) or shown[-1]
+    load(animals, "train", (6, 8), bar=bar)
+    assert [(b.total, b.desc, b.done, b.closed) for b in shown] == [(8, f"reading {animals}", 8, True)]
+    with pytest.raises(MemoryError):
+        in_threads(lambda i: (_ for _ in ()).throw(MemoryError), range(9), "", bar)
+    assert shown[1].closed
+
+
+def test_the_library_shows_no_bar(animals):
+    code = f"import sys; from minivit.data import load; load({str(animals)!r}); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "tqdm" not in done.stdout.split()
 
 
 @pytest.mark.parametrize("error", [DataError("broken"), MemoryError(), KeyboardInterrupt()])

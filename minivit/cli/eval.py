@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from minivit.cli.bars import reading_bar
 from minivit.cli.main import one_of
 
 WORST = 8
@@ -99,7 +100,7 @@ def load_parts(trained: Trained, name: str, split: str) -> list[Dataset]:
     splits = data.splits_of(name, layout)
 
     def load(part: str) -> Dataset:
-        return data.load(name, part, size, takes, trained.data.get("bad_images", "stop"), layout)
+        return data.load(name, part, size, takes, trained.data.get("bad_images", "stop"), layout, reading_bar)
 
     if own and split in ("train", "val") and (held := run_split(trained, split)) is not None:
         parts = [held]
@@ -132,7 +133,7 @@ def run_split(trained: Trained, split: str) -> Dataset | None:
 
     if (folder := run_of(trained.path)) is None:
         return None
-    job = Job(settings_of_run(folder, trained.meta, {"train.device": "cpu"}), quiet=True, resumed=True)
+    job = Job(settings_of_run(folder, trained.meta, {"train.device": "cpu"}), quiet=True, resumed=True, bar=reading_bar)
     now = job.data_meta()
     if changed := [k for k in trained.data if k in now and k != "name" and now[k] != trained.data[k]]:
         what = f"{now['name']} is not as it was when {folder} was trained: other {', '.join(changed)}"

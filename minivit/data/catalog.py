@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
+from typing import Any
 from zipfile import is_zipfile
 
 from minivit.data.dataset import LAYOUT, SPLITS, Dataset, no_split
@@ -26,6 +28,7 @@ def load(
     channels: int = 3,
     bad_images: str = "stop",
     layout: int = LAYOUT,
+    bar: Callable[..., Any] | None = None,
 ) -> Dataset:
     """Load a data set by its name, or from a file or folder of your own.
 
@@ -45,8 +48,9 @@ def load(
     - a folder of the four idx files of MNIST or of sets like it, .gz or plain;
     - a folder of CIFAR's binary files or of its Python batches, or a folder whose only subfolder is such a one;
     - any other folder is one of image files, which are brought to ``size``, (height, width), and ``channels``; a file
-      that cannot be read makes it "stop" or is left out, by ``bad_images`` "skip". All other sets have a size and
-      channels of their own, and leave these three alone. See :func:`~minivit.data.folder.load_folder`.
+      that cannot be read makes it "stop" or is left out, by ``bad_images`` "skip". ``bar=tqdm`` shows how far the
+      reading is. All other sets have a size and channels of their own, and leave these four alone. See
+      :func:`~minivit.data.folder.load_folder`.
 
     ``layout`` 1 reads folders and archives as version 0.1.0 did, for what was trained then: other folders are "test",
     which is there always, and ``class_names`` are not known.
@@ -64,7 +68,7 @@ def load(
     if kind == "folder":
         from minivit.data.folder import load_folder  # late: most data sets are none
 
-        return load_folder(path, split, size, channels, bad_images, layout)
+        return load_folder(path, split, size, channels, bad_images, layout, bar)
     if split == "val":
         raise no_split(name, split)
     return replace(load_files(kind, path, split), name=str(name))

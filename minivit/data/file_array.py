@@ -67,11 +67,14 @@ class ImageFiles:
         return fitted(picture.page, self.shape[2:], FIT), picture.animated
 
 
-def in_threads(work: Callable[[int], None], paths: Sequence[Path], title: str = "") -> None:
+def in_threads(
+    work: Callable[[int], None], paths: Sequence[Path], title: str = "", bar: Callable[..., Any] | None = None
+) -> None:
     """Call ``work(i)`` for the place of every path, on a thread for each core; raise the first error that one meets.
 
     A thread takes the next number when it is done with its last: there is no queue to fill up or to wait on. After an
-    error, or Ctrl-C, no further number is taken. A ``title`` shows a bar where it takes more than a second.
+    error, or Ctrl-C, no further number is taken. ``bar`` shows how far it is, as tqdm does: it is called with ``total``
+    and ``desc``, the ``title``; of what it returns, ``update()`` is called after each path, and ``close()`` at the end.
 
     Raises DataError, naming the files that are being read, if none is done within :data:`DEADLINE` seconds. A thread
     that waits for a disk cannot be stopped: it is left behind, and does not keep Python from ending.
@@ -80,7 +83,7 @@ def in_threads(work: Callable[[int], None], paths: Sequence[Path], title: str = 
     errors: list[BaseException] = []
     busy: set[int] = set()
     done = 0
-    bar = _bar(title, len(paths)) if title else None
+    shown = bar(total=len(paths), desc=title) if bar else None
 
     def run() -> None:
         nonlocal done
@@ -98,8 +101,8 @@ def in_threads(work: Callable[[int], None], paths: Sequence[Path], title: str = 
             with lock:
                 busy.remove(i)
                 done += 1
-                if bar is not None:
-                    bar.update()
+                if shown is not None:
+                    shown.update()
 
     threads = [threading.Thread(target=run, daemon=True) for _ in range(min(cpu_cores(), len(paths)))]
     waits, seen = 0, 0
@@ -112,8 +115,8 @@ def in_threads(work: Callable[[int], None], paths: Sequence[Path], title: str = 
                 waits, seen = (waits + 1 if done == seen else 0), done
     finally:
         stop.set()
-        if bar is not None:
-            bar.close()
+        if shown is not None:
+            shown.close()
     if errors:
         raise errors[0]
     with lock:
@@ -124,9 +127,3 @@ def in_threads(work: Callable[[int], None], paths: Sequence[Path], title: str = 
 
 
 _WAITS = 60  # many short ones: while the process itself is suspended, no more than one of them goes by
-
-
-def _bar(title: str, total: int) -> Any:
-    from tqdm import tqdm  # late: to import it takes a while
-
-    return tqdm(total=total, desc=title, delay=1, leave=False, disable=None)  # None: where nobody looks

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from os import PathLike
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 
@@ -26,6 +27,7 @@ def load_folder(
     channels: int = 3,
     bad: str = "stop",
     layout: int = LAYOUT,
+    bar: Callable[..., Any] | None = None,
 ) -> Dataset:
     """Load a folder of image files, such as ``path/train/cat/1.jpg`` and ``path/test/cat/2.jpg``.
 
@@ -45,10 +47,11 @@ def load_folder(
     detail than ``size`` has. The images are held in memory if they take less than a quarter of it, else decoded
     whenever they are asked for: :class:`~minivit.data.file_array.ImageFiles`.
 
-    Every file is decoded once here. If some cannot be, ``bad="stop"`` raises DataError, and ``"skip"`` leaves them out
-    with a warning that lists them. Raises DataError also for a folder with fewer than two classes, or with one that has
-    no images to train on; for a split that it does not have, or several folders for one; for class folders called like
-    splits; and where for :data:`~minivit.data.file_array.DEADLINE` seconds nothing comes from the disk.
+    Every file is decoded once here; ``bar=tqdm`` shows how far that is. If some cannot be, ``bad="stop"`` raises
+    DataError, and ``"skip"`` leaves them out with a warning that lists them. Raises DataError also for a folder with
+    fewer than two classes, or with one that has no images to train on; for a split that it does not have, or several
+    folders for one; for class folders called like splits; and where for :data:`~minivit.data.file_array.DEADLINE`
+    seconds nothing comes from the disk.
     """
     size = SIZE if size is None else size
     _check_arguments(split, size, bad)
@@ -64,7 +67,7 @@ def load_folder(
     if not len(files):
         raise DataError(f"{path}: no image files for the split {split!r}", "add some")
     held = np.empty(files.shape, np.uint8) if files.nbytes <= available_memory() // 4 else None
-    reasons, animated = _decode(files, held, f"reading {path}")
+    reasons, animated = _decode(files, held, f"reading {path}", bar)
     if reasons and bad == "stop":
         raise _unreadable(path, split, len(files), reasons)
     _warn_of(path, [reasons[i] for i in sorted(reasons)], [files.paths[i] for i in sorted(animated)])
@@ -86,7 +89,9 @@ def _check_arguments(split: str, size: tuple[int, int], bad: str) -> None:
         raise ConfigError(f"images cannot be of size {size}", "give (height, width), at least 1 each")
 
 
-def _decode(files: ImageFiles, held: np.ndarray | None, title: str) -> tuple[dict[int, str], set[int]]:
+def _decode(
+    files: ImageFiles, held: np.ndarray | None, title: str, bar: Callable[..., Any] | None
+) -> tuple[dict[int, str], set[int]]:
     """Decode every file once, into ``held`` if given: return why some cannot be, and which hold further pictures."""
     reasons: dict[int, str] = {}
     animated: set[int] = set()
@@ -102,7 +107,7 @@ def _decode(files: ImageFiles, held: np.ndarray | None, title: str) -> tuple[dic
         if held is not None:
             held[i] = pixels
 
-    in_threads(read, files.paths, title)
+    in_threads(read, files.paths, title, bar)
     return reasons, animated
 
 
