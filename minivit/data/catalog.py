@@ -44,7 +44,7 @@ def load(
       Images are uint8 (N, H, W), (N, C, H, W) or (N, H, W, C) with 1, 3 or 4 channels. Labels are integers (N,) from 0,
       one-hot rows (N, K), or strings (N,). ``classes`` (or ``class_names``), an array of strings, names the classes in
       order; without it, they are numbers, or the strings in the order of the alphabet. A class without training images
-      is warned of;
+      is warned of, and of those to train on no two may have one name;
     - a folder of the four idx files of MNIST or of sets like it, .gz or plain;
     - a folder of CIFAR's binary files or of its Python batches, or a folder whose only subfolder is such a one;
     - any other folder is one of image files, which are brought to ``size``, (height, width), and ``channels``; a file

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections import Counter
 from collections.abc import Collection
 from os import PathLike
 from pathlib import Path
@@ -41,6 +42,8 @@ def load_npz(path: str | PathLike[str], split: str, layout: int = LAYOUT) -> Dat
         classes = tuple(map(_text, arrays["classes"].reshape(-1)))
         if "other classes" in arrays and classes != tuple(map(_text, arrays["other classes"].reshape(-1))):
             raise DataError(f"{path}: classes and class_names do not name the same", "leave one of them out")
+        if split == "train" and layout > 1:
+            _check_names(classes, path)
     else:
         classes = _classes_of({f"{path}: {names[key]}": arrays[key] for key in names if key.startswith("labels")})
     if labels.dtype.kind == "U":
@@ -53,6 +56,14 @@ def load_npz(path: str | PathLike[str], split: str, layout: int = LAYOUT) -> Dat
     if split == "train":
         _announce_gaps(dataset, where)
     return dataset
+
+
+def _check_names(classes: tuple[str, ...], path: Path) -> None:
+    """Raise DataError for a name that two classes have: a model would tell them apart, and nobody its answers."""
+    name, count = Counter(classes).most_common(1)[0] if classes else ("", 0)
+    if count > 1:
+        remedy = "give every class a name of its own, or one number to those that are the same"
+        raise DataError(f"{path} has more than one class called {name!r}", remedy)
 
 
 def splits_in(path: Path, layout: int = LAYOUT) -> tuple[str, ...]:
