@@ -19,6 +19,7 @@ FIT = "crop"
 
 DEADLINE = 60.0
 """Seconds without a file done after which reading gives up: a disk that is gone keeps whoever reads from it waiting."""
+_WAITS = 60  # many short ones: while the process itself is suspended, no more than one of them goes by
 
 
 class ImageFiles:
@@ -124,6 +125,3 @@ def in_threads(
     if stalled:
         what = f"no file could be read for {DEADLINE:g} seconds; they wait for {stalled}"
         raise DataError(what, "check the disk or the network that they are on, then try again")
-
-
-_WAITS = 60  # many short ones: while the process itself is suspended, no more than one of them goes by
