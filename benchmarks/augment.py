@@ -16,7 +16,7 @@ import numpy as np
 from minivit.backend import Key, keep_freed_memory, random_bits
 from minivit.data.augment import Affine, Augment, Chain, Crop, Flip, RandomErasing, RandomResizedCrop
 from minivit.data.colour import ColorJitter
-from minivit.data.datasets import Dataset
+from minivit.data.dataset import Dataset
 from minivit.data.loader import Loader
 from minivit.data.mixing import Mix
 from minivit.data.randaugment import RandAugment

@@ -219,6 +219,6 @@ def test_the_command_refuses(words, message, capsys):
 def test_get_fetches(monkeypatch, capsys, tmp_path):
     import minivit.data.download
 
-    monkeypatch.setattr(minivit.data.download, "fetch", lambda name: tmp_path / name)
+    monkeypatch.setattr(minivit.data.download, "fetch", lambda name, show_progress: tmp_path / name)
     assert main(["data", "get", "mnist"]) == 0
     assert capsys.readouterr().out == f"mnist is in {tmp_path / 'mnist'}\n"

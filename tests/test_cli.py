@@ -23,7 +23,7 @@ import minivit as mv
 from minivit import data
 from minivit.backend import Key
 from minivit.cli.main import COMMANDS, main
-from minivit.data.datasets import NAMES
+from minivit.data.catalog import NAMES
 from minivit.errors import CheckpointError, ConfigError, DataError
 from minivit.measure.costs import layer_of, model_config
 from minivit.measure.costs import measure as measure_layers

@@ -284,6 +284,15 @@ def test_npz_class_names(tmp_path, name):
         assert load(save(tmp_path / "x.npz", labels=labels, **named), layout=1).classes == ("0", "1", "2")
 
 
+def test_npz_classes_of_one_name_cannot_be_trained_on(tmp_path):
+    named = {"classes": np.array(["cat", "dog", "cat"]), "test_images": np.zeros((3, 4, 4), np.uint8)}
+    path = save(tmp_path / "x.npz", labels=np.array([2, 0, 1, 2, 0, 1]), test_labels=np.arange(3), **named)
+    with pytest.raises(DataError, match=r"x\.npz has more than one class called 'cat'"):
+        load(path)
+    assert load(path, "test").classes == ("cat", "dog", "cat")  # by their places they can be tested with
+    assert load(path, layout=1).classes == ("cat", "dog", "cat")  # what version 0.1.0 trained goes on
+
+
 @pytest.mark.parametrize("names", ["x_{} y_{}", "X_{} y_{}", "{}_images {}_labels"])
 def test_npz_splits_by_their_usual_names(tmp_path, names):
     arrays = {}

@@ -6,6 +6,8 @@ import hashlib
 import os
 import re
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -16,9 +18,11 @@ import pytest
 from PIL import Image
 
 from minivit.backend import Key, random_bits
-from minivit.data import Loader, load, read_image, splits_of
+from minivit.data import Loader, file_array, load, read_image, splits_of
 from minivit.data import folder as folder_module
-from minivit.data.folder import ImageFiles, in_threads, list_folder, load_folder
+from minivit.data.file_array import ImageFiles, in_threads
+from minivit.data.folder import load_folder
+from minivit.data.listing import list_folder
 from minivit.errors import ConfigError, DataError
 
 
@@ -425,6 +429,36 @@ def test_threads_do_everything_once():
     assert len(done) == 1000
 
 
+class Bar:
+    """Counts what it is told, as a bar that is shown would."""
+
+    def __init__(self, total: int, desc: str) -> None:
+        self.total, self.desc, self.done, self.closed = total, desc, 0, False
+
+    def update(self) -> None:
+        assert not self.closed
+        self.done += 1
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_a_bar_is_told_of_every_file(animals):
+    shown = []
+    bar = lambda **given: shown.append(Bar(**given)) or shown[-1]
+    load(animals, "train", (6, 8), bar=bar)
+    assert [(b.total, b.desc, b.done, b.closed) for b in shown] == [(8, f"reading {animals}", 8, True)]
+    with pytest.raises(MemoryError):
+        in_threads(lambda i: (_ for _ in ()).throw(MemoryError), range(9), "", bar)
+    assert shown[1].closed
+
+
+def test_the_library_shows_no_bar(animals):
+    code = f"import sys; from minivit.data import load; load({str(animals)!r}); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "tqdm" not in done.stdout.split()
+
+
 @pytest.mark.parametrize("error", [DataError("broken"), MemoryError(), KeyboardInterrupt()])
 def test_an_error_reaches_the_caller_and_stops_the_others(error):
     begun = []
@@ -459,13 +493,13 @@ def test_an_interrupt_leaves_at_once_even_if_a_file_hangs(monkeypatch):
     release.set()
     while threading.active_count() > before:
         time.sleep(0.001)
-    assert len(begun) <= folder_module.cpu_cores()  # none took a further file
+    assert len(begun) <= file_array.cpu_cores()  # none took a further file
 
 
 def test_a_file_that_never_comes_is_named(animals, lazily, monkeypatch):
     data = load_folder(animals, "train", (6, 8))
-    monkeypatch.setattr(folder_module, "DEADLINE", 1.0)
-    monkeypatch.setattr(folder_module, "cpu_cores", lambda: 2)
+    monkeypatch.setattr(file_array, "DEADLINE", 1.0)
+    monkeypatch.setattr(file_array, "cpu_cores", lambda: 2)
     before, slow, release, read = threading.active_count(), data.images.paths[2], threading.Event(), ImageFiles.read
 
     def wait(self, i):
@@ -486,8 +520,8 @@ def test_a_file_that_never_comes_is_named(animals, lazily, monkeypatch):
 
 
 def test_slow_files_are_waited_for(monkeypatch):
-    monkeypatch.setattr(folder_module, "DEADLINE", 1.0)
-    monkeypatch.setattr(folder_module, "cpu_cores", lambda: 1)
+    monkeypatch.setattr(file_array, "DEADLINE", 1.0)
+    monkeypatch.setattr(file_array, "cpu_cores", lambda: 1)
     done = []
     in_threads(lambda i: (time.sleep(0.15), done.append(i)), range(8))
     assert done == list(range(8))

@@ -19,8 +19,10 @@ import numpy as np
 import pytest
 
 from minivit.backend import Key, random_bits
-from minivit.data import datasets, formats, load
-from minivit.data.datasets import data_home, kind_of
+from minivit.data import kind_of, load, reading
+from minivit.data.catalog import data_home
+from minivit.data.npz import channels_first
+from minivit.data.plain_pickle import read_plain_pickle
 from minivit.errors import DataError
 
 # ---- tiny data sets in the published formats -------------------------------------------------------------------------
@@ -324,7 +326,7 @@ def test_a_short_batch_cannot_ask_for_much(again):
     tracemalloc.start()
     try:
         with pytest.raises(ValueError):
-            formats.read_plain_pickle(start + b"}" + again * 10_000 + b".")
+            read_plain_pickle(start + b"}" + again * 10_000 + b".")
         assert tracemalloc.get_traced_memory()[1] < 20_000_000
     finally:
         tracemalloc.stop()
@@ -387,7 +389,7 @@ def test_kinds(tmp_path):
 
 def test_asking_for_the_kind_reads_no_data(tmp_path):
     write_cifar(tmp_path, "cifar-10")
-    code = f"import sys; from minivit.data.datasets import kind_of; print(kind_of({str(tmp_path)!r}), *sys.modules)"
+    code = f"import sys; from minivit.data import kind_of; print(kind_of({str(tmp_path)!r}), *sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("cifar-10 ")
     assert not {"PIL", "pooch", "tarfile", "minivit.data.folder", "minivit.autograd"} & {*done.stdout.split()}
@@ -452,7 +454,7 @@ def test_npz_headers_are_checked_before_memory_is_taken(tmp_path, method, images
 def test_an_archive_larger_than_the_memory_is_refused(tmp_path, monkeypatch):
     np.savez_compressed(tmp_path / "a.npz", images=np.zeros((1000, 32, 32), np.uint8), labels=np.zeros(1000, int))
     assert len(load(tmp_path / "a.npz")) == 1000
-    monkeypatch.setattr(datasets, "available_memory", lambda: 2_000_000)
+    monkeypatch.setattr(reading, "available_memory", lambda: 2_000_000)
     with pytest.raises(
         DataError, match=r"it needs 1,032,256 bytes of memory, more than half of the 2,000,000 that are"
     ):
@@ -464,7 +466,7 @@ def test_channels_last_are_turned_where_they_lie():
     expected = images.transpose(0, 3, 1, 2).copy()
     tracemalloc.start()
     try:
-        turned = datasets.channels_first(images, Path("x"))
+        turned = channels_first(images, Path("x"))
         assert tracemalloc.get_traced_memory()[1] < images.nbytes // 2
     finally:
         tracemalloc.stop()

@@ -1,6 +1,11 @@
-"""The house rules that a program can check: floors, sizes, what is imported where, what is never used."""
+"""The house rules that a program can check: floors, circles, sizes, names, what is imported where, what is never used.
+
+Imports within functions count like any others.
+"""
 
 import ast
+from collections import defaultdict
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -9,19 +14,34 @@ import minivit
 
 ROOT = Path(minivit.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
-# a file imports from lower floors, or from its own
+# a file imports from the floors below its own, or from its own room
 FLOORS = ["errors", "files", "backend", "autograd", "ops", "nn", "models", "weights", "train", "measure", "runs", "cli"]
-LIKE = {"data": "ops", "show": "ops", "__init__": "cli", "__main__": "cli"}
+BESIDE = {"data": "ops", "show": "ops", "__init__": "cli", "__main__": "cli"}  # whom they stand beside
+
+
+# files of one name in two rooms, and what makes them one thing; an operation and its fast twins share theirs, too
+SAME_NAMES = {
+    "attention.py": "the operation, and the layer that holds its weights",
+    "random.py": "the keys, and where a layer gets its key from",
+    "lr_find.py": "the search for a learning rate, and its command",
+    "folder.py": "a folder of images, and a folder of a run",
+}
+
+
+def room(module: str) -> str:
+    return module.split(".")[1] if "." in module else "__init__"
 
 
 def floor(module: str) -> int:
     """Return the floor of ``minivit.ROOM…``."""
-    room = module.split(".")[1] if "." in module else "__init__"
-    return FLOORS.index(LIKE.get(room, room))
+    return FLOORS.index(BESIDE.get(room(module), room(module)))
 
 
 def name_of(file: Path) -> str:
     return ".".join(["minivit", *file.relative_to(ROOT).with_suffix("").parts]).removesuffix(".__init__")
+
+
+NAMES = {name_of(file): file for file in FILES}
 
 
 def imports(tree: ast.AST):
@@ -29,16 +49,30 @@ def imports(tree: ast.AST):
         if isinstance(node, ast.Import):
             yield from ((alias.name, node.lineno) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: imports are absolute"
             for alias in node.names:
                 yield f"{node.module}.{alias.name}", node.lineno
 
 
+def tree_of(file: Path) -> ast.Module:
+    return ast.parse(file.read_text())
+
+
+def in_rooms(*rooms: str) -> list[Path]:
+    return [file for file in FILES if file.relative_to(ROOT).parts[0] in rooms]
+
+
+# ---- floors and circles ----------------------------------------------------------------------------------------------
+
+
 def against_the_floors(file_name: str, source: str) -> list[str]:
-    own = floor(file_name)
+    def allowed(name: str) -> bool:
+        return floor(name) < floor(file_name) or room(name) == room(file_name) or file_name == "minivit.__main__"
+
     return [
         f"{file_name}:{line} imports {name}"
         for name, line in imports(ast.parse(source))
-        if name.startswith("minivit.") and name != "minivit.__version__" and floor(name) > own
+        if name.split(".")[0] == "minivit" and name != "minivit.__version__" and not allowed(name)
     ]
 
 
@@ -50,14 +84,110 @@ def test_no_import_against_the_floors(file):
 def test_the_floor_test_sees_a_wrong_import():
     assert against_the_floors("minivit.autograd.graph", "from minivit.ops.matmul import linear")
     assert against_the_floors("minivit.ops.matmul", "def f():\n    import minivit.nn.layers")
+    assert against_the_floors("minivit.runs.job", "import minivit as mv")
+    assert against_the_floors("minivit.ops.matmul", "from minivit import data")
     assert not against_the_floors("minivit.ops.matmul", "from minivit.autograd.op import op")
 
 
-def test_data_knows_nothing_of_models():
-    for file in (ROOT / "data").glob("*.py"):
-        for name, line in imports(ast.parse(file.read_text())):
+def circle(sources: dict[str, str]) -> list[str]:
+    """Return the modules of a circle of imports among ``sources``, from the first to itself, or [] if there is none.
+
+    ``from minivit.room import name`` imports minivit.room.name where that is a file, else minivit/room/__init__.py.
+    """
+    graph = {
+        file: {
+            module
+            for name, _ in imports(ast.parse(source))
+            if (module := name if name in sources else name.rpartition(".")[0]) in sources
+            and name != "minivit.__version__"
+        }
+        for file, source in sources.items()
+    }
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return error.args[1][::-1]
+    return []
+
+
+def test_no_circle_of_files():
+    assert circle({name: file.read_text() for name, file in NAMES.items()}) == []
+
+
+def test_the_circle_test_sees_a_circle():
+    circular = {
+        "minivit.data.a": "from minivit.data import b\nimport numpy as np",
+        "minivit.data.b": "def late():\n    from minivit.data.c import name",
+        "minivit.data.c": "import minivit.data.a",
+        "minivit.data.d": "from minivit.data.a import name",
+    }
+    assert set(circle(circular)) == {"minivit.data.a", "minivit.data.b", "minivit.data.c"}
+    assert circle(circular)[0] == circle(circular)[-1]
+    assert circle(circular | {"minivit.data.c": "import math"}) == []
+    assert circle({"minivit.data": "from minivit.data.a import x", "minivit.data.a": "from minivit.data import y"})
+    assert circle({"minivit.data.a": "from minivit.data.a import x"})
+
+
+@pytest.mark.parametrize("room", ["data", "show"])
+def test_data_and_show_know_nothing_of_models(room):
+    """They stand side by side: neither imports the other."""
+    for file in in_rooms(room):
+        for name, line in imports(tree_of(file)):
             if name.startswith("minivit."):
-                assert name.split(".")[1] in ("errors", "files", "backend", "data"), f"{file.name}:{line}"
+                assert name.split(".")[1] in ("errors", "files", "backend", room), f"{file}:{line}"
+
+
+# ---- who names a ViT, who speaks -------------------------------------------------------------------------------------
+
+
+def lines_naming_the_vit(source: str) -> list[int]:
+    """Return where a file imports ViT or gets it from a module; docstrings and other texts may name it."""
+    named = lambda node: (
+        (isinstance(node, ast.alias) and node.name == "ViT") or (isinstance(node, ast.Attribute) and node.attr == "ViT")
+    )
+    return [node.lineno for node in ast.walk(ast.parse(source)) if named(node)]
+
+
+def test_only_models_and_the_public_face_name_the_vit():
+    """Who builds, counts, resumes or explains a model goes through the registry."""
+    others = [file for file in FILES if file != ROOT / "__init__.py" and file not in in_rooms("models")]
+    assert {name_of(file): lines for file in others if (lines := lines_naming_the_vit(file.read_text()))} == {}
+
+
+def test_the_vit_test_sees_a_vit():
+    assert lines_naming_the_vit("def f():\n    from minivit.models.vit import ViT as Model") == [2]
+    assert lines_naming_the_vit("import minivit.models.vit as v\nmodel = v.ViT(depth=1)") == [2]
+    assert lines_naming_the_vit('def f(model):\n    """See ViT, or mv.ViT(depth=1)."""\n    return "ViT"') == []
+
+
+def lines_that_speak(source: str) -> list[int]:
+    """Return where a file prints, shows a bar, or ends the process."""
+    tree = ast.parse(source)
+    speaks = lambda node: (
+        (isinstance(node, ast.Name) and node.id in ("print", "SystemExit"))
+        or (isinstance(node, ast.Attribute) and ast.unparse(node) in ("sys.exit", "os._exit"))
+        or (isinstance(node, ast.Call) and ast.unparse(node.func) in ("exit", "quit"))
+    )
+    lines = [node.lineno for node in ast.walk(tree) if speaks(node)]
+    return lines + [line for name, line in imports(tree) if name.split(".")[0] == "tqdm" or name == "sys.exit"]
+
+
+def test_only_the_command_line_prints_and_exits():
+    silent = [file for file in FILES if file not in in_rooms("cli", "__main__.py")]
+    assert {name_of(file): lines for file in silent if (lines := lines_that_speak(file.read_text()))} == {}
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["print(1)", "def f(say=print): pass", "raise SystemExit(1)", "import sys; sys.exit(1)", "exit()",
+     "def f():\n    from tqdm import tqdm", "from sys import exit as leave"],
+)  # fmt: skip
+def test_the_test_of_silence_hears(line):
+    assert lines_that_speak(line)
+    assert not lines_that_speak(f'def f():\n    """{line!r}"""')
+
+
+# ---- what is imported where, what is never used ----------------------------------------------------------------------
 
 
 def test_cupy_is_imported_in_backend_only():
@@ -82,13 +212,41 @@ def test_no_pickle_no_exec_no_numpy_random():
                 assert node.attr != "random", f"{file}:{node.lineno}: random numbers come from keys"
 
 
-def test_the_engine_and_the_model_fit_on_their_screens():
-    assert len((ROOT / "autograd" / "graph.py").read_text().splitlines()) <= 250
-    assert len((ROOT / "models" / "vit.py").read_text().splitlines()) <= 160
-
-
 def test_no_process_wide_mutable_state_in_the_engine():
     """No ``global`` statement anywhere: recording and random keys are kept for each thread."""
     for file in FILES:
         for node in ast.walk(ast.parse(file.read_text())):
             assert not isinstance(node, ast.Global), f"{file}:{node.lineno}"
+
+
+# ---- sizes and names -------------------------------------------------------------------------------------------------
+
+
+def test_the_engine_and_the_model_fit_on_their_screens():
+    assert len((ROOT / "autograd" / "graph.py").read_text().splitlines()) <= 250
+    assert len((ROOT / "models" / "vit.py").read_text().splitlines()) <= 160
+
+
+def test_no_file_over_350_lines():
+    lengths = {name_of(file): len(file.read_text().splitlines()) for file in FILES}
+    assert {name: length for name, length in lengths.items() if length > 350} == {}
+
+
+def test_no_function_over_60_lines():
+    lengths = {
+        f"{name_of(file)}.{node.name}": node.end_lineno - node.lineno + 1
+        for file in FILES
+        for node in ast.walk(tree_of(file))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    }
+    assert {name: length for name, length in lengths.items() if length > 60} == {}
+
+
+def test_one_name_one_file():
+    """But for those with a reason, and for the twins: ops/cpu/matmul.py has those of ops/matmul.py."""
+    rooms = defaultdict(set)
+    for file in FILES:
+        room = file.parent.relative_to(ROOT).as_posix()
+        rooms[file.name].add("ops" if room in ("ops/cpu", "ops/cuda") else room)
+    twice = {name for name, found in rooms.items() if len(found) > 1}
+    assert twice - SAME_NAMES.keys() - {"__init__.py"} == set()

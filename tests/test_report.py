@@ -17,10 +17,12 @@ import pytest
 from PIL import Image
 
 from minivit.backend import Key, normal, random_bits
+from minivit.data.dataset import class_names
 from minivit.errors import ShapeError
 from minivit.measure.metrics import classification_metrics
 from minivit.show.curves import chart, ticks, write_svg
-from minivit.show.page import MISTAKES, write_report
+from minivit.show.gallery import MISTAKES
+from minivit.show.page import write_report
 from minivit.show.pictures import RED, confusion_picture, predictions_picture
 
 HOSTILE = '<script>document.title="owned"</script>'
@@ -200,8 +202,14 @@ def test_any_number_of_classes(tmp_path, classes):
 
 def test_a_model_with_room_for_more_classes_than_there_are(tmp_path):
     tried = trial(5)
-    tried["classes"] = ["a", "b", "c"]
+    tried["classes"] = class_names(["a", "b", "c"], 5)
     assert "class 4" in written(tmp_path, **tried).texts["th"]
+
+
+def test_every_class_needs_a_name(tmp_path):
+    with pytest.raises(ShapeError, match=r"logits of shape \(60, 5\) for 3 classes"):
+        written(tmp_path, **trial(5) | {"classes": ["a", "b", "c"]})
+    assert not [*tmp_path.iterdir()]
 
 
 @pytest.mark.parametrize(("channels", "size"), [(1, (28, 28)), (3, (32, 32)), (4, (32, 32)), (4, (300, 200))])

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from minivit.cli.bars import reading_bar
 from minivit.cli.main import BAD_INPUTS, OK, number
 
 if TYPE_CHECKING:
@@ -41,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(
             f"one data set at a time, not {len(args.data)}", "minivit data DATA, or minivit data get NAME"
         )
-    found = audit(args.data[0], (args.size, args.size) if args.size else None)
+    found = audit(args.data[0], (args.size, args.size) if args.size else None, reading_bar)
     picture = draw(found, args.output) if args.output else None
     print(json_text(as_json(found) | {"mosaic": picture}) if args.json else report(found, picture))
     return BAD_INPUTS if found.corrupt else OK
@@ -49,14 +51,14 @@ def run(args: argparse.Namespace) -> int:
 
 def get(names: list[str]) -> int:
     """Download a data set; print where it is."""
-    from minivit.data.datasets import NAMES
+    from minivit.data.catalog import NAMES
     from minivit.data.download import fetch
     from minivit.errors import ConfigError, printable
 
     if len(names) != 1:
         raise ConfigError("which data set?" if not names else "one data set at a time", f"known: {', '.join(NAMES)}")
     name = names[0]
-    print(printable(f"{name} is in {fetch(name)}"))
+    print(printable(f"{name} is in {fetch(name, sys.stderr.isatty())}"))
     return OK
 
 

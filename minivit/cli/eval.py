@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from minivit.cli.bars import reading_bar
 from minivit.cli.main import one_of
 
 WORST = 8
@@ -49,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     from minivit.backend import auto_device, keep_freed_memory
     from minivit.cli.matching import match_classes
     from minivit.data import kind_of
-    from minivit.data.folder import list_folder
+    from minivit.data.listing import list_folder
     from minivit.errors import DataError, printable
     from minivit.runs.trained import open_trained
     from minivit.show.text import json_text
@@ -85,7 +86,7 @@ def load_parts(trained: Trained, name: str, split: str) -> list[Dataset]:
     Raises DataError if there is no such split, or its images do not fit the model.
     """
     from minivit import data
-    from minivit.data.datasets import LAYOUT
+    from minivit.data.dataset import LAYOUT
     from minivit.errors import DataError
     from minivit.show.text import plural
 
@@ -96,10 +97,10 @@ def load_parts(trained: Trained, name: str, split: str) -> list[Dataset]:
     layout = LAYOUT
     if own and "train" in trained.meta:  # a run is tested as it was before; version 0.1.0 did not say how
         layout = trained.data.get("layout", 1)
-    splits = data.datasets.splits_of(name, layout)
+    splits = data.splits_of(name, layout)
 
     def load(part: str) -> Dataset:
-        return data.load(name, part, size, takes, trained.data.get("bad_images", "stop"), layout)
+        return data.load(name, part, size, takes, trained.data.get("bad_images", "stop"), layout, reading_bar)
 
     if own and split in ("train", "val") and (held := run_split(trained, split)) is not None:
         parts = [held]
@@ -132,7 +133,7 @@ def run_split(trained: Trained, split: str) -> Dataset | None:
 
     if (folder := run_of(trained.path)) is None:
         return None
-    job = Job(settings_of_run(folder, trained.meta, {"train.device": "cpu"}), quiet=True, resumed=True)
+    job = Job(settings_of_run(folder, trained.meta, {"train.device": "cpu"}), quiet=True, resumed=True, bar=reading_bar)
     now = job.data_meta()
     if changed := [k for k in trained.data if k in now and k != "name" and now[k] != trained.data[k]]:
         what = f"{now['name']} is not as it was when {folder} was trained: other {', '.join(changed)}"

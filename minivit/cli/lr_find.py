@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from minivit.cli.bars import reading_bar
 from minivit.cli.train import add_setting_flags
 
 ROWS = 12  # of the table
@@ -33,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     from minivit.train.lr_find import lr_range_test, smoothed, suggest
     from minivit.train.step import TrainStep
 
-    job = Job(resolve(typed_settings(args), args.recipe, args.config), quiet=args.json)
+    job = Job(resolve(typed_settings(args), args.recipe, args.config), quiet=args.json, bar=reading_bar)
     s = job.settings
     clip, threads, micro_batch = s["train.clip_grad"] or None, s["train.threads"], s["train.micro_batch"]
     step = TrainStep(job.model, job.make_optimizer(), job.loss, threads, micro_batch, clip, s["train.seed"])

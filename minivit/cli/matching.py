@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from minivit.data.datasets import class_names
+from minivit.data.dataset import class_names
 from minivit.errors import DataError
 
 LISTED = 8

@@ -86,7 +86,7 @@ def classify(trained: Trained, waiting: list[tuple[dict[str, Any], np.ndarray]])
 
     from minivit import ops
     from minivit.data import standardize
-    from minivit.data.datasets import class_names
+    from minivit.data.dataset import class_names
     from minivit.train.predict import predict_logits
 
     if not waiting:
@@ -122,8 +122,8 @@ def read_all(sources: Sequence[str], trained: Trained) -> Iterator[tuple[str, np
 
 def files_in(folder: str) -> list[str]:
     """Return the image files in a folder and below it; say how many others are there. Raises DataError for none."""
-    from minivit.data.datasets import reading
-    from minivit.data.folder import is_image_file, visible_files
+    from minivit.data.listing import is_image_file, visible_files
+    from minivit.data.reading import reading
     from minivit.errors import DataError, printable
     from minivit.show.text import plural
 
@@ -164,7 +164,8 @@ def read_arrays(path: Path, shape: tuple[int, int, int]) -> np.ndarray:
 
     import numpy as np
 
-    from minivit.data.datasets import channels_first, read_npy, read_npz, reading
+    from minivit.data.npz import channels_first
+    from minivit.data.reading import read_npy, read_npz, reading
     from minivit.errors import DataError
     from minivit.files import open_regular
 

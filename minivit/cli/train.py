@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from minivit.cli.bars import reading_bar
 from minivit.cli.main import number
 from minivit.runs.options import MODEL_FLAGS, OPTIONS, RECIPE_NAMES
 
@@ -46,4 +47,4 @@ def run(args: argparse.Namespace) -> int:
     """Train, test, and leave a run folder."""
     from minivit.runs import job
 
-    return job.resume(args) if args.resume is not None else job.start(args)
+    return job.resume(args, reading_bar) if args.resume is not None else job.start(args, reading_bar)

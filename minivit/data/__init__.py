@@ -9,8 +9,9 @@ from minivit.data.augment import (
     RandomErasing,
     RandomResizedCrop,
 )
+from minivit.data.catalog import kind_of, load, splits_of
 from minivit.data.colour import ColorJitter
-from minivit.data.datasets import Dataset, kind_of, load, splits_of
+from minivit.data.dataset import Dataset
 from minivit.data.images import read_image
 from minivit.data.loader import Loader, standardize
 from minivit.data.mixing import Mix

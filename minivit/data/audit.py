@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
+from typing import Any
 
 import numpy as np
 
 from minivit.backend import Key, permutation
-from minivit.data.datasets import kind_of, load, moments, splits_of
-from minivit.data.folder import SIZE, ImageFiles, in_threads, list_folder
+from minivit.data.catalog import kind_of, load, splits_of
+from minivit.data.dataset import moments
+from minivit.data.file_array import ImageFiles, in_threads
+from minivit.data.folder import SIZE
 from minivit.data.images import decode
+from minivit.data.listing import list_folder
 from minivit.errors import ConfigError, DataError
 
 SAMPLES = 100
@@ -66,19 +70,22 @@ class Audit:
         return [same for same in self.same if len(set(same.classes)) > 1]
 
 
-def audit(name: str | PathLike[str], size: tuple[int, int] | None = None) -> Audit:
-    """Look over a data set that :func:`~minivit.data.datasets.load` knows, all its splits, or any folder of images.
+def audit(
+    name: str | PathLike[str], size: tuple[int, int] | None = None, bar: Callable[..., Any] | None = None
+) -> Audit:
+    """Look over a data set that :func:`~minivit.data.catalog.load` knows, all its splits, or any folder of images.
 
     ``sizes`` are (height, width), "smallest", "median" and "largest" by area; ``formats`` and ``modes`` (Pillow's)
     count what the files are. ``corrupt`` are those that cannot be decoded, with the reasons; ``several`` hold more than
     one picture. Images are the ``same`` if the SHA-256 of their decoded pixels is, in their own size. ``mean`` and
     ``std`` are those of each channel of the training images / 255, which in a folder are brought to ``size`` first, by
     default 64 × 64. A ``note`` says what is missing, such as test images, or classes to train on.
+    ``bar=tqdm`` shows how far the reading of a folder is.
 
     Raises DataError for what is not there, or has no images; ConfigError for a ``size`` where images have their own.
     """
     if kind_of(name) == "folder":
-        return _audit_folder(name, size or SIZE)
+        return _audit_folder(name, size or SIZE, bar)
     if size is not None:
         raise ConfigError(f"{name}: its images have a size of their own", "give a size for folders of image files only")
     return _audit_arrays(name)
@@ -116,7 +123,7 @@ def _audit_arrays(name: str | PathLike[str]) -> Audit:
     )
 
 
-def _audit_folder(name: str | PathLike[str], size: tuple[int, int]) -> Audit:
+def _audit_folder(name: str | PathLike[str], size: tuple[int, int], bar: Callable[..., Any] | None) -> Audit:
     found = list_folder(name)
     files = [
         (file, split, label) for split, listed in found.files.items() for file, label in listed
@@ -147,7 +154,7 @@ def _audit_folder(name: str | PathLike[str], size: tuple[int, int]) -> Audit:
             if i in shown:
                 kept[i] = pixels
 
-    in_threads(look, as_loaded.paths, f"reading {name}")
+    in_threads(look, as_loaded.paths, f"reading {name}", bar)
     good = sorted(facts)
     counts = {split: [0] * len(found.classes) for split in found.files}
     for i in good:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import shutil
-import sys
 import tarfile
 import tempfile
 import time
 from pathlib import Path
 
-from minivit.data.datasets import data_home, load, reading
+from minivit.data.catalog import data_home, load
+from minivit.data.reading import reading
 from minivit.errors import DataError, unknown_name
 from minivit.files import open_regular, sync
 
@@ -46,11 +46,12 @@ SOURCES = {
 """Where each data set lies: the start of its addresses, and its files with their SHA-256."""
 
 
-def fetch(name: str) -> Path:
+def fetch(name: str, show_progress: bool = False) -> Path:
     """Download the data set ``name`` into the data home, if it is not there yet as a whole, and return its folder.
 
     ``name`` is a key of :data:`SOURCES`. A file that is not the published one, bit for bit, is not kept; what has been
     damaged since is fetched again. Whatever comes is on the disk before it gets its name: a crash leaves no half of it.
+    ``show_progress`` shows a bar.
 
     Raises DataError for another name, without the package pooch, where a file cannot be had, and where the folder holds
     what fetch did not put there and what cannot be loaded: it is left alone.
@@ -84,8 +85,8 @@ def fetch(name: str) -> Path:
                 if not source.is_file() or _sha256(source) != digest:
                     remedy = f"try again, or get it elsewhere and put it into {folder}"
                     with reading(f"{address}{file}", remedy):
-                        bar = sys.stderr.isatty()
-                        pooch.retrieve(f"{address}{file}", f"sha256:{digest}", file, temporary, progressbar=bar)
+                        known = f"sha256:{digest}"
+                        pooch.retrieve(f"{address}{file}", known, file, temporary, progressbar=show_progress)
                     source = Path(temporary) / file
                 if file == archive:
                     _unpack(source, unpacked, Path(temporary))

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
-from minivit.data.datasets import reading
+from minivit.data.reading import reading
 from minivit.errors import ConfigError, DataError
 from minivit.files import open_regular
 

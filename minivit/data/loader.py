@@ -10,7 +10,7 @@ import numpy as np
 
 from minivit.backend import Key, permutation, uniform_rows
 from minivit.data.augment import Augment
-from minivit.data.datasets import Dataset, bytes_remedy
+from minivit.data.dataset import Dataset, bytes_remedy
 from minivit.data.mixing import Mix
 from minivit.errors import ConfigError, DataError
 

@@ -31,7 +31,8 @@ from minivit.data import (
     RandomErasing,
     RandomResizedCrop,
 )
-from minivit.data.datasets import class_names, splits_of
+from minivit.data.catalog import splits_of
+from minivit.data.dataset import class_names
 from minivit.errors import CheckpointError, ConfigError, DataError, printable
 from minivit.files import replacing
 from minivit.measure.costs import peak_memory
@@ -57,9 +58,9 @@ from minivit.weights.native import data_meta, init_from, load_weights
 TRAIN_STREAM, HOLD_OUT_STREAM = 0x7A1, 0x0FF  # streams of random numbers under the run's seed
 
 
-def start(args: argparse.Namespace) -> int:
+def start(args: argparse.Namespace, bar: Callable[..., Any] | None = None) -> int:
     """Start a run in a folder of its own."""
-    job = Job(resolve(typed_settings(args), args.recipe, args.config), args.quiet)
+    job = Job(resolve(typed_settings(args), args.recipe, args.config), args.quiet, bar=bar)
     if args.dry_run:
         return job.try_out()
     folder = make_folder(Path(args.output), args.name, stem=job.title)
@@ -81,7 +82,7 @@ MAY_CHANGE = (
 """The settings that need not be the same when a run is resumed."""
 
 
-def resume(args: argparse.Namespace) -> int:
+def resume(args: argparse.Namespace, bar: Callable[..., Any] | None = None) -> int:
     """Continue a run where its checkpoint stands, in its folder, with its settings but for those in MAY_CHANGE."""
     typed = typed_settings(args)
     given = {**typed, "--recipe": args.recipe, "--config": args.config, "--name": args.name}
@@ -111,7 +112,7 @@ def resume(args: argparse.Namespace) -> int:
         settings = settings_of_run(folder, meta, typed)
         _make_absolute(settings)
         remarks = _compare_settings(settings, meta, folder)
-        job = Job(settings, args.quiet, resumed=True)
+        job = Job(settings, args.quiet, resumed=True, bar=bar)
         job.say(printable(f"run folder  {folder}"))
         for remark in remarks:
             job.say(printable(remark))
@@ -212,8 +213,10 @@ def typed_settings(args: argparse.Namespace) -> dict[str, Any]:
 class Job:
     """What a run needs, made from its settings: data, model and how it is trained."""
 
-    def __init__(self, settings: Settings, quiet: bool, resumed: bool = False) -> None:
-        self.settings, self.quiet = settings, quiet
+    def __init__(
+        self, settings: Settings, quiet: bool, resumed: bool = False, bar: Callable[..., Any] | None = None
+    ) -> None:
+        self.settings, self.quiet, self.bar = settings, quiet, bar
         keep_freed_memory()
         device, why = auto_device(settings["train.device"])
         _make_absolute(settings)
@@ -280,7 +283,8 @@ class Job:
         """Return a split of the data; image files as the model takes them."""
         s = self.settings
         size = pair("model.image_size", s["model.image_size"]) if s.origins["model.image_size"] != "default" else None
-        return data.load(s["data.name"], split, size, s["model.in_channels"], s["data.bad_images"], s["data.layout"])
+        channels, bad, layout = s["model.in_channels"], s["data.bad_images"], s["data.layout"]
+        return data.load(s["data.name"], split, size, channels, bad, layout, self.bar)
 
     def _load_beside(self, whole: Dataset, split: str) -> Dataset | None:
         """Return a split that belongs to the training images, or None if there is no such split."""

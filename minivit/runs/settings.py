@@ -125,7 +125,7 @@ def resolve(typed: Mapping[str, Any], recipe: str | None = None, file: str | Pat
     """
     import inspect
 
-    from minivit.data.datasets import kind_of
+    from minivit.data import kind_of
     from minivit.models.vit import ViT
     from minivit.runs.recipes import FOR_DATA, RECIPES, full_name
     from minivit.runs.trained import find_checkpoint

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minivit.data.datasets import class_names
+from minivit.data.dataset import class_names
 from minivit.errors import CheckpointError, NonFiniteError
 from minivit.models.vit import ViT
 from minivit.models.zoo import MODELS

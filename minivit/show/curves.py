@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from minivit.errors import printable
 from minivit.files import replacing
+from minivit.show.markup import escape
 
 Points = Sequence[tuple[float, float]]
 
@@ -40,11 +39,6 @@ STYLE = """\
 WIDTH, HEIGHT = 440, 260
 LEFT, RIGHT, TOP, BOTTOM = 52, 16, 36, 44  # margins around the plot
 MOST_DOTS = 60  # points of a line that are marked one by one, each with its figures to hover over
-
-
-def escape(text: str) -> str:
-    """Return text for HTML and SVG, in which what does not show is escaped as :func:`printable` has it."""
-    return html.escape(printable(text))
 
 
 def chart(

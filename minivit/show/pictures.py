@@ -1,4 +1,4 @@
-"""Pictures of a run, as PNG files: what the model is given, and where it looks. Arrays in; no model is known here."""
+"""Pictures, as PNG files: what a model is given, and where it looks. Arrays in; no model is known here."""
 
 from __future__ import annotations
 

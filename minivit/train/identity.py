@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from minivit.data.datasets import Dataset
+from minivit.data.dataset import Dataset
 from minivit.errors import shortened
 
 

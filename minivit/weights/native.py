@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from minivit.data import Dataset
-from minivit.data.datasets import NAMES
+from minivit.data.catalog import NAMES
 from minivit.data.images import FITS
 from minivit.errors import CheckpointError, ConfigError, DataError, MinivitError, unknown_name, value_text
 from minivit.models.positions import Grid, resize_positions
