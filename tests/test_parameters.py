@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 
 import numpy as np
@@ -241,11 +242,30 @@ def test_a_store_serves_an_optimizer_and_an_average_and_is_nobodys():
         AdamW(store, lr_scales={"norm.bias": 0.5})
 
 
+@pytest.mark.parametrize("kind", [AdamW, Muon])
+def test_a_plain_tensor_can_be_trained(kind):
+    """As an image that is changed until a model sees something else in it."""
+    x = mv.tensor(np.ones((2, 3)), requires_grad=True)
+    opt = kind([("x", x)], lr=0.1, weight_decay=0.5)
+    (x * x).sum().backward()
+    opt.step()
+    np.testing.assert_allclose(x.numpy(), 0.95 - 0.1, rtol=1e-6)  # decayed, then a step of the rate's length
+
+
+def test_rates_are_checked_before_anything_is_laid_out():
+    p = Parameter(np.ones(2))
+    before = p.data
+    for wrong in ({"lr": -1.0}, {"weight_decay": math.nan}, {"eps": 0.0}, {"betas": 0.9}, {"betas": (0.9, 1.0)}):
+        with pytest.raises(ConfigError):
+            AdamW([("p", p)], **wrong)
+        assert p.data is before
+
+
 def test_what_is_no_parameter_is_refused():
     with pytest.raises(ConfigError, match=r"got a str, not a pair \(name, parameter\)"):
         FlatParameters(["norm.bias"])
-    with pytest.raises(ConfigError, match=r"'w' is a Tensor, not a Parameter\n  → make it one: mv\.nn\.Parameter"):
-        FlatParameters([("w", mv.tensor(np.ones(3), requires_grad=True))])
+    with pytest.raises(ConfigError, match=r"'w' is a ndarray, not a Parameter\n  → make it one: mv\.nn\.Parameter"):
+        FlatParameters([("w", np.ones(3))])
     with pytest.raises(ConfigError, match="got a str, not a pair"):
         layer_scales(["norm.bias"], 0.5)
     with pytest.raises(ConfigError, match="several kinds"):

@@ -9,7 +9,7 @@ from minivit.backend import Array, array_module
 from minivit.errors import ConfigError
 from minivit.nn.module import Parameter
 from minivit.train.optimizer import AdamW, check_momentum
-from minivit.train.parameters import FlatParameters, Span, overlaps
+from minivit.train.parameters import FlatParameters, Span, overlaps, traits
 
 
 class Muon(AdamW):
@@ -33,11 +33,11 @@ class Muon(AdamW):
         weight_decay: float = 0.05,
         lr_scales: Mapping[str, float] | None = None,
     ) -> None:
-        super().__init__(named_parameters, lr, betas, eps, weight_decay, lr_scales)
         self.momentum = check_momentum(momentum)
+        super().__init__(named_parameters, lr, betas, eps, weight_decay, lr_scales)
         self.matrices = []  # (start, stop, shape) in the flat arrays
         for name, p, (start, stop) in zip(self.names, self.parameters, self.store.spans, strict=True):
-            if count := p.matrices:
+            if count := traits(p).matrices:
                 if p.ndim != 2 or count < 0 or p.shape[0] % count:
                     raise ConfigError(
                         f"{name} of shape {p.shape} cannot be {count} matrices stacked along its first axis",

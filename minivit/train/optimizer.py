@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any
@@ -38,6 +39,8 @@ class Optimizer:
         weight_decay: float,
         lr_scales: Mapping[str, float] | None = None,
     ) -> None:
+        for name, value in (("lr", lr), ("weight_decay", weight_decay)):
+            check_rate(name, value)  # before the parameters are laid out, which changes what they are views of
         if not isinstance(named_parameters, FlatParameters):
             named_parameters = FlatParameters(named_parameters, lr_scales)
         elif lr_scales is not None:
@@ -115,10 +118,7 @@ class Optimizer:
         """Raise ConfigError unless both rates are finite numbers from 0 on, also in the values' dtype and scaled."""
         most = float(np.finfo(self.store.values.dtype).max)
         for name, value in (("lr", self.lr), ("weight_decay", self.weight_decay)):
-            is_number: bool = isinstance(value, Real)  # whatever is annotated: a schedule may give anything
-            if not (is_number and 0.0 <= value <= most):  # NaN compares with nothing
-                remedy = "it must be finite and at least 0: look at what sets it, such as a schedule"
-                raise ConfigError(f"{name}={value!r}", remedy)
+            check_rate(name, value, most)
         scale = max(group.scale for group in self.groups)
         if scale * self.lr * max(1.0, self.weight_decay) > most:
             what = f"lr={self.lr}, scaled by {scale}, and weight_decay={self.weight_decay}"
@@ -148,6 +148,14 @@ class Optimizer:
         self.store.steps = int(steps)
 
 
+def check_rate(name: str, value: Any, most: float = sys.float_info.max) -> None:
+    """Raise ConfigError unless a learning rate or weight decay is a number from 0 to ``most``."""
+    is_number: bool = isinstance(value, Real)  # whatever is annotated: a schedule may give anything
+    if not (is_number and 0.0 <= value <= most):  # NaN compares with nothing
+        remedy = "it must be finite and at least 0: look at what sets it, such as a schedule"
+        raise ConfigError(f"{name}={value!r}", remedy)
+
+
 class AdamW(Optimizer):
     """Adam with decoupled weight decay (Loshchilov and Hutter 2019, arXiv 1711.05101, algorithm 2, as in PyTorch).
 
@@ -166,11 +174,12 @@ class AdamW(Optimizer):
         weight_decay: float = 0.05,
         lr_scales: Mapping[str, float] | None = None,
     ) -> None:
-        super().__init__(named_parameters, lr, weight_decay, lr_scales)
-        if not all(0.0 <= b < 1.0 for b in betas):
-            raise ConfigError(f"betas={betas}", "each must be in [0, 1); 0.9 and 0.999 are usual")
-        if not 0.0 < eps < math.inf:
+        pair = isinstance(betas, (tuple, list)) and len(betas) == 2
+        if not (pair and all(isinstance(b, int | float | np.floating) and 0.0 <= b < 1.0 for b in betas)):
+            raise ConfigError(f"betas={betas}", "give two numbers in [0, 1); 0.9 and 0.999 are usual")
+        if not (isinstance(eps, int | float | np.floating) and 0.0 < eps < math.inf):
             raise ConfigError(f"eps={eps}", "it must be positive, or the update would divide by zero; 1e-8 is usual")
+        super().__init__(named_parameters, lr, weight_decay, lr_scales)
         self.betas, self.eps = betas, eps
 
     def update_chunk(self, p: Array, g: Array, lr: float, decay: float, *state: Array) -> None:
@@ -211,8 +220,8 @@ class SGD(Optimizer):
         weight_decay: float = 0.0,
         lr_scales: Mapping[str, float] | None = None,
     ) -> None:
-        super().__init__(named_parameters, lr, weight_decay, lr_scales)
         self.momentum = check_momentum(momentum)
+        super().__init__(named_parameters, lr, weight_decay, lr_scales)
 
     def update_chunk(self, p: Array, g: Array, lr: float, decay: float, *state: Array) -> None:
         """Update one slice."""

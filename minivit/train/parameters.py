@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from minivit.autograd.tensor import Tensor
 from minivit.backend import Array, array_module, device_of, on_device_of, to_device
 from minivit.errors import CheckpointError, ConfigError, GraphError
 from minivit.nn.module import Parameter
@@ -56,7 +57,7 @@ class FlatParameters:
         scales = _checked_scales([n for n, _ in given], lr_scales or {})
 
         def rule(item: tuple[str, Parameter]) -> tuple[bool, float]:
-            return item[1].decays, scales[item[0]]
+            return traits(item[1]).decays, scales[item[0]]
 
         named.sort(key=rule, reverse=True)
         self.names = [n for n, _ in named]
@@ -157,7 +158,7 @@ def layer_scales(named_parameters: Iterable[tuple[str, Parameter]], decay: float
     """
     if not 0.0 <= decay <= 1.0:
         raise ConfigError(f"a layer decay of {decay}", "it must be in [0, 1]; 0.75 is usual, 1 is none")
-    layers = {name: p.layer for name, p in checked_pairs(named_parameters)}
+    layers = {name: traits(p).layer for name, p in checked_pairs(named_parameters)}
     last = max((layer for layer in layers.values() if layer is not None), default=None)
     if last is None:
         raise ConfigError(
@@ -174,10 +175,25 @@ def checked_pairs(named_parameters: Iterable[tuple[str, Parameter]]) -> list[tup
         if not isinstance(item, tuple):
             what = f"the optimizer got a {type(item).__name__}, not a pair (name, parameter)"
             raise ConfigError(what, "pass model.named_parameters()")
-        if not isinstance(item[1], Parameter):
+        if not isinstance(item[1], Tensor):
             what = f"{item[0]!r} is a {type(item[1]).__name__}, not a Parameter"
             raise ConfigError(what, "make it one: mv.nn.Parameter(array)")
     return given
+
+
+class Traits(NamedTuple):
+    """What a :class:`~minivit.nn.module.Parameter` says of itself."""
+
+    decays: bool
+    layer: int | None
+    matrices: int
+
+
+def traits(p: Tensor) -> Traits:
+    """Return what a parameter says of itself; a Tensor that is no Parameter counts as one that was told nothing."""
+    if isinstance(p, Parameter):
+        return Traits(p.decays, p.layer, p.matrices)
+    return Traits(decays=p.ndim > 1, layer=None, matrices=0)
 
 
 def _check_parameters(named: Sequence[tuple[str, Parameter]]) -> None:
