@@ -7,7 +7,7 @@ import itertools
 import shlex
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -32,7 +32,7 @@ from minivit.data import (
     RandomResizedCrop,
 )
 from minivit.data.datasets import class_names, splits_of
-from minivit.errors import CheckpointError, ConfigError, DataError, printable
+from minivit.errors import CheckpointError, ConfigError, DataError, Stopped, printable
 from minivit.files import replacing
 from minivit.measure.costs import peak_memory
 from minivit.measure.machine import blas_text, cpu_text, system_text, versions
@@ -45,21 +45,24 @@ from minivit.runs.settings import Settings, fit_to_data, parse_assignment, read_
 from minivit.runs.trained import find_checkpoint
 from minivit.show.text import bytes_text, percent_interval, plural
 from minivit.train import schedule
+from minivit.train.evaluation import evaluate
 from minivit.train.lock import RunLock
+from minivit.train.observers import Observer
 from minivit.train.optim import SGD, AdamW, Muon, Optimizer, layer_scales
+from minivit.train.records import Records
 from minivit.train.schedule import Schedule
-from minivit.train.signals import Stop, StopSignals
+from minivit.train.signals import StopSignals
 from minivit.train.step import Team
-from minivit.train.trainer import Trainer, evaluate
+from minivit.train.trainer import Trainer
 from minivit.weights.checkpoint import load_checkpoint
 from minivit.weights.native import data_meta, init_from, load_weights
 
 TRAIN_STREAM, HOLD_OUT_STREAM = 0x7A1, 0x0FF  # streams of random numbers under the run's seed
 
 
-def start(args: argparse.Namespace) -> int:
+def start(args: argparse.Namespace, observers: Sequence[Observer] = ()) -> int:
     """Start a run in a folder of its own."""
-    job = Job(resolve(typed_settings(args), args.recipe, args.config), args.quiet)
+    job = Job(resolve(typed_settings(args), args.recipe, args.config), args.quiet, observers=observers)
     if args.dry_run:
         return job.try_out()
     folder = make_folder(Path(args.output), args.name, stem=job.title)
@@ -81,7 +84,7 @@ MAY_CHANGE = (
 """The settings that need not be the same when a run is resumed."""
 
 
-def resume(args: argparse.Namespace) -> int:
+def resume(args: argparse.Namespace, observers: Sequence[Observer] = ()) -> int:
     """Continue a run where its checkpoint stands, in its folder, with its settings but for those in MAY_CHANGE."""
     typed = typed_settings(args)
     given = {**typed, "--recipe": args.recipe, "--config": args.config, "--name": args.name}
@@ -111,7 +114,7 @@ def resume(args: argparse.Namespace) -> int:
         settings = settings_of_run(folder, meta, typed)
         _make_absolute(settings)
         remarks = _compare_settings(settings, meta, folder)
-        job = Job(settings, args.quiet, resumed=True)
+        job = Job(settings, args.quiet, resumed=True, observers=observers)
         job.say(printable(f"run folder  {folder}"))
         for remark in remarks:
             job.say(printable(remark))
@@ -212,8 +215,10 @@ def typed_settings(args: argparse.Namespace) -> dict[str, Any]:
 class Job:
     """What a run needs, made from its settings: data, model and how it is trained."""
 
-    def __init__(self, settings: Settings, quiet: bool, resumed: bool = False) -> None:
-        self.settings, self.quiet = settings, quiet
+    def __init__(
+        self, settings: Settings, quiet: bool, resumed: bool = False, observers: Sequence[Observer] = ()
+    ) -> None:
+        self.settings, self.quiet, self.observers = settings, quiet, observers
         keep_freed_memory()
         device, why = auto_device(settings["train.device"])
         _make_absolute(settings)
@@ -393,7 +398,7 @@ class Job:
             max_seconds=60 * s["train.max_time"] or None,
             on_nan=s["train.on_nan"] if folder is not None else "stop",
             meta=meta,
-            quiet=self.quiet,
+            observers=self.observers,
         )
 
     def data_meta(self) -> dict[str, Any]:
@@ -457,10 +462,10 @@ class Job:
         try:
             with StopSignals() as signals:
                 self._finish(folder, trainer, signals.raise_if_noted)
-        except (Stop, KeyboardInterrupt) as stop:
+        except KeyboardInterrupt as stop:
             print("stopped; the training is done and saved: test it and draw its pictures with\n"
                   f"  minivit train --resume {printable(shlex.quote(str(folder)))}", file=sys.stderr)  # fmt: skip
-            raise SystemExit(stop.code if isinstance(stop, Stop) else 130) from None
+            raise SystemExit(stop.code if isinstance(stop, Stopped) else 130) from None
         return 0
 
     def _compare_data(self, meta: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -505,8 +510,9 @@ class Job:
             print(f"test        {figures}{of}")
             tested = {f"test_{name}": result[name] for name in ("loss", "accuracy", "interval", "count")}
             at = best if best is not None else trainer.progress.history[-1]
-            trainer.records.log({"epoch": at["epoch"], "step": at["step"], **tested})
-            trainer.records.flush()
+            records = Records(folder)
+            records.log({"epoch": at["epoch"], "step": at["step"], **tested})
+            records.flush()
         write_results(
             self.model,
             loader,

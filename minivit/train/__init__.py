@@ -1,9 +1,12 @@
 """Training: optimizers, schedules, one step, whole runs, and their checkpoints."""
 
+from minivit.train.evaluation import evaluate
+from minivit.train.observers import Observer
 from minivit.train.optim import SGD, AdamW, Muon, clip_grad_norm
+from minivit.train.progress import Progress
 from minivit.train.schedule import warmup_cosine, warmup_linear
 from minivit.train.step import TrainStep, predict_logits
-from minivit.train.trainer import Progress, Trainer, evaluate
+from minivit.train.trainer import Trainer
 from minivit.weights.checkpoint import Checkpoint, load_checkpoint, parameters_hash, save_checkpoint
 
 __all__ = [
@@ -11,6 +14,7 @@ __all__ = [
     "AdamW",
     "Checkpoint",
     "Muon",
+    "Observer",
     "Progress",
     "TrainStep",
     "Trainer",
