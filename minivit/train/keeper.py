@@ -52,9 +52,7 @@ class Keeper(Observer):
     def epoch(self, trainer: Any, row: Row) -> None:
         """Record and save the epoch, also as the best one if it is."""
         self.records.log(row)
-        if trainer.progress.best is row:
-            self.save(trainer, "best")
-        self.save(trainer, "last")
+        self.save(trainer, *(("best", "last") if trainer.progress.best is row else ("last",)))
         self.records.write_results(trainer.progress.history)
 
     def stopped(self, trainer: Any, why: str) -> None:
@@ -65,15 +63,17 @@ class Keeper(Observer):
         """Write out the lines that wait."""
         self.records.flush()
 
-    def save(self, trainer: Any, name: str) -> None:
-        """Write the checkpoint called ``name``, and let the run's observers know."""
+    def save(self, trainer: Any, *names: str) -> None:
+        """Write the checkpoints of these names, one after the other, and then let the run's observers know."""
         self.records.flush()
-        path, checkpoint = self.checkpoint(name), trainer.checkpoint()
-        save_checkpoint(path, checkpoint.arrays, checkpoint.meta)
-        if name == "last":
-            self.newest = path, stamp(path)
-        for observer in trainer.observers:
-            observer.saved(trainer, path)
+        checkpoint, paths = trainer.checkpoint(), [self.checkpoint(name) for name in names]
+        for name, path in zip(names, paths, strict=True):
+            save_checkpoint(path, checkpoint.arrays, checkpoint.meta)
+            if name == "last":
+                self.newest = path, stamp(path)
+        for path in paths:
+            for observer in trainer.observers:
+                observer.saved(trainer, path)
 
     # ---- what it does not write over ----
 
