@@ -61,6 +61,25 @@ class CheckpointError(MinivitError, ValueError):
     """A checkpoint that is missing, damaged or belongs to another model."""
 
 
+class Stopped(KeyboardInterrupt):
+    """A run that Ctrl-C, SIGTERM or SIGHUP has ended between two steps: it is saved, and can be continued.
+
+    Like KeyboardInterrupt, of which it is one, it is a request and no error: no ``except Exception`` or ``except
+    MinivitError`` catches it, so that a program which goes on after a failed run does not go on after this one.
+
+    ``signum`` is the signal's number, ``code`` the exit code by which a shell reports a process that it has ended, 128
+    + ``signum``; ``path`` is what the run is saved in, ``what`` and ``remedy`` are as of a :class:`MinivitError`.
+    """
+
+    def __init__(self, signum: int, what: str = "stopped", remedy: str = "", path: str | None = None) -> None:
+        super().__init__(signum, what, remedy, path)
+        self.signum, self.code = signum, 128 + signum
+        self.what, self.remedy, self.path = what, remedy, path
+
+    def __str__(self) -> str:
+        return str(MinivitError(self.what, self.remedy))
+
+
 def unknown_name(kind: str, name: str, known: Iterable[str], error: type[MinivitError] = ConfigError) -> MinivitError:
     """Return an error for an unknown ``name``, with the nearest known ones: "did you mean …?"."""
     known = sorted(known)

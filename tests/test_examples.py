@@ -13,7 +13,7 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 
 def test_the_examples_are_there():
-    assert [e.name[:2] for e in EXAMPLES] == ["01", "02", "03", "04"]
+    assert [e.name[:2] for e in EXAMPLES] == ["01", "02", "03", "04", "05"]
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda e: e.stem)

@@ -37,9 +37,10 @@ from minivit.runs.job import MAY_CHANGE, Job, augmentation, settings_of_run
 from minivit.runs.results import _label_text
 from minivit.runs.settings import known_settings, resolve
 from minivit.runs.trained import find_checkpoint
+from minivit.train.evaluation import evaluate
 from minivit.train.optim import SGD
-from minivit.train.records import Records, Row
-from minivit.train.trainer import evaluate
+from minivit.train.progress import Row
+from minivit.train.records import Records
 from minivit.weights.checkpoint import load_checkpoint, parameters_hash, save_checkpoint
 from minivit.weights.native import read_model
 

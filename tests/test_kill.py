@@ -26,7 +26,7 @@ import minivit as mv
 from minivit.backend import random_bits
 from minivit.cli.main import main
 from minivit.data import Affine, Dataset, Loader
-from minivit.errors import CheckpointError, ConfigError
+from minivit.errors import CheckpointError, ConfigError, Stopped
 from minivit.files import unfinished
 from minivit.runs.job import make_folder
 from minivit.train import AdamW, Trainer, load_checkpoint, parameters_hash, save_checkpoint, warmup_cosine
@@ -62,7 +62,7 @@ def small_run(folder, **settings):
     opt = AdamW(model.named_parameters())
     schedule = warmup_cosine(1e-2, EPOCHS * BATCHES, BATCHES)
     defaults = {"schedule": schedule, "epochs": EPOCHS, "seed": 3, "clip_norm": 1.0, "threads": 2, "micro_batch": 9}
-    trainer = Trainer(model, opt, folder=folder, **{**defaults, "save_every": 1, "quiet": True, **settings})
+    trainer = Trainer(model, opt, folder=folder, **{**defaults, "save_every": 1, **settings})
     if folder is not None and (last := Path(folder) / "checkpoints" / "last.npz").exists():
         trainer.resume(last)
     return trainer, train, valid
@@ -131,7 +131,7 @@ def test_sigterm_and_sigint_save_and_end_with_their_codes(whole, tmp_path):
             time.sleep(0.002)
         code, _, err = finish(child, number)
         assert code == expected, err
-        assert f"continue with\n  Trainer.resume({str(last)!r})\n" in err  # no command has made this run
+        assert f"  → continue with Trainer.resume({str(last)!r}), and fit\n" in err
         assert "Traceback" not in err
         seen = saved_at(last)
     resumed, train, valid = small_run(tmp_path)
@@ -290,7 +290,11 @@ def test_a_folder_that_cannot_be_one(tmp_path):
 
 def _train(folder: Path) -> None:
     trainer, train, valid = small_run(folder)
-    trainer.fit(train, valid)
+    try:
+        trainer.fit(train, valid)
+    except Stopped as stop:
+        print(stop, file=sys.stderr)
+        sys.exit(stop.code)
 
 
 def _train_killed(folder: Path) -> None:

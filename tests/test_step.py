@@ -710,10 +710,10 @@ def test_fit_after_load_model_trains_with_dropout(tmp_path):
     for start in ("new", "loaded"):
         model = mv.ViT(**settings)
         if start == "loaded":
-            trainer = mv.Trainer(model, AdamW(model.named_parameters(), lr=0.0), epochs=1, folder=tmp_path, quiet=True)
+            trainer = mv.Trainer(model, AdamW(model.named_parameters(), lr=0.0), epochs=1, folder=tmp_path)
             trainer.fit(train)
             model = mv.load_model(tmp_path / "checkpoints" / "last.npz")
-        trainer = mv.Trainer(model, AdamW(model.named_parameters(), lr=1e-2), epochs=2, quiet=True)
+        trainer = mv.Trainer(model, AdamW(model.named_parameters(), lr=1e-2), epochs=2)
         rows.append([row["loss"] for row in trainer.fit(train)])
         assert model.training == (start == "new")
     assert rows[0] == rows[1]

@@ -18,7 +18,8 @@ import pytest
 
 import minivit as mv
 from minivit import ops
-from minivit.errors import CheckpointError, ConfigError, DataError, NonFiniteError
+from minivit.cli.progress import shown
+from minivit.errors import CheckpointError, ConfigError, DataError, NonFiniteError, Stopped
 from minivit.train import (
     SGD,
     AdamW,
@@ -31,6 +32,7 @@ from minivit.train import (
     save_checkpoint,
     warmup_cosine,
 )
+from minivit.train import keeper as keeper_module
 from minivit.train import trainer as trainer_module
 from minivit.weights.native import read_model
 from tests.test_kill import BATCHES, EPOCHS, small_run
@@ -161,15 +163,14 @@ def test_soft_labels_are_refused_before_the_first_epoch(tmp_path):
     assert row["valid_accuracy"] >= 0
 
 
-def test_a_command_to_resume_is_given_only_for_a_run_of_the_command_line(tmp_path):
+def test_it_names_the_checkpoint_to_resume_and_no_command(tmp_path):
     folder = tmp_path / "my run"
     trainer, train, _ = small_run(folder, epochs=1)
     trainer.fit(train)
-    with pytest.raises(ConfigError, match=r"continue it: Trainer\.resume\('.*my run/checkpoints/last\.npz'\)"):
-        Trainer(trainer.model, trainer.opt, folder=folder).fit(train)
-    (folder / "config.toml").touch()
-    with pytest.raises(ConfigError, match=r"continue it: minivit train --resume '.*my run/checkpoints/last\.npz'"):
-        Trainer(trainer.model, trainer.opt, folder=folder).fit(train)
+    for _ in range(2):  # also where the command line has made the run
+        with pytest.raises(ConfigError, match=r"resume it from .*my run/checkpoints/last\.npz, or name another folder"):
+            Trainer(trainer.model, trainer.opt, folder=folder).fit(train)
+        (folder / "config.toml").touch()
 
 
 def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):
@@ -182,7 +183,7 @@ def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):
 def test_another_runs_folder_is_not_overwritten(whole):
     folder = whole[0]
     trainer, train, _ = small_run(None)
-    other = Trainer(trainer.model, trainer.opt, folder=folder, quiet=True)
+    other = Trainer(trainer.model, trainer.opt, folder=folder)
     with pytest.raises(ConfigError, match="already holds a run"):
         other.fit(train)
 
@@ -243,7 +244,7 @@ def test_a_run_cut_before_any_save_has_it_all_in_the_end(tmp_path, whole, cut, m
             raise PowerCut
         save_checkpoint(*args)
 
-    monkeypatch.setattr(trainer_module, "save_checkpoint", save_or_cut)
+    monkeypatch.setattr(keeper_module, "save_checkpoint", save_or_cut)
     trainer, train, valid = small_run(tmp_path, save_every=BATCHES)
     with pytest.raises(PowerCut):
         trainer.fit(train, valid)
@@ -378,7 +379,8 @@ def inverted(dataset, count):
 def test_other_images_labels_or_augmentation_are_refused(tmp_path, change, said):
     trainer, train, valid = small_run(tmp_path, save_every=None)
     with pytest.raises(PowerCut):
-        real, trainer._save = trainer._save, lambda name: (real(name), fail_at(1)(name == "last"))
+        real = trainer.keeper.save
+        trainer.keeper.save = lambda trainer, *names: (real(trainer, *names), fail_at(1)("last" in names))
         trainer.fit(train, valid)
     again, train, valid = small_run(tmp_path)
     change(train, valid)
@@ -399,7 +401,7 @@ def test_a_checkpoint_of_the_first_version_is_continued_to_the_same_bits(tmp_pat
 
 
 def test_other_threads_are_told(whole, capsys):
-    trainer, *_ = small_run(None, threads=1, quiet=False)
+    trainer, *_ = small_run(None, threads=1, observers=shown())
     trainer.resume(whole[0] / "checkpoints" / "last.npz")
     assert "goes on with other threads: 2 → 1" in capsys.readouterr().err
 
@@ -413,7 +415,7 @@ def test_more_epochs_go_on_where_the_schedule_allows_and_the_rate_is_told(tmp_pa
             small_run(tmp_path, epochs=3, schedule=other)
     with pytest.raises(ConfigError, match="epochs=1: the run is in epoch 2 already"):
         small_run(tmp_path, epochs=1, schedule=falls)
-    trainer, train, valid = small_run(tmp_path, epochs=3, schedule=falls, quiet=False)
+    trainer, train, valid = small_run(tmp_path, epochs=3, schedule=falls, observers=shown())
     assert "3 epochs instead of 2: the learning rate after epoch 2 is 0.0001" in capsys.readouterr().err
     assert [row["lr"] for row in trainer.fit(train, valid)][1:] == [1e-4, 1e-4]
     to_zero = tmp_path / "zero"
@@ -517,7 +519,7 @@ def test_the_training_accuracy_is_over_the_epochs_images(tmp_path, monkeypatch, 
     monkeypatch.setattr(
         trainer_module, "TrainStep", counting(itertools.chain([1, 2, 3, 4, 5, 6, 4], itertools.repeat(8)))
     )
-    trainer, train, valid = small_run(tmp_path, epochs=2, quiet=False)
+    trainer, train, valid = small_run(tmp_path, epochs=2, observers=shown())
     with pytest.raises(PowerCut):
         trainer.fit(Hooked(train, fail_at(10)), valid)
     monkeypatch.setattr(trainer_module, "TrainStep", counting(itertools.repeat(1)))
@@ -552,16 +554,14 @@ def raise_at(batch, number):
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)], ids=str
 )
-def test_a_signal_lets_the_step_finish_saves_and_sets_the_exit_code(
-    tmp_path, whole, python_handlers, number, code, capsys
-):
+def test_a_signal_lets_the_step_finish_saves_and_raises_stopped(tmp_path, whole, python_handlers, number, code):
     trainer, train, valid = small_run(tmp_path, save_every=None)
-    with pytest.raises(SystemExit) as caught:
+    with pytest.raises(Stopped) as caught:
         trainer.fit(Hooked(train, raise_at(10, number)), valid)
-    last = tmp_path / "checkpoints" / "last.npz"
-    assert caught.value.code == code
-    said = f"stopped and saved after step 10; continue with\n  Trainer.resume({str(last)!r})\n"
-    assert capsys.readouterr().err == said
+    stop, last = caught.value, str(tmp_path / "checkpoints" / "last.npz")
+    assert (stop.signum, stop.code, stop.path) == (number, code, last)
+    assert str(stop) == f"stopped and saved after step 10\n  → continue with Trainer.resume({last!r}), and fit"
+    assert not isinstance(stop, Exception), "a loop that goes on after a failed run would go on"
     assert [row["step"] for row in metrics(tmp_path) if "batch_loss" in row] == list(range(1, 11))
     trainer, train, valid = small_run(tmp_path)
     assert trainer.opt.steps == 10
@@ -572,7 +572,7 @@ def test_a_signal_lets_the_step_finish_saves_and_sets_the_exit_code(
 def test_a_signal_while_it_evaluates_does_not_wait_for_the_end(tmp_path, whole, python_handlers):
     trainer, train, valid = small_run(tmp_path, save_every=None)
     valid = Hooked(valid, raise_at(2, signal.SIGINT))  # the first batch is a look at the labels
-    with pytest.raises(SystemExit):
+    with pytest.raises(Stopped):
         trainer.fit(train, valid)
     assert valid.count == 2 and trainer.opt.steps == BATCHES
     trainer, train, valid = small_run(tmp_path)
@@ -637,7 +637,7 @@ def nan_at(*batches):
 
 
 def test_a_batch_with_a_nan_can_be_left_out(tmp_path, capsys):
-    trainer, train, valid = small_run(tmp_path, save_every=None, on_nan="skip", quiet=False)
+    trainer, train, valid = small_run(tmp_path, save_every=None, on_nan="skip", observers=shown())
     history = trainer.fit(Hooked(train, nan_at(3)), valid)
     assert trainer.opt.steps == STEPS - 1 and [row["epoch"] for row in history] == list(range(1, EPOCHS + 1))
     left_out = [row for row in metrics(tmp_path) if "left_out" in row]
@@ -695,7 +695,7 @@ def test_a_nan_can_roll_the_run_back_to_its_last_checkpoint(tmp_path):
 
 def test_it_stops_when_validation_gets_no_better(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(trainer_module, "evaluate", lambda *args, **more: {"loss": 1.0, "accuracy": 0.5})
-    trainer, train, valid = small_run(tmp_path, epochs=50, schedule=None, patience=2, quiet=False)
+    trainer, train, valid = small_run(tmp_path, epochs=50, schedule=None, patience=2, observers=shown())
     history = trainer.fit(train, valid)
     assert len(history) == 3 and trainer.progress.best["epoch"] == 1
     assert "stopped after epoch 3: nothing better on the validation images in 2 epochs" in capsys.readouterr().err
@@ -725,7 +725,7 @@ def test_its_time_can_be_limited(tmp_path):
 
 def test_a_signal_after_the_time_is_up_loses_nothing(tmp_path, python_handlers):
     trainer, train, valid = small_run(tmp_path, max_seconds=1e-9)
-    with pytest.raises(SystemExit):
+    with pytest.raises(Stopped):
         trainer.fit(train, Hooked(valid, raise_at(2, signal.SIGINT)))  # the first batch is a look at the labels
     trainer, train, valid = small_run(tmp_path, max_seconds=1e-9)
     history = trainer.fit(train, valid)
@@ -753,13 +753,13 @@ def test_the_average_is_what_is_evaluated_and_kept(tmp_path):
 
 
 def test_a_first_loss_far_above_a_guess_is_told(tmp_path, capsys):
-    trainer, train, _ = small_run(None, quiet=False, epochs=1)
+    trainer, train, _ = small_run(None, observers=shown(), epochs=1)
     trainer.model.head.weight.data[...] = 100.0 * np.sign(np.arange(trainer.model.head.weight.size) % 3 - 1.0).reshape(
         trainer.model.head.weight.shape
     )
     trainer.fit(train)
     assert "a guess among 4 classes has 1.39: look at the labels" in capsys.readouterr().err
-    trainer, train, _ = small_run(None, quiet=False, epochs=1)
+    trainer, train, _ = small_run(None, observers=shown(), epochs=1)
     trainer.fit(train)
     assert "warning" not in capsys.readouterr().err
 
@@ -843,7 +843,7 @@ def test_optimizer_settings_that_cannot_be_meant(make, said):
 
 
 def test_without_a_terminal_it_prints_a_line_an_epoch(capsys):
-    trainer, train, valid = small_run(None, quiet=False, epochs=2)
+    trainer, train, valid = small_run(None, observers=shown(), epochs=2)
     trainer.fit(train, valid)
     out, err = capsys.readouterr()
     assert out == ""
@@ -855,7 +855,7 @@ def test_without_a_terminal_it_prints_a_line_an_epoch(capsys):
 def test_on_a_terminal_it_keeps_one_line_an_epoch(capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     monkeypatch.setenv("COLUMNS", "120")
-    trainer, train, valid = small_run(None, quiet=False, epochs=2)
+    trainer, train, valid = small_run(None, observers=shown(), epochs=2)
     trainer.fit(train, valid)
     err = capsys.readouterr().err
     kept = [line.split("\r")[-1] for line in err.splitlines(keepends=True) if line.endswith("\n")]
@@ -863,7 +863,7 @@ def test_on_a_terminal_it_keeps_one_line_an_epoch(capsys, monkeypatch):
     assert all("100%" in line and "accuracy" in line and "images/s" in line for line in kept)
     assert all(len(line) <= 120 for line in kept)
     monkeypatch.setenv("COLUMNS", "80")
-    trainer, train, valid = small_run(None, quiet=False, epochs=1)
+    trainer, train, valid = small_run(None, observers=shown(), epochs=1)
     trainer.fit(train, valid)
     last = capsys.readouterr().err.split("\r")[-1]
     assert "100%" in last and re.search(r"valid (accuracy )?\d", last) and len(last) <= 80

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from minivit.cli.bars import reading_bar
 from minivit.cli.main import number
+from minivit.errors import Stopped, printable
 from minivit.runs.options import MODEL_FLAGS, OPTIONS, RECIPE_NAMES
 
 METAVARS = {int: "N", float: "X", str: "NAME"}
@@ -45,6 +45,16 @@ def add_setting_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train, test, and leave a run folder."""
+    import shlex
+    import sys
+
+    from minivit.cli.progress import shown
     from minivit.runs import job
 
-    return job.resume(args, reading_bar) if args.resume is not None else job.start(args, reading_bar)
+    observers = [] if args.quiet else shown()
+    try:
+        return job.resume(args, observers) if args.resume is not None else job.start(args, observers)
+    except Stopped as stop:
+        again = f"minivit train --resume {printable(shlex.quote(str(stop.path)))}"
+        print(f"{stop.what}; continue with\n  {again}", file=sys.stderr)
+        return stop.code

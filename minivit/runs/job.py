@@ -7,7 +7,7 @@ import itertools
 import shlex
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -31,9 +31,8 @@ from minivit.data import (
     RandomErasing,
     RandomResizedCrop,
 )
-from minivit.data.catalog import splits_of
-from minivit.data.dataset import class_names
-from minivit.errors import CheckpointError, ConfigError, DataError, printable
+from minivit.data.datasets import class_names, splits_of
+from minivit.errors import CheckpointError, ConfigError, DataError, Stopped, printable
 from minivit.files import replacing
 from minivit.measure.costs import peak_memory
 from minivit.measure.machine import blas_text, cpu_text, system_text, versions
@@ -46,21 +45,24 @@ from minivit.runs.settings import Settings, fit_to_data, parse_assignment, read_
 from minivit.runs.trained import find_checkpoint
 from minivit.show.text import bytes_text, percent_interval, plural
 from minivit.train import schedule
+from minivit.train.evaluation import evaluate
 from minivit.train.lock import RunLock
+from minivit.train.observers import Observer
 from minivit.train.optim import SGD, AdamW, Muon, Optimizer, layer_scales
+from minivit.train.records import Records
 from minivit.train.schedule import Schedule
-from minivit.train.sharing import team_for
-from minivit.train.signals import Stop, StopSignals
-from minivit.train.trainer import Trainer, evaluate
+from minivit.train.signals import StopSignals
+from minivit.train.step import Team
+from minivit.train.trainer import Trainer
 from minivit.weights.checkpoint import load_checkpoint
 from minivit.weights.native import data_meta, init_from, load_weights
 
 TRAIN_STREAM, HOLD_OUT_STREAM = 0x7A1, 0x0FF  # streams of random numbers under the run's seed
 
 
-def start(args: argparse.Namespace, bar: Callable[..., Any] | None = None) -> int:
+def start(args: argparse.Namespace, observers: Sequence[Observer] = ()) -> int:
     """Start a run in a folder of its own."""
-    job = Job(resolve(typed_settings(args), args.recipe, args.config), args.quiet, bar=bar)
+    job = Job(resolve(typed_settings(args), args.recipe, args.config), args.quiet, observers=observers)
     if args.dry_run:
         return job.try_out()
     folder = make_folder(Path(args.output), args.name, stem=job.title)
@@ -82,7 +84,7 @@ MAY_CHANGE = (
 """The settings that need not be the same when a run is resumed."""
 
 
-def resume(args: argparse.Namespace, bar: Callable[..., Any] | None = None) -> int:
+def resume(args: argparse.Namespace, observers: Sequence[Observer] = ()) -> int:
     """Continue a run where its checkpoint stands, in its folder, with its settings but for those in MAY_CHANGE."""
     typed = typed_settings(args)
     given = {**typed, "--recipe": args.recipe, "--config": args.config, "--name": args.name}
@@ -112,7 +114,7 @@ def resume(args: argparse.Namespace, bar: Callable[..., Any] | None = None) -> i
         settings = settings_of_run(folder, meta, typed)
         _make_absolute(settings)
         remarks = _compare_settings(settings, meta, folder)
-        job = Job(settings, args.quiet, resumed=True, bar=bar)
+        job = Job(settings, args.quiet, resumed=True, observers=observers)
         job.say(printable(f"run folder  {folder}"))
         for remark in remarks:
             job.say(printable(remark))
@@ -214,9 +216,9 @@ class Job:
     """What a run needs, made from its settings: data, model and how it is trained."""
 
     def __init__(
-        self, settings: Settings, quiet: bool, resumed: bool = False, bar: Callable[..., Any] | None = None
+        self, settings: Settings, quiet: bool, resumed: bool = False, observers: Sequence[Observer] = ()
     ) -> None:
-        self.settings, self.quiet, self.bar = settings, quiet, bar
+        self.settings, self.quiet, self.observers = settings, quiet, observers
         keep_freed_memory()
         device, why = auto_device(settings["train.device"])
         _make_absolute(settings)
@@ -250,15 +252,14 @@ class Job:
             changed = init_from(self.model, settings["train.init_from"])
         self.loader = self.make_loader()
         # what "auto" and 0 come to on this machine is kept, because equal bits need the same again
-        team = team_for(self.model, micro_batch=settings["train.micro_batch"] or None)
-        batch_size = settings["train.batch_size"]
+        team, batch_size = Team(self.model, None, settings["train.micro_batch"] or None), settings["train.batch_size"]
         threads = settings["train.threads"] or team.threads_for(self.loader.batch_size)
         micro_batch = min(team.micro_batch or batch_size, batch_size)
         found = {"train.device": device, "train.threads": threads, "train.micro_batch": micro_batch}
         settings.take({key: value for key, value in found.items() if settings[key] != value}, "this machine")
         kept = self.model.config | {"recompute": settings["model.recompute"]}
         rows = min(self.loader.batch_size, len(self.train_data))
-        self.memory = peak_memory(kept, team_for(self.model, threads, micro_batch), rows)
+        self.memory = peak_memory(kept, Team(self.model, threads, micro_batch), rows)
         self.memory += 4 * self.model.num_parameters() * bool(settings["train.model_ema"])
         _check_memory(self.memory, device)
         self.schedule = self.make_schedule()
@@ -283,8 +284,7 @@ class Job:
         """Return a split of the data; image files as the model takes them."""
         s = self.settings
         size = pair("model.image_size", s["model.image_size"]) if s.origins["model.image_size"] != "default" else None
-        channels, bad, layout = s["model.in_channels"], s["data.bad_images"], s["data.layout"]
-        return data.load(s["data.name"], split, size, channels, bad, layout, self.bar)
+        return data.load(s["data.name"], split, size, s["model.in_channels"], s["data.bad_images"], s["data.layout"])
 
     def _load_beside(self, whole: Dataset, split: str) -> Dataset | None:
         """Return a split that belongs to the training images, or None if there is no such split."""
@@ -360,7 +360,8 @@ class Job:
         s = self.settings
         scales = None
         if s["train.layer_decay"] != 1.0:
-            scales = layer_scales(self.model.named_parameters(), s["train.layer_decay"])
+            names = [name for name, _ in self.model.named_parameters()]
+            scales = layer_scales(names, s["model.depth"], s["train.layer_decay"])
         settings: dict[str, Any] = {"lr": s["train.lr"], "weight_decay": s["train.weight_decay"], "lr_scales": scales}
         if s["train.optimizer"] == "sgd":
             return SGD(self.model.named_parameters(), momentum=s["train.momentum"], **settings)
@@ -397,7 +398,7 @@ class Job:
             max_seconds=60 * s["train.max_time"] or None,
             on_nan=s["train.on_nan"] if folder is not None else "stop",
             meta=meta,
-            quiet=self.quiet,
+            observers=self.observers,
         )
 
     def data_meta(self) -> dict[str, Any]:
@@ -461,10 +462,10 @@ class Job:
         try:
             with StopSignals() as signals:
                 self._finish(folder, trainer, signals.raise_if_noted)
-        except (Stop, KeyboardInterrupt) as stop:
+        except KeyboardInterrupt as stop:
             print("stopped; the training is done and saved: test it and draw its pictures with\n"
                   f"  minivit train --resume {printable(shlex.quote(str(folder)))}", file=sys.stderr)  # fmt: skip
-            raise SystemExit(stop.code if isinstance(stop, Stop) else 130) from None
+            raise SystemExit(stop.code if isinstance(stop, Stopped) else 130) from None
         return 0
 
     def _compare_data(self, meta: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -509,8 +510,9 @@ class Job:
             print(f"test        {figures}{of}")
             tested = {f"test_{name}": result[name] for name in ("loss", "accuracy", "interval", "count")}
             at = best if best is not None else trainer.progress.history[-1]
-            trainer.records.log({"epoch": at["epoch"], "step": at["step"], **tested})
-            trainer.records.flush()
+            records = Records(folder)
+            records.log({"epoch": at["epoch"], "step": at["step"], **tested})
+            records.flush()
         write_results(
             self.model,
             loader,

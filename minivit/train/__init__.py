@@ -1,10 +1,13 @@
 """Training: optimizers, schedules, one step, whole runs, and their checkpoints."""
 
+from minivit.train.evaluation import evaluate
+from minivit.train.observers import Observer
 from minivit.train.optim import SGD, AdamW, Muon, clip_grad_norm
 from minivit.train.predict import predict_logits
+from minivit.train.progress import Progress
 from minivit.train.schedule import warmup_cosine, warmup_linear
 from minivit.train.step import TrainStep
-from minivit.train.trainer import Progress, Trainer, evaluate
+from minivit.train.trainer import Trainer
 from minivit.weights.checkpoint import Checkpoint, load_checkpoint, parameters_hash, save_checkpoint
 
 __all__ = [
@@ -12,6 +15,7 @@ __all__ = [
     "AdamW",
     "Checkpoint",
     "Muon",
+    "Observer",
     "Progress",
     "TrainStep",
     "Trainer",

@@ -9,18 +9,16 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from minivit.errors import CheckpointError, ConfigError
 from minivit.files import replacing
-
-Row = dict[str, Any]
+from minivit.train.progress import Row
 
 
 class Records:
-    """The records in a run's folder; none if it is None. A row has at least ``epoch`` and ``step``, both from 1."""
+    """The records in a run's folder."""
 
-    def __init__(self, folder: Path | None) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._lines: list[str] = []
 
@@ -30,20 +28,18 @@ class Records:
         So a run that continues from a checkpoint has no row twice, nor that of a test, which is made at its end. Raises
         ConfigError, nothing changed, if a new run would overwrite files of these names that are none of minivit's.
         """
-        if self.folder is not None:
-            metrics = self.folder / "metrics.jsonl"
-            with _telling(self.folder):
-                self.folder.mkdir(parents=True, exist_ok=True)
-                # a line whose bytes are damaged is dropped like one cut short
-                lines = metrics.read_text("utf-8", errors="replace").splitlines() if metrics.exists() else []
-            if not history and not batch:
-                self._refuse_others(lines)
-            self._replace(metrics, "".join(f"{line}\n" for line in lines if _is_done(line, batch, len(history))))
-            self.write_results(history)
+        metrics = self.folder / "metrics.jsonl"
+        with _telling(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            # a line whose bytes are damaged is dropped like one cut short
+            lines = metrics.read_text("utf-8", errors="replace").splitlines() if metrics.exists() else []
+        if not history and not batch:
+            self._refuse_others(lines)
+        self._replace(metrics, "".join(f"{line}\n" for line in lines if _is_done(line, batch, len(history))))
+        self.write_results(history)
 
     def _refuse_others(self, lines: Sequence[str]) -> None:
         """Raise ConfigError if metrics.jsonl, of ``lines``, or results.csv were written by somebody else."""
-        assert self.folder is not None
         others = ["metrics.jsonl"] if lines and not any(line.startswith('{"epoch":') for line in lines) else []
         results = self.folder / "results.csv"
         with _telling(self.folder):
@@ -55,26 +51,23 @@ class Records:
 
     def log(self, row: Row) -> None:
         """Add a line to metrics.jsonl; it waits in memory until :meth:`flush`."""
-        if self.folder is not None:
-            self._lines.append(json.dumps(row) + "\n")
+        self._lines.append(json.dumps(row) + "\n")
 
     def flush(self) -> None:
         """Write the lines out, to last: done before a checkpoint, which they must not lag behind."""
-        if self.folder is not None:
-            lines, self._lines = self._lines, []
-            with _telling(self.folder), open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as f:
-                f.writelines(lines)
-                f.flush()
-                os.fsync(f.fileno())
+        lines, self._lines = self._lines, []
+        with _telling(self.folder), open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as f:
+            f.writelines(lines)
+            f.flush()
+            os.fsync(f.fileno())
 
     def write_results(self, history: Sequence[Row]) -> None:
         """Write results.csv, a row for each finished epoch."""
-        if self.folder is not None:
-            text = io.StringIO()
-            writer = csv.DictWriter(text, list(dict.fromkeys(key for row in history for key in row)))
-            writer.writeheader()
-            writer.writerows(history)
-            self._replace(self.folder / "results.csv", text.getvalue())
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(dict.fromkeys(key for row in history for key in row)))
+        writer.writeheader()
+        writer.writerows(history)
+        self._replace(self.folder / "results.csv", text.getvalue())
 
     def _replace(self, path: Path, text: str) -> None:
         with _telling(path.parent), replacing(path) as f:

@@ -7,14 +7,7 @@ import threading
 from types import TracebackType
 from typing import Any
 
-
-class Stop(Exception):
-    """Raised between two steps after a signal has asked for the end; ``code`` is the exit code that reports it."""
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(signal.Signals(signum).name)
-        self.code = 128 + signum  # as a shell reports a process that a signal has ended
-
+from minivit.errors import Stopped
 
 NOTED = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 """Windows has no SIGHUP, which comes when a terminal is closed or a connection is lost."""
@@ -44,9 +37,9 @@ class StopSignals:
         self._restore()
 
     def raise_if_noted(self) -> None:
-        """Raise :class:`Stop` if there was a signal."""
+        """Raise :class:`~minivit.errors.Stopped` if there was a signal."""
         if self.noted is not None:
-            raise Stop(self.noted)
+            raise Stopped(self.noted)
 
     def _note(self, signum: int, frame: Any) -> None:
         self.noted = signum

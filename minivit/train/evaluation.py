@@ -1,0 +1,61 @@
+"""What a model makes of images with labels, batch by batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import numpy as np
+
+from minivit import ops
+from minivit.backend import Array
+from minivit.errors import DataError
+from minivit.nn.module import Module
+from minivit.ops.loss import check_labels
+from minivit.train.step import predict_logits
+
+
+class Batches(Protocol):
+    """What is trained on: a :class:`minivit.data.Loader`, or whatever yields the same batches for the same epoch."""
+
+    def __len__(self) -> int:
+        """Return the number of batches in an epoch."""
+        ...
+
+    def batches(self, epoch: int, start: int = 0) -> Iterator[tuple[Array, Array]]:
+        """Yield (images, labels) of an epoch (from 0) from its batch ``start`` on."""
+        ...
+
+
+def evaluate(
+    model: Module, loader: Batches, after_batch: Callable[[], None] | None = None, threads: int | None = None
+) -> dict[str, Any]:
+    """Return loss (mean cross-entropy), accuracy, count, logits (N, K) and labels (N,) over a loader's epoch 0.
+
+    The loss is the plain one, whatever was trained with, so that runs can be compared. ``after_batch`` is called after
+    each batch; what it raises ends the evaluation. Raises DataError for no images or labels that are not integers.
+    """
+    logits, labels = [], []
+    for images, targets in loader.batches(0):
+        check_classes(targets)
+        logits.append(predict_logits(model, images, threads))
+        labels.append(targets)
+        if after_batch is not None:
+            after_batch()
+    if not logits:
+        raise DataError("there is nothing to evaluate on", "give at least one image")
+    x, y = np.concatenate(logits), np.concatenate(labels)  # (N, K), (N,)
+    loss = float(ops.cross_entropy(x, y))  # before the accuracy, because it checks that the shapes fit
+    accuracy = float((x.argmax(axis=-1) == y).mean())
+    return {"loss": loss, "accuracy": accuracy, "count": len(y), "logits": x, "labels": y}
+
+
+def check_classes(labels: Array, classes: int | None = None) -> None:
+    """Raise DataError unless labels to validate with are numbers of classes; of a model's ``classes``, if given."""
+    if labels.dtype.kind not in "iu":
+        raise DataError(
+            f"evaluation needs a class for each image, not {labels.dtype} labels of shape {labels.shape}",
+            "give the validation images integer labels (N,): soft ones are for training",
+        )
+    if classes is not None:
+        check_labels(labels, classes)

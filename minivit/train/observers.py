@@ -1,0 +1,52 @@
+"""What a Trainer tells while it works: an Observer's methods, of which a subclass writes those that it needs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from minivit.train.progress import Row
+
+
+class Observer:
+    """Is told what a Trainer does: ``Trainer(…, observers=[Mine()])``. Each method does nothing unless overridden.
+
+    ``trainer`` is the :class:`~minivit.train.trainer.Trainer` that tells: an observer may look at all that it has, such
+    as ``trainer.model``, ``opt``, ``step`` (the last gradient's norm is ``trainer.step.grad_norm``), ``progress`` and
+    ``epochs``. Rows are the run's own, and not to be changed.
+
+    A run's events, in this order: ``begin``; for each epoch ``epoch_begins``, a ``step`` for each batch, ``epoch``;
+    ``end``. Of several observers the one that was given first is told first, but of the ``end`` last; before all of
+    them the run's own :class:`~minivit.train.keeper.Keeper`, if it has a folder: what they are told of is recorded, and
+    saved if it is to be. An observer that raises ends the run with its error: what was saved stays, and the run can be
+    resumed from there.
+    """
+
+    def begin(self, trainer: Any) -> None:
+        """``fit`` begins or continues the run: the data are checked, and the folder is held."""
+
+    def epoch_begins(self, trainer: Any) -> None:
+        """An epoch begins; or it continues, where a run is resumed, after ``trainer.progress.batch`` batches."""
+
+    def step(self, trainer: Any, row: Row) -> None:
+        """A batch has been trained on.
+
+        The row has epoch, step, lr, images_per_second, seconds and, over the epoch's images so far, loss and accuracy;
+        of the batch alone ``batch``, its number from 1, batch_loss and grad_norm. That of a batch which was left out,
+        because its loss or gradient was not finite, has epoch, step, batch and ``left_out``, the reason.
+        """
+
+    def epoch(self, trainer: Any, row: Row) -> None:
+        """An epoch has ended, and has been evaluated: its row is as ``fit`` returns it."""
+
+    def saved(self, trainer: Any, path: Path) -> None:
+        """A checkpoint has been written: last.npz, best.npz, or epoch.npz, to which a run is rolled back."""
+
+    def remark(self, trainer: Any, text: str) -> None:
+        """Something about the run that its user should know; also said by ``resume``."""
+
+    def stopped(self, trainer: Any, why: str) -> None:
+        """A signal, such as SIGINT, has ended the run between two steps: ``fit`` will raise Stopped."""
+
+    def end(self, trainer: Any) -> None:
+        """``fit`` ends, by whatever cause; each observer whose ``begin`` went through is told: close files here."""
