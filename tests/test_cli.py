@@ -29,8 +29,8 @@ from minivit.measure.costs import layer_of, model_config
 from minivit.measure.costs import measure as measure_layers
 from minivit.measure.metrics import classification_metrics, wilson_interval
 from minivit.models.zoo import MODELS, count_parameters
-from minivit.runs.job import augmentation
 from minivit.runs.options import MODEL_FLAGS, OPTIONS, RECIPE_NAMES
+from minivit.runs.parts import augmentation
 from minivit.runs.recipes import FOR_DATA, RECIPES, full_name
 from minivit.runs.settings import fit_to_data, known_settings, parse_assignment, resolve, write_toml
 from minivit.show.text import plural, text_table
