@@ -746,7 +746,7 @@ def test_arrays_that_do_not_fit(
 
 
 def test_arrays_with_channels_last(here: Path) -> None:
-    from minivit.cli.predict import read_arrays
+    from minivit.runs.classify import read_arrays
 
     images = np.arange(2 * 3 * 4 * 5, dtype=np.uint8).reshape(2, 4, 5, 3)
     np.savez("a.npz", x=images)
