@@ -9,7 +9,7 @@ TYPE_CHECKING = False  # as typing.TYPE_CHECKING, which type checkers know by it
 if TYPE_CHECKING:
     from typing import Any
 
-    from minivit import data, nn, ops, train
+    from minivit import data, nn, ops, runs, train
     from minivit.autograd.check import GradientReport, check_grads, check_module
     from minivit.autograd.graph import first_order, no_grad
     from minivit.autograd.op import op
@@ -55,7 +55,7 @@ _HOMES = {
 }
 """The module, under minivit, that a public name comes from."""
 
-_MODULES = {"data": "data", "nn": "nn", "ops": "ops", "optim": "train.optim", "train": "train"}
+_MODULES = {"data": "data", "nn": "nn", "ops": "ops", "optim": "train.optim", "runs": "runs", "train": "train"}
 """Public modules, by the name they go by here."""
 
 __all__ = [
@@ -85,6 +85,7 @@ __all__ = [
     "optim",
     "predict_logits",
     "random_key",
+    "runs",
     "save",
     "tensor",
     "train",

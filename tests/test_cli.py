@@ -29,8 +29,8 @@ from minivit.measure.costs import layer_of, model_config
 from minivit.measure.costs import measure as measure_layers
 from minivit.measure.metrics import classification_metrics, wilson_interval
 from minivit.models.zoo import MODELS, count_parameters
-from minivit.runs.job import augmentation
 from minivit.runs.options import MODEL_FLAGS, OPTIONS, RECIPE_NAMES
+from minivit.runs.parts import augmentation
 from minivit.runs.recipes import FOR_DATA, RECIPES, full_name
 from minivit.runs.settings import fit_to_data, known_settings, parse_assignment, resolve, write_toml
 from minivit.show.text import plural, text_table
@@ -746,7 +746,7 @@ def test_arrays_that_do_not_fit(
 
 
 def test_arrays_with_channels_last(here: Path) -> None:
-    from minivit.cli.predict import read_arrays
+    from minivit.runs.classify import read_arrays
 
     images = np.arange(2 * 3 * 4 * 5, dtype=np.uint8).reshape(2, 4, 5, 3)
     np.savez("a.npz", x=images)

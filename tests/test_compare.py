@@ -8,10 +8,11 @@ import json
 import numpy as np
 import pytest
 
-from minivit.cli.compare import difference, differing, other_data, read_run
 from minivit.cli.main import main
 from minivit.errors import CheckpointError, ConfigError, DataError
 from minivit.measure.metrics import wilson_interval
+from minivit.runs.difference import difference, differing, other_data
+from minivit.runs.read import read_run
 from minivit.weights.checkpoint import save_checkpoint
 
 

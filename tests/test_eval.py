@@ -13,10 +13,11 @@ from PIL import Image
 
 from minivit import data
 from minivit.cli.main import main
-from minivit.cli.matching import match_classes, meant_by
 from minivit.errors import CheckpointError, DataError
 from minivit.measure.metrics import classification_metrics
-from minivit.runs.trained import find_checkpoint, open_trained, run_of
+from minivit.runs.folder import find_checkpoint, run_of
+from minivit.runs.matching import match_classes, meant_by
+from minivit.runs.trained import open_trained
 from minivit.show.text import json_text
 from minivit.weights.checkpoint import load_checkpoint, save_checkpoint
 

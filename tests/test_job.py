@@ -32,11 +32,14 @@ from minivit.data import (
     RandomResizedCrop,
 )
 from minivit.errors import ConfigError
-from minivit.runs import job
-from minivit.runs.job import MAY_CHANGE, Job, augmentation, settings_of_run
+from minivit.runs import finish, job
+from minivit.runs import run as running
+from minivit.runs.changes import MAY_CHANGE, read_config, settings_of_run
+from minivit.runs.folder import find_checkpoint
+from minivit.runs.job import Job
+from minivit.runs.parts import augmentation
 from minivit.runs.results import _label_text
 from minivit.runs.settings import known_settings, resolve
-from minivit.runs.trained import find_checkpoint
 from minivit.train.evaluation import evaluate
 from minivit.train.optim import SGD
 from minivit.train.progress import Row
@@ -122,14 +125,14 @@ def test_every_augmentation_can_be_set() -> None:
 def test_mixing_and_optimizer_are_made_as_set(archive: Path) -> None:
     typed = {"data.name": str(archive), "model.dim": 8, "model.depth": 2, "model.heads": 2, "data.mixup": 0.3}
     typed |= {"train.optimizer": "sgd", "train.momentum": 0.8, "train.layer_decay": 0.5}
-    made = Job(resolve(typed), quiet=True)
+    made = Job(resolve(typed))
     opt = made.make_optimizer()
     assert isinstance(opt, SGD) and opt.momentum == 0.8
     assert sorted({group.scale for group in opt.groups}) == [0.125, 0.25, 0.5, 1.0]
     assert made.loader.mix == Mix(0.3, 0.0)
     images, labels = next(iter(made.loader.batches(0)))
     assert labels.shape == (64, 10) and labels.dtype == np.float32 and images.dtype == np.float32
-    shown = [_label_text(label, made.train_data.classes) for label in labels]
+    shown = [_label_text(label, made.parts.train.classes) for label in labels]
     assert any("%" in text for text in shown) and all(text.split()[0] in "0123456789" for text in shown)
 
 
@@ -202,9 +205,25 @@ def test_too_little_memory_is_told_before_the_start(
     assert list(here.iterdir()) == []
 
 
+def test_a_checkpoint_that_was_read_takes_no_memory_from_its_run(
+    halfway: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = load_checkpoint(halfway / "checkpoints" / "last.npz")
+    s = settings_of_run(read_config(halfway / "config.toml"), checkpoint.meta)
+    read = sum(a.nbytes for a in checkpoint.arrays.values())
+    free = Job(s, resumed=True).memory - read  # as much as is left while it is in memory
+    monkeypatch.setattr(job, "available_memory", lambda: free)
+    run = tmp_path / "run"
+    shutil.copytree(halfway, run)
+    assert main(["train", "--resume", str(run), "-q"]) == 0
+    monkeypatch.setattr(job, "available_memory", lambda: free - 1)
+    (run / "report.html").unlink()
+    assert main(["train", "--resume", str(run), "-q"]) == 1
+
+
 def test_a_smaller_memory_is_enough_with_recompute(archive: Path) -> None:
     typed = {"data.name": str(archive), "model.patch_size": 1, "model.depth": 4, "train.threads": 1}
-    plain, again = (Job(resolve(typed | {"model.recompute": on}), quiet=True).memory for on in (False, True))
+    plain, again = (Job(resolve(typed | {"model.recompute": on})).memory for on in (False, True))
     assert again < 0.7 * plain
 
 
@@ -312,7 +331,7 @@ def test_every_setting_is_either_compared_or_on_the_short_list() -> None:
     """What a checkpoint keeps of a run are all of its settings."""
     assert set(MAY_CHANGE) <= set(known_settings()) and len(MAY_CHANGE) == 12
     s = resolve({"data.name": "digits"})
-    made = Job(s, quiet=True)
+    made = Job(s)
     kept = made.make_trainer(None).meta["run"]["settings"]
     optional = {"model.mlp_dim", "model.dim_head"}  # which follow from others where they are not set
     assert set(kept) - {"recipe"} | optional == set(known_settings())
@@ -353,7 +372,8 @@ def test_a_run_of_the_first_version_goes_on_with_its_own_split_to_the_same_bits(
     as_by_version_0_1(Path("runs/cut/checkpoints/last.npz"))
     assert main(["train", "--resume", "runs/cut", "-q"]) == 0
     assert main(["train", "--resume", "runs/cut", "-q"]) == 0  # by now it keeps more than its config.toml says
-    assert settings_of_run(Path("runs/cut"), load_checkpoint("runs/cut/checkpoints/last.npz").meta)["data.layout"] == 1
+    config_now = read_config(config)
+    assert settings_of_run(config_now, load_checkpoint("runs/cut/checkpoints/last.npz").meta)["data.layout"] == 1
     whole, again = (load_checkpoint(f"runs/{name}/checkpoints/last.npz") for name in ("whole", "cut"))
     assert all(np.array_equal(whole.arrays[name], again.arrays[name]) for name in whole.arrays)
 
@@ -394,7 +414,7 @@ def test_a_run_cut_anywhere_while_it_finishes_is_tested_once(archive: Path, here
             def power_cut(*args: object, **more: object) -> None:
                 raise PowerCut
 
-            patch.setattr(job, name, power_cut)
+            patch.setattr(finish, name, power_cut)
             with pytest.raises(PowerCut):
                 main([*args, "--name", name])
         run = Path("runs") / name
@@ -414,7 +434,7 @@ def test_a_signal_while_it_finishes_leaves_a_run_that_can_be_finished(
         return evaluate(model, loader, *args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(job, "evaluate", interrupted)
+        patch.setattr(finish, "evaluate", interrupted)
         assert main(["train", str(archive), *TINY, "-q", "--epochs", "1", "--name", "my run"]) == code
     assert "the training is done and saved" in (said := capsys.readouterr().err)
     assert said.endswith("minivit train --resume 'runs/my run'\n")
@@ -439,8 +459,8 @@ def test_a_run_is_held_from_before_it_is_read_to_after_its_report(
         return call
 
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("load_checkpoint", "write_results"):
-            patch.setattr(job, name, holding(getattr(job, name)))
+        for place, name in ((running, "load_checkpoint"), (finish, "load_checkpoint"), (finish, "write_results")):
+            patch.setattr(place, name, holding(getattr(place, name)))
         assert main(["train", "--resume", str(run), "-q"]) == 0
     assert held == ["load_checkpoint", "load_checkpoint", "write_results"]  # last.npz, then best.npz
     assert capsys.readouterr().err.count("is in use by process") == 3
@@ -480,7 +500,7 @@ def test_a_run_without_a_checkpoint_can_be_started_again(
     archive: Path, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Job, "run", lambda self, folder, lock: 1)  # as if killed in its first epoch
+        patch.setattr(running, "_carry_out", lambda *args: None)  # as if killed in its first epoch
         main(["train", str(archive), *TINY, "--name", "early", "-q"])
     assert main(["train", "--resume", "runs/early"]) == 1
     said = capsys.readouterr().err
@@ -525,7 +545,7 @@ def test_a_run_begins_with_the_weights_of_a_runs_folder(archive: Path, here: Pat
     assert main(["train", str(archive), *TINY, "-q", "--epochs", "1", "--name", "run"]) == 0
     start = resolve({"data.name": str(archive), "train.init_from": "runs/run", "model.dim": 8, "model.depth": 2,
                      "model.heads": 2, "model.mlp_dim": 16})  # fmt: skip
-    made = Job(start, quiet=True)
+    made = Job(start)
     assert made.settings["train.init_from"] == str(Path("runs/run/checkpoints/best.npz").resolve())
     kept = read_model("runs/run/checkpoints/best.npz")[0].state_dict()
     assert np.array_equal(made.model.state_dict()["cls_token"], kept["cls_token"])
@@ -624,14 +644,14 @@ def test_a_model_is_fine_tuned_on_other_images_of_another_size(
 def test_the_start_is_the_checkpoints_average_with_a_new_head(archive: Path, here: Path) -> None:
     assert main(["train", str(archive), *TINY, "--epochs", "1", "-q", "--name", "first", "--model-ema", "0.5"]) == 0
     first = "runs/first/checkpoints/last.npz"
-    made = Job(resolve({"data.name": str(archive), "train.init_from": first}), quiet=True)
+    made = Job(resolve({"data.name": str(archive), "train.init_from": first}))
     averaged, _ = read_model(first)
     assert parameters_hash(averaged) != parameters_hash(made.model)
     assert not made.model.head.weight.data.any()
     averaged.reset_head(10)
     assert parameters_hash(averaged) == parameters_hash(made.model)
     with pytest.raises(ConfigError, match="does not divide"):
-        Job(resolve({"data.name": str(archive), "train.init_from": first, "model.patch_size": 3}), quiet=True)
+        Job(resolve({"data.name": str(archive), "train.init_from": first, "model.patch_size": 3}))
 
 
 def test_data_of_a_fixed_size_ignore_the_model_size(archive: Path) -> None:

@@ -28,7 +28,7 @@ from minivit.cli.main import main
 from minivit.data import Affine, Dataset, Loader
 from minivit.errors import CheckpointError, ConfigError, Stopped
 from minivit.files import unfinished
-from minivit.runs.job import make_folder
+from minivit.runs.folder import make_folder
 from minivit.train import AdamW, Trainer, load_checkpoint, parameters_hash, save_checkpoint, warmup_cosine
 from minivit.train.lock import RunLock
 from minivit.weights.checkpoint import sweep

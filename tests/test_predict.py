@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 
 from minivit import data
 from minivit.cli.main import main
-from minivit.cli.predict import AT_ONCE, looks_inverted, negative
+from minivit.runs.classify import AT_ONCE, looks_inverted, negative
 
 TINY = ["--set", "model.dim=8", "--set", "model.depth=1", "--set", "model.heads=2", "--set", "model.mlp_dim=16"]
 PHOTOS = (0.458, 0.451, 0.414)  # the means of 500 photos, and about those of most

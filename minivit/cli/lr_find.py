@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from minivit.cli.bars import reading_bar
-from minivit.cli.train import add_setting_flags
+from minivit.cli.train import add_setting_flags, settings_from
 
 ROWS = 12  # of the table
 
@@ -27,17 +27,15 @@ def run(args: argparse.Namespace) -> int:
     from itertools import count
 
     from minivit.errors import NonFiniteError, printable
-    from minivit.runs.job import Job, typed_settings
-    from minivit.runs.settings import resolve
+    from minivit.runs.job import Job
     from minivit.show.curves import chart, write_svg
     from minivit.show.text import json_text
     from minivit.train.lr_find import lr_range_test, smoothed, suggest
-    from minivit.train.step import TrainStep
 
-    job = Job(resolve(typed_settings(args), args.recipe, args.config), quiet=args.json, bar=reading_bar)
-    s = job.settings
-    clip, threads, micro_batch = s["train.clip_grad"] or None, s["train.threads"], s["train.micro_batch"]
-    step = TrainStep(job.model, job.make_optimizer(), job.loss, threads, micro_batch, clip, s["train.seed"])
+    job = Job(settings_from(args), bar=reading_bar)
+    if not args.json:
+        print(job.about, flush=True)
+    s, step = job.settings, job.make_trainer(None).step
     points = lr_range_test(step, (batch for epoch in count() for batch in job.loader.batches(epoch)))
     if not points:
         raise NonFiniteError("the first loss is not finite", "look at the data: minivit data DATA")
@@ -48,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
         path /= "lr-find.svg"
     marks = {} if found is None else {"falls fastest": found[0], "a tenth of the lowest": found[1]}
     means = [(lr, mean) for (lr, _), mean in zip(points, smooth, strict=True)]
-    title = f"Smoothed loss of {s['model.name']} on {job.title}"
+    title = f"Smoothed loss of {s['model.name']} on {job.parts.title}"
     write_svg(path, chart(title, {"loss": means}, "learning rate", log_x=True, marks=marks))
     if args.json:
         rows = [{"lr": lr, "loss": loss, "smoothed": mean} for (lr, loss), mean in zip(points, smooth, strict=True)]

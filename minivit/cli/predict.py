@@ -5,27 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 import warnings
-from collections.abc import Collection, Iterator, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 from minivit.cli.main import BAD_INPUTS, OK, one_of
 
-if TYPE_CHECKING:
-    import numpy as np
-
-    from minivit.models.vit import ViT
-    from minivit.runs.trained import Trained
-
-RUNNERS_UP = 2
 LISTED = 8
 """So many files are named in a warning."""
-
-DARK, BRIGHT = 0.35, 0.55
-"""Means, of 0 to 1, up to which training images are dark, and from which an image is not: :func:`looks_inverted`."""
-
-AT_ONCE = 512
-"""Images held in memory before they are classified."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,175 +34,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print a row for each image; 3 if some could not be read."""
+    from functools import partial
+
     from minivit.backend import auto_device, keep_freed_memory
     from minivit.errors import printable
+    from minivit.runs.classify import answer_all
     from minivit.runs.trained import open_trained
 
     keep_freed_memory()
     trained = open_trained(args.checkpoint)
+    tell = partial(print, file=sys.stderr)
     if trained.path != args.checkpoint:
-        print(printable(f"checkpoint  {trained.path}"), file=sys.stderr)
+        tell(printable(f"checkpoint  {trained.path}"))
     trained.model.to(auto_device(args.device)[0])
-    rows: list[dict[str, Any]] = []
-    waiting: list[tuple[dict[str, Any], np.ndarray]] = []
-    inverted: list[str] = []
-    for name, image in read_all(args.images, trained):
-        rows.append({"file": name})
-        if isinstance(image, str):
-            rows[-1]["error"] = image
-            continue
-        if args.invert:
-            image = negative(image)
-        if looks_inverted(image, trained.mean):
-            inverted.append(name)
-        waiting.append((rows[-1], image))
-        if len(waiting) == AT_ONCE:
-            classify(trained, waiting)
-            waiting.clear()
-    classify(trained, waiting)
+    rows, inverted = answer_all(args.images, trained, args.invert, tell)
     if inverted:
         warnings.warn(_inverted_text(inverted, len(rows), args.invert), stacklevel=2)
     {"table": _print_table, "json": _print_json, "csv": _print_csv}[args.format](rows)
     return BAD_INPUTS if any("error" in row for row in rows) else OK
-
-
-def classify(trained: Trained, waiting: list[tuple[dict[str, Any], np.ndarray]]) -> None:
-    """Add to the row of each image, uint8 (C, H, W), what it is, or the error that it has no finite answer."""
-    import numpy as np
-
-    from minivit import ops
-    from minivit.data import standardize
-    from minivit.data.dataset import class_names
-    from minivit.train.predict import predict_logits
-
-    if not waiting:
-        return
-    images = standardize(np.stack([image for _, image in waiting]), trained.mean, trained.std)  # (N, C, H, W)
-    logits = predict_logits(trained.model, images)  # (N, K)
-    classes = class_names(trained.classes, logits.shape[1])
-    for (row, _), own in zip(waiting, logits, strict=True):
-        if np.isfinite(own).all():
-            row |= _answer(ops.softmax(own), classes)
-        else:
-            row["error"] = "the model gives NaN or infinity → train it again with a lower learning rate"
-
-
-# ---- images in -------------------------------------------------------------------------------------------------------
-
-
-def read_all(sources: Sequence[str], trained: Trained) -> Iterator[tuple[str, np.ndarray | str]]:
-    """Yield (name, image uint8 (C, H, W)) for each image of each source; or, where it cannot be read, the reason."""
-    import os
-
-    from minivit.errors import MinivitError
-
-    for source in sources:
-        try:
-            if os.path.isdir(source):  # which, unlike Path's, raises nothing for a name that is too long, and knows ""
-                yield from read_all(files_in(source), trained)
-            else:
-                yield from read(source, trained.model, trained.data.get("fit", "stretch"))
-        except MinivitError as error:  # the others may be sound
-            yield source, f"{error.what.removeprefix(f'{source}: ')} → {error.remedy}"
-
-
-def files_in(folder: str) -> list[str]:
-    """Return the image files in a folder and below it; say how many others are there. Raises DataError for none."""
-    from minivit.data.listing import is_image_file, visible_files
-    from minivit.data.reading import reading
-    from minivit.errors import DataError, printable
-    from minivit.show.text import plural
-
-    with reading(folder, "check its permissions"):
-        files = visible_files(Path(folder))
-        images = [str(file) for file in files if is_image_file(file)]
-    if not images:
-        raise DataError(f"{folder}: no image files", "give a folder that has some")
-    if others := len(files) - len(images):
-        print(printable(f"skipped     {plural(others, 'file')} in {folder}: no images"), file=sys.stderr)
-    return images
-
-
-def read(source: str, model: ViT, fit: str) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield (name, image uint8 (C, H, W)) for each image of a file; raise DataError, before the first, if it is bad."""
-    import io
-
-    from minivit.data import read_image
-    from minivit.data.images import MAX_BYTES
-
-    size, channels = model.patch_embed.image_size, model.patch_embed.in_channels
-    if source == "-":
-        yield "-", read_image(io.BytesIO(sys.stdin.buffer.read(MAX_BYTES + 1)), size, channels, fit)
-    elif Path(source).suffix.lower() in (".npy", ".npz"):
-        for i, image in enumerate(read_arrays(Path(source), (channels, *size))):
-            yield f"{source}[{i}]", image
-    else:
-        yield source, read_image(source, size, channels, fit)
-
-
-def read_arrays(path: Path, shape: tuple[int, int, int]) -> np.ndarray:
-    """Return the images of a NumPy file as uint8 (N, C, H, W); ``shape`` is the (C, H, W) that the model takes.
-
-    An .npy file holds one array; in an .npz the array is called ``images``, ``test_images`` or is the only one. It may
-    be (N, C, H, W), (N, H, W, C) or, for one channel, (N, H, W) or (H, W).
-    """
-    import os
-
-    import numpy as np
-
-    from minivit.data.npz import channels_first
-    from minivit.data.reading import read_npy, read_npz, reading
-    from minivit.errors import DataError
-    from minivit.files import open_regular
-
-    def choose(names: Collection[str]) -> dict[str, str]:
-        known = [n for n in ("images", "test_images") if n in names]
-        if not known and len(names) != 1:
-            raise DataError(f"{path} has no array 'images', but {', '.join(names) or 'none'}", "save it as images=…")
-        return {"images": [*known, *names][0]}
-
-    if path.suffix.lower() == ".npz":
-        found = read_npz(path, choose)["images"]
-    else:
-        with reading(str(path), "save it with np.save"), open_regular(path) as f:
-            found = read_npy(f, os.fstat(f.fileno()).st_size)
-    channels = shape[0]
-    images = found[None] if found.ndim == 2 else found  # (H, W) → (1, H, W)
-    images = channels_first(images, path, (channels,))
-    if len(images) == 0:
-        raise DataError(f"{path} holds no images: {found.dtype} {found.shape}", "give at least one")
-    if images.dtype != np.uint8 or images.shape[1:] != shape:
-        raise DataError(
-            f"{path} holds {found.dtype} {found.shape}; the model takes {' × '.join(map(str, shape))} images",
-            f"save np.uint8 images, 0 to 255, of shape (N, {', '.join(map(str, shape))})",
-        )
-    return images
-
-
-# ---- black on white --------------------------------------------------------------------------------------------------
-
-
-def negative(image: np.ndarray) -> np.ndarray:
-    """Return the negative of an image uint8 (C, H, W); a fourth channel is transparency, and stays."""
-    turned = 255 - image
-    turned[3:] = image[3:]
-    return turned
-
-
-def looks_inverted(image: np.ndarray, mean: Sequence[float]) -> bool:
-    """Tell whether the model most likely learned from negatives of images like this one, uint8 (C, H, W).
-
-    So it is where the training images are mostly dark, with a ``mean`` of a third at most (photos have about a half),
-    and this one is bright: all of it, and its border, which strokes leave free. Or the other way round.
-    """
-    import numpy as np
-
-    colours = image[:3] / np.float32(255)  # (C, H, W)
-    border = np.concatenate([colours[:, [0, -1]].ravel(), colours[:, 1:-1, [0, -1]].ravel()])
-    learned, here, around = float(np.mean(mean[:3])), float(colours.mean()), float(border.mean())
-    if learned > 0.5:
-        learned, here, around = 1 - learned, 1 - here, 1 - around
-    return learned <= DARK and here >= BRIGHT and around >= BRIGHT
 
 
 def _inverted_text(names: Sequence[str], count: int, turned: bool) -> str:
@@ -232,18 +67,6 @@ def _inverted_text(names: Sequence[str], count: int, turned: bool) -> str:
         f"{len(names):,} of {plural(count, 'image')} {alike} of what the model learned from, such as "
         f"black on white instead of white on black: {some}; the classes are then wrong: {remedy}"
     )
-
-
-# ---- answers out -----------------------------------------------------------------------------------------------------
-
-
-def _answer(probabilities: np.ndarray, classes: list[str]) -> dict[str, Any]:
-    first, *others = probabilities.argsort()[::-1][: 1 + RUNNERS_UP].tolist()
-    return {
-        "class": classes[first],
-        "probability": round(float(probabilities[first]), 6),
-        "runners_up": [{"class": classes[i], "probability": round(float(probabilities[i]), 6)} for i in others],
-    }
 
 
 def _print_table(rows: list[dict[str, Any]]) -> None:
@@ -267,6 +90,7 @@ def _print_csv(rows: list[dict[str, Any]]) -> None:
     import csv
 
     from minivit.errors import printable
+    from minivit.runs.classify import RUNNERS_UP
 
     others = [f"{word}_{n}" for n in range(2, RUNNERS_UP + 2) for word in ("class", "probability")]
     writer = csv.DictWriter(sys.stdout, ["file", "class", "probability", *others, "error"], lineterminator="\n")

@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import argparse
 
+from minivit.cli.bars import reading_bar
 from minivit.cli.main import number
-from minivit.errors import Stopped, printable
 from minivit.runs.options import MODEL_FLAGS, OPTIONS, RECIPE_NAMES
+
+TYPE_CHECKING = False  # as typing.TYPE_CHECKING, without the import
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    from minivit.errors import Stopped
+    from minivit.runs.settings import Settings
 
 METAVARS = {int: "N", float: "X", str: "NAME"}
 TITLES = {"data": "data", "model": "model", "train": "training"}
@@ -46,15 +54,85 @@ def add_setting_flags(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Train, test, and leave a run folder."""
     import shlex
-    import sys
+    from functools import partial
 
     from minivit.cli.progress import shown
-    from minivit.runs import job
+    from minivit.errors import Stopped
+    from minivit.runs.run import continue_run, nobody, start_run
 
+    tell = partial(print, flush=True)
+    say = nobody if args.quiet else tell
     observers = [] if args.quiet else shown()
     try:
-        return job.resume(args, observers) if args.resume is not None else job.start(args, observers)
+        if args.resume is not None:
+            changes = _changes(args)
+            continue_run(
+                args.resume, changes, origin="command line", observers=observers, say=say, tell=tell, bar=reading_bar
+            )
+        elif args.dry_run:
+            _try_out(settings_from(args), say)
+        else:
+            command = f"minivit {shlex.join(args.argv)}"
+            start_run(settings_from(args), output=args.output, name=args.name, command=command,
+                      observers=observers, say=say, tell=tell, bar=reading_bar)  # fmt: skip
     except Stopped as stop:
-        again = f"minivit train --resume {printable(shlex.quote(str(stop.path)))}"
-        print(f"{stop.what}; continue with\n  {again}", file=sys.stderr)
-        return stop.code
+        return _stopped(stop)
+    return 0
+
+
+def typed_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the settings that the command line gives, by dotted key."""
+    from minivit.errors import ConfigError
+    from minivit.runs.settings import parse_assignment
+
+    typed = {key: value for key, value in vars(args).items() if "." in key and value is not None}
+    if args.source is not None:
+        if typed.get("data.name", args.source) != args.source:
+            raise ConfigError(f"two data sets: {args.source} and --data {typed['data.name']}", "give one")
+        typed["data.name"] = args.source
+    return typed | dict(parse_assignment(text) for text in args.set)
+
+
+def settings_from(args: argparse.Namespace) -> Settings:
+    """Return the settings of a run that the command line asks for."""
+    from minivit.runs.settings import resolve
+
+    return resolve(typed_settings(args), args.recipe, args.config)
+
+
+def _changes(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the settings that are typed for a run that goes on; raise ConfigError for what cannot change then."""
+    from minivit.runs.changes import refuse_other_changes
+
+    typed = typed_settings(args)
+    others = {"--recipe": args.recipe, "--config": args.config, "--name": args.name}
+    others["--dry-run"] = args.dry_run or None
+    refuse_other_changes([*typed, *(flag for flag, value in others.items() if value is not None)], "--resume")
+    return typed
+
+
+def _try_out(settings: Settings, say: Callable[[str], object]) -> None:
+    """Make a few steps, and say how long the run would take; nothing is written or kept."""
+    from minivit.runs.job import Job
+    from minivit.show.text import bytes_text
+
+    job = Job(settings, bar=reading_bar)
+    say(job.about)
+    trial = job.try_out()
+    if settings["train.device"] == "cpu":
+        say(f"memory      about {bytes_text(job.memory)} at the peak")
+    say(f"time        about {trial.minutes:,.1f} minutes of training, by a few steps")
+    figures = f"loss {trial.loss:.4f}, gradient norm {trial.grad_norm:.3g}"
+    print(f"dry run     a step works ({figures}); nothing was written")
+
+
+def _stopped(stop: Stopped) -> int:
+    """Say how a run that a signal has ended is continued; return the exit code that reports the signal."""
+    import os
+    import shlex
+    import sys
+
+    # a checkpoint while it trains, the run's folder at its end
+    how = ": test it and draw its pictures with" if os.path.isdir(str(stop.path)) else "; continue with"
+    print(f"{stop.what}{how}\n  minivit train --resume {shlex.quote(str(stop.path))}", file=sys.stderr)
+    return stop.code

@@ -13,12 +13,24 @@ from minivit.backend import to_device, to_numpy
 from minivit.data import Dataset, Loader
 from minivit.models.vit import ViT
 from minivit.nn.module import mode
+from minivit.runs.job import Job
 from minivit.show.lettering import drawable_names
 from minivit.show.page import write_report
 from minivit.show.pictures import attention_overlay, confusion_picture, mosaic, predictions_picture
 from minivit.train.predict import predict_logits
 
 SHOWN = 50  # images in a picture
+
+
+def draw_samples(job: Job, folder: Path) -> None:
+    """Draw training images, and images held out, as the model will see them."""
+    parts = job.parts
+    title = f"Training images of {parts.title}, as the model sees them"
+    draw_batch(job.loader, folder / "samples_train.png", title)
+    held = None if job.settings["data.overfit"] else parts.valid or parts.test
+    if held is not None:
+        title = f"Images of {parts.title} held out, as the model sees them"
+        draw_batch(parts.held_loader(spread_out(held)), folder / "samples_valid.png", title)
 
 
 def draw_batch(loader: Loader, path: Path, title: str) -> None:
@@ -80,14 +92,16 @@ def write_results(
     *,
     title: str,
     about: str,
+    config: str,
     rows: list[dict[str, Any]],
     split: str,
 ) -> None:
     """Write the pictures and, last, the report of what ``model`` makes of a loader's images.
 
-    ``loader`` keeps the data set's order, in which ``logits`` (N, K) are; ``result`` is what :func:`measure` finds in
-    them, and ``split`` says which images these are. Of images that were trained on, or by which the weights were
-    chosen, the report shows single ones, not how good the model is.
+    ``loader`` keeps the data set's order, in which ``logits`` (N, K) are; ``result`` is what
+    :func:`~minivit.measure.metrics.classification_metrics` finds in them, and ``split`` says which images these are. Of
+    images that were trained on, or by which the weights were chosen, the report shows single ones, not how good the
+    model is. ``config`` is what the run's config.toml says.
     """
     shown = loader.dataset
     names, drawable = shown.classes, drawable_names(shown.classes)
@@ -108,7 +122,7 @@ def write_results(
         title=title,
         rows=rows,
         test=result if split == "test" else None,
-        config=(folder / "config.toml").read_text(encoding="utf-8"),
+        config=config,
         command=(folder / "command.txt").read_text(encoding="utf-8"),
         images=shown.images,
         logits=logits,

@@ -17,6 +17,9 @@ from minivit.errors import ConfigError, MinivitError, printable, unknown_name, v
 from minivit.nn.rules import check_settings
 from minivit.runs.options import OPTIONS, Option
 
+GIVEN = ("command line", "argument")
+"""The origins of what was asked for just now: typed, or given to a function."""
+
 
 class Settings(dict[str, Any]):
     """Values by dotted key (``settings["train.lr"]``); ``origins`` says where each came from."""
@@ -116,34 +119,41 @@ def _example(kinds: tuple[type, ...]) -> str:
 # ---- resolving -------------------------------------------------------------------------------------------------------
 
 
-def resolve(typed: Mapping[str, Any], recipe: str | None = None, file: str | Path | None = None) -> Settings:
-    """Return all settings but those that the data decide: defaults < model < recipe < ``file`` < ``typed``.
+def resolve(
+    given: Mapping[str, Any],
+    recipe: str | None = None,
+    file: str | Path | None = None,
+    *,
+    origin: str = "command line",
+    read: Mapping[str, Any] | None = None,
+) -> Settings:
+    """Return all settings but those that the data decide: defaults < model < recipe < ``file`` < ``given``.
 
-    ``typed`` is what the command line gives, by dotted key. Without a ``recipe`` there, the file's is used, or the one
-    for the kind of data, or for fine-tuning where the run starts from a checkpoint; its model's sizes are then the
-    checkpoint's.
+    ``given`` is what was asked for, by dotted key, and ``origin`` says where: one of :data:`GIVEN`. Without a
+    ``recipe`` there, the file's is used, or the one for the kind of data, or for fine-tuning where the run starts from
+    a checkpoint; its model's sizes are then the checkpoint's. ``read`` are the file's values, if it has been read.
     """
     import inspect
 
     from minivit.data import kind_of
     from minivit.models.vit import ViT
+    from minivit.runs.folder import find_checkpoint
     from minivit.runs.recipes import FOR_DATA, RECIPES, full_name
-    from minivit.runs.trained import find_checkpoint
 
-    Settings().take(typed, "command line")  # checked before any of it is used
-    from_file = read_toml(file) if file is not None else {}
+    Settings().take(given, origin)  # checked before any of it is used
+    from_file = dict(read) if read is not None else read_toml(file) if file is not None else {}
     in_file = from_file.pop("recipe", "")
     if not isinstance(in_file, str):
         raise ConfigError(f"recipe = {in_file!r} (file {file}) is not text", 'for example recipe = "digits"')
     Settings().take(from_file, f"file {file}")
     if recipe and in_file and full_name(recipe) != full_name(in_file):
         raise ConfigError(f"recipe {recipe}, but {file} has the values of {in_file}", "give one of them")
-    given = {key: option.default for key, option in OPTIONS.items()} | from_file | dict(typed)
-    start = find_checkpoint(given["train.init_from"])
-    asked = recipe or in_file or ("finetune" if start else FOR_DATA.get(kind_of(given["data.name"]), ""))
+    chosen = {key: option.default for key, option in OPTIONS.items()} | from_file | dict(given)
+    start = find_checkpoint(chosen["train.init_from"])
+    asked = recipe or in_file or ("finetune" if start else FOR_DATA.get(kind_of(chosen["data.name"]), ""))
     asked = full_name(asked) if asked else ""
     from_recipe = _flat(RECIPES[asked]) if asked else {}
-    model = typed.get("model.name", from_file.get("model.name"))
+    model = given.get("model.name", from_file.get("model.name"))
     if start or (model is not None and model != from_recipe.get("model.name")):  # its sizes are for its own model
         from_recipe = {k: v for k, v in from_recipe.items() if not k.startswith("model.")}
     if model is not None and model != from_file.get("model.name", model):  # and so are a file's
@@ -162,7 +172,7 @@ def resolve(typed: Mapping[str, Any], recipe: str | None = None, file: str | Pat
         settings.take(_sizes_in(start), f"checkpoint {start}")
     settings.take(from_recipe, f"recipe {asked}")
     settings.take(from_file, f"file {file}")
-    settings.take(typed, "command line")
+    settings.take(given, origin)
     settings["recipe"] = asked
     return settings
 
@@ -201,7 +211,7 @@ def fit_to_data(settings: Settings, shape: tuple[int, int, int], classes: int) -
     ``shape`` is an image's (C, H, W). Raises ConfigError where the settings ask for something else.
     """
     channels, height, width = shape
-    asked = {k for k, origin in settings.origins.items() if origin.startswith(("recipe", "file", "command"))}
+    asked = {k for k, origin in settings.origins.items() if origin.startswith(("recipe", "file", *GIVEN))}
     if not settings["model.name"]:
         small = {12: "vit_digits", 28: "vit_mnist"}
         name = next((n for size, n in small.items() if max(height, width) <= size), "vit_cifar")
@@ -259,8 +269,11 @@ _LARGEST_FILE = 100_000  # settings take 2 kB, and a parser can be kept busy for
 
 def read_toml(path: str | Path) -> dict[str, Any]:
     """Read a TOML file of settings: values by dotted key. Raises ConfigError if it cannot be read."""
-    import tomllib
+    return parse_toml(read_bytes(path), path)
 
+
+def read_bytes(path: str | Path) -> bytes:
+    """Return what a file of settings holds. Raises ConfigError if it cannot be read or is too large for one."""
     from minivit.files import open_regular
 
     try:
@@ -268,9 +281,17 @@ def read_toml(path: str | Path) -> dict[str, Any]:
             text = f.read(_LARGEST_FILE + 1)
         if len(text) > _LARGEST_FILE:
             raise ConfigError(f"{path} is larger than {_LARGEST_FILE:,} bytes", "give a run's config.toml")
-        return _flat(tomllib.loads(text.decode()))
+        return text
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror or error}", "check the path") from error
+
+
+def parse_toml(text: bytes, path: str | Path) -> dict[str, Any]:
+    """Return the values, by dotted key, in the text of ``path``. Raises ConfigError if it is not TOML."""
+    import tomllib
+
+    try:
+        return _flat(tomllib.loads(text.decode()))
     except (ValueError, RecursionError) as error:  # TOML's own, UTF-8's, a number of too many digits; deep nesting
         raise ConfigError(f"{path} is not TOML: {error}", "mend it, or start from a run's config.toml") from error
 

@@ -3,47 +3,21 @@
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from minivit.data.dataset import class_names
 from minivit.errors import CheckpointError, NonFiniteError
 from minivit.models.vit import ViT
 from minivit.models.zoo import MODELS
+from minivit.nn.rules import pair
+from minivit.runs.folder import find_checkpoint
 from minivit.weights.native import read_model
-
-
-def find_checkpoint(given: str) -> str:
-    """Return the checkpoint that is meant: ``given`` itself, or of a run's folder the best one.
-
-    That is ``checkpoints/best.npz`` where the run chose among its epochs by images held out, else ``last.npz``. Raises
-    CheckpointError for a folder that has neither.
-    """
-    folder = Path(given)
-    if not given or not os.path.isdir(given):  # which, unlike Path's, raises nothing for a name that is too long
-        return given
-    for name in ("best.npz", "last.npz"):
-        if (path := folder / "checkpoints" / name).is_file():
-            return str(path)
-    if (folder / "config.toml").is_file():
-        raise CheckpointError(f"the run {given} has no checkpoint yet", "wait for its first epoch, or train it again")
-    raise CheckpointError(
-        f"{given} is no run folder: it has no checkpoints/last.npz",
-        "give runs/NAME, as minivit train made it, or a checkpoint",
-    )
 
 
 def find_model(given: str) -> str:
     """Return the name of a named model, or the checkpoint that is meant: see :func:`find_checkpoint`."""
     return given if given in MODELS else find_checkpoint(given)
-
-
-def run_of(checkpoint: str) -> Path | None:
-    """Return the folder of the run that keeps a checkpoint, or None if it lies anywhere else."""
-    folder = Path(checkpoint).resolve().parent
-    return folder.parent if folder.name == "checkpoints" and (folder.parent / "config.toml").is_file() else None
 
 
 @dataclass(frozen=True)
@@ -66,6 +40,12 @@ class Trained:
         """What is recorded of the data that it was trained on."""
         found: dict[str, Any] = self.meta.get("data", {})
         return found
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """The (C, H, W) of the images that the model takes."""
+        config = self.model.config
+        return config["in_channels"], *pair("image_size", config["image_size"])
 
 
 def open_trained(given: str) -> Trained:
