@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from minivit.nn.random import random_key
     from minivit.train import optim
     from minivit.train.classifier import ViTClassifier
-    from minivit.train.predict import predict_logits
+    from minivit.train.inference import predict_logits
     from minivit.train.step import TrainStep
     from minivit.train.trainer import Trainer
     from minivit.weights.native import load_model, load_weights, save
@@ -48,7 +48,7 @@ _HOMES = {
     "load_weights": "weights.native",
     "no_grad": "autograd.graph",
     "op": "autograd.op",
-    "predict_logits": "train.predict",
+    "predict_logits": "train.inference",
     "random_key": "nn.random",
     "save": "weights.native",
     "tensor": "autograd.tensor",

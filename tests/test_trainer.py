@@ -18,7 +18,7 @@ import pytest
 
 import minivit as mv
 from minivit import ops
-from minivit.cli.progress import shown
+from minivit.cli.epochs import shown
 from minivit.errors import CheckpointError, ConfigError, DataError, NonFiniteError, Stopped
 from minivit.train import (
     SGD,

@@ -44,8 +44,8 @@ def run(args: argparse.Namespace) -> int:
     from minivit.models.vit import ViT
     from minivit.runs.trained import find_model
     from minivit.show.text import bytes_text, json_text, plural
+    from minivit.train.inference import predict_logits
     from minivit.train.optim import AdamW
-    from minivit.train.predict import predict_logits
     from minivit.train.step import TrainStep
 
     device, batch = auto_device(args.device)[0], args.batch_size

@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     import shlex
     from functools import partial
 
-    from minivit.cli.progress import shown
+    from minivit.cli.epochs import shown
     from minivit.errors import Stopped
     from minivit.runs.run import continue_run, nobody, start_run
 

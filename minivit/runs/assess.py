@@ -20,8 +20,8 @@ from minivit.runs.job import Job
 from minivit.runs.matching import Matching
 from minivit.runs.trained import Trained
 from minivit.show.text import plural
+from minivit.train.inference import predict_logits
 from minivit.train.nonfinite import first_non_finite
-from minivit.train.predict import predict_logits
 
 WORST = 8
 """So many mistakes are listed."""

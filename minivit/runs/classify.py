@@ -22,7 +22,7 @@ from minivit.errors import DataError, MinivitError, printable
 from minivit.files import open_regular
 from minivit.runs.trained import Trained
 from minivit.show.text import plural
-from minivit.train.predict import predict_logits
+from minivit.train.inference import predict_logits
 
 RUNNERS_UP = 2
 

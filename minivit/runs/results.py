@@ -17,7 +17,7 @@ from minivit.runs.job import Job
 from minivit.show.lettering import drawable_names
 from minivit.show.page import write_report
 from minivit.show.pictures import attention_overlay, confusion_picture, mosaic, predictions_picture
-from minivit.train.predict import predict_logits
+from minivit.train.inference import predict_logits
 
 SHOWN = 50  # images in a picture
 

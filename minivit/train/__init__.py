@@ -1,9 +1,9 @@
 """Training: optimizers, schedules, one step, whole runs, and their checkpoints."""
 
 from minivit.train.evaluation import evaluate
+from minivit.train.inference import predict_logits
 from minivit.train.observers import Observer
 from minivit.train.optim import SGD, AdamW, Muon, clip_grad_norm
-from minivit.train.predict import predict_logits
 from minivit.train.progress import Progress
 from minivit.train.schedule import warmup_cosine, warmup_linear
 from minivit.train.step import TrainStep

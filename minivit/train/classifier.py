@@ -18,8 +18,8 @@ from minivit.backend import Key, permutation
 from minivit.errors import ConfigError, DataError, DTypeError, ShapeError, unknown_name
 from minivit.models.vit import ViT
 from minivit.nn.rules import Size
+from minivit.train.inference import predict_logits
 from minivit.train.optimizer import AdamW
-from minivit.train.predict import predict_logits
 from minivit.train.schedule import warmup_cosine
 from minivit.train.step import TrainStep
 

@@ -12,7 +12,7 @@ from minivit.backend import Array
 from minivit.errors import DataError
 from minivit.nn.module import Module
 from minivit.ops.loss import check_labels
-from minivit.train.predict import predict_logits
+from minivit.train.inference import predict_logits
 
 
 class Batches(Protocol):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any
@@ -148,7 +147,7 @@ class Optimizer:
         self.store.steps = int(steps)
 
 
-def check_rate(name: str, value: Any, most: float = sys.float_info.max) -> None:
+def check_rate(name: str, value: Any, most: float = float(np.finfo(np.float64).max)) -> None:
     """Raise ConfigError unless a learning rate or weight decay is a number from 0 to ``most``."""
     is_number: bool = isinstance(value, Real)  # whatever is annotated: a schedule may give anything
     if not (is_number and 0.0 <= value <= most):  # NaN compares with nothing
