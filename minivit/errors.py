@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 
 class MinivitError(Exception):
@@ -59,6 +59,14 @@ class DataError(MinivitError, ValueError):
 
 class CheckpointError(MinivitError, ValueError):
     """A checkpoint that is missing, damaged or belongs to another model."""
+
+
+class MisfitError(CheckpointError):
+    """A checkpoint of a model with other ``settings``, by name, than the one that is to start from it."""
+
+    def __init__(self, what: str, remedy: str, settings: Mapping[str, object]) -> None:
+        super().__init__(what, remedy)
+        self.settings = settings
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str], error: type[MinivitError] = ConfigError) -> MinivitError:

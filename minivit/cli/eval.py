@@ -89,7 +89,7 @@ def load_parts(trained: Trained, name: str, split: str) -> list[Dataset]:
     from minivit.errors import DataError
     from minivit.show.text import plural
 
-    size, takes = trained.model.patch_embed.image_size, trained.model.config["in_channels"]
+    takes, *size = trained.model.settings.image_shape
 
     recorded = trained.data.get("name")
     own = isinstance(recorded, str) and (name == recorded or Path(name).resolve() == Path(recorded))

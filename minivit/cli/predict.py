@@ -14,7 +14,7 @@ from minivit.cli.main import BAD_INPUTS, OK, one_of
 if TYPE_CHECKING:
     import numpy as np
 
-    from minivit.models.vit import ViT
+    from minivit.models import Model
     from minivit.runs.trained import Trained
 
 RUNNERS_UP = 2
@@ -137,14 +137,14 @@ def files_in(folder: str) -> list[str]:
     return images
 
 
-def read(source: str, model: ViT, fit: str) -> Iterator[tuple[str, np.ndarray]]:
+def read(source: str, model: Model, fit: str) -> Iterator[tuple[str, np.ndarray]]:
     """Yield (name, image uint8 (C, H, W)) for each image of a file; raise DataError, before the first, if it is bad."""
     import io
 
     from minivit.data import read_image
     from minivit.data.images import MAX_BYTES
 
-    size, channels = model.patch_embed.image_size, model.patch_embed.in_channels
+    channels, *size = model.settings.image_shape
     if source == "-":
         yield "-", read_image(io.BytesIO(sys.stdin.buffer.read(MAX_BYTES + 1)), size, channels, fit)
     elif Path(source).suffix.lower() in (".npy", ".npz"):

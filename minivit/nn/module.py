@@ -28,6 +28,16 @@ class Parameter(Tensor):
         self.requires_grad = True
 
 
+class RowSize(NamedTuple):
+    """What a row of a batch makes of a model: ``numbers`` of its activations in a layer, and ``layers`` that keep such.
+
+    How many rows are worked on at once follows from it.
+    """
+
+    numbers: int
+    layers: int
+
+
 class Watch(NamedTuple):
     """Who is told of the modules that run: see :func:`watching`."""
 
@@ -122,6 +132,10 @@ class Module:
     def num_parameters(self) -> int:
         """Return the number of learned numbers."""
         return sum(p.size for p in self.parameters())
+
+    def row_size(self) -> RowSize | None:
+        """Return what a row of a batch makes of the model; None if it does not say."""
+        return None
 
     # ---- what it looks like ----
 

@@ -32,16 +32,15 @@ from minivit.data import (
     RandomResizedCrop,
 )
 from minivit.data.datasets import class_names, splits_of
-from minivit.errors import CheckpointError, ConfigError, DataError, printable
+from minivit.errors import CheckpointError, ConfigError, DataError, MisfitError, printable
 from minivit.files import replacing
 from minivit.measure.costs import peak_memory
 from minivit.measure.machine import blas_text, cpu_text, system_text, versions
 from minivit.measure.metrics import classification_metrics
-from minivit.models.vit import ViT
-from minivit.models.zoo import count_parameters
-from minivit.nn.rules import check_settings, pair
+from minivit.models import Model, build, count_parameters, described_settings
+from minivit.nn.rules import pair, rate
 from minivit.runs.results import draw_batch, spread_out, write_results
-from minivit.runs.settings import Settings, fit_to_data, parse_assignment, read_toml, resolve, write_toml
+from minivit.runs.settings import Settings, assignments, fit_to_data, parse_assignment, read_toml, resolve, write_toml
 from minivit.runs.trained import find_checkpoint
 from minivit.show.text import bytes_text, percent_interval, plural
 from minivit.train import schedule
@@ -52,7 +51,8 @@ from minivit.train.signals import Stop, StopSignals
 from minivit.train.step import Team
 from minivit.train.trainer import Trainer, evaluate
 from minivit.weights.checkpoint import load_checkpoint
-from minivit.weights.native import data_meta, init_from, load_weights
+from minivit.weights.native import data_meta, load_weights
+from minivit.weights.transfer import init_from
 
 TRAIN_STREAM, HOLD_OUT_STREAM = 0x7A1, 0x0FF  # streams of random numbers under the run's seed
 
@@ -226,25 +226,28 @@ class Job:
         test, valid = (self._load_beside(whole, split) for split in ("test", "val"))
         fit_to_data(settings, whole.images.shape[1:], len(whole.classes))
         if settings["data.overfit"]:
-            settings.take(UNCHANGED, "overfit")
-        if settings["train.init_from"]:
+            rates = {f"model.{name}": 0.0 for name, s in described_settings(settings.kind).items() if s.rule is rate}
+            settings.take(UNCHANGED | rates, "overfit")
+        if settings["train.init_from"] and "model.head" in settings:
             settings.take({"model.head": "linear"}, "init_from")
-        config: dict[str, Any] = {
-            k: tuple(v) if isinstance(v, list) else v for k, v in settings.table("model").items() if k != "name"
-        }
-        check_settings(**config)
+        kind, values = settings.kind, settings.model_values()
         # float32 weights, gradients and moments, on one thread; and the report's tables of all pairs of classes
-        _check_memory(max(20 * count_parameters(config), 40 * config["num_classes"] ** 2), device)
+        _check_memory(max(20 * count_parameters(kind, values), 40 * values["num_classes"] ** 2), device)
         # a model may have room for more classes than the data name
         names = tuple(class_names(whole.classes, settings["model.num_classes"]))
         self.test_data, own_valid = (part and replace(part, classes=names) for part in (test, valid))
         self.train_data, self.valid_data = self._divide(replace(whole, classes=names), own_valid)
         if settings["train.patience"] and self.valid_data is None:
             raise ConfigError("patience needs validation images", "hold some out: --val-fraction 0.1")
-        self.model: ViT = ViT(**config, seed=settings["train.seed"]).to(device)
+        self.model: Model = build(kind, values).to(device)
         changed: list[str] = []
         if settings["train.init_from"] and not resumed:
-            changed = init_from(self.model, settings["train.init_from"])
+            try:
+                changed = init_from(self.model, settings["train.init_from"])
+            except MisfitError as error:
+                raise CheckpointError(
+                    error.what, f"make the model with the checkpoint's: {assignments(error.settings)}"
+                ) from error
         self.loader = self.make_loader()
         # what "auto" and 0 come to on this machine is kept, because equal bits need the same again
         team, batch_size = Team(self.model, None, settings["train.micro_batch"] or None), settings["train.batch_size"]
@@ -252,9 +255,8 @@ class Job:
         micro_batch = min(team.micro_batch or batch_size, batch_size)
         found = {"train.device": device, "train.threads": threads, "train.micro_batch": micro_batch}
         settings.take({key: value for key, value in found.items() if settings[key] != value}, "this machine")
-        kept = self.model.config | {"recompute": settings["model.recompute"]}
         rows = min(self.loader.batch_size, len(self.train_data))
-        self.memory = peak_memory(kept, Team(self.model, threads, micro_batch), rows)
+        self.memory = peak_memory(self.model, Team(self.model, threads, micro_batch), rows)
         self.memory += 4 * self.model.num_parameters() * bool(settings["train.model_ema"])
         _check_memory(self.memory, device)
         self.schedule = self.make_schedule()
@@ -569,13 +571,8 @@ def _check_memory(needed: int, device: str) -> None:
 _STRENGTHS = (
     "resized_crop", "degrees", "scale", "shear", "shift", "jitter", "randaugment", "erasing", "mixup", "cutmix",
 )  # fmt: skip
-_RATES = ("dropout", "attention_dropout", "embed_dropout", "drop_path")
-UNCHANGED = (
-    {"data.crop": 0, "data.flip": False, "train.smoothing": 0.0}
-    | {f"data.{key}": 0.0 for key in _STRENGTHS}
-    | {f"model.{key}": 0.0 for key in _RATES}
-)
-"""Settings under which a model sees the training images as they are, and each of them whole."""
+UNCHANGED = {"data.crop": 0, "data.flip": False, "train.smoothing": 0.0} | {f"data.{key}": 0.0 for key in _STRENGTHS}
+"""Settings under which a model sees the training images as they are; it sees each of them whole if its rates are 0."""
 
 
 def augmentation(s: Mapping[str, Any], channels: int) -> Augment | None:

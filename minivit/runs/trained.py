@@ -10,8 +10,7 @@ from typing import Any
 
 from minivit.data.datasets import class_names
 from minivit.errors import CheckpointError, NonFiniteError
-from minivit.models.vit import ViT
-from minivit.models.zoo import MODELS
+from minivit.models import MODELS, Model
 from minivit.weights.native import read_model
 
 
@@ -55,7 +54,7 @@ class Trained:
     """
 
     path: str
-    model: ViT
+    model: Model
     meta: dict[str, Any]
     classes: tuple[str, ...]
     mean: tuple[float, ...]

@@ -21,6 +21,7 @@ from minivit import ops
 from minivit.backend import Array
 from minivit.data.loader import Loader
 from minivit.errors import CheckpointError, ConfigError, DataError, NonFiniteError, unknown_name
+from minivit.models import Model
 from minivit.nn.module import Module
 from minivit.ops.loss import check_labels
 from minivit.train.ema import EMA
@@ -419,6 +420,8 @@ class Trainer:
                 arrays |= {f"ema/{k}": v for k, v in self.ema.state_dict().items()}
             arrays |= {f"optimizer/{k}": v for k, v in self.opt.state_dict().items()}
             config = {} if self._config() is None else {"model": self._config()}
+            if isinstance(self.model, Model):
+                config["kind"] = self.model.kind
             settings = self._settings(self.epochs * self.progress.batches)
             known = {"data": self._data, "machine": self._machine(), "limits": self._limits()}
             train = {"settings": settings, **known, **asdict(self.progress)}
