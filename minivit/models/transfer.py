@@ -17,7 +17,8 @@ def check_encoder(model: Any, state: Mapping[str, np.ndarray], old: Any, keys: t
     ``state`` are the arrays that ``model`` is to start from, ``old`` their model's settings.
     """
     there, here = old.written_out(), model.settings.written_out()
-    differ = [k for k in keys if there[k] != here[k]]
+    given = {k for k in keys if (getattr(old, k), getattr(model.settings, k)) != (None, None)}  # else they follow
+    differ = [k for k in keys if k in given and there[k] != here[k]]
     if not differ:
         return
     lines = ["; ".join(f"{k} is {_text(there[k])} there, {_text(here[k])} here" for k in differ)]

@@ -91,9 +91,7 @@ class ViT(Model):
         self.dim, self.pool = s.dim, s.pool
         self.patch_embed = PatchEmbed(s.image_size, s.patch_size, s.in_channels, s.dim)
         self.cls_token = Parameter(init.zeros(1, 1, s.dim)) if s.pool == "cls" else None
-        self.pos_embed = (
-            Parameter(init.normal(1, self.num_tokens, s.dim, std=0.02)) if s.position == "learned" else None
-        )
+        self.pos_embed = Parameter(init.normal(1, self.num_tokens, s.dim, std=0.02)) if s.position != "none" else None
         self.embed_drop = Dropout(s.embed_dropout)
         self.blocks = [
             EncoderBlock(s.dim, s.heads, s.mlp_dim or 4 * s.dim, s.dim_head, s.qkv_bias, s.activation, s.norm_eps,

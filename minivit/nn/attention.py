@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from minivit import ops
+from minivit.autograd.graph import recording
 from minivit.errors import ConfigError, ShapeError
 from minivit.nn import init
 from minivit.nn.layers import MLP, Dropout, DropPath, LayerNorm, Linear
@@ -78,6 +79,8 @@ class MultiHeadAttention(Module):
         """
         q, k, v = split_heads(self.qkv(x), 3, self.heads)  # (B, T, 3·H·d) → (3, B, H, T, d)
         p = ops.attention_weights(q, k, mask)  # (B, H, T, T)
+        if p.node is None and recording.enabled:
+            p.requires_grad = True  # of a model that is frozen
         p = p if change is None else change(p)
         rate = self.attention_dropout if self.training else 0.0
         dropped = ops.dropout(p, rate, next_key(), first_row()) if rate > 0 else p
