@@ -16,8 +16,7 @@ if TYPE_CHECKING:
     from minivit.autograd.tensor import Tensor, grad, tensor
     from minivit.backend import Key
     from minivit.errors import GradientError, MinivitError
-    from minivit.models.vit import ViT
-    from minivit.models.zoo import create_model, list_models
+    from minivit.models import ViT, create_model, list_models
     from minivit.nn.random import random_key
     from minivit.train import optim
     from minivit.train.classifier import ViTClassifier
@@ -36,14 +35,14 @@ _HOMES = {
     "Tensor": "autograd.tensor",
     "TrainStep": "train.step",
     "Trainer": "train.trainer",
-    "ViT": "models.vit",
+    "ViT": "models",
     "ViTClassifier": "train.classifier",
     "check_grads": "autograd.check",
     "check_module": "autograd.check",
-    "create_model": "models.zoo",
+    "create_model": "models",
     "first_order": "autograd.graph",
     "grad": "autograd.tensor",
-    "list_models": "models.zoo",
+    "list_models": "models",
     "load_model": "weights.native",
     "load_weights": "weights.native",
     "no_grad": "autograd.graph",

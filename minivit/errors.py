@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 
 class MinivitError(Exception):
@@ -78,6 +78,14 @@ class Stopped(KeyboardInterrupt):
 
     def __str__(self) -> str:
         return str(MinivitError(self.what, self.remedy))
+
+
+class MisfitError(CheckpointError):
+    """A checkpoint of a model with other ``settings``, by name, than the one that is to start from it."""
+
+    def __init__(self, what: str, remedy: str, settings: Mapping[str, object]) -> None:
+        super().__init__(what, remedy)
+        self.settings = settings
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str], error: type[MinivitError] = ConfigError) -> MinivitError:

@@ -25,10 +25,11 @@ from minivit.backend import Key
 from minivit.cli.main import COMMANDS, main
 from minivit.data.catalog import NAMES
 from minivit.errors import CheckpointError, ConfigError, DataError
-from minivit.measure.costs import layer_of, model_config
+from minivit.measure.costs import layer_of
 from minivit.measure.costs import measure as measure_layers
 from minivit.measure.metrics import classification_metrics, wilson_interval
-from minivit.models.zoo import MODELS, count_parameters
+from minivit.models import MODELS, count_parameters
+from minivit.models.registry import Configuration
 from minivit.runs.options import MODEL_FLAGS, OPTIONS, RECIPE_NAMES
 from minivit.runs.parts import augmentation
 from minivit.runs.recipes import FOR_DATA, RECIPES, full_name
@@ -339,7 +340,8 @@ def test_a_config_round_trips(tmp_path: Path) -> None:
 
 def test_another_model_leaves_the_recipe_model_behind() -> None:
     s = resolve({"model.name": "vit_mnist"})
-    assert {k: s[f"model.{k}"] for k in MODELS["vit_mnist"]} == MODELS["vit_mnist"]
+    sizes = MODELS["vit_mnist"].settings
+    assert {k: s[f"model.{k}"] for k in sizes} == sizes
     assert s["model.pool"] == "cls"
     assert s["train.smoothing"] == RECIPES["digits@1"]["train"]["smoothing"]
 
@@ -350,7 +352,7 @@ def test_the_data_choose_what_nobody_named(size: int, model: str, archive: Path)
     assert s["recipe"] == ""
     fit_to_data(s, (3, size, size), 4)
     chosen = [s[f"model.{k}"] for k in ("name", "image_size", "in_channels", "num_classes", "depth", "dim")]
-    assert chosen == [model, size, 3, 4, 1, MODELS[model]["dim"]]
+    assert chosen == [model, size, 3, 4, 1, MODELS[model].settings["dim"]]
 
 
 def test_a_bad_file_is_an_error(tmp_path: Path) -> None:
@@ -800,16 +802,17 @@ def test_summary_counts_the_bytes_that_the_graph_keeps() -> None:
 
 @pytest.mark.parametrize("depth", [1, 2, 3, 5])
 def test_summary_of_every_depth_adds_up(depth: int, capsys: pytest.CaptureFixture[str]) -> None:
-    from minivit.measure.costs import report
+    from minivit.cli.summary import costs_table
+    from minivit.measure.costs import outlined_costs
 
     config = {**mv.create_model("vit_digits", drop_path=0.1).config, "depth": depth}
     model = mv.ViT(**config)
     rows = measure_layers(model, np.zeros((1, 1, 8, 8), np.float32))
-    assert sum(row.parameters for row in rows.values()) == model.num_parameters() == count_parameters(config)
-    total = next(line for line in report(config, 4).splitlines() if line.startswith("total"))
+    assert sum(row.parameters for row in rows.values()) == model.num_parameters() == count_parameters("vit", config)
+    total = next(line for line in costs_table(outlined_costs(model.settings)).splitlines() if line.startswith("total"))
     assert f"{model.num_parameters():,}" in total
     assert f"{sum(row.flops for row in rows.values()):,}" in total
-    assert {layer_of(name) for name, _ in model.named_parameters()} <= set(rows)
+    assert {layer_of(name.rpartition(".")[0]) for name, _ in model.named_parameters()} <= set(rows)
 
 
 @pytest.mark.parametrize("name", ["vit_digits", "vit_mnist", "vit_cifar", "vit_lite_7_4"])
@@ -817,7 +820,7 @@ def test_summary_of_every_depth_adds_up(depth: int, capsys: pytest.CaptureFixtur
                                       {"image_size": (12, 24), "patch_size": (3, 2), "in_channels": 2}])  # fmt: skip
 def test_parameters_are_counted_without_making_the_model(name: str, settings: dict[str, Any]) -> None:
     model = mv.create_model(name, **settings)
-    assert count_parameters(model_config(name) | settings) == model.num_parameters()
+    assert count_parameters("vit", {**MODELS[name].settings, **settings}) == model.num_parameters()
 
 
 def test_summary_of_a_checkpoint_and_the_list(checkpoint: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -899,7 +902,8 @@ def test_gradcheck_of_a_model(checkpoint: str, capsys: pytest.CaptureFixture[str
 def test_gradcheck_of_a_fresh_model_to_the_second_order(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(MODELS, "vit_digits", {**MODELS["vit_digits"], "depth": 1, "dim": 8, "heads": 2})
+    kind, sizes = MODELS["vit_digits"]
+    monkeypatch.setitem(MODELS, "vit_digits", Configuration(kind, {**sizes, "depth": 1, "dim": 8, "heads": 2}))
     assert main(["gradcheck", "vit_digits"]) == 0
     out = capsys.readouterr().out
     assert "order 2" in out

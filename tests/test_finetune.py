@@ -7,12 +7,14 @@ import pytest
 
 import minivit as mv
 from minivit.backend import normal, uniform
-from minivit.errors import CheckpointError, ShapeError
+from minivit.errors import CheckpointError, MisfitError, ShapeError
 from minivit.models.positions import resize_matrix, resize_positions
+from minivit.runs.settings import assignments
 from minivit.train import load_checkpoint, save_checkpoint
 from minivit.train.ema import EMA
 from minivit.train.optim import SGD, AdamW
-from minivit.weights.native import init_from, load_weights, model_config, read_model
+from minivit.weights.native import load_weights, model_config, read_model
+from minivit.weights.transfer import init_from
 
 SMALL = {
     "image_size": (12, 8), "patch_size": 4, "dim": 16, "depth": 2, "heads": 4, "mlp_dim": 24, "num_classes": 5,
@@ -133,7 +135,7 @@ def test_the_average_is_what_is_evaluated(tmp_path, trained):
 
 
 def test_the_config_of_a_checkpoint_has_every_setting(tmp_path, trained, path):
-    assert model_config(path) == trained.config | {"image_size": [12, 8]}  # as JSON has it
+    assert model_config(path) == trained.config
     partly = {"image_size": 8, "dim": 8, "depth": 1, "heads": 2}
     small = saved(tmp_path / "b.npz", mv.ViT(**partly), config=partly)
     assert model_config(small) == mv.ViT(**partly).config
@@ -214,36 +216,42 @@ def test_what_computes_otherwise_is_said(path):
 
 
 @pytest.mark.parametrize(
-    ("settings", "says", "remedy"),
+    ("settings", "says", "needed"),
     [
-        ({"dim": 32}, r"dim is 16 there, 32 here\n  cls_token: \(1, 1, 16\) there, \(1, 1, 32\)", "model.dim=16"),
-        ({"depth": 3}, "depth is 2 there, 3 here", "model.depth=2"),
-        ({"heads": 2}, "heads is 4 there, 2 here", "model.heads=4"),  # of the very same shapes
+        ({"dim": 32}, r"dim is 16 there, 32 here\n  cls_token: \(1, 1, 16\) there, \(1, 1, 32\)", {"dim": 16}),
+        ({"depth": 3}, "depth is 2 there, 3 here", {"depth": 2}),
+        ({"heads": 2}, "heads is 4 there, 2 here", {"heads": 4}),  # of the very same shapes
         ({"mlp_dim": None}, r"mlp_dim is 24 there, 64 here\n.*fc1\.weight: \(24, 16\) there, \(64, 16\)",
-         "model.mlp_dim=24"),
-        ({"patch_size": (4, 2)}, r"patch_size is 4 there, \[4, 2\] here", "model.patch_size=4"),
-        ({"dim_head": 8}, "dim_head is 4 there, 8 here", "model.dim_head=4"),
-        ({"qkv_bias": False}, "qkv_bias is True there, False here", "model.qkv_bias=true"),
-        ({"position": "none"}, "position is learned there, none here", "model.position=learned"),
-        ({"in_channels": 4}, "in_channels is 3 there, 4 here", "model.in_channels=3"),
+         {"mlp_dim": 24}),
+        ({"patch_size": (4, 2)}, r"patch_size is 4 there, \[4, 2\] here", {"patch_size": 4}),
+        ({"dim_head": 8}, "dim_head is 4 there, 8 here", {"dim_head": 4}),
+        ({"qkv_bias": False}, "qkv_bias is True there, False here", {"qkv_bias": True}),
+        ({"position": "none"}, "position is learned there, none here", {"position": "learned"}),
+        ({"in_channels": 4}, "in_channels is 3 there, 4 here", {"in_channels": 3}),
         ({"dim": 32, "depth": 1}, r"dim is 16 there, 32 here; depth is 2 there, 1 here\n.*… and 14 more parameters",
-         "model.dim=16 --set model.depth=2"),
+         {"dim": 16, "depth": 2}),
     ],
 )  # fmt: skip
-def test_an_encoder_of_another_size(path, settings, says, remedy):
+def test_an_encoder_of_another_size(path, settings, says, needed):
     model = disturbed(mv.ViT(**SMALL | settings))
     before = model.state_dict()
-    with pytest.raises(CheckpointError, match=rf"(?s)a\.npz cannot start this model: {says}") as caught:
+    with pytest.raises(MisfitError, match=rf"(?s)a\.npz cannot start this model: {says}") as caught:
         init_from(model, path)
-    assert caught.value.remedy == f"make the model with the checkpoint's: --set {remedy}"
+    assert caught.value.settings == needed
+    told = ", ".join(f"{key}={value!r}" for key, value in needed.items())
+    assert caught.value.remedy == f"make the model with the checkpoint's {told}"
+    init_from(mv.ViT(**SMALL | settings | needed), path)  # which then does
     after = model.state_dict()
     assert after.keys() == before.keys() and all((after[n] == before[n]).all() for n in before)
 
 
 def test_a_rectangular_patch_is_quoted_for_the_shell(tmp_path):
     path = saved(tmp_path / "a.npz", mv.ViT(**SMALL | {"patch_size": (4, 2)}))
-    with pytest.raises(CheckpointError, match=r"--set 'model\.patch_size=\[4, 2\]'"):
+    with pytest.raises(MisfitError, match=r"with the checkpoint's patch_size=\(4, 2\)") as caught:
         init_from(mv.ViT(**SMALL), path)
+    assert assignments(caught.value.settings) == "--set 'model.patch_size=[4, 2]'"
+    several = assignments({"dim": 16, "qkv_bias": True, "position": "learned"})
+    assert several == "--set model.dim=16 --set model.qkv_bias=true --set model.position=learned"
 
 
 @pytest.mark.parametrize(

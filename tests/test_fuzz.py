@@ -36,10 +36,11 @@ from PIL import Image
 from minivit.cli.main import main
 from minivit.data import load, read_image
 from minivit.errors import MinivitError
-from minivit.models.zoo import count_parameters
+from minivit.models import count_parameters
 from minivit.runs.settings import resolve, write_toml
 from minivit.weights.checkpoint import load_checkpoint, save_checkpoint
-from minivit.weights.native import init_from, load_model, model_config
+from minivit.weights.native import load_model, model_config
+from minivit.weights.transfer import init_from
 from tests.test_formats import CIFAR, IDX, NAMES10, npy, pixels, python2
 from tests.test_formats import idx as idx_bytes
 
@@ -207,7 +208,7 @@ def use(folder: Path) -> None:
         assert main(command) in range(4), command
     model = load_model(path)
     init_from(load_model("run/checkpoints/last.npz"), path)
-    assert model.num_parameters() == count_parameters(model_config(path))
+    assert model.num_parameters() == count_parameters(model.kind, model_config(path))
 
 
 def run_in(folder: Path) -> None:

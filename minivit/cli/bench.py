@@ -37,11 +37,11 @@ def run(args: argparse.Namespace) -> int:
     """Measure, and print what was found."""
     from minivit.backend import Key, auto_device, keep_freed_memory, peak_memory, random_bits, uniform
     from minivit.errors import ConfigError, printable
-    from minivit.measure.costs import image_shape, model_config
+    from minivit.measure.costs import model_settings
     from minivit.measure.machine import cpu_text
     from minivit.measure.profile import profile_step
     from minivit.measure.speed import image_flops, sgemm_rate, time_steps
-    from minivit.models.vit import ViT
+    from minivit.models import build
     from minivit.runs.trained import find_model
     from minivit.show.text import bytes_text, json_text, plural
     from minivit.train.inference import predict_logits
@@ -53,10 +53,10 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"--profile on {device}", "it times operations of the CPU: add --device cpu")
     keep_freed_memory()
     name = find_model(args.model)
-    config = model_config(name)
-    model, shape = ViT(**config).to(device), image_shape(config)
+    settings = model_settings(name)
+    model, shape = build(settings.kind, settings.config).to(device), settings.image_shape
     images = uniform(Key(0), (batch, *shape)) * 2 - 1
-    labels = (random_bits(Key(1), (batch,)) % config["num_classes"]).astype("int64")
+    labels = (random_bits(Key(1), (batch,)) % model.settings.num_classes).astype("int64")
 
     def new_step(threads: int | None, micro_batch: int | None) -> TrainStep:
         return TrainStep(model, AdamW(model.named_parameters(), lr=1e-4), threads=threads, micro_batch=micro_batch)

@@ -62,7 +62,7 @@ def training_step() -> str:
     from minivit.backend import Key
     from minivit.data import Loader
     from minivit.errors import NonFiniteError
-    from minivit.models.zoo import create_model
+    from minivit.models import create_model
     from minivit.train.optim import AdamW
     from minivit.train.step import TrainStep
 

@@ -115,12 +115,12 @@ def check_model(name: str, order: int, seed: int, as_json: bool = False) -> int:
     from minivit.autograd.check import check_module
     from minivit.backend import Key, normal
     from minivit.errors import ConfigError, printable
-    from minivit.measure.costs import image_shape, model_config, open_model
-    from minivit.models.zoo import count_parameters
+    from minivit.measure.costs import model_settings, open_model
+    from minivit.models import count_parameters
     from minivit.show.text import json_text
 
-    config = model_config(name)
-    size = count_parameters(config)
+    settings = model_settings(name)
+    size = count_parameters(settings.kind, settings.config)
     if size > MOST_PARAMETERS:
         raise ConfigError(
             f"{name} has {size:,} parameters: checking it would take hours",
@@ -130,8 +130,8 @@ def check_model(name: str, order: int, seed: int, as_json: bool = False) -> int:
     for i, p in enumerate(model.parameters()):
         if not p.data.any():  # a fresh head of zeros would hide all that lies before it
             p.data[...] = 0.1 * normal(Key(seed, 1).child(i), p.shape)
-    images = normal(Key(seed, 2), (2, *image_shape(config)))
-    shape = " × ".join(map(str, image_shape(config)))
+    images = normal(Key(seed, 2), (2, *settings.image_shape))
+    shape = " × ".join(map(str, settings.image_shape))
     if not as_json:
         print(printable(f"{name}: {size:,} parameters, float64, two random images {shape}") + "\n")
     started = time.perf_counter()

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING, Any
 
 from minivit.cli.main import number
 from minivit.runs.options import MANY
+
+if TYPE_CHECKING:
+    from minivit.backend import Team
+    from minivit.measure.costs import Costs, Row
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,27 +29,30 @@ def run(args: argparse.Namespace) -> int:
     if args.list is not None:
         return list_models(args.list, args.json)
     from minivit.errors import printable
-    from minivit.measure.costs import figures, image_shape, model_config, report
+    from minivit.measure.costs import model_costs, model_settings
+    from minivit.models import model_outline
     from minivit.runs.trained import find_model
     from minivit.show.text import json_text
+    from minivit.train.sharing import team_for
 
-    model = find_model(args.model)
-    config = model_config(model)
+    name = find_model(args.model)
+    settings = model_settings(name)
+    model = model_outline(settings.kind, settings.config)
+    costs, team = model_costs(model), team_for(model)
     if args.json:
-        about = {"model": model, "image": image_shape(config), "batch_size": args.batch_size}
-        print(json_text(about | figures(config, args.batch_size)))
+        about = {"model": name, "image": settings.image_shape, "batch_size": args.batch_size}
+        print(json_text(about | figures(costs, team, args.batch_size)))
         return 0
-    print(printable(model) + f", one image of {' × '.join(map(str, image_shape(config)))}\n")
-    print(report(config, args.batch_size))
+    print(printable(name) + f", one image of {' × '.join(map(str, settings.image_shape))}\n")
+    print(costs_table(costs) + "\n\n" + memory_table(costs.total, team, args.batch_size))
     return 0
 
 
 def list_models(pattern: str, as_json: bool) -> int:
     """Print the named models that match a shell pattern, with their sizes."""
     from minivit.errors import unknown_name
-    from minivit.measure.costs import model_config
-    from minivit.models.zoo import MODELS, count_parameters
-    from minivit.models.zoo import list_models as names
+    from minivit.models import MODELS, count_parameters, read_settings
+    from minivit.models import list_models as names
     from minivit.show.text import json_text, text_table
 
     found = names(pattern)
@@ -52,12 +60,66 @@ def list_models(pattern: str, as_json: bool) -> int:
         raise unknown_name("model or pattern", pattern, MODELS)
     models = []
     for name in found:
-        config = model_config(name)
-        sizes = {key: config[key] for key in ("image_size", "patch_size", "dim", "heads", "depth")}
-        models.append({"model": name, **sizes, "parameters": count_parameters(config)})
+        config = read_settings(*MODELS[name]).config
+        sizes = {key: config.get(key) for key in ("image_size", "patch_size", "dim", "heads", "depth")}
+        models.append({"model": name, **sizes, "parameters": count_parameters(*MODELS[name])})
     if as_json:
         print(json_text(models))
         return 0
-    rows = [[*map(str, [*model.values()][:-1]), f"{model['parameters']:,}"] for model in models]
+    rows = [["" if x is None else str(x) for x in [*model.values()][:-1]] for model in models]
+    rows = [[*row, f"{model['parameters']:,}"] for row, model in zip(rows, models, strict=True)]
     print(text_table(["model", "image", "patch", "dim", "heads", "depth", "parameters"], rows, right=range(1, 7)))
     return 0
+
+
+# ---- what is printed -------------------------------------------------------------------------------------------------
+
+
+def costs_table(costs: Costs) -> str:
+    """Return the table of layers, and their sum."""
+    from minivit.measure.costs import Row
+    from minivit.show.text import bytes_text, text_table
+
+    total = Row((), costs.total.parameters, costs.total.flops, costs.total.kept)
+    table = []
+    for name, row in [*_costly(costs), ("total", total)]:
+        shape = " × ".join(map(str, row.shape[1:]))  # without the batch axis
+        table.append([name, shape, f"{row.parameters:,}", f"{row.flops:,}" if row.flops else "", bytes_text(row.kept)])
+    return text_table(["layer", "output", "parameters", "FLOPs", "kept for backward"], table, right=(2, 3, 4))
+
+
+def _costly(costs: Costs) -> list[tuple[str, Row]]:
+    return [(n, row) for n, row in costs.rows if row.parameters or row.flops or row.kept]  # drop path at 0 does not
+
+
+def memory_table(total: Row, team: Team, batch_size: int) -> str:
+    """Return what a training step takes: on the CPU in micro-batches, on a GPU in one piece."""
+    from minivit.measure.costs import gpu_memory, images_at_once, step_memory
+    from minivit.show.text import bytes_text, plural
+
+    sizes = step_memory(total, team, batch_size)
+    titles = {
+        "optimizer": "AdamW's state",
+        "buffers": f"buffers of {plural(team.threads, 'thread')}",
+        "kept": f"kept for backward, {plural(images_at_once(team, batch_size), 'image')} at once",
+    }
+    lines = [f"training step of {plural(batch_size, 'image')}, float32:"]
+    lines += [f"  {titles.get(name, name):44}{bytes_text(size):>8}" for name, size in sizes.items()]
+    lines.append(f"  {'peak on the CPU, about':44}{bytes_text(sum(sizes.values())):>8}")
+    lines.append(f"  {'peak on a GPU, in one piece, about':44}{bytes_text(gpu_memory(total, batch_size)):>8}")
+    return "\n".join(lines)
+
+
+def figures(costs: Costs, team: Team, batch_size: int) -> dict[str, Any]:
+    """Return what the tables show, as what JSON can hold: sizes in bytes, shapes without the batch axis."""
+    from minivit.measure.costs import gpu_memory, step_memory
+
+    total, sizes = costs.total, step_memory(costs.total, team, batch_size)
+    return {
+        "layers": [
+            {"layer": name, "output": row.shape[1:], "parameters": row.parameters, "flops": row.flops, "kept": row.kept}
+            for name, row in _costly(costs)
+        ],
+        "total": {"parameters": total.parameters, "flops": total.flops, "kept": total.kept},
+        "memory": sizes | {"peak_cpu": sum(sizes.values()), "peak_gpu": gpu_memory(total, batch_size)},
+    }

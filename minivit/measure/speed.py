@@ -13,8 +13,10 @@ import numpy as np
 from minivit.autograd.graph import Node, first_order
 from minivit.autograd.tensor import Tensor
 from minivit.backend import Key, blas_threads, to_device, uniform
+from minivit.backend.outline import outline
 from minivit.errors import ConfigError
 from minivit.nn.module import mode
+from minivit.nn.recompute import keeping
 
 SGEMM_SIZES = (256, 512, 1024)  # rows and columns: in a core's cache, about as large as it, and larger
 SGEMM_FLOPS = 4e9  # of one measurement: about 40 ms on a core
@@ -73,23 +75,20 @@ def flops(node: Node) -> int:
 
 
 def image_flops(model: Any) -> tuple[int, int]:
-    """Return the FLOPs of a :class:`minivit.ViT`'s matrix products for one image: (forward, backward).
+    """Return the FLOPs of a registered model's matrix products for one image: (forward, backward).
 
     A multiplication and an addition are 2. Backward are the products that the gradients of the parameters need: none
-    for the images', and none below the lowest parameter that requires a gradient.
+    for the images', and none below the lowest parameter that requires a gradient. What is computed twice
+    (:mod:`minivit.nn.recompute`) is counted once. On the CPU nothing is computed: the image is an outline.
     """
-    embed, parameter = model.patch_embed, next(model.parameters())
-    image = Tensor(to_device(np.zeros((1, embed.in_channels, *embed.image_size), parameter.dtype), parameter.device))
+    parameter, shape = next(model.parameters()), (1, *model.settings.image_shape)
+    on_cpu = parameter.device == "cpu"
+    image = Tensor(
+        outline(shape, parameter.dtype) if on_cpu else to_device(np.zeros(shape, parameter.dtype), parameter.device)
+    )
     image.requires_grad = True  # all that is computed is then recorded, whatever is frozen
-    recompute = [block.recompute for block in model.blocks]
-    try:
-        for block in model.blocks:
-            block.recompute = False  # what a block computes twice is to be seen, and counted once
-        with mode(True), first_order():
-            out = model(image)
-    finally:
-        for block, before in zip(model.blocks, recompute, strict=True):
-            block.recompute = before
+    with mode(True), first_order(), keeping():
+        out = model(image)
     below = {p.node for p in model.parameters() if p.requires_grad}  # nodes whose gradient is computed
     forward = backward = 0
     for node in _recorded(out.node):

@@ -2,112 +2,125 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass, replace
 from typing import Any
 
 from minivit import ops
-from minivit.backend import Key
-from minivit.nn import init
+from minivit.models.registry import Model, Settings, register, setting
+from minivit.models.trace import Change, Trace, trace
+from minivit.models.transfer import adapt_tokens
+from minivit.nn import init, rules
 from minivit.nn.attention import EncoderBlock, attention_mask
 from minivit.nn.layers import Dropout, LayerNorm, Linear, PatchEmbed
-from minivit.nn.module import Module, Parameter, RowSize, set_layer
-from minivit.nn.random import random_key
-from minivit.nn.rules import Size, check_settings
+from minivit.nn.module import Parameter, RowSize
+from minivit.nn.rules import Size, choice, count, flag, optional, pair, rate, size
 
 
-class ViT(Module):
-    """Images (B, C, H, W) → logits (B, num_classes). Sizes are an int or (height, width).
+@dataclass(frozen=True)
+class ViTSettings(Settings):
+    """Settings of a :class:`ViT`."""
 
-    ``mlp_dim`` is 4·dim and ``dim_head`` dim/heads unless given. ``dropout`` acts after the attention's projection and
-    in the MLP, ``attention_dropout`` on the attention probabilities, ``embed_dropout`` after the positions are added;
-    ``drop_path`` is the last block's rate, rising linearly from 0. ``pool`` is "cls" (a class token), "mean" (over the
-    patches, no class token) or "none" (logits for every patch, (B, N, num_classes)). ``position`` is "learned" or
-    "none". ``head`` is "linear" or, for pre-training, "mlp" (one hidden layer with tanh). Parameters are drawn from
-    ``seed`` and bear timm's names. ``weight_init`` is "paper", as the paper's reference code has it, or "mimetic",
-    which learns faster from few images: attention starts like trained attention (Trockman and Kolter 2023), positions
-    as sines and cosines. ``recompute`` trades time for memory in training: blocks keep no more than their input and run
-    again in the backward pass. ``config`` holds all settings but that one, which changes no number: ``ViT(**config)``.
+    divisor = "patch_size"
+    image_size: Size = setting(32, size, "height and width of the images, an int or (height, width)")
+    patch_size: Size = setting(4, size, "height and width of a patch; it divides the image's")
+    in_channels: int = setting(3, count, "channels of the images")
+    num_classes: int = setting(10, count, "classes, the length of the logits")
+    dim: int = setting(192, count, "length of a token")
+    depth: int = setting(6, rules.depth, "encoder blocks")
+    heads: int = setting(3, count, "heads of the attention")
+    mlp_dim: int | None = setting(None, optional(count), "hidden numbers of the MLP, 4·dim unless given")
+    dim_head: int | None = setting(None, optional(count), "numbers of a head, dim/heads unless given")
+    qkv_bias: bool = setting(True, flag, "whether queries, keys and values have a bias")
+    activation: str = setting("gelu", rules.named(ops.ACTIVATIONS), "of the MLP: gelu, gelu_tanh, relu, silu, tanh")
+    norm_eps: float = setting(1e-6, rules.epsilon, "what layer normalisation adds to the variance")
+    dropout: float = setting(0.0, rate, "dropout after the attention's projection and in the MLP")
+    attention_dropout: float = setting(0.0, rate, "dropout of the attention probabilities")
+    embed_dropout: float = setting(0.0, rate, "dropout after the positions are added")
+    drop_path: float = setting(0.0, rate, "drop path of the last block; it rises linearly from 0")
+    pool: str = setting("cls", choice("cls", "mean", "none"), "cls, a token; mean, of patches; none, logits for each")
+    position: str = setting("learned", choice("learned", "none"), "learned or none")
+    head: str = setting("linear", choice("linear", "mlp"), "linear or, for pre-training, mlp: one hidden tanh layer")
+    weight_init: str = setting("paper", choice("paper", "mimetic"), "as the paper's code; mimetic is for few images")
+    seed: int = setting(0, rules.seed, "what the parameters are drawn from")
+    recompute: bool = setting(False, flag, "blocks keep their input only and run again on the way back", kept=False)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches along height and width."""
+        (h, w), (p, q) = pair("image_size", self.image_size), pair("patch_size", self.patch_size)
+        return h // p, w // q
+
+    def largest_array(self) -> tuple[int, str]:
+        """Return the numbers of the attention probabilities of one image."""
+        patches = math.prod(self.grid)
+        return self.heads * patches**2, f"{patches:,} patches, whose attention"
+
+    def written_out(self) -> dict[str, Any]:
+        """Return ``config`` with the sizes of MLP and heads that follow from dim."""
+        patch = pair("patch_size", self.patch_size)
+        return self.config | {
+            "patch_size": patch[0] if patch[0] == patch[1] else patch,
+            "mlp_dim": self.mlp_dim or 4 * self.dim,
+            "dim_head": self.dim_head or self.dim // self.heads,
+        }
+
+
+@register("vit")
+class ViT(Model):
+    """Images (B, C, H, W) → logits (B, num_classes), or with pool "none" (B, N, num_classes) for every patch.
+
+    Parameters bear timm's names. Mimetic weights start attention like trained attention (Trockman and Kolter 2023,
+    arXiv 2305.09828) and positions as sines and cosines. What can be set:
     """
 
-    def __init__(
-        self,
-        image_size: Size = 32,
-        patch_size: Size = 4,
-        in_channels: int = 3,
-        num_classes: int = 10,
-        dim: int = 192,
-        depth: int = 6,
-        heads: int = 3,
-        mlp_dim: int | None = None,
-        dim_head: int | None = None,
-        qkv_bias: bool = True,
-        activation: str = "gelu",
-        norm_eps: float = 1e-6,
-        dropout: float = 0.0,
-        attention_dropout: float = 0.0,
-        embed_dropout: float = 0.0,
-        drop_path: float = 0.0,
-        pool: str = "cls",
-        position: str = "learned",
-        head: str = "linear",
-        weight_init: str = "paper",
-        seed: int = 0,
-        recompute: bool = False,
-    ) -> None:
-        self.config = check_settings(
-            image_size=image_size, patch_size=patch_size, in_channels=in_channels, num_classes=num_classes, dim=dim,
-            depth=depth, heads=heads, mlp_dim=mlp_dim, dim_head=dim_head, qkv_bias=qkv_bias, activation=activation,
-            norm_eps=norm_eps, dropout=dropout, attention_dropout=attention_dropout, embed_dropout=embed_dropout,
-            drop_path=drop_path, pool=pool, position=position, head=head,
-            weight_init=weight_init, seed=seed,
-        )  # fmt: skip
-        self.dim, self.pool = dim, pool
-        with random_key(Key(self.config["seed"])):
-            self.patch_embed = PatchEmbed(image_size, patch_size, in_channels, dim)
-            self.cls_token = Parameter(init.zeros(1, 1, dim), decays=False) if pool == "cls" else None
-            self.pos_embed = None
-            if position == "learned":
-                self.pos_embed = Parameter(init.normal(1, self.num_tokens, dim, std=0.02), decays=False)
-            self.embed_drop = Dropout(embed_dropout)
-            self.blocks = [
-                EncoderBlock(dim, heads, mlp_dim or 4 * dim, dim_head, qkv_bias, activation, norm_eps,
-                             dropout, attention_dropout, drop_path * i / max(depth - 1, 1), recompute)
-                for i in range(depth)
-            ]  # fmt: skip
-            self.norm = LayerNorm(dim, norm_eps)
-            # the hidden layer of the pre-training head; the linear head after it is all that fine-tuning keeps
-            self.pre_logits = Linear(dim, dim) if head == "mlp" else None
-            self.reset_head(num_classes)
-            if weight_init == "mimetic":
-                self._init_mimetic()
+    Settings = ViTSettings
+    replaced = ("head.", "pre_logits.")
+    encoder = ("in_channels", "patch_size", "dim", "depth", "heads", "dim_head", "mlp_dim", "qkv_bias", "position")
+    adapt = adapt_tokens
 
-    def _init_mimetic(self) -> None:
-        for block in self.blocks:
-            block.attn.init_mimetic()
-        if self.pos_embed is not None:
-            self.pos_embed.data[0, -self.patch_embed.num_patches :] = init.sincos_2d(self.patch_embed.grid, self.dim)
+    def make(self, s: ViTSettings) -> None:
+        """Make the layers."""
+        self.dim, self.pool = s.dim, s.pool
+        self.patch_embed = PatchEmbed(s.image_size, s.patch_size, s.in_channels, s.dim)
+        self.cls_token = Parameter(init.zeros(1, 1, s.dim), decays=False) if s.pool == "cls" else None
+        self.pos_embed = None
+        if s.position == "learned":
+            self.pos_embed = Parameter(init.normal(1, self.num_tokens, s.dim, std=0.02), decays=False)
+        self.embed_drop = Dropout(s.embed_dropout)
+        self.blocks = [
+            EncoderBlock(s.dim, s.heads, s.mlp_dim or 4 * s.dim, s.dim_head, s.qkv_bias, s.activation, s.norm_eps,
+                         s.dropout, s.attention_dropout, s.drop_path * i / max(s.depth - 1, 1), s.recompute)
+            for i in range(s.depth)
+        ]  # fmt: skip
+        self.norm = LayerNorm(s.dim, s.norm_eps)
+        # the hidden layer of the pre-training head; the linear head after it is all that fine-tuning keeps
+        self.pre_logits = Linear(s.dim, s.dim) if s.head == "mlp" else None
+        self.head = Linear(s.dim, s.num_classes, weight_init=init.zeros)
+        if s.weight_init == "mimetic":
+            for block in self.blocks:
+                block.attn.init_mimetic()
+            if self.pos_embed is not None:
+                self.pos_embed.data[0, -self.patch_embed.num_patches :] = init.sincos_2d(self.patch_embed.grid, s.dim)
+
+    def layers(self) -> list[list[Any]]:
+        """Return the embedding, the blocks one by one, and what comes after them."""
+        first, last = [self.patch_embed, self.cls_token, self.pos_embed], [self.norm, self.pre_logits, self.head]
+        return [first, *([block] for block in self.blocks), last]
 
     def reset_head(self, num_classes: int) -> None:
         """Replace the head by one linear layer of zeros, as for fine-tuning (section 3.2), and drop a hidden layer."""
-        before = getattr(self, "head", None)
-        if before is not None:
-            self.config |= check_settings(num_classes=num_classes, head="linear")
-            self.pre_logits = None
-        self.head = Linear(self.dim, num_classes, weight_init=init.zeros)
-        if before is not None:
-            self.head.to(before.weight.dtype).to(before.weight.device)
-        set_layer(0, self.patch_embed, self.cls_token, self.pos_embed)
-        for i, block in enumerate(self.blocks, 1):
-            set_layer(i, block)
-        set_layer(len(self.blocks) + 1, self.norm, self.pre_logits, self.head)
-
-    def row_size(self) -> RowSize:
-        """Return what an image is in every block: tokens · dim numbers."""
-        return RowSize(self.num_tokens * self.dim, len(self.blocks))
+        self.settings, self.pre_logits = replace(self.settings, head="linear"), None
+        super().reset_head(num_classes)
 
     @property
     def num_tokens(self) -> int:
         """Length of the encoder's sequence: patches, and the class token if there is one."""
         return self.patch_embed.num_patches + (self.cls_token is not None)
+
+    def row_size(self) -> RowSize:
+        """Return the numbers of an image's tokens, and in how many blocks they are kept."""
+        return RowSize(self.num_tokens * self.dim, len(self.blocks))
 
     def embed(self, images: Any) -> Any:
         """Return the tokens that enter the encoder (eq. 1): (B, C, H, W) → (B, T, dim)."""
@@ -126,23 +139,20 @@ class ViT(Module):
             x = block(x, mask)
         return self.norm(last(x, mask, queries=tokens))
 
+    def classify(self, x: Any) -> Any:
+        """Return the logits of tokens after the final norm, of which pool "cls" reads the first only."""
+        if self.pool != "none":
+            x = x[:, 0] if self.pool == "cls" else ops.mean(x, axis=1)  # (B, T, dim) → (B, dim)
+        return self.head(x if self.pre_logits is None else ops.tanh(self.pre_logits(x)))
+
     def forward(self, images: Any, mask: Any = None) -> Any:
         """Return logits (B, num_classes); ``mask`` (T, T) or (B, T, T) bool, True = may not attend."""
-        if self.pool == "cls":
-            x = self.features(images, mask, tokens=1)[:, 0]  # no more than is read: (B, 1, dim) → (B, dim)
-        else:
-            x = self.features(images, mask)
-            x = ops.mean(x, axis=1) if self.pool == "mean" else x  # (B, N, dim) → (B, dim)
-        if self.pre_logits is not None:
-            x = ops.tanh(self.pre_logits(x))
-        return self.head(x)
+        return self.classify(self.features(images, mask, tokens=1 if self.pool == "cls" else None))
+
+    def trace(self, images: Any, mask: Any = None, change: Change | None = None) -> Trace:
+        """Return logits, the tokens after every block and every attention on the path: :mod:`minivit.models.trace`."""
+        return trace(self, images, mask, change)
 
     def attention_maps(self, images: Any, mask: Any = None) -> list[Any]:
         """Return each block's attention probabilities, (B, heads, T, T): row i is what token i attends to."""
-        x = self.embed(images)
-        mask = attention_mask(mask, x.shape[1], x.shape[0])
-        maps = []
-        for block in self.blocks:
-            maps.append(block.attn.weights(block.norm1(x), mask))
-            x = block(x, mask)
-        return maps
+        return self.trace(images, mask).attention

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from minivit import ops
+from minivit.autograd.graph import recording
 from minivit.errors import ConfigError, ShapeError
 from minivit.nn import init
 from minivit.nn.layers import MLP, Dropout, DropPath, LayerNorm, Linear
 from minivit.nn.module import Module
 from minivit.nn.random import next_key
 from minivit.nn.recompute import recompute
-from minivit.nn.rules import check_settings
-from minivit.ops.attention import bool_mask, split_heads
+from minivit.nn.rules import count, optional, rate
+from minivit.ops.attention import bool_mask, merge_heads, split_heads
 
 
 class MultiHeadAttention(Module):
@@ -27,7 +29,8 @@ class MultiHeadAttention(Module):
         attention_dropout: float = 0.0,
         dropout: float = 0.0,
     ) -> None:
-        check_settings(dim=dim, heads=heads, dim_head=dim_head, attention_dropout=attention_dropout)
+        dim, heads = count("dim", dim), count("heads", heads)
+        dim_head = optional(count)("dim_head", dim_head)
         if dim_head is None and dim % heads:
             raise ConfigError(
                 f"dim {dim} is not divided by {heads} heads", "choose heads that divide dim, or set dim_head"
@@ -38,7 +41,7 @@ class MultiHeadAttention(Module):
         self.qkv = Linear(dim, 3 * inner, qkv_bias, weight_init=init.xavier_uniform_qkv)
         self.proj = Linear(inner, dim)
         self.qkv.weight.matrices, self.proj.weight.matrices = 3, 1
-        self.attention_dropout = attention_dropout
+        self.attention_dropout = rate("attention_dropout", attention_dropout)
         self.drop = Dropout(dropout)
 
     def extra_repr(self) -> str:
@@ -47,6 +50,8 @@ class MultiHeadAttention(Module):
 
     def init_mimetic(self) -> None:
         """Draw the weights anew, as :func:`minivit.nn.init.mimetic_pair` has them."""
+        if init.outlined():
+            return
         dim, width = self.proj.weight.shape[0], self.dim_head
         weights = self.qkv.weight.data.reshape(3, self.heads * width, dim)
         for start in range(0, self.heads * width, width):
@@ -67,13 +72,21 @@ class MultiHeadAttention(Module):
         heads = ops.self_attention(self.qkv(x), self.heads, queries, mask, None, p, key)
         return self.drop(self.proj(heads))  # → (B, T or queries, dim)
 
-    def weights(self, x: Any, mask: Any = None) -> Any:
-        """Return the attention probabilities (B, heads, T, T): row i is what token i attends to.
+    def traced(self, x: Any, mask: Any = None, change: Callable[[Any], Any] | None = None) -> tuple[Any, Any]:
+        """Return the attended tokens (B, T, dim), and the attention probabilities (B, heads, T, T) they came by.
 
-        It sums to 1; a row of a token that may attend to nothing is zero.
+        Row i is what token i attends to, and sums to 1; that of a token that may attend to nothing is zero.
+        ``change(p)`` returns what is used in the place of the probabilities.
         """
-        qkv = split_heads(self.qkv(x), 3, self.heads)
-        return ops.attention_weights(qkv[0], qkv[1], mask)
+        q, k, v = split_heads(self.qkv(x), 3, self.heads)  # (B, T, 3·H·d) → (3, B, H, T, d)
+        p = ops.attention_weights(q, k, mask)  # (B, H, T, T)
+        if p.node is None and recording.enabled:
+            p.requires_grad = True  # of a model that is frozen
+        p = p if change is None else change(p)
+        rate = self.attention_dropout if self.training else 0.0
+        dropped = ops.dropout(p, rate, next_key()) if rate > 0 else p
+        heads = merge_heads((dropped @ v)[None])  # (B, H, T, d) → (B, T, H·d)
+        return self.drop(self.proj(heads)), p  # → (B, T, dim)
 
 
 class EncoderBlock(Module):
@@ -111,8 +124,16 @@ class EncoderBlock(Module):
 
     def _encode(self, x: Any, mask: Any, queries: int | None) -> Any:
         attended = self.attn(self.norm1(x), mask, queries)
-        x = (x if queries is None else x[:, :queries]) + self.drop_path(attended)
+        return self._joined(x if queries is None else x[:, :queries], attended)
+
+    def _joined(self, x: Any, attended: Any) -> Any:
+        x = x + self.drop_path(attended)
         return x + self.drop_path(self.mlp(self.norm2(x)))
+
+    def traced(self, x: Any, mask: Any = None, change: Callable[[Any], Any] | None = None) -> tuple[Any, Any]:
+        """Return the tokens after the block, (B, T, dim), and its attention: see :meth:`MultiHeadAttention.traced`."""
+        attended, p = self.attn.traced(self.norm1(x), mask, change)
+        return self._joined(x, attended), p
 
 
 def attention_mask(mask: Any, tokens: int, batch: int) -> Any:

@@ -1,35 +1,103 @@
-"""Initial values, float32, drawn from the thread's random key (:mod:`minivit.nn.random`)."""
+"""Initial values, float32, drawn from the thread's random key (:mod:`minivit.nn.random`).
+
+Inside ``with outlining():`` they are outlines: a model made there has all its layers, and no numbers.
+"""
 
 from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from minivit import backend
+from minivit.backend.outline import stretched
 from minivit.errors import ConfigError
 from minivit.nn.random import next_key
 
 
+class _Outlining(NamedTuple):
+    most: int | None
+    drawn: list[tuple[int, ...]]
+
+
+class _Now(threading.local):
+    outlining: _Outlining | None = None
+
+
+_now = _Now()
+
+
+@contextlib.contextmanager
+def outlining(most: int | None = None) -> Iterator[None]:
+    """Give outlines (:mod:`minivit.backend.outline`) for initial values in this block, in this thread.
+
+    Raises ConfigError where more than ``most`` are drawn.
+    """
+    before, _now.outlining = _now.outlining, _Outlining(most, [])
+    try:
+        yield
+    finally:
+        _now.outlining = before
+
+
+def outlined() -> bool:
+    """Tell whether initial values are outlines here and now."""
+    return _now.outlining is not None
+
+
+def _drawn(
+    shape_of: Callable[..., tuple[int, ...]],
+) -> Callable[[Callable[..., np.ndarray]], Callable[..., np.ndarray]]:
+    """Make a function of initial values give outlines, of the shape ``shape_of(*arguments)``, while outlining."""
+
+    def decorate(make: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
+        @functools.wraps(make)
+        def draw(*args: Any, **settings: Any) -> np.ndarray:
+            if (now := _now.outlining) is None:
+                return make(*args, **settings)
+            now.drawn.append(shape_of(*args))
+            if now.most is not None and len(now.drawn) > now.most:
+                raise ConfigError(f"the model has more than {now.most} arrays", "use a smaller one")
+            return stretched(now.drawn[-1])
+
+        return draw
+
+    return decorate
+
+
+_of_shape = _drawn(lambda *shape: shape)
+
+
+@_of_shape
 def zeros(*shape: int) -> np.ndarray:
     """Return zeros."""
     return np.zeros(shape, np.float32)
 
 
+@_of_shape
 def ones(*shape: int) -> np.ndarray:
     """Return ones."""
     return np.ones(shape, np.float32)
 
 
+@_of_shape
 def normal(*shape: int, std: float) -> np.ndarray:
     """Return normal numbers of mean 0 and standard deviation ``std``."""
     return (backend.normal(next_key(), shape) * std).astype(np.float32)
 
 
+@_of_shape
 def xavier_uniform(fan_out: int, fan_in: int) -> np.ndarray:
     """Return a (fan_out, fan_in) matrix, uniform in ±√(6/(fan_in + fan_out)) (Glorot and Bengio 2010, eq. 16)."""
     bound = (6.0 / (fan_in + fan_out)) ** 0.5
     return (backend.uniform(next_key(), (fan_out, fan_in)) * 2.0 - 1.0) * np.float32(bound)
 
 
+@_of_shape
 def xavier_uniform_qkv(fan_out: int, fan_in: int) -> np.ndarray:
     """Return three Xavier-uniform matrices under each other: queries, keys and values are projections of their own."""
     return np.concatenate([xavier_uniform(fan_out // 3, fan_in) for _ in range(3)])
@@ -50,6 +118,7 @@ def mimetic_pair(dim: int, rank: int, identity: float) -> tuple[np.ndarray, np.n
     return (u[:, :rank] * root).astype(np.float32), (root[:, None] * vt[:rank]).astype(np.float32)
 
 
+@_drawn(lambda grid, dim: (grid[0] * grid[1], dim))
 def sincos_2d(grid: tuple[int, int], dim: int) -> np.ndarray:
     """Return positions (h·w, dim): sines and cosines of a patch's column and row, at dim/4 wavelengths of 2π to 2π·10⁴.
 
@@ -62,6 +131,7 @@ def sincos_2d(grid: tuple[int, int], dim: int) -> np.ndarray:
     return np.concatenate([f(axis * waves) for axis in (x, y) for f in (np.sin, np.cos)], axis=1).astype(np.float32)
 
 
+@_of_shape
 def lecun_normal(fan_out: int, fan_in: int) -> np.ndarray:
     """Return a (fan_out, fan_in) matrix of normal numbers cut off at two deviations, of variance 1/fan_in."""
     key = next_key()

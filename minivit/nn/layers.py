@@ -10,11 +10,11 @@ import numpy as np
 from minivit import ops
 from minivit.autograd.op import raw
 from minivit.backend import is_array
-from minivit.errors import DTypeError, ShapeError, unknown_name
+from minivit.errors import DTypeError, ShapeError
 from minivit.nn import init
 from minivit.nn.module import Module, Parameter, shape_text
 from minivit.nn.random import next_key
-from minivit.nn.rules import Size, check_settings, pair
+from minivit.nn.rules import Size, count, epsilon, named, pair, rate
 
 
 class Linear(Module):
@@ -27,7 +27,7 @@ class Linear(Module):
         bias: bool = True,
         weight_init: Callable[[int, int], np.ndarray] = init.xavier_uniform,
     ) -> None:
-        check_settings(in_features=in_features, out_features=out_features)
+        in_features, out_features = count("in_features", in_features), count("out_features", out_features)
         self.weight = Parameter(weight_init(out_features, in_features))
         self.bias = Parameter(init.zeros(out_features)) if bias else None
 
@@ -45,7 +45,7 @@ class LayerNorm(Module):
     """Normalise over the last axis, of length ``dim``; weight one, bias zero."""
 
     def __init__(self, dim: int, eps: float = 1e-6) -> None:
-        self.eps = check_settings(dim=dim, eps=eps)["eps"]
+        dim, self.eps = count("dim", dim), epsilon("eps", eps)
         self.weight = Parameter(init.ones(dim))
         self.bias = Parameter(init.zeros(dim))
 
@@ -62,7 +62,7 @@ class Dropout(Module):
     """Zero each element with probability p while training; see :func:`minivit.ops.dropout`."""
 
     def __init__(self, p: float) -> None:
-        self.p = check_settings(p=p)["p"]
+        self.p = rate("p", p)
 
     def extra_repr(self) -> str:
         """Return the rate; DropPath does not: it has another in each block, which are shown as one otherwise."""
@@ -77,7 +77,7 @@ class DropPath(Module):
     """Zero a sample's whole branch with probability p while training; see :func:`minivit.ops.drop_path`."""
 
     def __init__(self, p: float) -> None:
-        self.p = check_settings(p=p)["p"]
+        self.p = rate("p", p)
 
     def forward(self, x: Any) -> Any:
         """Return x with samples dropped, or x itself in eval mode."""
@@ -88,9 +88,7 @@ class MLP(Module):
     """Two linear layers with an activation between: (…, dim) → (…, hidden) → (…, dim)."""
 
     def __init__(self, dim: int, hidden: int, activation: str = "gelu", dropout: float = 0.0) -> None:
-        check_settings(dim=dim, hidden=hidden, activation=activation)
-        if activation not in ops.ACTIVATIONS:
-            raise unknown_name("activation", activation, ops.ACTIVATIONS)
+        activation = named(ops.ACTIVATIONS)("activation", activation)
         self.fc1 = Linear(dim, hidden)
         self.fc2 = Linear(hidden, dim)
         for layer in (self.fc1, self.fc2):
@@ -130,7 +128,7 @@ class PatchEmbed(Module):
     """Images (B, C, H, W) → tokens (B, N, dim), one for each patch of P by Q pixels, row by row (ViT eq. 1)."""
 
     def __init__(self, image_size: Size, patch_size: Size, in_channels: int, dim: int) -> None:
-        check_settings(in_channels=in_channels, dim=dim)
+        in_channels, dim = count("in_channels", in_channels), count("dim", dim)
         image_size, patch_size = pair("image_size", image_size), pair("patch_size", patch_size)
         for size, patch, axis in zip(image_size, patch_size, ("height", "width"), strict=True):
             if patch < 1 or size < patch or size % patch:

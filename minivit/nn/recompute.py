@@ -6,7 +6,9 @@ memory of all that it would have kept.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from minivit.autograd.graph import Node, no_grad, propagate, recording
@@ -17,6 +19,23 @@ from minivit.nn.module import Module, mode
 from minivit.nn.random import Draws, drawing, draws
 
 
+class _Now(threading.local):
+    keeping = False
+
+
+_now = _Now()
+
+
+@contextlib.contextmanager
+def keeping() -> Iterator[None]:
+    """Let nothing be computed again in this block, in this thread: whoever looks at the graph sees all of it."""
+    before, _now.keeping = _now.keeping, True
+    try:
+        yield
+    finally:
+        _now.keeping = before
+
+
 def recompute(function: Callable[[Tensor], Tensor], x: Tensor, module: Module) -> Tensor:
     """Return function(x), keeping no more than x for the backward pass.
 
@@ -25,7 +44,7 @@ def recompute(function: Callable[[Tensor], Tensor], x: Tensor, module: Module) -
     :class:`GraphError`.
     """
     leaves = tuple([p.node for p in module.parameters() if p.requires_grad])
-    if not recording.enabled or (x.node is None and not leaves):
+    if _now.keeping or not recording.enabled or (x.node is None and not leaves):
         return function(x)
     modes = {id(m): m.training for _, m in module.named_modules()}
     again = _Again(function, draws(), modes, recording.first_order)

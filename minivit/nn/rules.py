@@ -1,75 +1,115 @@
-"""Settings of layers and models: what each may be, by its name."""
+"""What a setting of a layer or model may be: a rule takes its name and value, and returns the value or raises.
+
+A rule returns numbers as Python's own and raises :class:`~minivit.errors.ConfigError` for what cannot be used.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from numbers import Integral, Real
 from typing import Any
 
-from minivit.errors import ConfigError, value_text
+from minivit.errors import ConfigError, unknown_name, value_text
 
 Size = int | tuple[int, int]
 """A length for both axes, or (height, width)."""
 
-_COUNTS = (
-    "in_channels", "num_classes", "dim", "depth", "heads", "mlp_dim", "dim_head", "hidden", "in_features",
-    "out_features",
-)  # fmt: skip
-_FLAGS = ("qkv_bias", "bias", "recompute")
-_MOST = {"depth": 10_000}
-"""Most of each count, by default 2²⁴. More is a slip: such a layer fills a machine, so many blocks take hours."""
+Rule = Callable[[str, Any], Any]
 
-_LARGEST_SIZE = 1 << 15  # pixels a side: more is no picture that is read (50 megapixels at most)
-_RATES = ("p", "dropout", "attention_dropout", "embed_dropout", "drop_path")
-_CHOICES = {"pool": ("cls", "mean", "none"), "position": ("learned", "none"), "head": ("linear", "mlp"),
-            "weight_init": ("paper", "mimetic")}  # fmt: skip
+MOST = 1 << 24  # of a count: more is a slip, such a layer fills a machine
+LARGEST_SIZE = 1 << 15  # pixels a side: more is no picture that is read (50 megapixels at most)
 
 
-def check_settings(**settings: Any) -> dict[str, Any]:
-    """Return the settings, numbers as Python's own; raise ConfigError for one that cannot be used.
+def count(name: str, value: Any, most: int = MOST) -> int:
+    """A whole number from 1 to ``most``."""
+    if not _whole(value) or value < 1:
+        raise ConfigError(f"{name} is {value_text(value)}", "it must be a whole number, at least 1")
+    if value > most:
+        raise ConfigError(f"{name} is {value_text(value)}", f"it must be at most {most:,}")
+    return int(value)
 
-    None, where a signature allows it, stands for a default. Names without a rule pass as they are.
-    """
-    return {name: value if value is None else _checked(name, value) for name, value in settings.items()}
+
+def depth(name: str, value: Any) -> int:
+    """A number of blocks: more than 10,000 take hours."""
+    return count(name, value, 10_000)
 
 
-def _checked(name: str, value: Any) -> Any:
-    number = isinstance(value, Real) and not isinstance(value, bool)
-    whole = number and isinstance(value, Integral)
-    if name in _COUNTS:
-        if not whole or value < 1:
-            raise ConfigError(f"{name} is {value_text(value)}", "it must be a whole number, at least 1")
-        if value > (most := _MOST.get(name, 1 << 24)):
-            raise ConfigError(f"{name} is {value_text(value)}", f"it must be at most {most:,}")
-        return int(value)
-    if name in _RATES:
-        if not number or not 0 <= value < 1:
-            raise ConfigError(f"{name} is {value_text(value)}", "it must be a rate in [0, 1)")
-        return float(value)
-    if name.endswith("eps"):
-        if not number or not 0 < value <= 1:
-            raise ConfigError(f"{name} is {value_text(value)}", "it must be above 0, and 1 at most: 1e-6 is usual")
-        return float(value)
-    if name in _FLAGS and not isinstance(value, bool):
+def rate(name: str, value: Any) -> float:
+    """A probability below 1."""
+    if not _number(value) or not 0 <= value < 1:
+        raise ConfigError(f"{name} is {value_text(value)}", "it must be a rate in [0, 1)")
+    return float(value)
+
+
+def epsilon(name: str, value: Any) -> float:
+    """What is added to a variance."""
+    if not _number(value) or not 0 < value <= 1:
+        raise ConfigError(f"{name} is {value_text(value)}", "it must be above 0, and 1 at most: 1e-6 is usual")
+    return float(value)
+
+
+def flag(name: str, value: Any) -> bool:
+    """True or False."""
+    if not isinstance(value, bool):
         raise ConfigError(f"{name} is {value_text(value)}", "it must be True or False")
-    if name.endswith("_size"):
-        height, width = pair(name, value)
-        return height if isinstance(value, Integral) else (height, width)
-    if name == "seed":
-        if not whole or not -(1 << 63) <= value < 1 << 63:
-            raise ConfigError(f"seed is {value_text(value)}", "it must be a whole number of at most 64 bits")
-        return int(value)
-    if name == "activation" and not isinstance(value, str):
-        raise ConfigError(f"activation is {value_text(value)}", "it must be a name, such as 'gelu'")
-    if name in _CHOICES and value not in _CHOICES[name]:
-        raise ConfigError(f"{name} is {value_text(value)}", f"use one of {', '.join(map(repr, _CHOICES[name]))}")
     return value
 
 
-def pair(name: str, size: Any) -> tuple[int, int]:
+def seed(name: str, value: Any) -> int:
+    """A whole number of 64 bits."""
+    if not _whole(value) or not -(1 << 63) <= value < 1 << 63:
+        raise ConfigError(f"{name} is {value_text(value)}", "it must be a whole number of at most 64 bits")
+    return int(value)
+
+
+def size(name: str, value: Any) -> Size:
+    """A length for both axes, or (height, width); kept as it is given."""
+    height, width = pair(name, value)
+    return height if isinstance(value, Integral) else (height, width)
+
+
+def choice(*known: str) -> Rule:
+    """Return the rule that a value is one of these."""
+
+    def rule(name: str, value: Any) -> Any:
+        if not isinstance(value, str) or value not in known:
+            raise ConfigError(f"{name} is {value_text(value)}", f"use one of {', '.join(map(repr, known))}")
+        return value
+
+    return rule
+
+
+def named(known: Any) -> Rule:
+    """Return the rule that a value is a name in ``known``, of which there are too many to list."""
+
+    def rule(name: str, value: Any) -> Any:
+        if not isinstance(value, str):
+            raise ConfigError(f"{name} is {value_text(value)}", f"it must be a name, such as {next(iter(known))!r}")
+        if value not in known:
+            raise unknown_name(name, value, known)
+        return value
+
+    return rule
+
+
+def optional(rule: Rule) -> Rule:
+    """Return the rule that a value is None, for what follows from others, or as ``rule`` has it."""
+    return lambda name, value: None if value is None else rule(name, value)
+
+
+def pair(name: str, value: Any) -> tuple[int, int]:
     """Return (height, width) of a size; raise ConfigError if it is none."""
-    sizes = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
+    sizes = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
     if len(sizes) != 2 or not all(isinstance(n, Integral) and not isinstance(n, bool) for n in sizes):
-        raise ConfigError(f"{name} is {value_text(size)}", "it must be a whole number or (height, width)")
-    if max(sizes) > _LARGEST_SIZE:
-        raise ConfigError(f"{name} is {value_text(size)}", f"it must be at most {_LARGEST_SIZE:,} a side")
+        raise ConfigError(f"{name} is {value_text(value)}", "it must be a whole number or (height, width)")
+    if max(sizes) > LARGEST_SIZE:
+        raise ConfigError(f"{name} is {value_text(value)}", f"it must be at most {LARGEST_SIZE:,} a side")
     return int(sizes[0]), int(sizes[1])
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)

@@ -12,14 +12,13 @@ from typing import Any, NamedTuple
 from minivit import data, ops
 from minivit.backend import auto_device, available_memory, keep_freed_memory
 from minivit.data.dataset import class_names
-from minivit.errors import ConfigError, DataError, printable
+from minivit.errors import CheckpointError, ConfigError, DataError, MisfitError, printable
 from minivit.measure.costs import peak_memory
-from minivit.models.vit import ViT
-from minivit.models.zoo import count_parameters
-from minivit.nn.rules import check_settings
+from minivit.models import Model, build, count_parameters, described_settings
+from minivit.nn.rules import rate
 from minivit.runs.folder import find_checkpoint
 from minivit.runs.parts import UNCHANGED, divide, load_parts
-from minivit.runs.settings import Settings, fit_to_data
+from minivit.runs.settings import Settings, assignments, fit_to_data
 from minivit.show.text import bytes_text, plural
 from minivit.train import schedule
 from minivit.train.observers import Observer
@@ -27,7 +26,8 @@ from minivit.train.optim import SGD, AdamW, Muon, Optimizer, layer_scales
 from minivit.train.schedule import Schedule
 from minivit.train.sharing import team_for
 from minivit.train.trainer import Trainer
-from minivit.weights.native import data_meta, init_from
+from minivit.weights.native import data_meta
+from minivit.weights.transfer import init_from
 
 
 class Job:
@@ -51,16 +51,17 @@ class Job:
         if len(classes) == 1 and not resumed:
             what = f"{settings['data.name']}: there is only one class, {classes[0]!r}"
             raise DataError(what, "give images of two, at least")
-        config = model_settings(settings, found.train.images.shape[1:], len(classes))
+        values = model_values(settings, found.train.images.shape[1:], len(classes))
         # float32 weights, gradients and moments, on one thread; and the report's tables of all pairs of classes
-        _check_memory(max(20 * count_parameters(config), 40 * config["num_classes"] ** 2), device, held)
+        size = 20 * count_parameters(settings.kind, values)
+        _check_memory(max(size, 40 * values["num_classes"] ** 2), device, held)
         # a model may have room for more classes than the data name
-        self.parts = divide(found, tuple(class_names(classes, config["num_classes"])), settings)
+        self.parts = divide(found, tuple(class_names(classes, values["num_classes"])), settings)
         if settings["train.patience"] and self.parts.valid is None:
             raise ConfigError("patience needs validation images", "hold some out: --val-fraction 0.1")
-        self.model: ViT = ViT(**config, seed=settings["train.seed"]).to(device)
+        self.model: Model = build(settings.kind, values).to(device)
         fresh = settings["train.init_from"] and not resumed
-        changed = init_from(self.model, settings["train.init_from"]) if fresh else []
+        changed = start_from(self.model, settings["train.init_from"]) if fresh else []
         self.loader = self.parts.training_loader(settings)
         self._settle(device)
         self.memory = self._peak_memory()
@@ -81,9 +82,8 @@ class Job:
 
     def _peak_memory(self) -> int:
         s = self.settings
-        kept = self.model.config | {"recompute": s["model.recompute"]}
         rows = min(self.loader.batch_size, len(self.parts.train))
-        step = peak_memory(kept, team_for(self.model, s["train.threads"], s["train.micro_batch"]), rows)
+        step = peak_memory(self.model, team_for(self.model, s["train.threads"], s["train.micro_batch"]), rows)
         return step + 4 * self.model.num_parameters() * bool(s["train.model_ema"])
 
     def _text(self, why: str, changed: list[str], classes: int) -> str:
@@ -184,20 +184,27 @@ class Trial(NamedTuple):
     minutes: float
 
 
-def model_settings(settings: Settings, shape: tuple[int, int, int], classes: int) -> dict[str, Any]:
+def model_values(settings: Settings, shape: tuple[int, int, int], classes: int) -> dict[str, Any]:
     """Settle what the data and the kind of run decide about the model; return the settings to make it with.
 
     ``shape`` is an image's (C, H, W). Raises ConfigError for what cannot be.
     """
     fit_to_data(settings, shape, classes)
     if settings["data.overfit"]:
-        settings.take(UNCHANGED, "overfit")
-    if settings["train.init_from"]:
+        rates = {f"model.{name}": 0.0 for name, s in described_settings(settings.kind).items() if s.rule is rate}
+        settings.take(UNCHANGED | rates, "overfit")
+    if settings["train.init_from"] and "model.head" in settings:
         settings.take({"model.head": "linear"}, "init_from")
-    table = settings.table("model")
-    config = {key: tuple(v) if isinstance(v, list) else v for key, v in table.items() if key != "name"}
-    check_settings(**config)
-    return config
+    return settings.model_values()
+
+
+def start_from(model: Model, path: str) -> list[str]:
+    """Start ``model`` from a checkpoint's parameters; return what changed, as :func:`init_from` says it."""
+    try:
+        return init_from(model, path)
+    except MisfitError as error:
+        remedy = f"make the model with the checkpoint's: {assignments(error.settings)}"
+        raise CheckpointError(error.what, remedy) from error
 
 
 def make_absolute(settings: Settings) -> None:

@@ -134,13 +134,8 @@ def divide(found: Parts, classes: tuple[str, ...], s: Settings) -> Parts:
 _STRENGTHS = (
     "resized_crop", "degrees", "scale", "shear", "shift", "jitter", "randaugment", "erasing", "mixup", "cutmix",
 )  # fmt: skip
-_RATES = ("dropout", "attention_dropout", "embed_dropout", "drop_path")
-UNCHANGED = (
-    {"data.crop": 0, "data.flip": False, "train.smoothing": 0.0}
-    | {f"data.{key}": 0.0 for key in _STRENGTHS}
-    | {f"model.{key}": 0.0 for key in _RATES}
-)
-"""Settings under which a model sees the training images as they are, and each of them whole."""
+UNCHANGED = {"data.crop": 0, "data.flip": False, "train.smoothing": 0.0} | {f"data.{key}": 0.0 for key in _STRENGTHS}
+"""Settings under which a model sees the training images as they are; it sees each of them whole if its rates are 0."""
 
 
 def augmentation(s: Mapping[str, Any], channels: int) -> Augment | None:

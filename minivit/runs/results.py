@@ -11,7 +11,7 @@ import numpy as np
 from minivit.autograd.graph import no_grad
 from minivit.backend import to_device, to_numpy
 from minivit.data import Dataset, Loader
-from minivit.models.vit import ViT
+from minivit.models import Model
 from minivit.nn.module import mode
 from minivit.runs.job import Job
 from minivit.show.lettering import drawable_names
@@ -55,26 +55,27 @@ def spread_out(dataset: Dataset) -> Dataset:
     return dataset.subset(np.unique(np.linspace(0, len(dataset) - 1, SHOWN).astype(int)))
 
 
-def draw_attention(model: ViT, loader: Loader, path: Path) -> None:
+def draw_attention(model: Any, loader: Loader, path: Path) -> None:
     """Draw where the last block's class token looks (without one: what all patches look at), mean over the heads.
 
-    ``loader`` has one batch, in the data set's order.
+    ``model`` has a ``trace``; ``loader`` has one batch, in the data set's order.
     """
     images, labels = next(loader.batches(0))
     device = next(model.parameters()).device
     with mode(False), no_grad():
-        maps = model.attention_maps(to_device(images, device))[-1]
-    weights = to_numpy(maps.data).mean(axis=1)  # (B, heads, T, T) → (B, T, T)
-    weights = weights[:, 0, 1:] if model.pool == "cls" else weights.mean(axis=1)  # → (B, patches)
+        trace = model.trace(to_device(images, device))
+    weights = to_numpy(trace.attention[-1].data).mean(axis=1)  # (B, heads, T, T) → (B, T, T)
+    of_patches = weights[..., trace.prefix :]
+    weights = of_patches[:, 0] if trace.prefix else of_patches.mean(axis=1)  # → (B, patches)
     logits = predict_logits(model, images)
     names = drawable_names(loader.dataset.classes)
     attention_overlay(
         _drawable(loader.dataset),
-        np.ascontiguousarray(weights).reshape(-1, *model.patch_embed.grid),
+        np.ascontiguousarray(weights).reshape(-1, *trace.grid),
         [names[i] for i in labels],
         [names[i] for i in logits.argmax(axis=1)],
         path,
-        title="Where the class token looks" if model.pool == "cls" else "What the patches look at, on average",
+        title="Where the class token looks" if trace.prefix else "What the patches look at, on average",
     )
 
 
@@ -84,7 +85,7 @@ def _drawable(dataset: Dataset) -> np.ndarray:
 
 
 def write_results(
-    model: ViT,
+    model: Model,
     loader: Loader,
     logits: np.ndarray,
     result: dict[str, Any],
@@ -107,7 +108,8 @@ def write_results(
     names, drawable = shown.classes, drawable_names(shown.classes)
     few = spread_out(shown)
     sample = Loader(few, len(few), loader.key, mean=loader.mean, std=loader.std, shuffle=False)
-    draw_attention(model, sample, folder / "attention.png")
+    if hasattr(model, "trace"):
+        draw_attention(model, sample, folder / "attention.png")
     predicted = predict_logits(model, next(sample.batches(0))[0]).argmax(axis=1)
     predictions_picture(
         _drawable(few),

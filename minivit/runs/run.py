@@ -12,7 +12,7 @@ from shlex import quote
 from typing import Any
 
 from minivit.errors import Stopped, printable
-from minivit.models.vit import ViT
+from minivit.models import Model
 from minivit.runs.changes import (
     Config,
     compare_data,
@@ -56,14 +56,14 @@ class Run:
         settings: Settings,
         history: Sequence[Row],
         test: Mapping[str, Any] | None,
-        model: ViT | None = None,
+        model: Model | None = None,
     ) -> None:
         self.folder, self.settings = folder, settings
         self.history, self.test = list(history), None if test is None else dict(test)
         self._model = model
 
     @property
-    def model(self) -> ViT:
+    def model(self) -> Model:
         """The model in eval mode, with the weights that were measured: the best epoch's, or else the last ones."""
         if self._model is None:  # the run was over already
             self._model = load_model(find_checkpoint(str(self.folder)))
@@ -88,7 +88,8 @@ def start_run(
     """Start a run in a new folder below ``output``, called ``name`` or after the data, and carry it to its end.
 
     ``command`` is what its command.txt keeps, ``bar`` as :func:`minivit.data.load` has it. Raises ConfigError or
-    DataError, before there is a folder, for what cannot be; NonFiniteError where the training diverges; Stopped after a signal.
+    DataError, before there is a folder, for what cannot be; NonFiniteError where the training diverges; Stopped after a
+    signal.
     """
     job = Job(settings, bar=bar)
     say(job.about)

@@ -6,15 +6,15 @@ A value comes from, in rising order: its default, the named model, the data, the
 from __future__ import annotations
 
 import difflib
-import functools
 import json
 import math
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, get_args, get_origin
 
 from minivit.errors import ConfigError, MinivitError, printable, unknown_name, value_text
-from minivit.nn.rules import check_settings
 from minivit.runs.options import OPTIONS, Option
 
 GIVEN = ("command line", "argument")
@@ -22,60 +22,72 @@ GIVEN = ("command line", "argument")
 
 
 class Settings(dict[str, Any]):
-    """Values by dotted key (``settings["train.lr"]``); ``origins`` says where each came from."""
+    """Values by dotted key (``settings["train.lr"]``); ``origins`` says where each came from.
 
-    def __init__(self) -> None:
+    ``kind`` is that of the model; while it is "", every registered model's settings are known.
+    """
+
+    def __init__(self, kind: str = "") -> None:
         super().__init__()
+        self.kind = kind
         self.origins: dict[str, str] = {}
 
     def take(self, values: Mapping[str, Any], origin: str) -> None:
         """Take over values, each checked. Raises ConfigError for a key, type or size that cannot be."""
         for key, value in values.items():
-            if key not in known_settings():
-                raise _unknown(key, origin)
-            self[key] = _checked(key, value, origin)
+            if key not in known_settings(self.kind):
+                raise _unknown(key, origin, self.kind)
+            self[key] = _checked(key, value, origin, self.kind)
             self.origins[key] = origin
 
     def table(self, name: str) -> dict[str, Any]:
         """Return the values under ``name.``, by the rest of their keys."""
         return {key.removeprefix(f"{name}."): v for key, v in self.items() if key.startswith(f"{name}.")}
 
+    def model_values(self) -> dict[str, Any]:
+        """Return the settings of the model as its class takes them: the run's seed is the model's."""
+        values = {key: value for key, value in self.table("model").items() if key != "name"}
+        values |= {"seed": self["train.seed"]}
+        return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
 
-def _unknown(key: str, origin: str) -> MinivitError:
+
+def _unknown(key: str, origin: str, kind: str) -> MinivitError:
     """Return the error for an unknown key; one in the wrong table, or without its table, is found by its name."""
-    names = {known.rpartition(".")[2]: known for known in known_settings()}
+    known = known_settings(kind)
+    names = {known.rpartition(".")[2]: known for known in known}
     near = difflib.get_close_matches(key.rpartition(".")[2], names, n=2, cutoff=0.6)
     meant = f"did you mean {' or '.join(names[n] for n in near)}?"
-    return ConfigError(
-        f"unknown setting {key!r} ({origin})", meant if near else f"known: {', '.join(sorted(known_settings()))}"
-    )
+    what = f"unknown setting {key!r} ({origin})"
+    if key in known_settings():
+        what = f"a model of the kind {kind} has no setting {key!r} ({origin})"
+    return ConfigError(what, meant if near else f"known: {', '.join(sorted(known))}")
 
 
-@functools.cache
-def known_settings() -> dict[str, type | tuple[type, ...]]:
-    """Return the type of every setting, the model's included."""
-    import inspect
-
-    from minivit.models.vit import ViT
-
-    kinds: dict[str, type | tuple[type, ...]] = {key: type(s.default) for key, s in OPTIONS.items()}
-    named: dict[str, type | tuple[type, ...]] = {
-        "int": int,
-        "int | None": int,
-        "float": float,
-        "bool": bool,
-        "str": str,
-        "Size": (int, list),
-    }
-    for p in inspect.signature(ViT).parameters.values():
-        if p.name != "seed":  # the run's seed is the model's
-            kinds[f"model.{p.name}"] = named[p.annotation]
-    return kinds
+Types = type | tuple[type, ...]
 
 
-def _checked(key: str, value: Any, origin: str) -> Any:
-    """Return ``value`` as the setting has it."""
-    kind = known_settings()[key]
+def known_settings(kind: str = "") -> dict[str, Types]:
+    """Return the type of every setting, those of a kind of model included, or of all kinds."""
+    from minivit.models import KINDS, described_settings
+
+    types: dict[str, Types] = {key: type(s.default) for key, s in OPTIONS.items()}
+    for known in [kind] if kind else KINDS:
+        for name, described in described_settings(known).items():
+            if name != "seed":  # the run's seed is the model's
+                types[f"model.{name}"] = _types_of(described.type)
+    return types
+
+
+def _types_of(annotation: Any) -> Types:
+    """Return the types that a value of a setting may have as TOML has them, where a pair is a list."""
+    parts = [part for part in get_args(annotation) or (annotation,) if part is not NoneType]
+    types = tuple(list if get_origin(part) is tuple else part for part in parts)
+    return types if len(types) > 1 else types[0]
+
+
+def _checked(key: str, value: Any, origin: str, model: str) -> Any:
+    """Return ``value`` as the setting has it; of a model's, as the kind ``model`` has it, or any kind."""
+    kind = known_settings(model)[key]
     if kind is float and type(value) is int:
         value = float(value) if value.bit_length() < 1000 else math.inf
     if isinstance(value, tuple):
@@ -99,12 +111,25 @@ def _checked(key: str, value: Any, origin: str) -> Any:
         form = "{:,}" if kind is int else "{:g}"
         limits = f"from {form.format(setting.low)} to {form.format(setting.high)}"
         raise ConfigError(f"{key} = {value_text(value)} ({origin}) is out of range", f"it must be {limits}")
-    if key.startswith("model."):
-        try:
-            check_settings(**{key.removeprefix("model."): value})
-        except ConfigError as error:
-            raise ConfigError(f"model.{error.what} ({origin})", error.remedy) from error
+    if key.startswith("model.") and key not in OPTIONS:
+        _check_by_rule(key.removeprefix("model."), value, origin, model)
     return value
+
+
+def _check_by_rule(name: str, value: Any, origin: str, model: str) -> None:
+    """Raise ConfigError for what a setting of the kind ``model`` cannot be; of no kind that has it, if it is ""."""
+    from minivit.models import KINDS, described_settings
+
+    errors = []
+    for settings in map(described_settings, [model] if model else KINDS):
+        if name in settings:
+            try:
+                settings[name].rule(name, value)
+            except ConfigError as error:
+                errors.append(error)
+            else:
+                return
+    raise ConfigError(f"model.{errors[0].what} ({origin})", errors[0].remedy) from errors[0]
 
 
 def _is_text(value: str) -> bool:
@@ -133,10 +158,8 @@ def resolve(
     ``recipe`` there, the file's is used, or the one for the kind of data, or for fine-tuning where the run starts from
     a checkpoint; its model's sizes are then the checkpoint's. ``read`` are the file's values, if it has been read.
     """
-    import inspect
-
     from minivit.data import kind_of
-    from minivit.models.vit import ViT
+    from minivit.models import configuration, described_settings, usual_model
     from minivit.runs.folder import find_checkpoint
     from minivit.runs.recipes import FOR_DATA, RECIPES, full_name
 
@@ -160,16 +183,17 @@ def resolve(
         from_file = {k: v for k, v in from_file.items() if not k.startswith("model.")}
     name = model or from_recipe.get("model.name") or ""
 
-    settings = Settings()
+    sizes = _sizes_in(start) if start and not name else {}
+    settings = Settings(configuration(name or sizes.get("model.name") or usual_model(0)).kind)
     settings.take({key: s.default for key, s in OPTIONS.items()}, "default")
-    defaults = {f"model.{p.name}": p.default for p in inspect.signature(ViT).parameters.values() if p.name != "seed"}
+    defaults = {f"model.{key}": s.default for key, s in described_settings(settings.kind).items() if key != "seed"}
     settings.take({key: value for key, value in defaults.items() if value is not None}, "default")
     # the named model's sizes come before the recipe's, whoever names the model
     if name:
         take_model(settings, name)
         settings.take({"model.name": name}, f"model {name}")
     elif start:
-        settings.take(_sizes_in(start), f"checkpoint {start}")
+        settings.take(sizes, f"checkpoint {start}")
     settings.take(from_recipe, f"recipe {asked}")
     settings.take(from_file, f"file {file}")
     settings.take(given, origin)
@@ -179,30 +203,24 @@ def resolve(
 
 def _sizes_in(path: str) -> dict[str, Any]:
     """Return the settings of the model in a checkpoint, but for those of its head."""
-    from minivit.models.zoo import MODELS
+    from minivit.models import MODELS, usual_model
     from minivit.weights.checkpoint import load_checkpoint
-    from minivit.weights.native import config_of
+    from minivit.weights.native import settings_of
 
     checkpoint = load_checkpoint(path)
-    config = config_of(checkpoint, path)
-    config |= {
-        "mlp_dim": config["mlp_dim"] or 4 * config["dim"],
-        "dim_head": config["dim_head"] or config["dim"] // config["heads"],
-    }
+    found = settings_of(checkpoint, path)
     name = checkpoint.meta.get("name")
     if not isinstance(name, str) or name not in MODELS:  # of a library's model: a name whose sizes are all replaced
-        name = "vit_cifar"
-    sizes = {f"model.{key}": value for key, value in config.items() if key not in ("seed", "num_classes", "head")}
+        name = usual_model(found.image_shape[1], found.kind) if found.kind in {m.kind for m in MODELS.values()} else ""
+    sizes = {f"model.{key}": value for key, value in found.transferred().items() if value is not None}
     return {"model.name": name} | sizes
 
 
 def take_model(settings: Settings, name: str) -> None:
     """Take over the sizes of a named model."""
-    from minivit.models.zoo import MODELS
+    from minivit.models import configuration
 
-    if name not in MODELS:
-        raise unknown_name("model", name, MODELS)
-    settings.take({f"model.{key}": value for key, value in MODELS[name].items()}, f"model {name}")
+    settings.take({f"model.{key}": value for key, value in configuration(name).settings.items()}, f"model {name}")
 
 
 def fit_to_data(settings: Settings, shape: tuple[int, int, int], classes: int) -> None:
@@ -210,25 +228,22 @@ def fit_to_data(settings: Settings, shape: tuple[int, int, int], classes: int) -
 
     ``shape`` is an image's (C, H, W). Raises ConfigError where the settings ask for something else.
     """
+    from minivit.models import read_settings, usual_model
+
     channels, height, width = shape
     asked = {k for k, origin in settings.origins.items() if origin.startswith(("recipe", "file", *GIVEN))}
     if not settings["model.name"]:
-        small = {12: "vit_digits", 28: "vit_mnist"}
-        name = next((n for size, n in small.items() if max(height, width) <= size), "vit_cifar")
+        name = usual_model(max(height, width))
         kept = {k: (settings[k], settings.origins[k]) for k in asked if k.startswith("model.") and k != "model.name"}
         take_model(settings, name)
         settings.take({"model.name": name}, "data")
         for key, (value, origin) in kept.items():
             settings.take({key: value}, origin)
-    patch = settings["model.patch_size"]
-    p, q = patch if isinstance(patch, list) else (patch, patch)
-    if p < 1 or q < 1 or height % p or width % q:
-        common = math.gcd(height, width)
-        fitting = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
+    if (misfit := read_settings(settings.kind, settings.model_values()).misfit(height, width)) is not None:
+        key, fitting = f"model.{misfit[0]}", misfit[1]
         raise ConfigError(
-            f"model.patch_size = {patch} ({settings.origins['model.patch_size']}) does not divide the data's "
-            f"{height} × {width} pixels",
-            f"use one that does: --set model.patch_size=N with N one of {fitting}",
+            f"{key} = {settings[key]} ({settings.origins[key]}) does not divide the data's {height} × {width} pixels",
+            f"use one that does: --set {key}=N with N one of {fitting}",
         )
     size = height if height == width else [height, width]
     for key, value in {"image_size": size, "in_channels": channels, "num_classes": classes}.items():
@@ -242,6 +257,12 @@ def fit_to_data(settings: Settings, shape: tuple[int, int, int], classes: int) -
                 f"{key} = {given} ({settings.origins[key]}), but the data have {value}",
                 f"leave {key} out: the data decide it",
             )
+
+
+def assignments(settings: Mapping[str, Any]) -> str:
+    """Return how the command line is given a model's ``settings``: ``--set model.dim=16 …``, quoted for the shell."""
+    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in settings.items()}
+    return " ".join(f"--set {shlex.quote(f'model.{key}={text}')}" for key, text in texts.items())
 
 
 def parse_assignment(text: str) -> tuple[str, Any]:

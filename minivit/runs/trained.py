@@ -8,9 +8,7 @@ from typing import Any
 
 from minivit.data.dataset import class_names
 from minivit.errors import CheckpointError, NonFiniteError
-from minivit.models.vit import ViT
-from minivit.models.zoo import MODELS
-from minivit.nn.rules import pair
+from minivit.models import MODELS, Model
 from minivit.runs.folder import find_checkpoint
 from minivit.weights.native import read_model
 
@@ -29,7 +27,7 @@ class Trained:
     """
 
     path: str
-    model: ViT
+    model: Model
     meta: dict[str, Any]
     classes: tuple[str, ...]
     mean: tuple[float, ...]
@@ -44,8 +42,8 @@ class Trained:
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """The (C, H, W) of the images that the model takes."""
-        config = self.model.config
-        return config["in_channels"], *pair("image_size", config["image_size"])
+        shape: tuple[int, int, int] = self.model.settings.image_shape
+        return shape
 
 
 def open_trained(given: str) -> Trained:

@@ -16,7 +16,7 @@ import numpy as np
 from minivit import ops
 from minivit.backend import Key, permutation
 from minivit.errors import ConfigError, DataError, DTypeError, ShapeError, unknown_name
-from minivit.models.vit import ViT
+from minivit.models import Model, build
 from minivit.nn.rules import Size
 from minivit.train.inference import predict_logits
 from minivit.train.optimizer import AdamW
@@ -49,7 +49,7 @@ class ViTClassifier:
     """
 
     classes_: np.ndarray
-    model_: ViT
+    model_: Model
     image_shape_: tuple[int, ...]
     n_features_in_: int
     mean_: np.ndarray
@@ -152,15 +152,16 @@ class ViTClassifier:
         self.model_ = model.eval()
         return self
 
-    def _new_model(self, shape: tuple[int, ...], classes: int) -> ViT:
+    def _new_model(self, shape: tuple[int, ...], classes: int) -> Model:
         channels, height, width = shape
-        return ViT(
-            (height, width), self.patch_size or (_patch(height), _patch(width)), channels, classes,
-            self.dim, self.depth, self.heads, 2 * self.dim if self.mlp_dim is None else self.mlp_dim,
-            drop_path=self.drop_path, seed=int(self.random_state),
-        )  # fmt: skip
+        sizes = {name: getattr(self, name) for name in ("dim", "depth", "heads", "drop_path")}
+        return build("vit", sizes | {
+            "image_size": (height, width), "in_channels": channels, "num_classes": classes,
+            "patch_size": self.patch_size or (_patch(height), _patch(width)),
+            "mlp_dim": 2 * self.dim if self.mlp_dim is None else self.mlp_dim, "seed": int(self.random_state),
+        })  # fmt: skip
 
-    def _train(self, model: ViT, images: np.ndarray, labels: np.ndarray) -> list[float]:
+    def _train(self, model: Model, images: np.ndarray, labels: np.ndarray) -> list[float]:
         opt = AdamW(model.named_parameters(), lr=self.lr, weight_decay=self.weight_decay)
 
         def loss(logits: Any, labels: Any) -> Any:

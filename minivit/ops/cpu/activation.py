@@ -37,7 +37,7 @@ def _gelu_block(x: np.ndarray, out: np.ndarray, slope: np.ndarray) -> None:
 def _(x: np.ndarray, approximate: str) -> Any:
     shape, like, x = x.shape, x, np.atleast_1d(wide(x))  # NumPy's results of 0-d arrays cannot be written to
     if approximate == "none" and x.dtype == np.float32:
-        x = np.ascontiguousarray(x)
+        x = x if x.flags.c_contiguous else x.copy()  # as np.ascontiguousarray, but of an outline one
         out, slope = np.empty_like(x), np.empty_like(x if recording.enabled else x.reshape(-1)[:BLOCK])
         flat, flat_out, flat_slope = x.reshape(-1), out.reshape(-1), slope.reshape(-1)
         for start in range(0, x.size, BLOCK):

@@ -1,0 +1,60 @@
+"""What passes through an encoder of blocks: the tokens after each, and each attention, on the path to the logits.
+
+::
+
+    trace = model.trace(images)
+    flow = mv.grad(trace.logits[0, 3], trace.attention)   # d logit / d attention, a (B, heads, T, T) for every block
+
+Attention is composed of plain operations here, where the plain forward fuses it; both give the same numbers but for
+rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from minivit.nn.attention import attention_mask
+
+Change = Callable[[int, Any], Any]
+"""(block, attention) → what is put in its place."""
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What passed through a model of ``blocks`` for images (B, C, H, W).
+
+    ``logits`` as the model gives them; ``tokens``, (B, T, dim) after the embedding and after every block;
+    ``attention``, (B, heads, T, T) of every block: row i is what token i attends to, and sums to 1 (a token that may
+    attend to nothing has zeros). All of them are Tensors on the path, so that :func:`minivit.grad` of a logit tells
+    what flows through each. T are ``prefix`` tokens (the class token, if there is one) and then the patches of
+    ``grid``, (rows, columns), row by row.
+
+    Of a model that reads its class token only, the last block's rows but the first reach no logit: their gradient is 0.
+    """
+
+    logits: Any
+    tokens: list[Any]
+    attention: list[Any]
+    grid: tuple[int, int]
+    prefix: int
+
+
+def trace(model: Any, images: Any, mask: Any = None, change: Change | None = None) -> Trace:
+    """Run ``model``, an encoder such as :class:`minivit.ViT`, and return what passes through it.
+
+    ``change(block, attention)`` returns what block number ``block`` uses in the place of its attention, which is then
+    what the trace shows: the same with another number in it, or without a head. Every block is computed for all tokens,
+    and recorded even if the model is made with ``recompute``.
+    """
+    x = model.embed(images)
+    mask = attention_mask(mask, x.shape[1], x.shape[0])
+    tokens, attention = [x], []
+    for i, block in enumerate(model.blocks):
+        x, p = block.traced(x, mask, None if change is None else partial(change, i))
+        tokens.append(x)
+        attention.append(p)
+    embed = model.patch_embed
+    return Trace(model.classify(model.norm(x)), tokens, attention, embed.grid, x.shape[1] - embed.num_patches)
