@@ -19,7 +19,7 @@ from PIL import Image
 import minivit as mv
 from minivit.cli.main import main
 from minivit.errors import CheckpointError, ConfigError, DataError, MinivitError, printable
-from minivit.measure.costs import model_settings, open_model
+from minivit.measure.costs import find_settings, open_model
 from minivit.models import MODELS, count_parameters, model_outline
 from minivit.runs.settings import Settings, parse_assignment, read_toml, resolve, write_toml
 from minivit.show.curves import chart
@@ -100,8 +100,8 @@ def test_gradcheck_speaks_json(
 
 def test_a_models_name_is_the_model_even_where_a_file_is_called_so(model: mv.ViT, here: Path) -> None:
     saved(here / "vit_digits", model)
-    assert model_settings("vit_digits").config["dim"] == MODELS["vit_digits"].settings["dim"]
-    assert model_settings("./vit_digits").config["dim"] == SMALL["dim"]
+    assert find_settings("vit_digits").config["dim"] == MODELS["vit_digits"].settings["dim"]
+    assert find_settings("./vit_digits").config["dim"] == SMALL["dim"]
 
 
 @pytest.mark.parametrize("command", ["gradcheck", "summary", "bench"])
@@ -179,7 +179,7 @@ def test_settings_that_ask_for_other_arrays(changed: dict[str, Any], says: str, 
     path = saved(tmp_path / "a.npz", model, **changed)
     size = path.stat().st_size
     uses: list[Callable[[], Any]] = [
-        lambda: load_model(path), lambda: read_model(path), lambda: model_settings(str(path)),
+        lambda: load_model(path), lambda: read_model(path), lambda: find_settings(str(path)),
         lambda: init_from(model, path), lambda: resolve({"train.init_from": str(path)}),
     ]  # fmt: skip
     load_checkpoint(path)  # what is imported on the way is no part of it

@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     """Measure, and print what was found."""
     from minivit.backend import Key, auto_device, keep_freed_memory, peak_memory, random_bits, uniform
     from minivit.errors import ConfigError, printable
-    from minivit.measure.costs import model_settings
+    from minivit.measure.costs import find_settings
     from minivit.measure.machine import cpu_text
     from minivit.measure.profile import profile_step
     from minivit.measure.speed import image_flops, sgemm_rate, time_steps
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"--profile on {device}", "it times operations of the CPU: add --device cpu")
     keep_freed_memory()
     name = find_model(args.model)
-    settings = model_settings(name)
+    settings = find_settings(name)
     model, shape = build(settings.kind, settings.config).to(device), settings.image_shape
     images = uniform(Key(0), (batch, *shape)) * 2 - 1
     labels = (random_bits(Key(1), (batch,)) % model.settings.num_classes).astype("int64")

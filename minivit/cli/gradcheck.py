@@ -115,11 +115,11 @@ def check_model(name: str, order: int, seed: int, as_json: bool = False) -> int:
     from minivit.autograd.check import check_module
     from minivit.backend import Key, normal
     from minivit.errors import ConfigError, printable
-    from minivit.measure.costs import model_settings, open_model
+    from minivit.measure.costs import find_settings, open_model
     from minivit.models import count_parameters
     from minivit.show.text import json_text
 
-    settings = model_settings(name)
+    settings = find_settings(name)
     size = count_parameters(settings.kind, settings.config)
     if size > MOST_PARAMETERS:
         raise ConfigError(

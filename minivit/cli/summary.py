@@ -29,14 +29,14 @@ def run(args: argparse.Namespace) -> int:
     if args.list is not None:
         return list_models(args.list, args.json)
     from minivit.errors import printable
-    from minivit.measure.costs import model_costs, model_settings
+    from minivit.measure.costs import find_settings, model_costs
     from minivit.models import model_outline
     from minivit.runs.trained import find_model
     from minivit.show.text import json_text
     from minivit.train.sharing import team_for
 
     name = find_model(args.model)
-    settings = model_settings(name)
+    settings = find_settings(name)
     model = model_outline(settings.kind, settings.config)
     costs, team = model_costs(model), team_for(model)
     if args.json:

@@ -27,7 +27,7 @@ from minivit.weights import native as weights
 # ---- which model -----------------------------------------------------------------------------------------------------
 
 
-def model_settings(name: str) -> Settings:
+def find_settings(name: str) -> Settings:
     """Return the settings of a named model, or of the model in a checkpoint.
 
     A name of a model is that model; a file that is called so is ``./name``. A checkpoint is known by what is in it.
@@ -35,7 +35,7 @@ def model_settings(name: str) -> Settings:
     """
     if name in MODELS:
         return read_settings(*MODELS[name])
-    settings = weights.model_settings(_path(name))
+    settings = weights.stored_settings(_path(name))
     numbers, what = settings.largest_array()
     if 4 * numbers > (free := available_memory()):
         _, height, width = settings.image_shape
@@ -48,7 +48,7 @@ def model_settings(name: str) -> Settings:
 
 
 def open_model(name: str) -> Model:
-    """Return a named model, freshly initialised, or the model in a checkpoint: that of :func:`model_settings`."""
+    """Return a named model, freshly initialised, or the model in a checkpoint: that of :func:`find_settings`."""
     return create_model(name) if name in MODELS else weights.load_model(_path(name))
 
 

@@ -36,7 +36,7 @@ import numpy as np
 
 from minivit.backend import Key
 from minivit.errors import ConfigError, unknown_name
-from minivit.models.transfer import check_encoder
+from minivit.models.adapt import check_encoder
 from minivit.nn import init
 from minivit.nn.layers import Linear
 from minivit.nn.module import Module, Parameter, set_layer

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from minivit import ops
+from minivit.models.adapt import adapt_tokens
 from minivit.models.registry import Model, Settings, register, setting
 from minivit.models.trace import Change, Trace, trace
-from minivit.models.transfer import adapt_tokens
 from minivit.nn import init, rules
 from minivit.nn.attention import EncoderBlock, attention_mask
 from minivit.nn.layers import Dropout, LayerNorm, Linear, PatchEmbed

@@ -205,10 +205,10 @@ def _sizes_in(path: str) -> dict[str, Any]:
     """Return the settings of the model in a checkpoint, but for those of its head."""
     from minivit.models import MODELS, usual_model
     from minivit.weights.checkpoint import load_checkpoint
-    from minivit.weights.native import settings_of
+    from minivit.weights.native import checked_settings
 
     checkpoint = load_checkpoint(path)
-    found = settings_of(checkpoint, path)
+    found = checked_settings(checkpoint, path)
     name = checkpoint.meta.get("name")
     if not isinstance(name, str) or name not in MODELS:  # of a library's model: a name whose sizes are all replaced
         name = usual_model(found.image_shape[1], found.kind) if found.kind in {m.kind for m in MODELS.values()} else ""

@@ -112,18 +112,18 @@ def read_model(path: str | Path) -> tuple[Model, dict[str, Any]]:
     return model, checkpoint.meta | {"data": data_of(checkpoint, model.config, path)}
 
 
-def model_settings(path: str | Path) -> Settings:
+def stored_settings(path: str | Path) -> Settings:
     """Return the settings of the model in a checkpoint; their class is their ``kind``'s."""
-    return settings_of(load_checkpoint(path), path)
+    return checked_settings(load_checkpoint(path), path)
 
 
 def model_config(path: str | Path) -> dict[str, Any]:
     """Return all settings of the model in a checkpoint as a dict: ``ViT(**model_config(path))`` is one like it."""
-    return model_settings(path).config
+    return stored_settings(path).config
 
 
 def _build(checkpoint: Checkpoint, path: str | Path) -> Model:
-    settings, state = settings_of(checkpoint, path), parameters_of(checkpoint)
+    settings, state = checked_settings(checkpoint, path), parameters_of(checkpoint)
     try:
         model = build(settings.kind, settings.config).to(np.result_type(*state.values()))
     except (TypeError, ValueError) as error:
@@ -137,7 +137,7 @@ def parameters_of(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
     return checkpoint.under("model") | checkpoint.under("ema")  # parameters that were frozen have no average
 
 
-def settings_of(checkpoint: Checkpoint, path: str | Path) -> Settings:
+def checked_settings(checkpoint: Checkpoint, path: str | Path) -> Settings:
     """Return the settings of a checkpoint's model, each one that can be and all such as its arrays ask for.
 
     So a model of these settings takes no more memory than the file. Raises CheckpointError, with ``path``, otherwise.

@@ -7,7 +7,7 @@ from pathlib import Path
 from minivit.errors import CheckpointError, MinivitError, MisfitError
 from minivit.models import Model
 from minivit.weights.checkpoint import load_checkpoint
-from minivit.weights.native import parameters_of, settings_of, unusable_settings
+from minivit.weights.native import checked_settings, parameters_of, unusable_settings
 
 
 def init_from(model: Model, path: str | Path) -> list[str]:
@@ -26,7 +26,7 @@ def init_from(model: Model, path: str | Path) -> list[str]:
         print("\\n".join(init_from(model, path)))  # a line for each thing that is not as in the checkpoint
     """
     checkpoint = load_checkpoint(path)
-    old, own = settings_of(checkpoint, path), model.state_dict()
+    old, own = checked_settings(checkpoint, path), model.state_dict()
     if old.kind != model.kind:
         what = f"{path} cannot start this model: it holds a model of the kind {old.kind}, this is a {model.kind}"
         raise CheckpointError(what, "make the model of the checkpoint's kind")
