@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import minivit
-from minivit.cli import progress
+from minivit.cli import epochs
 from minivit.errors import CheckpointError, ConfigError, MinivitError, Stopped
 from minivit.train import Observer, Trainer, load_checkpoint, parameters_hash
 from tests.test_kill import BATCHES, EPOCHS, small_run
@@ -349,16 +349,16 @@ def test_a_model_of_another_kind_is_refused(tmp_path):
 
 def test_a_bar_is_closed_however_the_run_ends(monkeypatch):
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
-    bars, remarks = progress.shown()
+    bars, remarks = epochs.shown()
     trainer, train, _ = small_run(None, observers=[bars, remarks])
     with pytest.raises(PowerCut):
         trainer.fit(Hooked(train, lambda count: (_ for _ in ()).throw(PowerCut) if count == 3 else None))
-    assert isinstance(bars, progress.EpochBars) and bars._bar is None
+    assert isinstance(bars, epochs.EpochBars) and bars._bar is None
 
 
 def test_a_row_as_text():
     row = {"loss": 0.5, "lr": 1e-3, "images_per_second": 1234.0}
-    assert progress.describe(row) == "loss 0.5000, lr 1.00e-03, 1,234 images/s"
+    assert epochs.describe(row) == "loss 0.5000, lr 1.00e-03, 1,234 images/s"
     row |= {"accuracy": 0.25, "valid_loss": 0.75, "valid_accuracy": np.float64(0.5)}
     shown = "accuracy 25.00%, valid 50.00%, loss 0.5000, valid 0.7500, lr 1.00e-03, 1,234 images/s"
-    assert progress.describe(row) == shown
+    assert epochs.describe(row) == shown

@@ -31,7 +31,7 @@ from minivit.models import (
 )
 from minivit.nn.rules import count, seed, size
 from minivit.runs.settings import resolve
-from minivit.train.step import Team
+from minivit.train.sharing import team_for
 from minivit.weights.checkpoint import load_checkpoint, save_checkpoint
 from minivit.weights.native import load_model, read_model
 from minivit.weights.transfer import init_from
@@ -220,7 +220,7 @@ def test_what_is_alike_in_the_middle_is_one_row() -> None:
 
 def test_recomputing_saves_memory_in_the_estimate() -> None:
     plain, again = (create_model("vit_digits", recompute=on) for on in (False, True))
-    plain_peak, again_peak = (peak_memory(model, Team(model, 1, 8), 64) for model in (plain, again))
+    plain_peak, again_peak = (peak_memory(model, team_for(model, 1, 8), 64) for model in (plain, again))
     assert again_peak < plain_peak
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from minivit.cli.main import number
@@ -61,10 +62,7 @@ def run(args: argparse.Namespace) -> int:
     def new_step(threads: int | None, micro_batch: int | None) -> TrainStep:
         return TrainStep(model, AdamW(model.named_parameters(), lr=1e-4), threads=threads, micro_batch=micro_batch)
 
-    def say(text: str = "") -> None:
-        if not args.json:
-            print(text, flush=True)
-
+    say: Any = (lambda text: None) if args.json else partial(print, flush=True)
     step = new_step(*(given := (args.threads or None, args.micro_batch or None)))
     threads, micro_batch = step.team.threads_for(batch), max(stop - start for start, stop in step.team.pieces(batch))
     where = f"{cpu_text()}\n{plural(threads, 'thread')}" if device == "cpu" else device

@@ -47,6 +47,15 @@ CONTRACT = ("image_size", "in_channels", "num_classes", "seed")
 """The settings that every model of images has."""
 
 
+class Described(NamedTuple):
+    """A setting as the command line has it: what it may be is what its type and its rule say."""
+
+    type: Any
+    default: Any
+    rule: Rule
+    doc: str
+
+
 def setting(default: Any, rule: Rule, doc: str, *, kept: bool = True) -> Any:
     """Return a field of a dataclass of settings: its default, what it may be, and what it means.
 
@@ -60,6 +69,7 @@ class Settings:
     """Base of a model's settings: checked by their rules when they are made. Raises ConfigError for what cannot be."""
 
     kind: ClassVar[str] = ""
+    described: ClassVar[dict[str, Described]]  # since the class was registered
     divisor: ClassVar[str | None] = None  # the setting that height and width of the images must be divided by
 
     def __post_init__(self) -> None:
@@ -202,6 +212,10 @@ def register(kind: str, configurations: Mapping[str, Mapping[str, Any]] | None =
         ):
             raise ConfigError(f"two models {kind!r}: {before.__name__}, {model.__name__}", "give one another name")
         model.kind = model.Settings.kind = kind
+        types = get_type_hints(model.Settings)  # here, because it compiles what is written in the annotations
+        model.Settings.described = {
+            f.name: Described(types[f.name], f.default, f.metadata["rule"], f.metadata["doc"]) for f in fields
+        }
         model.__signature__ = inspect.signature(model.Settings)  # type: ignore[attr-defined]  # for help()
         lines = "\n".join(f"    ``{f.name}``: {f.metadata['doc']}." for f in fields)
         model.__doc__ = f"{inspect.cleandoc(model.__doc__ or '')}\n\n{lines}"
@@ -231,23 +245,9 @@ def settings_class(kind: str) -> type[Settings]:
     return model_class(kind).Settings
 
 
-class Described(NamedTuple):
-    """A setting as the command line has it: what it may be is what its type and its rule say."""
-
-    type: Any
-    default: Any
-    rule: Rule
-    doc: str
-
-
 def described_settings(kind: str) -> dict[str, Described]:
     """Return each setting of a kind of model by its name, in their order."""
-    settings = settings_class(kind)
-    types = get_type_hints(settings)
-    return {
-        f.name: Described(types[f.name], f.default, f.metadata["rule"], f.metadata["doc"])
-        for f in dataclasses.fields(settings)
-    }
+    return settings_class(kind).described
 
 
 def read_settings(kind: str, values: Mapping[str, Any]) -> Settings:
