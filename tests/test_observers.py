@@ -212,6 +212,43 @@ def test_a_folder_that_is_refused_is_not_touched_by_the_end(tmp_path):
     assert log.events == [] and not (tmp_path / "metrics.jsonl").exists()
 
 
+def test_a_class_is_no_observer():
+    with pytest.raises(ConfigError, match=r"observers=<class .*Log'>") as caught:
+        small_run(None, observers=[Log])
+    assert "objects" in caught.value.remedy
+
+
+def test_a_run_within_an_observer_that_is_stopped_stops_the_outer_one(tmp_path, python_handlers):
+    class Nested(Observer):
+        def epoch(self, trainer, row):
+            inner, train, valid = small_run(tmp_path / "inner", save_every=None)
+            inner.fit(Hooked(train, raise_at(2, signal.SIGTERM)), valid)
+
+    for outer, path in ((tmp_path / "outer", "outer"), (None, "inner")):
+        log, trainer, train, valid = logged(outer)
+        trainer.observers.append(Nested())
+        with pytest.raises(Stopped) as caught:
+            trainer.fit(train, valid)
+        assert caught.value.path == str(tmp_path / path / "checkpoints" / "last.npz")
+        assert log.events[-2:] == ["stopped SIGTERM", "end"] and caught.value.code == 143
+
+
+def test_a_signal_before_the_first_step_stops_there(tmp_path, python_handlers):
+    class Early(Observer):
+        def begin(self, trainer):
+            signal.raise_signal(signal.SIGINT)
+
+    log, trainer, train, valid = logged(tmp_path)
+    trainer.observers.append(Early())
+    with pytest.raises(Stopped, match="after step 0"):
+        trainer.fit(train, valid)
+    assert log.events == ["begin", "saved last.npz", "stopped SIGINT", "end"]
+    whole, again = small_run(None, epochs=1)[0], small_run(tmp_path, epochs=1)
+    whole.fit(*again[1:])
+    again[0].fit(*again[1:])
+    assert parameters_hash(again[0].model) == parameters_hash(whole.model)
+
+
 # ---- silence ---------------------------------------------------------------------------------------------------------
 
 

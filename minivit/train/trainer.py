@@ -13,7 +13,7 @@ from typing import Any
 
 from minivit import ops
 from minivit.backend import Array
-from minivit.errors import ConfigError, DataError, NonFiniteError, Stopped, unknown_name
+from minivit.errors import ConfigError, DataError, NonFiniteError, Stopped, unknown_name, value_text
 from minivit.nn.module import Module
 from minivit.train.ema import EMA
 from minivit.train.evaluation import Batches, check_classes, evaluate
@@ -95,6 +95,8 @@ class Trainer:
             raise unknown_name("on_nan", on_nan, ON_NAN)
         if on_nan == "rollback" and folder is None:
             raise ConfigError("on_nan='rollback' without a folder", "give a folder: there is no checkpoint without one")
+        if wrong := [value_text(observer) for observer in observers if not isinstance(observer, Observer)]:
+            raise ConfigError(f"observers={', '.join(wrong)}", "give objects of a class that is derived from Observer")
         self.model, self.opt, self.schedule, self.epochs = model, opt, schedule, epochs
         self.patience, self.max_seconds, self.on_nan = patience, max_seconds, on_nan
         self.meta = dict(meta or {})
@@ -129,10 +131,12 @@ class Trainer:
                 observer.begin(self)
                 ends.callback(observer.end, self)
             try:
+                signals.raise_if_noted()
                 while self.progress.epoch < self.epochs and not self.progress.stopped:
                     self._train_epoch(train, valid, signals.raise_if_noted)
+                    signals.raise_if_noted()
             except Stopped as stop:
-                self._stop(stop.signum)
+                raise self._saved(stop) from None
         return self.progress.history
 
     def averaged(self) -> contextlib.AbstractContextManager[Any]:
@@ -181,7 +185,6 @@ class Trainer:
             observer.epoch(self, row)
         if stopped:
             self._remark(f"stopped after epoch {row['epoch']}: {stopped}")
-        stop_if_asked()
 
     def _train_batches(self, train: Batches, stop_if_asked: Callable[[], None]) -> str:
         """Train on what is left of the epoch; return why the run ends with it, "" if it does not."""
@@ -236,14 +239,15 @@ class Trainer:
         for observer in self.observers:
             observer.remark(self, text)
 
-    def _stop(self, signum: int) -> None:
-        """End the run because of a signal: once it is saved, raise Stopped."""
+    def _saved(self, stop: Stopped) -> Stopped:
+        """Have the run saved because of a signal; return what says where."""
         for observer in self.observers:
-            observer.stopped(self, signal.Signals(signum).name)
-        assert self.keeper is not None  # without one signals are left alone
+            observer.stopped(self, signal.Signals(stop.signum).name)
+        if self.keeper is None:  # raised by an observer: without a folder, signals are left alone here
+            return stop
         path = str(self.keeper.checkpoint("last"))
         remedy = f"continue with Trainer.resume({path!r}), and fit"
-        raise Stopped(signum, f"stopped and saved after step {self.opt.steps}", remedy, path) from None
+        return Stopped(stop.signum, f"stopped and saved after step {self.opt.steps}", remedy, path)
 
     # ---- saving and resuming ----
 
