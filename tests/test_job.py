@@ -334,7 +334,7 @@ def test_every_setting_is_either_compared_or_on_the_short_list() -> None:
     made = Job(s)
     kept = made.make_trainer(None).meta["run"]["settings"]
     optional = {"model.mlp_dim", "model.dim_head"}  # which follow from others where they are not set
-    assert set(kept) - {"recipe"} | optional == set(known_settings())
+    assert set(kept) - {"recipe"} | optional == set(known_settings(s.kind))
 
 
 def test_what_may_change_is_told_and_kept(halfway: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
