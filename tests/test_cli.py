@@ -25,8 +25,7 @@ from minivit.backend import Key
 from minivit.cli.main import COMMANDS, main
 from minivit.data.catalog import NAMES
 from minivit.errors import CheckpointError, ConfigError, DataError
-from minivit.measure.costs import layer_of
-from minivit.measure.costs import measure as measure_layers
+from minivit.measure.costs import layer_costs, layer_of
 from minivit.measure.metrics import classification_metrics, wilson_interval
 from minivit.models import MODELS, count_parameters
 from minivit.models.registry import Configuration
@@ -787,7 +786,7 @@ def test_summary_counts_the_bytes_that_the_graph_keeps() -> None:
 
     model = mv.ViT(image_size=32, patch_size=4, dim=64, depth=2, heads=4)
     images = np.ones((1, 3, 32, 32), np.float32)
-    counted = sum(row.kept for row in measure_layers(model, images).values())
+    counted = sum(row.kept for row in layer_costs(model, images).values())
     model(images)  # what is made once is made
     gc.collect()
     tracemalloc.start()
@@ -807,7 +806,7 @@ def test_summary_of_every_depth_adds_up(depth: int, capsys: pytest.CaptureFixtur
 
     config = {**mv.create_model("vit_digits", drop_path=0.1).config, "depth": depth}
     model = mv.ViT(**config)
-    rows = measure_layers(model, np.zeros((1, 1, 8, 8), np.float32))
+    rows = layer_costs(model, np.zeros((1, 1, 8, 8), np.float32))
     assert sum(row.parameters for row in rows.values()) == model.num_parameters() == count_parameters("vit", config)
     total = next(line for line in costs_table(outlined_costs(model.settings)).splitlines() if line.startswith("total"))
     assert f"{model.num_parameters():,}" in total

@@ -21,7 +21,7 @@ from minivit.cli.main import main
 from minivit.errors import CheckpointError, ConfigError, DataError, MinivitError, printable
 from minivit.measure.costs import find_settings, open_model
 from minivit.models import MODELS, count_parameters, model_outline
-from minivit.runs.settings import Settings, parse_assignment, read_toml, resolve, write_toml
+from minivit.runs.settings import RunSettings, parse_assignment, read_toml, resolve, write_toml
 from minivit.show.curves import chart
 from minivit.train import load_checkpoint, save_checkpoint
 from minivit.weights.native import load_model, load_weights, read_model
@@ -338,7 +338,7 @@ def test_every_text_comes_back_from_the_settings_file(text: str, tmp_path: Path)
 @pytest.mark.parametrize("text", ["\udcff", "a\0b"])
 def test_text_that_no_file_can_hold_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="holds what is no text"):
-        Settings().take({"data.name": text}, "command line")
+        RunSettings().take({"data.name": text}, "command line")
 
 
 # ---- command lines beyond all bounds ---------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from minivit.backend import normal, uniform
 from minivit.backend.outline import Outline, outline
 from minivit.cli.main import main
 from minivit.errors import CheckpointError, ConfigError, MisfitError
-from minivit.measure.costs import measure, model_costs, outlined_costs, peak_memory
+from minivit.measure.costs import layer_costs, model_costs, outlined_costs, training_memory
 from minivit.models import (
     KINDS,
     MODELS,
@@ -197,12 +197,12 @@ VITS: list[dict[str, Any]] = [
 )  # fmt: skip
 def test_an_outline_costs_what_the_model_costs(kind: str, settings: dict[str, Any]) -> None:
     model = build(kind, settings)
-    real = measure(model, normal(mv.Key(1), (1, *model.settings.image_shape)).astype(np.float32))
+    real = layer_costs(model, normal(mv.Key(1), (1, *model.settings.image_shape)).astype(np.float32))
     outlined = model_outline(kind, settings)
     assert {n: (p.shape, p.dtype) for n, p in outlined.named_parameters()} == {
         n: (p.shape, p.dtype) for n, p in model.named_parameters()
     }
-    assert measure(outlined, outline((1, *model.settings.image_shape))) == real
+    assert layer_costs(outlined, outline((1, *model.settings.image_shape))) == real
     for costs in (outlined_costs(model.settings), model_costs(model)):
         assert costs.total.parameters == model.num_parameters()
         assert (costs.total.flops, costs.total.kept) == (
@@ -220,7 +220,7 @@ def test_what_is_alike_in_the_middle_is_one_row() -> None:
 
 def test_recomputing_saves_memory_in_the_estimate() -> None:
     plain, again = (create_model("vit_digits", recompute=on) for on in (False, True))
-    plain_peak, again_peak = (peak_memory(model, team_for(model, 1, 8), 64) for model in (plain, again))
+    plain_peak, again_peak = (training_memory(model, team_for(model, 1, 8), 64) for model in (plain, again))
     assert again_peak < plain_peak
 
 

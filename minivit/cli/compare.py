@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
         differences = [difference(runs[0], other) for other in runs[1:]]
         print(json_text({"runs": runs, "differ": keys, "differences": differences}))
     else:
-        print(report(runs, keys))
+        print(comparison(runs, keys))
     return 0
 
 
@@ -51,7 +51,7 @@ RESULTS = {
 """What a run came to: title and form of each row."""
 
 
-def report(runs: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> str:
+def comparison(runs: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> str:
     """Return the comparison as text: a column for each run."""
     from minivit.errors import printable
     from minivit.show.text import text_table

@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
         )
     found = audit(args.data[0], (args.size, args.size) if args.size else None, reading_bar)
     picture = draw(found, args.output) if args.output else None
-    print(json_text(as_json(found) | {"mosaic": picture}) if args.json else report(found, picture))
+    print(json_text(as_json(found) | {"mosaic": picture}) if args.json else audit_text(found, picture))
     return BAD_INPUTS if found.corrupt else OK
 
 
@@ -89,7 +89,7 @@ def as_json(found: Audit) -> dict[str, Any]:
 # ---- the report ------------------------------------------------------------------------------------------------------
 
 
-def report(found: Audit, picture: str | None) -> str:
+def audit_text(found: Audit, picture: str | None) -> str:
     """Return the report as text."""
     from minivit.errors import printable
 
@@ -106,7 +106,7 @@ def report(found: Audit, picture: str | None) -> str:
         "picture": picture or "",
         "note": found.note,
     }
-    blocks = [printable(f"{found.name}: {images:,} images, {many}"), class_table(found)]
+    blocks = [printable(f"{found.name}: {images:,} images, {many}"), counts_table(found)]
     blocks.append("\n".join(f"{name:9}{printable(text)}" for name, text in facts.items() if text))
     findings = {
         "files that cannot be read": (len(found.corrupt), found.corrupt),
@@ -120,7 +120,7 @@ def report(found: Audit, picture: str | None) -> str:
     }
     width = max(map(len, findings))
     blocks.append("\n".join(f"{name:{width}}  {count:>5,}" for name, (count, _) in findings.items()))
-    blocks += [f"{name}:\n{listed(lines)}" for name, (_, lines) in findings.items() if lines]
+    blocks += [f"{name}:\n{first_lines(lines)}" for name, (_, lines) in findings.items() if lines]
     if found.corrupt:
         blocks.append(
             "→ repair, convert or remove the files that cannot be read, or train without them: --bad-images skip"
@@ -130,7 +130,7 @@ def report(found: Audit, picture: str | None) -> str:
     return "\n\n".join(block for block in blocks if block)
 
 
-def class_table(found: Audit) -> str:
+def counts_table(found: Audit) -> str:
     """Return the number of images by class and split; of many classes, the range."""
     from minivit.errors import shortened
     from minivit.show.text import text_table
@@ -171,7 +171,7 @@ def same(groups: list[Same]) -> list[str]:
     return lines
 
 
-def listed(lines: list[str]) -> str:
+def first_lines(lines: list[str]) -> str:
     """Return the first lines, indented, and how many more there are."""
     from minivit.errors import printable
 

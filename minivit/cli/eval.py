@@ -64,14 +64,14 @@ def run(args: argparse.Namespace) -> int:
         print(printable(f"{trained.path} on {parts[0].name}, {args.split}: {result['count']:,} images"))
         if args.data is not None and args.split != "all" and kind_of(name) == "folder":
             print(printable(f"splits: {list_folder(name).how}; --split all takes them together"))
-        print(f"\n{report(result, matching)}")
+        print(f"\n{figures(result, matching)}")
     return 0
 
 
 # ---- the report ------------------------------------------------------------------------------------------------------
 
 
-def report(result: dict[str, Any], matching: Matching) -> str:
+def figures(result: dict[str, Any], matching: Matching) -> str:
     """Return the figures of :func:`minivit.runs.assess.assess` as text."""
     from minivit.errors import printable, shortened
     from minivit.show.text import percent_interval, plural, text_table

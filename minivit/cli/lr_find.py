@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
         about = {"suggestion": suggestion, "cautious": cautious, "so_far": s["train.lr"], "curve": str(path)}
         print(json_text(about | {"points": rows}))
         return 0
-    print(f"\n{table(points, smooth)}\n")
+    print(f"\n{rates_table(points, smooth)}\n")
     if found is None:
         print("no suggestion: the loss never fell below its first value")
     else:
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def table(points: Sequence[tuple[float, float]], smooth: Sequence[float]) -> str:
+def rates_table(points: Sequence[tuple[float, float]], smooth: Sequence[float]) -> str:
     """Return some of the points, evenly spaced, the last among them."""
     from minivit.show.text import text_table
 

@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the table."""
     if args.list is not None:
-        return list_models(args.list, args.json)
+        return print_models(args.list, args.json)
     from minivit.errors import printable
     from minivit.measure.costs import find_settings, model_costs
     from minivit.models import model_outline
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def list_models(pattern: str, as_json: bool) -> int:
+def print_models(pattern: str, as_json: bool) -> int:
     """Print the named models that match a shell pattern, with their sizes."""
     from minivit.errors import unknown_name
     from minivit.models import MODELS, count_parameters, read_settings

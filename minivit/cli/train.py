@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from minivit.errors import Stopped
-    from minivit.runs.settings import Settings
+    from minivit.runs.settings import RunSettings
 
 METAVARS = {int: "N", float: "X", str: "NAME"}
 TITLES = {"data": "data", "model": "model", "train": "training"}
@@ -93,7 +93,7 @@ def typed_settings(args: argparse.Namespace) -> dict[str, Any]:
     return typed | dict(parse_assignment(text) for text in args.set)
 
 
-def settings_from(args: argparse.Namespace) -> Settings:
+def settings_from(args: argparse.Namespace) -> RunSettings:
     """Return the settings of a run that the command line asks for."""
     from minivit.runs.settings import resolve
 
@@ -111,7 +111,7 @@ def _changes(args: argparse.Namespace) -> dict[str, Any]:
     return typed
 
 
-def _try_out(settings: Settings, say: Callable[[str], object]) -> None:
+def _try_out(settings: RunSettings, say: Callable[[str], object]) -> None:
     """Make a few steps, and say how long the run would take; nothing is written or kept."""
     from minivit.runs.job import Job
     from minivit.show.text import bytes_text

@@ -56,7 +56,7 @@ class Dataset:
             raise DataError(f"{self.name}: {len(images)} images but {len(labels)} labels", "give one label per image")
         if self.files and len(self.files) != len(images):
             raise DataError(f"{self.name}: {len(images)} images but {len(self.files)} files", "give one per image")
-        check_labels(labels, classes, self.name)
+        check_numbers(labels, classes, self.name)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -165,7 +165,7 @@ def bytes_remedy(images: Any, name: str = "images") -> str:
     return f"{f'np.rint({name})' if images.dtype.kind == 'f' else name}.astype(np.uint8)"
 
 
-def check_labels(labels: np.ndarray, classes: Sequence[str], where: str) -> None:
+def check_numbers(labels: np.ndarray, classes: Sequence[str], where: str) -> None:
     """Raise DataError for the first label that is not a place among the classes."""
     wrong = np.flatnonzero((labels < 0) | (labels >= len(classes)))
     if len(wrong):

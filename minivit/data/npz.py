@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from minivit.data.dataset import LAYOUT, SPLITS, Dataset, bytes_remedy, check_labels, described
+from minivit.data.dataset import LAYOUT, SPLITS, Dataset, bytes_remedy, check_numbers, described
 from minivit.data.reading import read_npz
 from minivit.errors import DataError
 
@@ -51,7 +51,7 @@ def load_npz(path: str | PathLike[str], split: str, layout: int = LAYOUT) -> Dat
         if unknown := set(labels.tolist()) - numbers.keys():
             raise DataError(f"{where}: {min(unknown)!r} is not one of the classes", f"name it in {names['classes']!r}")
         labels = np.array([numbers[name] for name in labels.tolist()], np.int64)
-    check_labels(labels, classes, where)
+    check_numbers(labels, classes, where)
     dataset = Dataset(channels_first(images, path), labels.astype(np.int64), classes, str(path))
     if split == "train":
         _announce_gaps(dataset, where)

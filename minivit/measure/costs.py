@@ -89,7 +89,7 @@ def layer_of(path: str) -> str:
     return parts[0] or "embedding"
 
 
-def measure(model: Module, images: Any) -> dict[str, Row]:
+def layer_costs(model: Module, images: Any) -> dict[str, Row]:
     """Run ``model`` on one image, recorded as in training, and return each layer's costs, in the order they run.
 
     FLOPs are those of the matrix products, 2 for a multiplication and an addition. ``kept`` are the bytes of the arrays
@@ -166,7 +166,7 @@ class Costs:
 def model_costs(model: Model) -> Costs:
     """Return what ``model``, or its outline, costs for one image; alike blocks in the middle of many are one row."""
     image = outline((1, *model.settings.image_shape), next(model.parameters()).dtype)
-    rows, total = measure(model, image), Row()
+    rows, total = layer_costs(model, image), Row()
     for row in rows.values():
         total.add(row)
     return Costs(list(_merged(rows)), total)
@@ -228,7 +228,7 @@ def images_at_once(team: Team, batch_size: int) -> int:
     return min(team.threads * (stop - start), batch_size)
 
 
-def peak_memory(model: Model, team: Team, batch_size: int) -> int:
+def training_memory(model: Model, team: Team, batch_size: int) -> int:
     """Return about how many bytes training a model by ``team`` takes at the most, on the CPU, besides the data."""
     outlined = model_outline(model.kind, vars(model.settings))
     return sum(step_memory(model_costs(outlined).total, team, batch_size).values())

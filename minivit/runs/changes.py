@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from minivit.errors import CheckpointError, ConfigError
 from minivit.runs.folder import write_text
-from minivit.runs.settings import Settings, parse_toml, read_bytes, resolve, write_toml
+from minivit.runs.settings import RunSettings, parse_toml, read_bytes, resolve, write_toml
 
 MAY_CHANGE = (
     "data.name", "data.bad_images",  # where the images are; that they are the same is checked by their content
@@ -39,7 +39,7 @@ def read_config(path: Path) -> Config:
     return Config(path, text.decode(), values)
 
 
-def write_changes(config: Config, settings: Settings) -> str:
+def write_changes(config: Config, settings: RunSettings) -> str:
     """Write a run's config.toml again if it has other values than ``settings``; return what it now says.
 
     Without need it is left as its user may have put it.
@@ -66,7 +66,7 @@ def refuse_other_changes(given: Iterable[str], who: str) -> None:
 
 def settings_of_run(
     config: Config, meta: Mapping[str, Any], given: Mapping[str, Any] | None = None, origin: str = "command line"
-) -> Settings:
+) -> RunSettings:
     """Return the settings of a run, one of whose checkpoints has ``meta``, but for those ``given`` now.
 
     What its config.toml does not name is as the checkpoint has it. ``origin`` says where ``given`` is from.
@@ -79,9 +79,9 @@ def settings_of_run(
     return settings
 
 
-def kept_settings(meta: Mapping[str, Any]) -> Settings:
+def kept_settings(meta: Mapping[str, Any]) -> RunSettings:
     """Return the settings that a checkpoint keeps, with their origins: none, if it is of the first version."""
-    kept = Settings()
+    kept = RunSettings()
     run = meta.get("run", {})
     try:
         values, origins = dict(run.get("settings", {})), dict(run.get("origins", {}))
@@ -95,7 +95,7 @@ def kept_settings(meta: Mapping[str, Any]) -> Settings:
     return kept
 
 
-def compare_settings(settings: Settings, meta: Mapping[str, Any], config: Path) -> list[str]:
+def compare_settings(settings: RunSettings, meta: Mapping[str, Any], config: Path) -> list[str]:
     """Hold ``settings`` against those that a checkpoint of the run keeps; return remarks on what changes.
 
     What is as it was gets the origin that it had. Raises CheckpointError, with each difference, for what may not

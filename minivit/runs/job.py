@@ -13,12 +13,12 @@ from minivit import data, ops
 from minivit.backend import auto_device, available_memory, keep_freed_memory
 from minivit.data.dataset import class_names
 from minivit.errors import CheckpointError, ConfigError, DataError, MisfitError, printable
-from minivit.measure.costs import peak_memory
+from minivit.measure.costs import training_memory
 from minivit.models import Model, build, count_parameters, described_settings
 from minivit.nn.rules import rate
 from minivit.runs.folder import find_checkpoint
 from minivit.runs.parts import UNCHANGED, divide, load_parts
-from minivit.runs.settings import Settings, assignments, fit_to_data
+from minivit.runs.settings import RunSettings, assignments, fit_to_data
 from minivit.show.text import bytes_text, plural
 from minivit.train import schedule
 from minivit.train.observers import Observer
@@ -40,7 +40,7 @@ class Job:
     """
 
     def __init__(
-        self, settings: Settings, resumed: bool = False, held: int = 0, bar: Callable[..., Any] | None = None
+        self, settings: RunSettings, resumed: bool = False, held: int = 0, bar: Callable[..., Any] | None = None
     ) -> None:
         self.settings = settings
         keep_freed_memory()
@@ -64,7 +64,7 @@ class Job:
         changed = start_from(self.model, settings["train.init_from"]) if fresh else []
         self.loader = self.parts.training_loader(settings)
         self._settle(device)
-        self.memory = self._peak_memory()
+        self.memory = self._memory_needed()
         _check_memory(self.memory, device, held)
         self.schedule = self.make_schedule()
         self.about = self._text(why, changed, len(classes))
@@ -80,10 +80,10 @@ class Job:
         }
         s.take({key: value for key, value in found.items() if s[key] != value}, "this machine")
 
-    def _peak_memory(self) -> int:
+    def _memory_needed(self) -> int:
         s = self.settings
         rows = min(self.loader.batch_size, len(self.parts.train))
-        step = peak_memory(self.model, team_for(self.model, s["train.threads"], s["train.micro_batch"]), rows)
+        step = training_memory(self.model, team_for(self.model, s["train.threads"], s["train.micro_batch"]), rows)
         return step + 4 * self.model.num_parameters() * bool(s["train.model_ema"])
 
     def _text(self, why: str, changed: list[str], classes: int) -> str:
@@ -184,7 +184,7 @@ class Trial(NamedTuple):
     minutes: float
 
 
-def model_values(settings: Settings, shape: tuple[int, int, int], classes: int) -> dict[str, Any]:
+def model_values(settings: RunSettings, shape: tuple[int, int, int], classes: int) -> dict[str, Any]:
     """Settle what the data and the kind of run decide about the model; return the settings to make it with.
 
     ``shape`` is an image's (C, H, W). Raises ConfigError for what cannot be.
@@ -207,7 +207,7 @@ def start_from(model: Model, path: str) -> list[str]:
         raise CheckpointError(error.what, remedy) from error
 
 
-def make_absolute(settings: Settings) -> None:
+def make_absolute(settings: RunSettings) -> None:
     """Make paths absolute, so that the run can be resumed from any folder; a run's folder becomes its checkpoint."""
     paths = {}
     if settings["data.name"] != data.kind_of(settings["data.name"]):

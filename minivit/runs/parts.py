@@ -27,7 +27,7 @@ from minivit.data import (
 )
 from minivit.errors import DataError, printable
 from minivit.nn.rules import pair
-from minivit.runs.settings import GIVEN, Settings
+from minivit.runs.settings import GIVEN, RunSettings
 from minivit.show.text import plural
 
 TRAIN_STREAM, HOLD_OUT_STREAM = 0x7A1, 0x0FF  # streams of random numbers under the run's seed
@@ -59,7 +59,7 @@ class Parts:
         prints = {name: part.fingerprint for name, part in parts.items() if part is not None}
         return {f"{name} {what}": digest for name, found in prints.items() for what, digest in found.items()}
 
-    def training_loader(self, s: Settings) -> Loader:
+    def training_loader(self, s: RunSettings) -> Loader:
         """Return the training batches: the batch size times the batches that make up an update."""
         mix = Mix(s["data.mixup"], s["data.cutmix"]) if s["data.mixup"] or s["data.cutmix"] else None
         size = s["train.batch_size"] * s["train.grad_accum_steps"]
@@ -74,7 +74,7 @@ class Parts:
 # ---- loading and dividing --------------------------------------------------------------------------------------------
 
 
-def load_parts(settings: Settings, bar: Callable[..., Any] | None = None) -> Parts:
+def load_parts(settings: RunSettings, bar: Callable[..., Any] | None = None) -> Parts:
     """Load the data that ``settings`` name, as they are divided on disk; ``bar`` as :func:`minivit.data.load` has it.
 
     Raises DataError if they cannot be used, or if their splits do not belong together.
@@ -86,13 +86,13 @@ def load_parts(settings: Settings, bar: Callable[..., Any] | None = None) -> Par
     return Parts(title, whole, valid, test)
 
 
-def _load(s: Settings, split: str, bar: Callable[..., Any] | None) -> Dataset:
+def _load(s: RunSettings, split: str, bar: Callable[..., Any] | None) -> Dataset:
     """Return a split of the data; image files as the model takes them."""
     size = pair("model.image_size", s["model.image_size"]) if s.origins["model.image_size"] != "default" else None
     return data.load(s["data.name"], split, size, s["model.in_channels"], s["data.bad_images"], s["data.layout"], bar)
 
 
-def _load_beside(s: Settings, whole: Dataset, split: str, bar: Callable[..., Any] | None) -> Dataset | None:
+def _load_beside(s: RunSettings, whole: Dataset, split: str, bar: Callable[..., Any] | None) -> Dataset | None:
     """Return a split that belongs to the training images, or None if there is no such split."""
     name = s["data.name"]
     if split not in data.splits_of(name, s["data.layout"]):
@@ -107,7 +107,7 @@ def _load_beside(s: Settings, whole: Dataset, split: str, bar: Callable[..., Any
     return part
 
 
-def divide(found: Parts, classes: tuple[str, ...], s: Settings) -> Parts:
+def divide(found: Parts, classes: tuple[str, ...], s: RunSettings) -> Parts:
     """Return the parts of a run, of what :func:`load_parts` has ``found``; their classes are then called ``classes``.
 
     It validates with the data's own validation images, or with some that are held out of the training images.

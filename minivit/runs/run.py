@@ -26,7 +26,7 @@ from minivit.runs.folder import checkpoint_to_resume, command_record, find_check
 from minivit.runs.job import Job, make_absolute
 from minivit.runs.read import read_test
 from minivit.runs.results import draw_samples
-from minivit.runs.settings import Settings, write_toml
+from minivit.runs.settings import RunSettings, write_toml
 from minivit.train.lock import RunLock
 from minivit.train.observers import Observer
 from minivit.train.progress import Row
@@ -53,7 +53,7 @@ class Run:
     def __init__(
         self,
         folder: Path,
-        settings: Settings,
+        settings: RunSettings,
         history: Sequence[Row],
         test: Mapping[str, Any] | None,
         model: Model | None = None,
@@ -75,7 +75,7 @@ class Run:
 
 
 def start_run(
-    settings: Settings,
+    settings: RunSettings,
     *,
     output: str | Path,
     name: str | None,

@@ -21,7 +21,7 @@ GIVEN = ("command line", "argument")
 """The origins of what was asked for just now: typed, or given to a function."""
 
 
-class Settings(dict[str, Any]):
+class RunSettings(dict[str, Any]):
     """Values by dotted key (``settings["train.lr"]``); ``origins`` says where each came from.
 
     ``kind`` is that of the model; while it is "", every registered model's settings are known.
@@ -151,7 +151,7 @@ def resolve(
     *,
     origin: str = "command line",
     read: Mapping[str, Any] | None = None,
-) -> Settings:
+) -> RunSettings:
     """Return all settings but those that the data decide: defaults < model < recipe < ``file`` < ``given``.
 
     ``given`` is what was asked for, by dotted key, and ``origin`` says where: one of :data:`GIVEN`. Without a
@@ -163,12 +163,12 @@ def resolve(
     from minivit.runs.folder import find_checkpoint
     from minivit.runs.recipes import FOR_DATA, RECIPES, full_name
 
-    Settings().take(given, origin)  # checked before any of it is used
+    RunSettings().take(given, origin)  # checked before any of it is used
     from_file = dict(read) if read is not None else read_toml(file) if file is not None else {}
     in_file = from_file.pop("recipe", "")
     if not isinstance(in_file, str):
         raise ConfigError(f"recipe = {in_file!r} (file {file}) is not text", 'for example recipe = "digits"')
-    Settings().take(from_file, f"file {file}")
+    RunSettings().take(from_file, f"file {file}")
     if recipe and in_file and full_name(recipe) != full_name(in_file):
         raise ConfigError(f"recipe {recipe}, but {file} has the values of {in_file}", "give one of them")
     chosen = {key: option.default for key, option in OPTIONS.items()} | from_file | dict(given)
@@ -184,7 +184,7 @@ def resolve(
     name = model or from_recipe.get("model.name") or ""
 
     sizes = _sizes_in(start) if start and not name else {}
-    settings = Settings(configuration(name or sizes.get("model.name") or usual_model(0)).kind)
+    settings = RunSettings(configuration(name or sizes.get("model.name") or usual_model(0)).kind)
     settings.take({key: s.default for key, s in OPTIONS.items()}, "default")
     defaults = {f"model.{key}": s.default for key, s in described_settings(settings.kind).items() if key != "seed"}
     settings.take({key: value for key, value in defaults.items() if value is not None}, "default")
@@ -216,14 +216,14 @@ def _sizes_in(path: str) -> dict[str, Any]:
     return {"model.name": name} | sizes
 
 
-def take_model(settings: Settings, name: str) -> None:
+def take_model(settings: RunSettings, name: str) -> None:
     """Take over the sizes of a named model."""
     from minivit.models import configuration
 
     settings.take({f"model.{key}": value for key, value in configuration(name).settings.items()}, f"model {name}")
 
 
-def fit_to_data(settings: Settings, shape: tuple[int, int, int], classes: int) -> None:
+def fit_to_data(settings: RunSettings, shape: tuple[int, int, int], classes: int) -> None:
     """Settle what the data decide: image size, channels and classes, and the model where none is named.
 
     ``shape`` is an image's (C, H, W). Raises ConfigError where the settings ask for something else.
@@ -317,7 +317,7 @@ def parse_toml(text: bytes, path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is not TOML: {error}", "mend it, or start from a run's config.toml") from error
 
 
-def write_toml(settings: Settings) -> str:
+def write_toml(settings: RunSettings) -> str:
     """Return the settings as TOML, each with its origin as a comment."""
     lines = [f"recipe = {_toml(settings['recipe'])}"] if settings.get("recipe") else []
     for table in ("data", "model", "train"):
