@@ -284,6 +284,13 @@ def test_a_wrong_gradient_is_not_drowned_by_a_large_argument_beside_it(beside, m
         mv.check_grads(lambda x, y: double(x) + ops.sqrt(y), [X, np.abs(beside**2 * X)], order=1, method=method)
 
 
+@pytest.mark.parametrize("beside", [1.0, 1e6, 1e12])
+def test_a_function_that_is_not_analytic_is_not_hidden_by_a_large_argument_beside_it(beside):
+    wrong = toy(lambda x: x * np.abs(x), lambda g, out, x: g * ops.abs(x))  # just what a complex step says
+    with pytest.raises((GradientError, UndecidedError)):
+        mv.check_grads(lambda x, y: wrong(x).sum() + (y * y).sum(), [X, beside * X], order=1)
+
+
 @pytest.mark.parametrize("beside", [1e-3, 1e-14, 1e-20])
 def test_a_wrong_second_order_is_not_drowned_by_a_small_argument_beside_it(beside):
     twice = toy(lambda x: 2.0 * x, lambda g, out, x: 3.0 * g)
