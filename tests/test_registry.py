@@ -128,7 +128,7 @@ def test_an_unknown_kind_names_those_that_are_known(kind: Any, here: Path) -> No
     mv.save(Mixer(**TINY), "a.npz")
     kept = load_checkpoint("a.npz")
     save_checkpoint("a.npz", kept.arrays, kept.meta | {"kind": kind})
-    with pytest.raises(CheckpointError, match=r"a\.npz: unknown kind of model") as found:
+    with pytest.raises(CheckpointError, match=r"a\.npz: unknown kind of model [^\"]*$") as found:
         load_model("a.npz")
     assert "mixer" in found.value.remedy and "vit" in found.value.remedy
 
