@@ -473,6 +473,16 @@ def test_update_changes_what_is_written_in_the_first_buffer():
     assert opt.steps == 1
 
 
+def test_update_before_any_gradient_changes_nothing():
+    model = mv.create_model("vit_digits", depth=1)
+    step = mv.TrainStep(model, mv.optim.AdamW(model.named_parameters(), lr=0.1, weight_decay=0.5))
+    before = step.opt.store.values.copy()
+    with pytest.raises(GraphError, match="no gradient to update by"):
+        step.update()
+    np.testing.assert_array_equal(step.opt.store.values, before)
+    assert step.opt.steps == 0
+
+
 @pytest.mark.parametrize("clip_norm", [None, 1e-2])
 def test_an_exchange_of_ones_own_makes_two_steps_on_halves_one_on_the_whole(clip_norm):
     """As two machines would: either has half of the batch, and both have the mean of the halves' gradients."""

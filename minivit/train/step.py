@@ -201,8 +201,13 @@ class TrainStep:
             self.team.spread(lambda start, stop: scale_to_norm([grad[start:stop]], grad_norm, limit), grad.size)
 
     def update(self) -> None:
-        """Let the optimizer update the parameters ``written`` in the first buffer by its ``store.grad``."""
+        """Let the optimizer update the parameters ``written`` in the first buffer by its ``store.grad``.
+
+        Raises GraphError if there are none.
+        """
         opt = self.opt
+        if not self.buffers[0].written:  # to the optimizer no spans are all of them
+            raise GraphError("a step has no gradient to update by", "call gradients, exchange and clip before it")
         opt.begin_update(opt.store.spans_of(self.buffers[0].written))
         self.team.spread(lambda start, stop: opt.update_spans([(start, stop)]), opt.store.values.size)
 
