@@ -100,8 +100,7 @@ class Outline(np.ndarray):
         size = math.prod(shape) * dtype.itemsize
         zeros = _zeros(1 << max(20, size.bit_length()))[:size].view(dtype)
         laid = zeros.reshape([shape[i] for i in axes]).transpose(np.argsort(axes))
-        made = laid.view(Outline)
-        return made
+        return laid.view(Outline)
 
     # ---- methods that would compute, or copy ----
 
