@@ -547,6 +547,12 @@ def test_children_keep_step_and_row():
     assert Key(1).child(2).child(3) != Key(1).child(3).child(2)
 
 
+@pytest.mark.parametrize("row", [-1, 1.5, 1 << 63, "1"])
+def test_a_row_is_a_whole_number_from_0_up(row):
+    with pytest.raises(ConfigError, match="a batch begins at row"):
+        Key(1).at_row(row)
+
+
 def test_a_row_changes_no_stream():
     key, other = Key(1, 2, 3), Key(1, 2, 3, row=4)
     assert key.bits() == other.bits() and key.child(5).bits() == other.child(5).bits()

@@ -274,6 +274,31 @@ def test_steps_follow_the_size_of_the_argument(scale, method):
         mv.check_grads(norm(1.00001), [X * scale], method=method)
 
 
+@pytest.mark.parametrize("beside", [1e6, 1e14, 1e15])
+@pytest.mark.parametrize("method", ["auto", "complex"])
+def test_a_wrong_gradient_is_not_drowned_by_a_large_argument_beside_it(beside, method):
+    double = toy(lambda x: x + 0.0, lambda g, out, x: 2.0 * g)
+    with pytest.raises(GradientError, match="wrong gradient of order 1 for x"):
+        mv.check_grads(lambda x, y: double(x) + y, [X, beside * X], order=1, method=method)
+    with pytest.raises(GradientError, match="wrong gradient of order 1 for x"):  # and where others cannot be tried
+        mv.check_grads(lambda x, y: double(x) + ops.sqrt(y), [X, np.abs(beside**2 * X)], order=1, method=method)
+
+
+@pytest.mark.parametrize("beside", [1.0, 1e6, 1e12])
+def test_a_function_that_is_not_analytic_is_not_hidden_by_a_large_argument_beside_it(beside):
+    wrong = toy(lambda x: x * np.abs(x), lambda g, out, x: g * ops.abs(x))  # just what a complex step says
+    with pytest.raises((GradientError, UndecidedError)):
+        mv.check_grads(lambda x, y: wrong(x).sum() + (y * y).sum(), [X, beside * X], order=1)
+
+
+@pytest.mark.parametrize("beside", [1e-3, 1e-14, 1e-20])
+def test_a_wrong_second_order_is_not_drowned_by_a_small_argument_beside_it(beside):
+    twice = toy(lambda x: 2.0 * x, lambda g, out, x: 3.0 * g)
+    square = toy(lambda x: x * x, lambda g, out, x: g * twice(x), ("x",))
+    with pytest.raises(GradientError, match="wrong gradient of order 2 for x"):
+        mv.check_grads(lambda x, y: square(x) + y, [X, beside * X])
+
+
 def test_steps_follow_the_size_of_each_entry():
     x = np.concatenate([X[0] * 1e6, X[1] * 1e-3, X[2] * 1e-9])
     assert mv.check_grads(norm(1.0), [x]).passed and mv.check_grads(norm(1.0), [x], method="central").passed

@@ -91,7 +91,9 @@ class Derivative:
         if self.stepped is None or abs(self.stepped - value) > DOUBT * noise:
             return False
         # it may change too little just here
-        return self.agrees_beside(1.0, 0.3) or self.agrees_beside(0.1, 0.3) or self.agrees_beside(0.0, 1.0) or None
+        if self.agrees_beside(1.0, 0.3) or self.agrees_beside(0.1, 0.3) or self.agrees_beside(0.0, 1.0):
+            return True
+        return False if self.agrees_beside(0.0, 1.0, contradicted=True) else None
 
     def agrees(self, rtol: float = ROUGHLY) -> bool:
         """Return whether a difference is equal to the complex step."""
@@ -101,10 +103,11 @@ class Derivative:
             return True
         return self.near(self.stepped, rtol) is not None
 
-    def agrees_beside(self, scale: float, by: float) -> bool:
+    def agrees_beside(self, scale: float, by: float, contradicted: bool = False) -> bool:
         """Return whether a difference agrees at other arguments: ``scale`` times these, each changed by about ``by``.
 
-        ``by`` is a share of their size. With ``scale`` 0 the arguments are standard normal instead.
+        ``by`` is a share of their size. With ``scale`` 0 the arguments are standard normal instead. With
+        ``contradicted`` it is asked whether a difference contradicts the complex step there.
         """
         moved = {}
         for i, x in enumerate(self.scalar.leaves.values()):
@@ -116,6 +119,9 @@ class Derivative:
             beside = Derivative(self.scalar, self.name, self.direction, size, self.scalar.gradients[self.name])
             try:
                 beside.here = self.moved(0.0)
+                if contradicted:
+                    value, rounding, _ = beside.best()
+                    return beside.stepped is not None and abs(beside.stepped - value) > DOUBT * rounding
             except (ArithmeticError, ValueError):  # the function refuses them
                 return False
             return beside.agrees()

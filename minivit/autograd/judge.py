@@ -9,7 +9,7 @@ derivative is zero to rounding.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -107,8 +107,10 @@ class Part(Derivative):
         if check.passed and noise <= allowed * scale + atol:
             return check
         excess = abs(self.analytic - numeric) - atol
-        if 0.0 < excess <= ROUNDED * (usual := self.usual()):
-            return result(numeric, usual)
+        if excess > 0.0:
+            usual, own = self.usual()
+            if excess <= ROUNDED * own or (excess <= ROUNDED * usual and self.wavers(how, self.analytic - numeric)):
+                return result(numeric, usual)
         if may_be_zero and self.is_zero(how, numeric, noise, usual := self.usual_at_most()):
             check = result(numeric, usual)
             if check.passed:
@@ -133,15 +135,16 @@ class Part(Derivative):
             return self.judge("central", rtol, atol, whole, may_be_zero=False)
         raise self.undecided(check, noise)
 
-    def usual(self) -> float:
-        """Return the size of what these entries change in s, over the distance on which they do.
+    def usual(self) -> tuple[float, float]:
+        """Return the size of what these entries change in s, and by how much, over the distance on which they do.
 
         It is what a derivative usually is like. The distance is their own size or, where these entries are so small
         that the function hardly sees them, like exp(1e-12), up to ``NEAR``.
 
-        What they change is seen at other arguments, because here a saturated function may change nothing.
+        What they change is seen at other arguments, because here a saturated function may change nothing; and so is
+        by how much, because s may be as large as it is by what other arguments do.
         """
-        changed = np.zeros(self.here.shape, bool)
+        changed, most = np.zeros(self.here.shape, bool), 0.0
         for scale in (1e-3, 1.0):
             moved = {
                 x: np.asarray(scale * (np.abs(x.data).mean() or 1.0) * normal(Key(i, stream=0x0FF), x.shape))
@@ -151,6 +154,8 @@ class Part(Derivative):
                 with holding(moved):
                     before, after = self.moved(0.0), self.moved(scale * self.size)
                 changed |= before != after  # NaN, too
+                by = float(np.abs(after - before).sum()) / scale
+                most = max(most, by) if math.isfinite(by) else most
             except (ArithmeticError, ValueError):  # the function refuses these arguments, or returns another shape
                 changed[:] = True
         size, distance = float(np.abs(self.here).sum(where=changed)), self.size
@@ -162,7 +167,8 @@ class Part(Derivative):
             if further.shape != changed.shape or not np.abs(further - self.here).sum(where=changed) < 0.1 * size:
                 break
             distance *= 10.0
-        return max(size, self.scalar.least) / distance
+        usual = max(size, self.scalar.least) / distance
+        return usual, min(usual, most / self.size)
 
     def usual_at_most(self) -> float:
         """Return the size of all of s, here and around, over the entries' own: no less than :meth:`usual`."""
@@ -189,21 +195,43 @@ class Part(Derivative):
         Of five changes the largest; of one, if that leaves no doubt about an ``excess``.
         """
         own = of_step = 0.0
+        for again in self.others(by):
+            own = max(own, abs(again.analytic - self.analytic))
+            if how == "complex" and again.stepped is not None and self.stepped is not None:
+                of_step = max(of_step, abs(again.stepped - self.stepped))
+            if excess > 1e3 * DOUBT * (own + of_step):
+                break
+        return own, of_step
+
+    def wavers(self, how: str, error: float) -> bool:
+        """Return whether rounding made an ``error``: a change of the 4th digit of what goes in makes another of it.
+
+        A wrong gradient's keeps its first digits, however small it is beside what other arguments do to s. Of a
+        difference, which rounds more than the gradient, only the first three digits are looked at.
+        """
+        if how == "central" and abs(error) <= 1e-3 * self.terms:
+            return True
+        for again in self.others(1e-4):
+            numeric = again.stepped if how == "complex" else again.best()[0]
+            if numeric is None or abs(again.analytic - numeric - error) >= abs(error) / DOUBT:
+                return True
+        return False
+
+    def others(self, by: float) -> Iterator[Derivative]:
+        """Yield this derivative at five other places, all that goes in changed by ``by``; each while s is there."""
         scalar, weights = self.scalar, self.scalar.weights
         for j in range(5):
             key = Key(j, stream=0x0B17)
             moved = {x: _nudged(x.data, by, key.child(i)) for i, x in enumerate(scalar.leaves.values())}
-            scalar.weights = [_nudged(w, by, key.child(1000 + i)) for i, w in enumerate(weights)]
             direction = _nudged(self.direction, by, key.child(2000))
-            with holding(moved):
-                again = Derivative(scalar, self.name, direction, self.size, scalar.differentiate()[self.name])
-                own = max(own, abs(again.analytic - self.analytic))
-                if how == "complex" and again.stepped is not None and self.stepped is not None:
-                    of_step = max(of_step, abs(again.stepped - self.stepped))
-            scalar.weights = weights
-            if excess > 1e3 * DOUBT * (own + of_step):
-                break
-        return own, of_step
+            try:
+                scalar.weights = [_nudged(w, by, key.child(1000 + i)) for i, w in enumerate(weights)]
+                with holding(moved):
+                    again = Derivative(scalar, self.name, direction, self.size, scalar.differentiate()[self.name])
+                    again.here = again.moved(0.0)
+                    yield again
+            finally:
+                scalar.weights = weights
 
     def undecided(self, check: Check, noise: float) -> UndecidedError:
         """Return the error for a gradient of which rounding hides whether it is right."""

@@ -21,6 +21,9 @@ _VIEWS = frozenset(
 )  # fmt: skip
 """Functions of NumPy's that move no numbers: they do with an outline what they do with any array."""
 
+_WRITES = frozenset({np.copyto, np.put, np.place, np.putmask, np.put_along_axis, np.fill_diagonal})
+"""Functions of NumPy's that write to their first argument, and return nothing."""
+
 
 class Memory:
     """The memory that an outline, and every view of it, stands for."""
@@ -58,6 +61,8 @@ class Outline(np.ndarray):
             kept = {"dtype": settings["dtype"]} if settings.get("dtype") is not None else {}
             dtype = np.asarray(ufunc.reduce(np.ones(1, self.dtype), **kept)).dtype
             return self._like(_reduced(self.shape, axes, settings.get("keepdims", False)), dtype)
+        if method == "at":
+            return None  # as above
         if method != "__call__" or (ufunc not in (np.matmul, np.vecdot) and ufunc.signature is not None):
             return self._real(getattr(ufunc, method), inputs, settings)
         dtype = settings.get("dtype") or _result_dtype(ufunc, arrays)
@@ -77,6 +82,8 @@ class Outline(np.ndarray):
             settings = {**settings, "subok": True}
         if function in _VIEWS:
             return super().__array_function__(function, types, args, settings)
+        if function in _WRITES and isinstance(args[0], Outline):
+            return None
         if function is np.empty_like and args and isinstance(args[0], Outline):
             return args[0]._like(settings.get("shape", args[0].shape), settings.get("dtype", args[0].dtype), args[0])
         return self._real(function, args, settings)
@@ -132,6 +139,9 @@ class Outline(np.ndarray):
     def __setitem__(self, index: Any, value: Any) -> None:
         pass  # there are no numbers to write
 
+    def fill(self, value: Any) -> None:
+        """Write nothing."""
+
     def __bool__(self) -> bool:
         return True
 
@@ -162,7 +172,7 @@ def _plain(value: Any) -> Any:
 
 
 def _number(x: Any) -> Any:
-    return x if isinstance(x, (bool, int, float, complex)) else np.asarray(x)
+    return x if type(x) in (bool, int, float, complex) else np.asarray(x)  # NumPy's own have a dtype
 
 
 def _result_dtype(ufunc: np.ufunc, arrays: Sequence[Any]) -> np.dtype:

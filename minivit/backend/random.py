@@ -8,11 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import numpy as np
 
 from minivit.backend.devices import Array, resolve_device
+from minivit.errors import ConfigError
 
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -52,7 +54,9 @@ class Key:
         return Key(self.seed, self.stream, step, self.row)
 
     def at_row(self, row: int) -> Key:
-        """Return the same stream's key for a batch that begins at another row."""
+        """Return the same stream's key for a batch that begins at another row; ConfigError for one that cannot be."""
+        if not (isinstance(row, Integral) and 0 <= row < 1 << 40):
+            raise ConfigError(f"a batch begins at row {row!r}", "rows are whole numbers from 0 up, below 2⁴⁰")
         return Key(self.seed, self.stream, self.step, row)
 
     def bits(self) -> int:

@@ -159,7 +159,10 @@ class Model(Module):
         return self.settings.config
 
     def reset_head(self, num_classes: int) -> None:
-        """Replace the head by one linear layer of zeros, as for fine-tuning."""
+        """Replace the head by one linear layer of zeros, as for fine-tuning; ConfigError if ``head`` is none."""
+        if not isinstance(getattr(self, "head", None), Linear):
+            what = f"{type(self).__name__} has no Linear called head"
+            raise ConfigError(what, "name its last layer so, or give it a reset_head of its own")
         self.settings = dataclasses.replace(self.settings, num_classes=num_classes)
         weight = self.head.weight
         self.head = Linear(weight.shape[1], num_classes, weight_init=init.zeros)
@@ -199,18 +202,12 @@ def register(kind: str, configurations: Mapping[str, Mapping[str, Any]] | None =
     """Enter a class of models as ``kind``, and by names what it may be made as; a decorator.
 
     Defined again (a notebook's cell), it replaces itself. Raises ConfigError for a name that another has, and for
-    settings without those of :data:`CONTRACT`.
+    settings that are another class's or without those of :data:`CONTRACT`.
     """
 
     def enter(model: M) -> M:
+        _check_class(kind, model)
         fields = dataclasses.fields(model.Settings)
-        if missing := [name for name in CONTRACT if name not in {f.name for f in fields}]:
-            raise ConfigError(f"{model.Settings.__name__} has no {', '.join(missing)}", "every model of images has")
-        if (before := KINDS.get(kind)) and (before.__module__, before.__qualname__) != (
-            model.__module__,
-            model.__qualname__,
-        ):
-            raise ConfigError(f"two models {kind!r}: {before.__name__}, {model.__name__}", "give one another name")
         model.kind = model.Settings.kind = kind
         types = get_type_hints(model.Settings)  # here, because it compiles what is written in the annotations
         model.Settings.described = {
@@ -226,10 +223,37 @@ def register(kind: str, configurations: Mapping[str, Mapping[str, Any]] | None =
     return enter
 
 
+def _check_class(kind: str, model: Any) -> None:
+    """Raise ConfigError for what cannot be registered as ``kind``."""
+    if not (isinstance(model, type) and issubclass(model, Model) and hasattr(model, "Settings")):
+        what = f"{kind!r}: {getattr(model, '__name__', model)} is no Model with Settings"
+        raise ConfigError(what, "class MyModel(Model): Settings = MySettings")
+    if not isinstance(kind, str):
+        raise ConfigError(f"{model.__name__}: the kind {kind!r} is no text", 'give it a name: @register("mine")')
+    settings, fields = model.Settings, dataclasses.fields(model.Settings)
+    if missing := [name for name in CONTRACT if name not in {f.name for f in fields}]:
+        raise ConfigError(f"{settings.__name__} has no {', '.join(missing)}", "every model of images has")
+    if plain := [f.name for f in fields if "rule" not in f.metadata]:
+        what = f"{settings.__name__}: {', '.join(plain)} without a rule"
+        raise ConfigError(what, f"{plain[0]}: int = setting(default, rule, doc)")
+    before = KINDS.get(kind, model)
+    if (before.__module__, before.__qualname__) != (model.__module__, model.__qualname__):
+        raise ConfigError(f"two models {kind!r}: {before.__name__}, {model.__name__}", "give one another name")
+    if vars(settings).get("kind", kind) != kind:  # a checkpoint would hold the other kind
+        what = f"{kind!r}: {settings.__name__} are the settings of {settings.kind!r}"
+        raise ConfigError(what, f"give {model.__name__} a dataclass of its own, which may derive from them")
+
+
 def configure(kind: str, configurations: Mapping[str, Mapping[str, Any]]) -> None:
-    """Give names to settings of a registered kind of model; raise ConfigError for settings that cannot be."""
+    """Give names to settings of a registered kind of model.
+
+    Raises ConfigError for settings that cannot be, and for a name that another kind has.
+    """
     for name, settings in configurations.items():
         read_settings(kind, settings)
+        if name in MODELS and MODELS[name].kind != kind:
+            what = f"two models {name!r}: of the kinds {MODELS[name].kind} and {kind}"
+            raise ConfigError(what, "give one another name")
         MODELS[name] = Configuration(kind, dict(settings))
 
 

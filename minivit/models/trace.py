@@ -47,7 +47,8 @@ def trace(model: Any, images: Any, mask: Any = None, change: Change | None = Non
 
     ``change(block, attention)`` returns what block number ``block`` uses in the place of its attention, which is then
     what the trace shows: the same with another number in it, or without a head. Every block is computed for all tokens,
-    and recorded even if the model is made with ``recompute``.
+    and recorded even if the model is made with ``recompute``. So in training, with dropout, the last block of a model
+    that reads its class token drops other numbers than in the plain forward, which computes that token only.
     """
     x = model.embed(images)
     mask = attention_mask(mask, x.shape[1], x.shape[0])

@@ -14,7 +14,7 @@ import numpy as np
 from minivit.data import Dataset
 from minivit.data.catalog import NAMES
 from minivit.data.images import FITS
-from minivit.errors import CheckpointError, ConfigError, DataError, MinivitError, unknown_name, value_text
+from minivit.errors import CheckpointError, ConfigError, DataError, MinivitError, value_text
 from minivit.models import KINDS, Model, Settings, build, model_outline, read_settings
 from minivit.nn.module import Module
 from minivit.weights.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
@@ -146,9 +146,8 @@ def checked_settings(checkpoint: Checkpoint, path: str | Path) -> Settings:
     if not isinstance(config, dict):
         raise CheckpointError(f"{path} does not say which model it holds", "build it yourself and use load_weights")
     if not isinstance(kind, str) or kind not in KINDS:
-        error = unknown_name("kind of model", value_text(kind), KINDS, CheckpointError)
-        known = ", ".join(sorted(KINDS))
-        raise CheckpointError(f"{path}: {error.what}", f"registered are {known}: import the file that registers it")
+        remedy = f"registered are {', '.join(sorted(KINDS))}: import the file that registers it"
+        raise CheckpointError(f"{path}: unknown kind of model {value_text(kind)}", remedy)
     try:
         settings = read_settings(kind, config)
         differ = _difference(settings, parameters_of(checkpoint))
