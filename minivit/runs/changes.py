@@ -12,7 +12,7 @@ from shlex import quote
 from typing import Any, NamedTuple
 
 from minivit.errors import CheckpointError, ConfigError
-from minivit.runs.folder import write_text
+from minivit.files import write_text
 from minivit.runs.settings import RunSettings, parse_toml, read_bytes, resolve, write_toml
 
 MAY_CHANGE = (
