@@ -1,7 +1,7 @@
 """A run that goes on: its config.toml and its data are held against what its checkpoint keeps of them.
 
-There are two truths, because a user may edit the one and cannot edit the other: what differs is named, and either may
-change or ends the attempt.
+There are two truths, because a user may edit the one and cannot edit the other. Each difference is named: some are
+allowed, any other ends the attempt.
 """
 
 from __future__ import annotations
