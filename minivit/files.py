@@ -54,6 +54,12 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     sync(path.parent)  # makes the rename last
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a file of text, in UTF-8, as :func:`replacing` does."""
+    with replacing(path) as f:
+        f.write(text.encode())
+
+
 def unfinished(folder: Path) -> list[Path]:
     """Return the files in ``folder``, not below it, that :func:`replacing` was writing when its process was killed.
 

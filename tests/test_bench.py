@@ -156,7 +156,7 @@ def test_profiling_changes_nothing() -> None:
     assert state_of_ops() == before
     assert "update" not in vars(profiled.opt)
     assert plain.opt.steps == profiled.opt.steps == 3
-    np.testing.assert_array_equal(plain.opt.flat, profiled.opt.flat)
+    np.testing.assert_array_equal(plain.opt.store.values, profiled.opt.store.values)
 
 
 def test_profiling_leaves_no_trace_after_an_error() -> None:

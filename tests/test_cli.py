@@ -802,13 +802,13 @@ def test_summary_counts_the_bytes_that_the_graph_keeps() -> None:
 @pytest.mark.parametrize("depth", [1, 2, 3, 5])
 def test_summary_of_every_depth_adds_up(depth: int, capsys: pytest.CaptureFixture[str]) -> None:
     from minivit.cli.summary import costs_table
-    from minivit.measure.costs import outlined_costs
+    from minivit.measure.costs import model_costs
 
     config = {**mv.create_model("vit_digits", drop_path=0.1).config, "depth": depth}
     model = mv.ViT(**config)
     rows = layer_costs(model, np.zeros((1, 1, 8, 8), np.float32))
     assert sum(row.parameters for row in rows.values()) == model.num_parameters() == count_parameters("vit", config)
-    total = next(line for line in costs_table(outlined_costs(model.settings)).splitlines() if line.startswith("total"))
+    total = next(line for line in costs_table(model_costs(model)).splitlines() if line.startswith("total"))
     assert f"{model.num_parameters():,}" in total
     assert f"{sum(row.flops for row in rows.values()):,}" in total
     assert {layer_of(name.rpartition(".")[0]) for name, _ in model.named_parameters()} <= set(rows)

@@ -32,13 +32,13 @@ def train(opt, ema, steps=5):
 @pytest.mark.parametrize("decay", [0.3, 0.99, 0.0])
 def test_the_average_is_its_recurrence(decay):
     _, opt, ema = make(decay, np.float64)
-    expected = opt.flat.copy()
+    expected = opt.store.values.copy()
     for t in range(1, 30):
         train(opt, ema, steps=1)
         d = min(decay, (1 + t) / (10 + t))
-        expected = d * expected + (1 - d) * opt.flat
+        expected = d * expected + (1 - d) * opt.store.values
         np.testing.assert_allclose(ema.flat, expected, rtol=1e-12)
-    assert (np.abs(ema.flat - opt.flat).max() > 1e-3) == (decay > 0)
+    assert (np.abs(ema.flat - opt.store.values).max() > 1e-3) == (decay > 0)
 
 
 def test_shares_of_threads_give_the_bits_of_the_whole(monkeypatch):
@@ -48,7 +48,7 @@ def test_shares_of_threads_give_the_bits_of_the_whole(monkeypatch):
         other.store.grad[...] = opt.store.grad
         monkeypatch.setattr(parameters, "CHUNK", 7)
         other.begin_update()
-        for span in ((500, other.flat.size), (0, 33), (33, 500)):
+        for span in ((500, other.store.values.size), (0, 33), (33, 500)):
             other.update_spans([span])
             shared.update_spans([span])
         monkeypatch.undo()
@@ -59,7 +59,7 @@ def test_swapped_puts_the_average_in_and_the_parameters_back():
     model, opt, ema = make()
     train(opt, ema)
     own, average = model.state_dict(), ema.state_dict()
-    values = opt.flat.copy()
+    values = opt.store.values.copy()
     other = mv.ViT(**SMALL)
     other.load_state_dict(average)
     with ema.swapped():
@@ -67,7 +67,7 @@ def test_swapped_puts_the_average_in_and_the_parameters_back():
         with ema.swapped():
             pass
         assert all((a == average[n]).all() for n, a in model.state_dict().items())
-        assert (opt.flat == values).all()
+        assert (opt.store.values == values).all()
         with pytest.raises(GraphError, match="was replaced"):
             opt.update()
     assert all((a == own[n]).all() for n, a in model.state_dict().items())
@@ -93,7 +93,7 @@ def test_the_state_comes_back_to_the_bit():
     assert state.keys() == set(opt.names)
     loaded.load_state_dict(state)
     other.load_state_dict(opt.state_dict())
-    other.flat[...] = opt.flat
+    other.store.values[...] = opt.store.values
     train(opt, ema, 3)
     train(other, loaded, 3)
     assert (ema.flat == loaded.flat).all()

@@ -51,11 +51,11 @@ def test_the_losses_are_those_of_the_steps():
 def test_nothing_is_kept(opt):
     step = made(opt)
     step(X, Y)
-    model, state, flat = step.model.state_dict(), step.opt.state_dict(), step.opt.flat.copy()
+    model, state, flat = step.model.state_dict(), step.opt.state_dict(), step.opt.store.values.copy()
     lr_range_test(step, batches(), steps=20)
     for before, after in ((model, step.model.state_dict()), (state, step.opt.state_dict())):
         assert all(np.array_equal(before[name], after[name]) for name in before)
-    assert np.array_equal(step.opt.flat, flat)
+    assert np.array_equal(step.opt.store.values, flat)
     assert step.opt.lr == 0.123
     again = made(opt)
     again(X, Y)
@@ -68,10 +68,10 @@ def test_nothing_is_kept_when_it_is_interrupted():
         raise KeyboardInterrupt
 
     step = made()
-    before = step.opt.flat.copy()
+    before = step.opt.store.values.copy()
     with pytest.raises(KeyboardInterrupt):
         lr_range_test(step, interrupted())
-    assert np.array_equal(step.opt.flat, before)
+    assert np.array_equal(step.opt.store.values, before)
     assert step.opt.lr == 0.123
 
 
@@ -90,9 +90,9 @@ def test_it_stops_before_a_loss_that_is_not_finite():
         yield X * np.float32(np.inf), Y
 
     step = made()
-    before = step.opt.flat.copy()
+    before = step.opt.store.values.copy()
     assert len(lr_range_test(step, spoiled())) == 5
-    assert np.array_equal(step.opt.flat, before)
+    assert np.array_equal(step.opt.store.values, before)
 
 
 def test_it_ends_with_the_batches_and_takes_no_more_than_it_needs():

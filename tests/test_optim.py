@@ -89,7 +89,9 @@ def test_each_parameter_moves_by_its_own_rate(kind, chunk, monkeypatch):
     gradients = [gradient(opt, t) for t in range(4)]
     for t, g in enumerate(gradients):
         give(opt, g)
-        edges = sorted({0, 1 + t, opt.flat.size // 3, opt.flat.size})  # shares as threads have them: any
+        edges = sorted(
+            {0, 1 + t, opt.store.values.size // 3, opt.store.values.size}
+        )  # shares as threads have them: any
         opt.update(list(itertools.pairwise(edges)))
     for name, p in model.named_parameters():
         weight_decay = 0.3 if is_decayed(name, p) else 0.0
@@ -115,7 +117,7 @@ def test_plain_steps_and_missing_gradients(kind):
 def test_the_groups_are_as_few_as_can_be_and_cover_everything():
     model, opt = make("adamw")
     assert [g.start for g in opt.groups] == [0, *[g.stop for g in opt.groups[:-1]]]
-    assert opt.groups[-1].stop == opt.flat.size == model.num_parameters()
+    assert opt.groups[-1].stop == opt.store.values.size == model.num_parameters()
     assert [(g.decayed, g.scale) for g in opt.groups] == [(d, s) for d in (True, False) for s in (1, 0.5, 0.25, 0.125)]
     for name, p, (start, stop) in zip(opt.names, opt.parameters, opt.store.spans, strict=True):
         (group,) = [g for g in opt.groups if g.start <= start and stop <= g.stop]
@@ -160,7 +162,7 @@ def test_the_state_is_by_name_whatever_the_order(kind):
     for opt in (opt_a, opt_c):
         give(opt, gradient(opt, 2))
         opt.update()
-    assert (opt_a.flat == opt_c.flat).all()
+    assert (opt_a.store.values == opt_c.store.values).all()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -174,7 +176,7 @@ def test_threads_share_the_update_of_scaled_groups(kind, clip_norm):
         step.team.spread = lambda work, length: [work(a, b) for a, b in ((0, 100), (100, 777), (777, length))]
         for _ in range(3):
             step(images, labels)
-        flats.append(opt.flat)
+        flats.append(opt.store.values)
     np.testing.assert_allclose(flats[0], flats[1], rtol=1e-9, atol=1e-12)
 
 

@@ -17,7 +17,7 @@ from minivit.backend import normal, uniform
 from minivit.backend.outline import Outline, outline
 from minivit.cli.main import main
 from minivit.errors import CheckpointError, ConfigError, MisfitError
-from minivit.measure.costs import layer_costs, model_costs, outlined_costs, training_memory
+from minivit.measure.costs import layer_costs, model_costs, training_memory
 from minivit.models import (
     KINDS,
     MODELS,
@@ -251,7 +251,7 @@ def test_an_outline_costs_what_the_model_costs(kind: str, settings: dict[str, An
         n: (p.shape, p.dtype) for n, p in model.named_parameters()
     }
     assert layer_costs(outlined, outline((1, *model.settings.image_shape))) == real
-    for costs in (outlined_costs(model.settings), model_costs(model)):
+    for costs in (model_costs(outlined), model_costs(model)):
         assert costs.total.parameters == model.num_parameters()
         assert (costs.total.flops, costs.total.kept) == (
             sum(row.flops for row in real.values()),
@@ -260,7 +260,7 @@ def test_an_outline_costs_what_the_model_costs(kind: str, settings: dict[str, An
 
 
 def test_what_is_alike_in_the_middle_is_one_row() -> None:
-    names = [name for name, row in outlined_costs(create_model("vit_digits", depth=6).settings).rows if row.flops]
+    names = [name for name, row in model_costs(create_model("vit_digits", depth=6)).rows if row.flops]
     blocks = [name for name in names if name.startswith("blocks")]
     shown = [f"blocks.{i}.{part}" for i in (0, 1) for part in ("attn", "mlp")]
     assert blocks == [*shown, "blocks.2 … 4", "blocks.5.attn", "blocks.5.mlp"]

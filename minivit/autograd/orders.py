@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 
 from minivit.autograd.graph import no_grad
-from minivit.autograd.tensor import Tensor, tensor
-from minivit.autograd.tensor import grad_or_zeros as grad
+from minivit.autograd.tensor import Tensor, grad_or_zeros, tensor
 from minivit.backend import Key, normal
 from minivit.errors import ConfigError, GraphError, NonFiniteError
 
@@ -73,7 +72,7 @@ class FirstOrder:
 
     def differentiate(self) -> dict[str, np.ndarray]:
         """Return the gradient of s in every leaf."""
-        gradients = grad(self.fn(), list(self.leaves.values()), self.weights[0])
+        gradients = grad_or_zeros(self.fn(), list(self.leaves.values()), self.weights[0])
         return {name: g.numpy() for name, g in zip(self.leaves, gradients, strict=True)}
 
     def terms(self) -> np.ndarray:
@@ -109,18 +108,18 @@ class SecondOrder(FirstOrder):
         """Return the gradient of s in every leaf and in the cotangent."""
         output = self.fn()
         try:
-            firsts = grad(output, self.inner, self.seed, create_graph=True)
+            firsts = grad_or_zeros(output, self.inner, self.seed, create_graph=True)
         except GraphError as error:  # shown without the engine's walk back, which is none of the reader's business
             raise error.with_traceback(None) from error.__cause__
         s: Any = sum((g * w).sum() for g, w in zip(firsts, self.weights, strict=True))
         if not s.requires_grad:
             return {name: np.zeros(x.shape) for name, x in self.leaves.items()}
-        gradients = grad(s, list(self.leaves.values()))
+        gradients = grad_or_zeros(s, list(self.leaves.values()))
         return {name: g.numpy() for name, g in zip(self.leaves, gradients, strict=True)}
 
     def terms(self) -> np.ndarray:
         """Return the terms of s, with the leaves and the cotangent as they are now."""
-        firsts = grad(self.fn(), self.inner, self.seed.data)
+        firsts = grad_or_zeros(self.fn(), self.inner, self.seed.data)
         return np.concatenate([np.ravel(g.data * w) for g, w in zip(firsts, self.weights, strict=True)])
 
 

@@ -27,7 +27,7 @@ def memory_in_use(device: str = "cpu") -> int:
 
 def peak_memory() -> int:
     """Return the process's largest resident set so far, in bytes."""
-    import resource
+    import resource  # which Windows has not
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # kibibytes on Linux, bytes on macOS

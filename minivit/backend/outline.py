@@ -1,9 +1,9 @@
 """Outlines: arrays that have a shape and a dtype, and no numbers. What is computed of them is an outline again.
 
-A model's own forward pass, run on the outline of an image, so tells every shape and every array that is kept, in
+A model's own forward pass, run on the outline of an image, tells every shape and every array that is kept, in
 milliseconds and without the memory. An outline is a NumPy array and takes the CPU's way through every operation. Its
-strides are true, so that what would be a view is one and what would be a copy has ``memory`` of its own; it looks at
-zeros that are never written to, and which the system therefore does not have to provide.
+strides are those that a real array would have: so a view of it is a view, and a copy has ``memory`` of its own. Behind
+it lie zeros that nobody writes to, for which the system therefore sets no memory aside.
 """
 
 from __future__ import annotations
@@ -107,8 +107,7 @@ class Outline(np.ndarray):
         size = math.prod(shape) * dtype.itemsize
         zeros = _zeros(1 << max(20, size.bit_length()))[:size].view(dtype)
         laid = zeros.reshape([shape[i] for i in axes]).transpose(np.argsort(axes))
-        made = laid.view(Outline)
-        return made
+        return laid.view(Outline)
 
     # ---- methods that would compute, or copy ----
 

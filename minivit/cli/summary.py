@@ -10,7 +10,7 @@ from minivit.runs.options import MANY
 
 if TYPE_CHECKING:
     from minivit.backend import Team
-    from minivit.measure.costs import Costs, Row
+    from minivit.measure.costs import Costs, LayerCosts
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     costs, team = model_costs(model), team_for(model)
     if args.json:
         about = {"model": name, "image": settings.image_shape, "batch_size": args.batch_size}
-        print(json_text(about | figures(costs, team, args.batch_size)))
+        print(json_text(about | costs_json(costs, team, args.batch_size)))
         return 0
     print(printable(name) + f", one image of {' × '.join(map(str, settings.image_shape))}\n")
     print(costs_table(costs) + "\n\n" + memory_table(costs.total, team, args.batch_size))
@@ -51,11 +51,10 @@ def run(args: argparse.Namespace) -> int:
 def print_models(pattern: str, as_json: bool) -> int:
     """Print the named models that match a shell pattern, with their sizes."""
     from minivit.errors import unknown_name
-    from minivit.models import MODELS, count_parameters, read_settings
-    from minivit.models import list_models as names
+    from minivit.models import MODELS, count_parameters, list_models, read_settings
     from minivit.show.text import json_text, text_table
 
-    found = names(pattern)
+    found = list_models(pattern)
     if not found:
         raise unknown_name("model or pattern", pattern, MODELS)
     models = []
@@ -77,10 +76,10 @@ def print_models(pattern: str, as_json: bool) -> int:
 
 def costs_table(costs: Costs) -> str:
     """Return the table of layers, and their sum."""
-    from minivit.measure.costs import Row
+    from minivit.measure.costs import LayerCosts
     from minivit.show.text import bytes_text, text_table
 
-    total = Row((), costs.total.parameters, costs.total.flops, costs.total.kept)
+    total = LayerCosts((), costs.total.parameters, costs.total.flops, costs.total.kept)
     table = []
     for name, row in [*_costly(costs), ("total", total)]:
         shape = " × ".join(map(str, row.shape[1:]))  # without the batch axis
@@ -88,11 +87,11 @@ def costs_table(costs: Costs) -> str:
     return text_table(["layer", "output", "parameters", "FLOPs", "kept for backward"], table, right=(2, 3, 4))
 
 
-def _costly(costs: Costs) -> list[tuple[str, Row]]:
+def _costly(costs: Costs) -> list[tuple[str, LayerCosts]]:
     return [(n, row) for n, row in costs.rows if row.parameters or row.flops or row.kept]  # drop path at 0 does not
 
 
-def memory_table(total: Row, team: Team, batch_size: int) -> str:
+def memory_table(total: LayerCosts, team: Team, batch_size: int) -> str:
     """Return what a training step takes: on the CPU in micro-batches, on a GPU in one piece."""
     from minivit.measure.costs import gpu_memory, images_at_once, step_memory
     from minivit.show.text import bytes_text, plural
@@ -110,7 +109,7 @@ def memory_table(total: Row, team: Team, batch_size: int) -> str:
     return "\n".join(lines)
 
 
-def figures(costs: Costs, team: Team, batch_size: int) -> dict[str, Any]:
+def costs_json(costs: Costs, team: Team, batch_size: int) -> dict[str, Any]:
     """Return what the tables show, as what JSON can hold: sizes in bytes, shapes without the batch axis."""
     from minivit.measure.costs import gpu_memory, step_memory
 

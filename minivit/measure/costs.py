@@ -22,7 +22,7 @@ from minivit.measure.speed import flops
 from minivit.models import MODELS, Model, Settings, create_model, model_outline, read_settings
 from minivit.nn.module import Module, mode, watching
 from minivit.show.text import bytes_text
-from minivit.weights import native as weights
+from minivit.weights.native import load_model, stored_settings
 
 # ---- which model -----------------------------------------------------------------------------------------------------
 
@@ -35,7 +35,7 @@ def find_settings(name: str) -> Settings:
     """
     if name in MODELS:
         return read_settings(*MODELS[name])
-    settings = weights.stored_settings(_path(name))
+    settings = stored_settings(_path(name))
     numbers, what = settings.largest_array()
     if 4 * numbers > (free := available_memory()):
         _, height, width = settings.image_shape
@@ -49,7 +49,7 @@ def find_settings(name: str) -> Settings:
 
 def open_model(name: str) -> Model:
     """Return a named model, freshly initialised, or the model in a checkpoint: that of :func:`find_settings`."""
-    return create_model(name) if name in MODELS else weights.load_model(_path(name))
+    return create_model(name) if name in MODELS else load_model(_path(name))
 
 
 def _path(name: str) -> str:
@@ -63,7 +63,7 @@ def _path(name: str) -> str:
 
 
 @dataclass
-class Row:
+class LayerCosts:
     """One layer: what comes out of it, and what it costs for one image."""
 
     shape: tuple[int, ...] = ()
@@ -71,7 +71,7 @@ class Row:
     flops: int = 0
     kept: int = 0
 
-    def add(self, other: Row) -> None:
+    def add(self, other: LayerCosts) -> None:
         """Add another layer's costs."""
         self.parameters += other.parameters
         self.flops += other.flops
@@ -79,9 +79,10 @@ class Row:
 
 
 def layer_of(path: str) -> str:
-    """Return the layer, a row of the table, that a module belongs to: "" is the model itself, and what is in no layer.
+    """Return the layer, a row of the table, that the module at ``path`` belongs to.
 
-    A layer is one of the model's parts; of a list of blocks, it is each part of each block.
+    A layer is one of the model's parts; of a list of blocks, it is each part of each block. The model itself, whose
+    path is "", is the layer "embedding": what it does outside of its parts is mostly that.
     """
     parts = path.split(".")
     if len(parts) > 1 and parts[1].isdecimal():
@@ -89,14 +90,14 @@ def layer_of(path: str) -> str:
     return parts[0] or "embedding"
 
 
-def layer_costs(model: Module, images: Any) -> dict[str, Row]:
+def layer_costs(model: Module, images: Any) -> dict[str, LayerCosts]:
     """Run ``model`` on one image, recorded as in training, and return each layer's costs, in the order they run.
 
     FLOPs are those of the matrix products, 2 for a multiplication and an addition. ``kept`` are the bytes of the arrays
     that the graph holds for the backward pass, each counted once, at the first operation that holds it. The model, or
     the image, may be an outline.
     """
-    rows: dict[str, Row] = {}
+    rows: dict[str, LayerCosts] = {}
     seen: set[Node] = set()
     counted = {id(_owner(p.data)) for p in model.parameters()} | {id(_owner(images))}
     alive = []  # what was counted must live on, or another array could get its id
@@ -107,11 +108,11 @@ def layer_costs(model: Module, images: Any) -> dict[str, Row]:
 
     def begin(path: str) -> None:
         if path:
-            rows.setdefault(layer_of("" if path in idle else path), Row())
+            rows.setdefault(layer_of("" if path in idle else path), LayerCosts())
 
     def count(path: str, out: Any) -> None:
         name = layer_of("" if path in idle else path)
-        row = rows.setdefault(name, Row())
+        row = rows.setdefault(name, LayerCosts())
         if name == path or path in idle:
             row.shape = out.shape
         stack = [out.node] if getattr(out, "node", None) is not None else []
@@ -159,25 +160,20 @@ def _owner(array: Any) -> Any:
 class Costs:
     """What a model costs, by its layers as a table shows them, and in all."""
 
-    rows: list[tuple[str, Row]]
-    total: Row
+    rows: list[tuple[str, LayerCosts]]
+    total: LayerCosts
 
 
 def model_costs(model: Model) -> Costs:
     """Return what ``model``, or its outline, costs for one image; alike blocks in the middle of many are one row."""
     image = outline((1, *model.settings.image_shape), next(model.parameters()).dtype)
-    rows, total = layer_costs(model, image), Row()
+    rows, total = layer_costs(model, image), LayerCosts()
     for row in rows.values():
         total.add(row)
     return Costs(list(_merged(rows)), total)
 
 
-def outlined_costs(settings: Settings) -> Costs:
-    """Return what a model of these settings costs, without making it."""
-    return model_costs(model_outline(settings.kind, settings.config))
-
-
-def _merged(rows: dict[str, Row]) -> Iterator[tuple[str, Row]]:
+def _merged(rows: dict[str, LayerCosts]) -> Iterator[tuple[str, LayerCosts]]:
     """Yield the rows; from a list's third block on, those that cost what its second does are one, but for its last."""
     groups = [(block, list(group)) for block, group in itertools.groupby(rows.items(), lambda row: _block(row[0]))]
     costs = {block: [row for _, row in group] for block, group in groups}
@@ -194,7 +190,7 @@ def _merged(rows: dict[str, Row]) -> Iterator[tuple[str, Row]]:
             continue
         (first, group), (last, _) = blocks[0], blocks[-1]
         assert first is not None and last is not None
-        together = Row(group[-1][1].shape)
+        together = LayerCosts(group[-1][1].shape)
         for _, others in blocks:
             for _, row in others:
                 together.add(row)
@@ -210,7 +206,7 @@ def _block(name: str) -> tuple[str, int] | None:
 # ---- the memory of a training step -----------------------------------------------------------------------------------
 
 
-def step_memory(total: Row, team: Team, batch_size: int) -> dict[str, int]:
+def step_memory(total: LayerCosts, team: Team, batch_size: int) -> dict[str, int]:
     """Return the bytes that a training step takes on the CPU, in micro-batches, by what they are for."""
     weights = 4 * total.parameters
     return {
@@ -234,6 +230,6 @@ def training_memory(model: Model, team: Team, batch_size: int) -> int:
     return sum(step_memory(model_costs(outlined).total, team, batch_size).values())
 
 
-def gpu_memory(total: Row, batch_size: int) -> int:
+def gpu_memory(total: LayerCosts, batch_size: int) -> int:
     """Return the bytes that a training step takes on a GPU, in one piece."""
     return 5 * 4 * total.parameters + batch_size * total.kept

@@ -52,7 +52,6 @@ def cpu_text() -> str:
 
 def blas_text() -> str:
     """Return which BLAS NumPy uses, for which processors it was tuned, and on how many threads."""
-    import numpy  # noqa: F401 - its BLAS is then loaded
     import threadpoolctl
 
     found = [

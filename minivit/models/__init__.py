@@ -14,20 +14,17 @@ from minivit.models.registry import (
     create_model,
     described_settings,
     list_models,
-    model_class,
     model_outline,
     read_settings,
     register,
     setting,
-    settings_class,
 )
 from minivit.models.vit import ViT
-from minivit.models.zoo import USUAL_MODELS, usual_model
+from minivit.models.zoo import usual_model
 
 __all__ = [
     "KINDS",
     "MODELS",
-    "USUAL_MODELS",
     "Model",
     "Settings",
     "ViT",
@@ -37,11 +34,9 @@ __all__ = [
     "create_model",
     "described_settings",
     "list_models",
-    "model_class",
     "model_outline",
     "read_settings",
     "register",
     "setting",
-    "settings_class",
     "usual_model",
 ]

@@ -1,4 +1,4 @@
-"""What starting a model from another one's arrays asks of the two, and how a ViT's are made to fit."""
+"""A model started from another one's arrays: which settings must agree, and how a ViT's arrays are made to fit."""
 
 from __future__ import annotations
 

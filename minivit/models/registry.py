@@ -264,19 +264,14 @@ def model_class(kind: str) -> type[Model]:
     return KINDS[kind]
 
 
-def settings_class(kind: str) -> type[Settings]:
-    """Return the dataclass of a kind's settings."""
-    return model_class(kind).Settings
-
-
 def described_settings(kind: str) -> dict[str, Described]:
     """Return each setting of a kind of model by its name, in their order."""
-    return settings_class(kind).described
+    return model_class(kind).Settings.described
 
 
 def read_settings(kind: str, values: Mapping[str, Any]) -> Settings:
     """Return the settings of a kind of model with these ``values``; raise ConfigError for an unknown name or value."""
-    settings = settings_class(kind)
+    settings = model_class(kind).Settings
     known = [f.name for f in dataclasses.fields(settings)]
     for name in values:
         if name not in known:

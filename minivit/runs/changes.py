@@ -1,7 +1,7 @@
 """A run that goes on: its config.toml and its data are held against what its checkpoint keeps of them.
 
-There are two truths, because a user may edit the one and cannot edit the other: what differs is named, and either may
-change or ends the attempt.
+There are two truths, because a user may edit the one and cannot edit the other. Each difference is named: some are
+allowed, any other ends the attempt.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from shlex import quote
 from typing import Any, NamedTuple
 
 from minivit.errors import CheckpointError, ConfigError
-from minivit.runs.folder import write_text
+from minivit.files import write_text
 from minivit.runs.settings import RunSettings, parse_toml, read_bytes, resolve, write_toml
 
 MAY_CHANGE = (

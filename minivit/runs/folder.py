@@ -8,7 +8,6 @@ import shlex
 from pathlib import Path
 
 from minivit.errors import CheckpointError, ConfigError, printable
-from minivit.files import replacing
 from minivit.measure.machine import blas_text, cpu_text, system_text, versions
 
 # ---- making one ------------------------------------------------------------------------------------------------------
@@ -33,12 +32,6 @@ def make_folder(parent: Path, name: str | None, stem: str) -> Path:
             continue
         return parent / f"{stem}-{number}"
     raise AssertionError  # it does not end
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file of text, whole at every moment."""
-    with replacing(path) as f:
-        f.write(text.encode())
 
 
 def command_record(command: str, device: str) -> str:

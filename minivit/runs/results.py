@@ -1,4 +1,4 @@
-"""What a run's folder shows: the images that the model is given, and what it makes of others than those."""
+"""The pictures and the report in a run's folder: images as the model sees them, and what it takes them for."""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ from shlex import quote
 from typing import Any
 
 from minivit.errors import Stopped, printable
+from minivit.files import write_text
 from minivit.models import Model
 from minivit.runs.changes import (
     Config,
@@ -22,7 +23,7 @@ from minivit.runs.changes import (
     write_changes,
 )
 from minivit.runs.finish import finish
-from minivit.runs.folder import checkpoint_to_resume, command_record, find_checkpoint, make_folder, write_text
+from minivit.runs.folder import checkpoint_to_resume, command_record, find_checkpoint, make_folder
 from minivit.runs.job import Job, make_absolute
 from minivit.runs.read import read_test
 from minivit.runs.results import draw_samples

@@ -9,13 +9,21 @@ import difflib
 import json
 import math
 import shlex
+import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_origin
 
+from minivit.data import kind_of
 from minivit.errors import ConfigError, MinivitError, printable, unknown_name, value_text
+from minivit.files import open_regular
+from minivit.models import KINDS, MODELS, configuration, described_settings, read_settings, usual_model
+from minivit.runs.folder import find_checkpoint
 from minivit.runs.options import OPTIONS, Option
+from minivit.runs.recipes import FOR_DATA, RECIPES, full_name
+from minivit.weights.checkpoint import load_checkpoint
+from minivit.weights.native import checked_settings
 
 GIVEN = ("command line", "argument")
 """The origins of what was asked for just now: typed, or given to a function."""
@@ -68,8 +76,6 @@ Types = type | tuple[type, ...]
 
 def known_settings(kind: str = "") -> dict[str, Types]:
     """Return the type of every setting, those of a kind of model included, or of all kinds."""
-    from minivit.models import KINDS, described_settings
-
     types: dict[str, Types] = {key: type(s.default) for key, s in OPTIONS.items()}
     for known in [kind] if kind else KINDS:
         for name, described in described_settings(known).items():
@@ -118,8 +124,6 @@ def _checked(key: str, value: Any, origin: str, model: str) -> Any:
 
 def _check_by_rule(name: str, value: Any, origin: str, model: str) -> None:
     """Raise ConfigError for what a setting of the kind ``model`` cannot be; of no kind that has it, if it is ""."""
-    from minivit.models import KINDS, described_settings
-
     errors = []
     for settings in map(described_settings, [model] if model else KINDS):
         if name in settings:
@@ -158,11 +162,6 @@ def resolve(
     ``recipe`` there, the file's is used, or the one for the kind of data, or for fine-tuning where the run starts from
     a checkpoint; its model's sizes are then the checkpoint's. ``read`` are the file's values, if it has been read.
     """
-    from minivit.data import kind_of
-    from minivit.models import configuration, described_settings, usual_model
-    from minivit.runs.folder import find_checkpoint
-    from minivit.runs.recipes import FOR_DATA, RECIPES, full_name
-
     RunSettings().take(given, origin)  # checked before any of it is used
     from_file = dict(read) if read is not None else read_toml(file) if file is not None else {}
     in_file = from_file.pop("recipe", "")
@@ -203,10 +202,6 @@ def resolve(
 
 def _sizes_in(path: str) -> dict[str, Any]:
     """Return the settings of the model in a checkpoint, but for those of its head."""
-    from minivit.models import MODELS, usual_model
-    from minivit.weights.checkpoint import load_checkpoint
-    from minivit.weights.native import checked_settings
-
     checkpoint = load_checkpoint(path)
     found = checked_settings(checkpoint, path)
     name = checkpoint.meta.get("name")
@@ -218,8 +213,6 @@ def _sizes_in(path: str) -> dict[str, Any]:
 
 def take_model(settings: RunSettings, name: str) -> None:
     """Take over the sizes of a named model."""
-    from minivit.models import configuration
-
     settings.take({f"model.{key}": value for key, value in configuration(name).settings.items()}, f"model {name}")
 
 
@@ -228,8 +221,6 @@ def fit_to_data(settings: RunSettings, shape: tuple[int, int, int], classes: int
 
     ``shape`` is an image's (C, H, W). Raises ConfigError where the settings ask for something else.
     """
-    from minivit.models import read_settings, usual_model
-
     channels, height, width = shape
     asked = {k for k, origin in settings.origins.items() if origin.startswith(("recipe", "file", *GIVEN))}
     if not settings["model.name"]:
@@ -267,8 +258,6 @@ def assignments(settings: Mapping[str, Any]) -> str:
 
 def parse_assignment(text: str) -> tuple[str, Any]:
     """Return (key, value) of ``key=value``; the value as TOML has it, or as text."""
-    import tomllib
-
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
         raise ConfigError(f"--set {text!r} is not KEY=VALUE", "for example --set model.depth=6")
@@ -295,8 +284,6 @@ def read_toml(path: str | Path) -> dict[str, Any]:
 
 def read_bytes(path: str | Path) -> bytes:
     """Return what a file of settings holds. Raises ConfigError if it cannot be read or is too large for one."""
-    from minivit.files import open_regular
-
     try:
         with open_regular(path) as f:
             text = f.read(_LARGEST_FILE + 1)
@@ -309,8 +296,6 @@ def read_bytes(path: str | Path) -> bytes:
 
 def parse_toml(text: bytes, path: str | Path) -> dict[str, Any]:
     """Return the values, by dotted key, in the text of ``path``. Raises ConfigError if it is not TOML."""
-    import tomllib
-
     try:
         return _flat(tomllib.loads(text.decode()))
     except (ValueError, RecursionError) as error:  # TOML's own, UTF-8's, a number of too many digits; deep nesting

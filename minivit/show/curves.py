@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from minivit.files import replacing
+from minivit.files import write_text
 from minivit.show.markup import escape
 
 Points = Sequence[tuple[float, float]]
@@ -128,5 +128,4 @@ def write_svg(path: str | Path, svg: str) -> None:
     view = f"-12 -8 {WIDTH + 24} {HEIGHT + 16}"  # with a margin
     head = f'<svg xmlns="http://www.w3.org/2000/svg" class="chart" viewBox="{view}" width="{2 * WIDTH}">'
     paper = '<rect x="-12" y="-8" width="100%" height="100%" fill="white"/>'
-    with replacing(Path(path)) as f:
-        f.write(f"{head}<style>{style}</style>{paper}{svg.partition('>')[2]}".encode())
+    write_text(Path(path), f"{head}<style>{style}</style>{paper}{svg.partition('>')[2]}")

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from minivit.errors import ShapeError
-from minivit.files import replacing
+from minivit.files import write_text
 from minivit.show.curves import chart
 from minivit.show.gallery import gallery, mistakes, right_ones, samples_picture
 from minivit.show.markup import escape
@@ -65,8 +65,7 @@ def write_report(
         "Configuration": _config(config),
         "Command and machine": _pre(map(escape, command.rstrip("\n").split("\n"))) if command else "",
     }
-    with replacing(Path(path)) as f:
-        f.write(_document(title, about, _figures(rows, test, split), sections).encode())
+    write_text(Path(path), _document(title, about, _figures(rows, test, split), sections))
 
 
 def _document(title: str, about: str, figures: str, sections: Mapping[str, str]) -> str:

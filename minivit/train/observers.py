@@ -16,9 +16,9 @@ class Observer:
     ``epochs``. Rows are the run's own, and not to be changed.
 
     A run's events, in this order: ``begin``; for each epoch ``epoch_begins``, a ``step`` for each batch, ``epoch``;
-    ``end``. Of several observers the one that was given first is told first, but of the ``end`` last; before all of
-    them the run's own :class:`~minivit.train.keeper.Keeper`, if it has a folder: what they are told of is recorded, and
-    saved if it is to be. An observer that raises ends the run with its error: what was saved stays, and the run can be
+    ``end``. Observers are told in the order given, but of the ``end`` in reverse. If the run has a folder, its own
+    :class:`~minivit.train.keeper.Keeper` comes before them: what they are told of is already recorded, and saved where
+    it is to be saved. An observer that raises ends the run with its error: what was saved stays, and the run can be
     resumed from there.
     """
 

@@ -65,11 +65,6 @@ class Optimizer:
         return self.store.groups
 
     @property
-    def flat(self) -> Array:
-        """The parameters' values, one after the other."""
-        return self.store.values
-
-    @property
     def steps(self) -> int:
         """Number of updates made."""
         return self.store.steps

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from minivit.errors import CheckpointError, ConfigError
-from minivit.files import replacing
+from minivit.files import write_text
 from minivit.train.progress import Row
 
 
@@ -70,8 +70,8 @@ class Records:
         self._replace(self.folder / "results.csv", text.getvalue())
 
     def _replace(self, path: Path, text: str) -> None:
-        with _telling(path.parent), replacing(path) as f:
-            f.write(text.encode())
+        with _telling(path.parent):
+            write_text(path, text)
 
 
 @contextlib.contextmanager
