@@ -103,6 +103,11 @@ def test_every_operation_has_rows_and_a_reference():
     assert len({str(s) for s in SAMPLES}) == len(SAMPLES)
 
 
+def test_every_operation_is_public():
+    assert set(OPS) <= set(ops.__all__)
+    assert all(hasattr(ops, name) for name in ops.__all__)
+
+
 @rows
 def test_forward(sample):
     args = sample.build()
