@@ -24,6 +24,7 @@ from minivit.runs.calls import SHORT
 from minivit.runs.options import OPTIONS
 from minivit.runs.settings import known_settings
 from minivit.train import Observer
+from minivit.train.records import Records
 from minivit.weights.checkpoint import load_checkpoint
 
 TINY = {"model.dim": 8, "model.depth": 1, "model.heads": 2, "model.mlp_dim": 16}
@@ -326,3 +327,23 @@ def test_each_file_of_a_run_is_read_once(halfway: Path, here: Path, monkeypatch:
     names = ("config.toml", "checkpoints/last.npz", "checkpoints/best.npz", "command.txt", "metrics.jsonl")
     assert {name: read[name] for name in names} == dict.fromkeys(names, 1)
     assert set(read.values()) == {1}
+
+
+# ---- files that are none ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "results.csv"])
+def test_records_that_are_pipes_are_refused(name: str, halfway: Path, here: Path) -> None:
+    shutil.copytree(halfway, "runs/run")
+    Path("runs/run", name).unlink(missing_ok=True)
+    os.mkfifo(Path("runs/run", name))  # opening it would wait for a writer
+    with pytest.raises(CheckpointError, match="cannot write the records in runs/run: not a regular file"):
+        Records(Path("runs/run")).begin(0, [])
+
+
+def test_a_record_of_the_command_that_is_a_pipe_is_refused(halfway: Path, here: Path) -> None:
+    shutil.copytree(halfway, "runs/run")
+    Path("runs/run/command.txt").unlink()
+    os.mkfifo("runs/run/command.txt")
+    with pytest.raises(CheckpointError, match=r"cannot read runs/run/command\.txt: not a regular file"):
+        mv.runs.resume("runs/run")

@@ -5,10 +5,12 @@ from __future__ import annotations
 import csv
 import json
 from contextlib import suppress
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
 from minivit.errors import CheckpointError, ConfigError, DataError
+from minivit.files import open_regular
 from minivit.runs.settings import read_toml
 from minivit.weights.checkpoint import load_checkpoint
 
@@ -51,8 +53,8 @@ def _epochs(path: Path) -> list[dict[str, float]]:
     if not path.is_file():
         return []
     try:
-        with open(path, encoding="utf-8", newline="") as f:
-            rows = [{key: float(text) for key, text in row.items() if text} for row in csv.DictReader(f)]
+        with open_regular(path) as f, TextIOWrapper(f, "utf-8", newline="") as text:
+            rows = [{key: float(word) for key, word in row.items() if word} for row in csv.DictReader(text)]
         _ = [(row["seconds"], row["images_per_second"], row["epoch"]) for row in rows]
     except (ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
         raise DataError(f"{path} is damaged: {error!r}", "resume the run, which writes it again") from error
@@ -63,8 +65,8 @@ def _test_row(path: Path) -> dict[str, Any]:
     """Return the last line of metrics.jsonl that is about the test set."""
     found: dict[str, Any] = {}
     if path.is_file():
-        with open(path, encoding="utf-8", errors="replace") as f:
-            for line in f:
+        with open_regular(path) as f, TextIOWrapper(f, "utf-8", "replace") as text:
+            for line in text:
                 if '"test_accuracy"' in line:
                     with suppress(ValueError, TypeError):  # cut short where the process was killed
                         found = dict(json.loads(line))

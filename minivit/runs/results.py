@@ -11,6 +11,8 @@ import numpy as np
 from minivit.autograd.graph import no_grad
 from minivit.backend import to_device, to_numpy
 from minivit.data import Dataset, Loader
+from minivit.errors import CheckpointError
+from minivit.files import open_regular
 from minivit.models import Model
 from minivit.nn.module import mode
 from minivit.runs.job import Job
@@ -84,6 +86,15 @@ def _drawable(dataset: Dataset) -> np.ndarray:
     return np.asarray(dataset.images[np.arange(len(dataset))])[:, :3]
 
 
+def _command(path: Path) -> str:
+    """Return what a run's command.txt says."""
+    try:
+        with open_regular(path) as f:
+            return f.read().decode("utf-8", "replace")
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}", "put a text in its place") from error
+
+
 def write_results(
     model: Model,
     loader: Loader,
@@ -125,7 +136,7 @@ def write_results(
         rows=rows,
         test=result if split == "test" else None,
         config=config,
-        command=(folder / "command.txt").read_text(encoding="utf-8"),
+        command=_command(folder / "command.txt"),
         images=shown.images,
         logits=logits,
         labels=shown.labels,

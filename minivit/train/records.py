@@ -11,8 +11,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from minivit.errors import CheckpointError, ConfigError
-from minivit.files import write_text
+from minivit.files import open_regular, write_text
 from minivit.train.progress import Row
+
+_LONGEST_HEAD = 1000  # bytes of results.csv that tell whose it is
 
 
 class Records:
@@ -32,7 +34,7 @@ class Records:
         with _telling(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             # a line whose bytes are damaged is dropped like one cut short
-            lines = metrics.read_text("utf-8", errors="replace").splitlines() if metrics.exists() else []
+            lines = _text(metrics).splitlines()
         if not history and not batch:
             self._refuse_others(lines)
         self._replace(metrics, "".join(f"{line}\n" for line in lines if _is_done(line, batch, len(history))))
@@ -43,7 +45,7 @@ class Records:
         others = ["metrics.jsonl"] if lines and not any(line.startswith('{"epoch":') for line in lines) else []
         results = self.folder / "results.csv"
         with _telling(self.folder):
-            head = results.read_text("utf-8", errors="replace").partition("\n")[0].strip() if results.exists() else ""
+            head = _text(results, _LONGEST_HEAD).partition("\n")[0].strip()
         others += ["results.csv"] if head and not head.startswith("epoch,") else []
         if others:
             what = f"{self.folder} holds {' and '.join(others)} that no run of minivit has written"
@@ -72,6 +74,15 @@ class Records:
     def _replace(self, path: Path, text: str) -> None:
         with _telling(path.parent):
             write_text(path, text)
+
+
+def _text(path: Path, most: int = -1) -> str:
+    """Return the text of a file, of its first ``most`` bytes if that is not negative; "" if there is none."""
+    try:
+        with open_regular(path) as f:
+            return f.read(most).decode("utf-8", "replace")
+    except FileNotFoundError:
+        return ""
 
 
 @contextlib.contextmanager
