@@ -172,6 +172,9 @@ def test_observers_see_every_step_and_epoch(archive: Path, here: Path) -> None:
         ({"lr": "fast"}, r"train.lr = 'fast' \(argument\) is not a number"),
         ({"epochs": 0}, r"train.epochs = 0 \(argument\) is out of range"),
         ({"recipe": "digit"}, "unknown recipe 'digit'"),
+        ({"settings": ["train.lr"]}, r"settings=\['train.lr'\]\n  → give a dict of values by dotted key"),
+        ({"settings": {3: 4}}, r"settings=\{3: 4\}"),
+        ({"data": "digits", "observers": [print]}, "observers=<built-in function print>"),
         ({"data": "digits", "settings": {"model.image_size": 9}}, r"model.image_size = 9 \(argument\), but the data"),
     ],
 )

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from minivit.errors import ConfigError, unknown_name
+from minivit.errors import ConfigError, unknown_name, value_text
 from minivit.runs.changes import refuse_other_changes
 from minivit.runs.options import MODEL_FLAGS, OPTIONS
 from minivit.runs.run import Run, continue_run, nobody, start_run
@@ -94,6 +94,8 @@ def resume(
 
 def _by_key(settings: Mapping[str, Any] | None, short: Mapping[str, Any]) -> dict[str, Any]:
     """Return all settings that were given, by dotted key; raise ConfigError for an unknown name, or for two values."""
+    if not isinstance(settings, Mapping | None) or not all(isinstance(key, str) for key in settings or {}):
+        raise ConfigError(f"settings={value_text(settings)}", "give a dict of values by dotted key: {'model.depth': 2}")
     given = {key: _plain(value) for key, value in (settings or {}).items()}
     for name, value in short.items():
         if name not in SHORT:

@@ -29,7 +29,7 @@ from minivit.runs.read import read_test
 from minivit.runs.results import draw_samples
 from minivit.runs.settings import RunSettings, write_toml
 from minivit.train.lock import RunLock
-from minivit.train.observers import Observer
+from minivit.train.observers import Observer, check_observers
 from minivit.train.progress import Row
 from minivit.train.signals import StopSignals
 from minivit.train.trainer import Trainer
@@ -92,6 +92,7 @@ def start_run(
     DataError, before there is a folder, for what cannot be; NonFiniteError where the training diverges; Stopped after a
     signal.
     """
+    check_observers(observers)  # before there is a folder
     job = Job(settings, bar=bar)
     say(job.about)
     folder = make_folder(Path(output), name, stem=job.parts.title)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from minivit.errors import ConfigError, value_text
 from minivit.train.progress import Row
 
 
@@ -50,3 +52,9 @@ class Observer:
 
     def end(self, trainer: Any) -> None:
         """``fit`` ends, by whatever cause; each observer whose ``begin`` went through is told: close files here."""
+
+
+def check_observers(observers: Sequence[Observer]) -> None:
+    """Raise ConfigError if one of the ``observers`` is none."""
+    if wrong := [value_text(observer) for observer in observers if not isinstance(observer, Observer)]:
+        raise ConfigError(f"observers={', '.join(wrong)}", "give objects of a class that is derived from Observer")

@@ -13,14 +13,14 @@ from typing import Any
 
 from minivit import ops
 from minivit.backend import Array
-from minivit.errors import ConfigError, DataError, NonFiniteError, Stopped, unknown_name, value_text
+from minivit.errors import ConfigError, DataError, NonFiniteError, Stopped, unknown_name
 from minivit.nn.module import Module
 from minivit.train.ema import EMA
 from minivit.train.evaluation import Batches, check_classes, evaluate
 from minivit.train.identity import differences
 from minivit.train.keeper import Keeper, stamp
 from minivit.train.lock import RunLock
-from minivit.train.observers import Observer
+from minivit.train.observers import Observer, check_observers
 from minivit.train.optimizer import Optimizer
 from minivit.train.progress import Progress, Row
 from minivit.train.resume import (
@@ -95,8 +95,7 @@ class Trainer:
             raise unknown_name("on_nan", on_nan, ON_NAN)
         if on_nan == "rollback" and folder is None:
             raise ConfigError("on_nan='rollback' without a folder", "give a folder: there is no checkpoint without one")
-        if wrong := [value_text(observer) for observer in observers if not isinstance(observer, Observer)]:
-            raise ConfigError(f"observers={', '.join(wrong)}", "give objects of a class that is derived from Observer")
+        check_observers(observers)
         self.model, self.opt, self.schedule, self.epochs = model, opt, schedule, epochs
         self.patience, self.max_seconds, self.on_nan = patience, max_seconds, on_nan
         self.meta = dict(meta or {})
