@@ -10,10 +10,10 @@ import numpy as np
 
 from minivit.backend import on_device_of, to_numpy
 from minivit.errors import ConfigError
-from minivit.train.parameters import FlatParameters, Span, chunks, load_arrays, overlaps
+from minivit.train.parameters import FlatParameters, LaidOut, Span, chunks, load_arrays, overlaps
 
 
-class EMA:
+class EMA(LaidOut):
     """Average of the parameters in ``store`` (of an optimizer: ``opt.store``): a ← d·a + (1 - d)·p after each update.
 
     It does better than the last values, which the noise in the gradients moves about (Polyak and Juditsky 1992,
@@ -25,18 +25,9 @@ class EMA:
     def __init__(self, store: FlatParameters, decay: float) -> None:
         if not 0.0 <= decay < 1.0:
             raise ConfigError(f"decay={decay}", "it must be in [0, 1); 0.999 to 0.9999 is usual")
-        self.store, self.decay = store, decay
         with on_device_of(store.values):
-            self.flat = store.values.copy()
-        self.views = store.split(self.flat)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Return what a copy, or pickle, takes along: not the views, of which it would make arrays of their own."""
-        return {name: value for name, value in vars(self).items() if name != "views"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self.views = self.store.split(self.flat)
+            super().__init__(store, store.values.copy())
+        self.decay = decay
 
     def update(self) -> None:
         """Take the parameters' present values in: after ``opt.step()``."""

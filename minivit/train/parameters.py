@@ -145,6 +145,21 @@ class FlatParameters:
                 )
 
 
+class LaidOut:
+    """A flat array ``flat`` beside a store's values, and its ``views`` in the shapes of the store's parameters."""
+
+    def __init__(self, store: FlatParameters, flat: Array) -> None:
+        self.store, self.flat, self.views = store, flat, store.split(flat)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy, or pickle, takes along: not the views, of which it would make arrays of their own."""
+        return {name: value for name, value in vars(self).items() if name != "views"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.views = self.store.split(self.flat)
+
+
 def layer_scales(named_parameters: Iterable[tuple[str, Parameter]], decay: float) -> dict[str, float]:
     """Return a factor on the learning rate for each parameter of a model, by its name: ``decay``^(last - layer).
 

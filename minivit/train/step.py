@@ -31,7 +31,7 @@ from minivit.ops.loss import check_labels
 from minivit.train.clip import check_clip_norm, scale_to_norm
 from minivit.train.nonfinite import first_non_finite, first_non_finite_gradient
 from minivit.train.optimizer import Optimizer
-from minivit.train.parameters import FlatParameters
+from minivit.train.parameters import FlatParameters, LaidOut
 from minivit.train.sharing import as_array, team_for
 
 DROP_STREAM = 0xD209  # the stream of dropout and drop path under a run's seed
@@ -63,20 +63,12 @@ class Totals(NamedTuple):
     right: int | None
 
 
-class Buffer:
+class Buffer(LaidOut):
     """A flat sum of gradients; ``written`` has the places of the parameters that it has got a part for."""
 
     def __init__(self, store: FlatParameters, flat: Array) -> None:
-        self.store, self.flat, self.views = store, flat, store.split(flat)
+        super().__init__(store, flat)
         self.written: set[int] = set()
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Return what a copy, or pickle, takes along: not the views, of which it would make arrays of their own."""
-        return {name: value for name, value in vars(self).items() if name != "views"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self.views = self.store.split(self.flat)
 
     def add(self, place: int, part: Array) -> None:
         """Add a part of a parameter's gradient; the first is copied, so that nothing need be cleared before."""
