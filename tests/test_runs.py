@@ -169,6 +169,8 @@ def test_observers_see_every_step_and_epoch(archive: Path, here: Path) -> None:
             {"data": "digits", "settings": {"data.name": "mnist"}},
             "data='digits', but settings has 'data.name': 'mnist'",
         ),
+        ({"lr": np.array([0.1, 0.2])}, r"train.lr = \[0.1, 0.2\] \(argument\) is not a number"),
+        ({"lr": 0.1, "settings": {"train.lr": np.array([0.1, 0.2])}}, "lr=0.1, but settings has"),
         ({"lr": "fast"}, r"train.lr = 'fast' \(argument\) is not a number"),
         ({"epochs": 0}, r"train.epochs = 0 \(argument\) is out of range"),
         ({"recipe": "digit"}, "unknown recipe 'digit'"),
@@ -187,6 +189,14 @@ def test_what_cannot_be_is_named_and_leaves_no_folder(given: dict[str, Any], sai
 def test_the_same_given_twice_is_no_contradiction(here: Path, archive: Path) -> None:
     twice = TINY | {"data.name": str(archive), "model.image_size": (8, 8), "train.epochs": 1}
     assert mv.runs.train(data=archive, epochs=1, settings=twice).folder == Path("runs/few-1")
+
+
+def test_numbers_of_numpy_are_numbers(archive: Path, here: Path) -> None:
+    found = {"train.lr": np.float64(0.002), "data.flip": np.bool_(True), "train.epochs": np.int64(1)}
+    run = mv.runs.train(data=archive, epochs=np.int32(1), settings=TINY | found)
+    assert [type(run.settings[key]) for key in found] == [float, bool, int]
+    assert "epochs=1," in (run.folder / "command.txt").read_text()  # a call that may be written again
+    assert mv.runs.resume(run.folder, epochs=np.int64(1)).history == run.history
 
 
 def test_every_flag_of_a_setting_has_its_short_name() -> None:

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from minivit.errors import ConfigError, unknown_name, value_text
 from minivit.runs.changes import refuse_other_changes
 from minivit.runs.options import MODEL_FLAGS, OPTIONS
@@ -115,6 +117,9 @@ def _unknown(name: str) -> Exception:
 
 
 def _plain(value: Any) -> Any:
+    """Return a value as a run's config.toml can hold it: a path as text, a NumPy number as Python's."""
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
     return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
