@@ -59,3 +59,12 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture(scope="module")
+def small_pictures() -> Iterator[None]:
+    """Show two small images only: what is drawn is tested elsewhere."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("minivit.runs.results.SHOWN", 2)
+        patch.setattr("minivit.show.pictures.TILE", 8)
+        yield

@@ -8,7 +8,7 @@ import re
 import shutil
 import signal
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -53,13 +53,7 @@ EVERYTHING = ["--grad-accum-steps", "2", "--drop-path", "0.1", "--mixup", "0.8",
               "--set", "data.crop=1", "--optimizer", "muon"]  # fmt: skip
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _small_pictures() -> Iterator[None]:
-    """Show two small images only: what is drawn is tested elsewhere."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("minivit.runs.results.SHOWN", 2)
-        patch.setattr("minivit.show.pictures.TILE", 8)
-        yield
+pytestmark = pytest.mark.usefixtures("small_pictures")
 
 
 @pytest.fixture(scope="module")

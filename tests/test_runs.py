@@ -10,7 +10,6 @@ import shutil
 import signal
 import threading
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +30,7 @@ TINY = {"model.dim": 8, "model.depth": 1, "model.heads": 2, "model.mlp_dim": 16}
 TYPED = [word for key, value in TINY.items() for word in ("--set", f"{key}={value}")]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _small_pictures() -> Iterator[None]:
-    """Show two small images only: what is drawn is tested elsewhere."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("minivit.runs.results.SHOWN", 2)
-        patch.setattr("minivit.show.pictures.TILE", 8)
-        yield
+pytestmark = pytest.mark.usefixtures("small_pictures")
 
 
 def arrays(folder: Path, name: str = "last") -> dict[str, bytes]:

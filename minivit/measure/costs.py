@@ -19,7 +19,7 @@ from minivit.backend import Team, available_memory
 from minivit.backend.outline import Outline, outline
 from minivit.errors import ConfigError, unknown_name
 from minivit.measure.speed import flops
-from minivit.models import MODELS, Model, Settings, create_model, model_outline, read_settings
+from minivit.models import MODELS, Model, Settings, create_model, read_settings
 from minivit.nn.module import Module, mode, watching
 from minivit.show.text import bytes_text
 from minivit.weights.native import load_model, stored_settings
@@ -225,9 +225,11 @@ def images_at_once(team: Team, batch_size: int) -> int:
 
 
 def training_memory(model: Model, team: Team, batch_size: int) -> int:
-    """Return about how many bytes training a model by ``team`` takes at the most, on the CPU, besides the data."""
-    outlined = model_outline(model.kind, vars(model.settings))
-    return sum(step_memory(model_costs(outlined).total, team, batch_size).values())
+    """Return about how many bytes training a model by ``team`` takes at the most, on the CPU, besides the data.
+
+    Its outline will do for ``model``.
+    """
+    return sum(step_memory(model_costs(model).total, team, batch_size).values())
 
 
 def gpu_memory(total: LayerCosts, batch_size: int) -> int:

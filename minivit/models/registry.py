@@ -174,8 +174,9 @@ class Model(Module):
 
         ``state`` is without those in ``replaced``. Raises CheckpointError for an encoder that is another.
         """
-        left_out = () if self.encoder is not None else ("num_classes", "seed")
-        check_encoder(self, state, old, self.encoder or tuple(k for k in self.config if k not in left_out))
+        check_encoder(
+            self, state, old, self.encoder or tuple(k for k in self.config if k not in ("num_classes", "seed"))
+        )
         return []
 
 

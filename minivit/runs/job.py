@@ -14,7 +14,7 @@ from minivit.backend import auto_device, available_memory, keep_freed_memory
 from minivit.data.dataset import class_names
 from minivit.errors import CheckpointError, ConfigError, DataError, MisfitError, printable
 from minivit.measure.costs import training_memory
-from minivit.models import Model, build, count_parameters, described_settings
+from minivit.models import Model, build, described_settings, model_outline
 from minivit.nn.rules import rate
 from minivit.runs.folder import find_checkpoint
 from minivit.runs.parts import UNCHANGED, divide, load_parts
@@ -53,8 +53,8 @@ class Job:
             raise DataError(what, "give images of two, at least")
         values = model_values(settings, found.train.images.shape[1:], len(classes))
         # float32 weights, gradients and moments, on one thread; and the report's tables of all pairs of classes
-        size = 20 * count_parameters(settings.kind, values)
-        _check_memory(max(size, 40 * values["num_classes"] ** 2), device, held)
+        outlined = model_outline(settings.kind, values)
+        _check_memory(max(20 * outlined.num_parameters(), 40 * values["num_classes"] ** 2), device, held)
         # a model may have room for more classes than the data name
         self.parts = divide(found, tuple(class_names(classes, values["num_classes"])), settings)
         if settings["train.patience"] and self.parts.valid is None:
@@ -64,7 +64,7 @@ class Job:
         changed = start_from(self.model, settings["train.init_from"]) if fresh else []
         self.loader = self.parts.training_loader(settings)
         self._settle(device)
-        self.memory = self._memory_needed()
+        self.memory = self._memory_needed(outlined)
         _check_memory(self.memory, device, held)
         self.schedule = self.make_schedule()
         self.about = self._text(why, changed, len(classes))
@@ -80,10 +80,10 @@ class Job:
         }
         s.take({key: value for key, value in found.items() if s[key] != value}, "this machine")
 
-    def _memory_needed(self) -> int:
+    def _memory_needed(self, outlined: Model) -> int:
         s = self.settings
         rows = min(self.loader.batch_size, len(self.parts.train))
-        step = training_memory(self.model, team_for(self.model, s["train.threads"], s["train.micro_batch"]), rows)
+        step = training_memory(outlined, team_for(self.model, s["train.threads"], s["train.micro_batch"]), rows)
         return step + 4 * self.model.num_parameters() * bool(s["train.model_ema"])
 
     def _text(self, why: str, changed: list[str], classes: int) -> str:

@@ -16,6 +16,7 @@ from minivit.train.identity import differences, plain, settings_of
 from minivit.train.progress import Progress
 from minivit.train.schedule import Schedule
 from minivit.train.step import TrainStep
+from minivit.weights.native import FIRST_KIND
 
 
 @dataclass
@@ -113,7 +114,7 @@ def check_settings(meta: Mapping[str, Any], before: RunState, now: RunState, mod
     found = [text for name in settings for text in differences(before.settings[name], now.settings[name], name)]
     own = model_settings(model)
     if "kind" in own and "model" in meta:
-        found += differences(meta.get("kind", "vit"), own["kind"], "kind of model")  # the first files named no kind
+        found += differences(meta.get("kind", FIRST_KIND), own["kind"], "kind of model")
     found += differences(_but_seed(meta.get("model")), _but_seed(own.get("model")), "model")
     if found:
         remedy = "make model, optimizer, loss and Trainer as for the run's start"
