@@ -638,3 +638,14 @@ def test_permutation_is_fair():
     orders = np.array([permutation(Key(29).at(step), 6) for step in range(6000)])
     for place in orders.T:
         assert chi_square(np.bincount(place, minlength=6))
+
+
+def test_a_key_whose_step_lies_on_a_gpu_draws_the_same_numbers(any_cupy):
+    key = Key(seed=7, stream=3).child(5)
+    for step in (0, 1, 2**63 + 11):
+        on_gpu = key.at(any_cupy.asarray(np.array(step, np.uint64)))
+        host = uniform(key.at(step), (3, 5), start=4)
+        np.testing.assert_array_equal(host, uniform(on_gpu, (3, 5), start=4, device="cuda").get())
+        np.testing.assert_array_equal(
+            uniform(key.child(1).at(step), (4,)), uniform(on_gpu.child(1), (4,), device="cuda").get()
+        )

@@ -22,6 +22,8 @@ from hypothesis import strategies as st
 
 import minivit as mv
 from minivit import ops
+from minivit.autograd.graph import first_order, propagate
+from minivit.autograd.needs import Slot, SoFar
 from minivit.autograd.op import OPS, op
 from minivit.backend import Array, Key, normal, to_device, to_numpy
 from minivit.errors import ConfigError, DTypeError, GraphError, ShapeError
@@ -898,3 +900,65 @@ def test_one_number_is_formatted_as_a_number():
 def test_the_remedy_for_a_mask_is_to_make_numbers_of_it():
     with pytest.raises(DTypeError, match=r"have different dtypes\n  → convert one side: .to\(np.float64\)"):
         np.ones(3, bool) * leaf(3)
+
+
+# ---- places for gradients: what a twin may do with its needs ---------------------------------------------------------
+
+
+def test_a_twin_writes_a_leafs_gradient_into_its_slot_and_adds_what_had_reached_an_input(toys):
+    seen = []
+
+    @mv.op(save=("x", "w"))
+    def scaled(x: Array, w: Array) -> Array:
+        return x * w
+
+    scaled.vjps(lambda g, out, x, w: g * w, lambda g, out, x, w: g * x)
+
+    @scaled.twin("cpu")
+    def _(x, w):
+        return x * w, (x, w)
+
+    @scaled.twin("cpu").vjp
+    def _(g, kept, needs):
+        x, w = kept
+        seen.append([type(need).__name__ for need in needs])
+        gx = g * w
+        if isinstance(needs[0], SoFar):
+            gx = needs[0].total(gx + needs[0].array)
+        needs[1].add(g * x)
+        return gx, needs[1].done()
+
+    x, w = (mv.tensor(np.array(v), requires_grad=True) for v in ([1.0, 2.0], [3.0, 5.0]))
+    with first_order():
+        h = x * 2.0
+        y = mv.ops.sum(h * 10.0 + scaled(h, w) + scaled(h, w))  # 20x + 4xw
+    slots = {w.node: Slot(np.full(2, np.nan))}
+    parts = list(propagate(y.node, np.ones(()), slots=slots))
+    assert [node for node, _ in parts] == [x.node]
+    np.testing.assert_array_equal(parts[0][1], 20.0 + 4.0 * w.data)
+    np.testing.assert_array_equal(slots[w.node].array, 4.0 * x.data)
+    assert slots[w.node].filled and seen == [["bool", "Slot"], ["SoFar", "Slot"]]
+
+
+def test_an_input_that_is_there_twice_has_no_sum_to_add_to(toys):
+    @mv.op(save=("a", "b"))
+    def times(a: Array, b: Array) -> Array:
+        return a * b
+
+    times.vjps(lambda g, out, a, b: g * b, lambda g, out, a, b: g * a)
+
+    @times.twin("cpu")
+    def _(a, b):
+        return a * b, (a, b)
+
+    @times.twin("cpu").vjp
+    def _(g, kept, needs):
+        assert needs == (True, True)
+        return g * kept[1], g * kept[0]
+
+    x = mv.tensor(np.array([3.0]), requires_grad=True)
+    with first_order():
+        h = x * 1.0
+        y = mv.ops.sum(h + times(h, h))
+    ((_, part),) = propagate(y.node, np.ones(()), slots={})
+    np.testing.assert_array_equal(part, [7.0])

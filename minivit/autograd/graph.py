@@ -14,11 +14,12 @@ import itertools
 import operator
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from minivit.autograd.needs import Slot, Total, places, unbroadcast
 from minivit.backend import Array, device_of, on_device_of
 from minivit.errors import GraphError
 
@@ -153,11 +154,12 @@ def propagate(
     cotangent: Any,
     wanted: set[Node] | None = None,
     wrap: Callable[[Array, Node | None], Any] | None = None,
+    slots: Mapping[Node, Slot] | None = None,
 ) -> Iterator[tuple[Node, Any]]:
     """Walk from ``root`` to its leaves and yield (node, gradient) for every leaf, or for every ``wanted`` node.
 
-    A leaf is yielded each time a contribution to it is known, so that the caller can add it up at once and none has to
-    wait; any other node is yielded once. Yielded arrays may be views of others: copy what is to be kept.
+    A leaf is yielded each time a part of it is known, so that the caller can add it up at once and none has to wait,
+    unless a twin has put it in the leaf's slot; any other node is yielded once. Yielded arrays may be views of others.
 
     Without ``wrap`` gradients are raw arrays and each node is freed when it is done. With ``wrap`` (array, node →
     Tensor) the gradients run on Tensors, are themselves recorded, and the graph stays.
@@ -180,6 +182,7 @@ def propagate(
         needs = tuple([p is not None and (alive is None or p in alive) for p in parents])
         if alive is not None and not any(needs):
             continue
+        needs = needs if slots is None else places(parents, needs, slots, grads)
         # what a gradient makes must be made where its arrays are; a Tensor's operations see to that themselves
         with _HERE if type(grad) is np.ndarray else on_device_of(grad):
             results = op.gradient(node, grad, needs, wrap)
@@ -187,7 +190,11 @@ def propagate(
                 node.free()
             del grad
             for parent, needed, part in zip(parents, needs, results, strict=True):
-                if not needed or parent is None:
+                if not needed or parent is None or type(part) is Slot:
+                    continue
+                if type(part) is Total:
+                    grads[parent] = _fitting(part.array, parent, op)
+                    ours.discard(parent)
                     continue
                 if part.shape != parent.shape or part.dtype is not parent.dtype:
                     part = _fitting(part, parent, op)
@@ -234,16 +241,3 @@ def _above(order: list[Node], wanted: set[Node]) -> set[Node]:
         if node.freed or any(p in alive for p in node.parents):
             alive.add(node)
     return alive
-
-
-def unbroadcast(grad: Any, shape: tuple[int, ...]) -> Any:
-    """Sum ``grad`` over the axes along which an input of ``shape`` was broadcast. Works on arrays and on Tensors."""
-    extra = len(grad.shape) - len(shape)
-    if grad.shape == shape or extra < 0:
-        return grad
-    stretched = [i + extra for i, n in enumerate(shape) if n == 1 and grad.shape[i + extra] != 1]
-    axes = (*range(extra), *stretched)
-    if axes and grad.dtype == np.float16:  # in which a sum of ones stops at 2048
-        return unbroadcast(grad.astype(np.float32), shape).astype(np.float16)
-    summed = grad.sum(axis=axes, keepdims=True) if axes else grad
-    return summed.reshape(shape) if summed.shape[extra:] == shape else summed  # else it is wrong: the caller says so

@@ -43,7 +43,8 @@ class Twin:
     def __call__(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         """Set the forward, on raw arrays: ``forward(*arguments)`` → (out, what the gradient reads).
 
-        From now on the operation has this twin.
+        On CuPy arrays it may return NotImplemented: then the plain operation runs. From now on the operation has this
+        twin.
         """
         self.forward = forward
         self._twins[self.kind] = self
@@ -52,7 +53,8 @@ class Twin:
     def vjp(self, gradient: Callable[..., Any]) -> Callable[..., Any]:
         """Set the gradient, on raw arrays: ``gradient(g, kept, needs)`` → a gradient (or None) for each input.
 
-        It may write over neither g nor what it did not make.
+        It may write over neither g nor what it did not make. An entry of ``needs`` may be a place to put the gradient
+        in: see :mod:`minivit.autograd.needs`.
         """
         self._vjp = gradient
         return gradient

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from minivit.backend.devices import Array, resolve_device
+from minivit.backend.devices import Array, array_module, is_array, resolve_device
 from minivit.errors import ConfigError
 
 _MASK = (1 << 64) - 1
@@ -38,18 +38,21 @@ class Key:
     (:func:`minivit.ops.dropout`, ``drop_path``, ``attention``) give row i the numbers of row ``row + i``, so that a
     batch in pieces gets the masks that it has as a whole. It is no part of the stream: :func:`random_bits` and its
     like, whose numbers belong to no batch, do not look at it.
+
+    ``step`` may be a 0-d uint64 array on a GPU, for work that is recorded once and run in many steps: then so are the
+    :meth:`bits`.
     """
 
     seed: int
     stream: int = 0
-    step: int = 0
+    step: Any = 0
     row: int = 0
 
     def child(self, stream: int) -> Key:
         """Return the key of the ``stream``-th user under this one, at the same step and row."""
         return Key(self.seed, _mix((self.stream * _GOLDEN + stream + 1) & _MASK), self.step, self.row)
 
-    def at(self, step: int) -> Key:
+    def at(self, step: Any) -> Key:
         """Return the same stream's key at another step, and the same row."""
         return Key(self.seed, self.stream, step, self.row)
 
@@ -59,12 +62,16 @@ class Key:
             raise ConfigError(f"a batch begins at row {row!r}", "rows are whole numbers from 0 up, below 2⁴⁰")
         return Key(self.seed, self.stream, self.step, row)
 
-    def bits(self) -> int:
+    def bits(self) -> Any:
         """Return the 64 bits that start the counter: of seed, stream and step."""
         z = 0
-        for part in (self.seed, self.stream, self.step):
+        for part in (self.seed, self.stream):
             z = _mix((z + (part & _MASK) + _GOLDEN) & _MASK)
-        return z
+        z = (z + _GOLDEN) & _MASK
+        if is_array(self.step):
+            xp = array_module(self.step)
+            return _mixed(xp, self.step + xp.uint64(z))
+        return _mix((z + (self.step & _MASK)) & _MASK)
 
 
 def random_bits(key: Key, shape: tuple[int, ...], *, start: int = 0, device: str = "cpu") -> Array:
@@ -106,20 +113,25 @@ def _generate(
         return finish(_splitmix(cupy, key.bits(), start, size)).reshape(shape)
 
 
-def _splitmix(xp: Any, seed: int, start: int, size: int) -> Array:
+def _splitmix(xp: Any, seed: Any, start: int, size: int) -> Array:
     return _splitmix_at(xp, seed, xp.arange(start + 1, start + size + 1, dtype=xp.uint64))
 
 
-def _splitmix_at(xp: Any, seed: int, z: Array) -> Array:
+def _splitmix_at(xp: Any, seed: Any, z: Array) -> Array:
     """Return the uint32 bits at the places ``z``, uint64 from 1, which is written over."""
     z *= xp.uint64(_GOLDEN)
-    z += xp.uint64(seed)
+    z += seed if is_array(seed) else xp.uint64(seed)
+    return (_mixed(xp, z) >> xp.uint64(32)).astype(xp.uint32)
+
+
+def _mixed(xp: Any, z: Array) -> Array:
+    """Finalise uint64 numbers as :func:`_mix` does one, in place."""
     z ^= z >> xp.uint64(30)
     z *= xp.uint64(0xBF58476D1CE4E5B9)
     z ^= z >> xp.uint64(27)
     z *= xp.uint64(0x94D049BB133111EB)
     z ^= z >> xp.uint64(31)
-    return (z >> xp.uint64(32)).astype(xp.uint32)
+    return z
 
 
 def normal(key: Key, shape: tuple[int, ...]) -> np.ndarray:
