@@ -10,6 +10,11 @@ is stricter than NumPy, and in places than CuPy:
 - reductions and ``a[0]`` give 0-d arrays; ``empty`` is full of NaN (integers: their maximum); there are two devices,
   and work on an array that is not on the current one raises ValueError.
 
+Streams, graphs, pools and pinned memory are in streams.py: while a stream captures, operations are noted instead of
+run, and run when the graph is launched. A test's own stand-in for a kernel does both through :func:`launch`. Matrix
+products go to a stand-in for cuBLASLt (fake_cublaslt.py), which is ``cupy.cublaslt`` in a test: minivit itself may not
+call CuPy's own, which refuse to be captured.
+
 What it costs is counted in ``cupy.counters``: ``launches`` (operations that would start a kernel; views are free, and
 some of CuPy's functions start several, so it is a floor), ``bytes`` (read and written by them), ``syncs`` (the host
 waits for the GPU) and ``transfers`` (between host and device, or two devices). ``launched``, ``synced`` and
@@ -38,7 +43,6 @@ import json
 import math
 import operator
 import sys
-import threading
 import types
 import weakref
 from collections import Counter
@@ -49,10 +53,17 @@ from typing import Any
 import numpy as np
 import pytest
 
+import minivit
+from tests import streams
+from tests.streams import Block, CUDARuntimeError, Stream
+
 API: dict[str, Any] = json.loads(Path(__file__).with_name("cupy_api.json").read_text())
 """Dotted name below cupy (or from cupyx on) → its parameters, "numpy" (NumPy's own object) or null (unknown)."""
 
+PACKAGE = Path(minivit.__file__).parent
+
 CROSSING = ("array", "asarray", "asanyarray", "ascontiguousarray", "asfortranarray")
+BLAS = ("dot", "inner", "matmul", "tensordot", "vdot")  # calls of cuBLAS
 LAYOUT = ("can_cast", "may_share_memory", "ndim", "result_type", "shape", "shares_memory", "size")  # ask no values
 MAKING = ("arange", "empty", "eye", "full", "identity", "indices", "linspace", "ones", "tri", "zeros")  # from nothing
 SYNCING = ("argwhere", "bincount", "compress", "extract", "flatnonzero", "nonzero", "unique")  # shape from values
@@ -81,9 +92,11 @@ class Counters:
     transfers = property(lambda self: self.transferred.total())
 
     def sync(self) -> None:
+        streams.refuse_sync()
         self.synced[_caller()] += 1
 
-    def transfer(self, nbytes: int) -> None:
+    def transfer(self, nbytes: int, way: str = "H2D") -> None:
+        streams.refuse_transfer(way)
         self.transferred[_caller()] += 1
         self.transfer_bytes += nbytes
 
@@ -101,28 +114,34 @@ def _caller() -> str:
     return " < ".join(lines)
 
 
+def _file_of_the_caller() -> Path:
+    frame = sys._getframe(1)
+    while frame.f_code.co_filename == __file__ and frame.f_back is not None:
+        frame = frame.f_back
+    return Path(frame.f_code.co_filename)
+
+
 # ---- devices and their memory ----------------------------------------------------------------------------------------
 
-_thread = threading.local()
-_blocks: dict[int, tuple[int, int, weakref.ref]] = {}  # id of an array that owns memory → device, bytes, the array
+_blocks: dict[int, Block] = {}  # by the id of the NumPy array that owns the memory
+addressed: weakref.WeakValueDictionary[int, ndarray] = weakref.WeakValueDictionary()
+"""Address → the array that was last asked for it, and is alive."""
+_current = streams.current_device
 
 
-class CUDARuntimeError(RuntimeError):
-    """As in cupy.cuda.runtime."""
+class Memory:
+    """Memory that belongs to no pool."""
 
-
-def _current() -> int:
-    return getattr(_thread, "device", 0)
-
-
-def _used_bytes() -> int:
-    return sum(nbytes for device, nbytes, _ in list(_blocks.values()) if device == _current())
+    def __init__(self, size: int) -> None:
+        self.size, self._host = size, np.empty(size, np.uint8)
+        self.ptr = self._host.ctypes.data
 
 
 class Device:
     """A GPU by its number; as a context, this thread's current one."""
 
     TOTAL = 1 << 34
+    compute_capability = "90"
 
     def __init__(self, device: int | Device | None = None) -> None:
         self.id = _current() if device is None else int(device)
@@ -131,7 +150,7 @@ class Device:
     def use(self) -> None:
         if not 0 <= self.id < DEVICES:
             raise CUDARuntimeError("cudaErrorInvalidDevice: invalid device ordinal")
-        _thread.device = self.id
+        streams.use_device(self.id)
 
     def __enter__(self) -> Device:
         outer = _current()
@@ -140,15 +159,15 @@ class Device:
         return self
 
     def __exit__(self, *error: object) -> None:
-        _thread.device = self._outer.pop()
+        streams.use_device(self._outer.pop())
 
     @property
     def mem_info(self) -> tuple[int, int]:
         with self:
-            return self.TOTAL - _used_bytes(), self.TOTAL
+            return self.TOTAL - streams.default_pool.used_bytes(), self.TOTAL
 
     def synchronize(self) -> None:
-        counters.sync()
+        _synchronize()
 
     def __int__(self) -> int:
         return self.id
@@ -173,7 +192,7 @@ def _refusal(x: object) -> TypeError:
 class ndarray:
     """A NumPy array that behaves as if it lay on a GPU. Operators and most methods are attached further down."""
 
-    __slots__ = ("__weakref__", "_device", "_host")
+    __slots__ = ("__weakref__", "_block", "_device", "_host")
     __array_ufunc__ = None  # np_array + a comes to our operator, np.add(np_array, a) fails
     __array_priority__ = 100
     __hash__ = None  # type: ignore[assignment]
@@ -189,24 +208,47 @@ class ndarray:
         return Device(self._device)
 
     @property
+    def data(self) -> types.SimpleNamespace:
+        """The address: as if the memory that it lies in started at 0, where CuPy's starts at a multiple of 512."""
+        owner = self._host
+        while isinstance(owner.base, np.ndarray):
+            owner = owner.base
+        start = owner.__array_interface__["data"][0]
+        address = self._host.__array_interface__["data"][0] - start + (start << 9)
+        addressed[address] = self
+        return types.SimpleNamespace(ptr=address)
+
+    @property
     def flags(self) -> types.SimpleNamespace:
         flags = self._host.flags
         return types.SimpleNamespace(c_contiguous=flags.c_contiguous, f_contiguous=flags.f_contiguous)
 
     def get(self, stream: Any = None, order: str = "C", out: Any = None, blocking: bool = True) -> np.ndarray:
+        counters.transfer(self._host.nbytes, "D2H")
         if blocking:
             counters.sync()
-        counters.transfer(self._host.nbytes)
+            streams.deliver()
         if out is None:
             return self._host.copy(order)
-        out[...] = self._host
+        if (out.dtype, out.shape) != (self.dtype, self.shape):
+            raise TypeError("get needs an array of the same dtype and shape")
+        if blocking or not streams.is_pinned(out):
+            out[...] = self._host
+        else:
+            streams.copy_out(self._host, out)
         return out
 
     def set(self, array: np.ndarray, stream: Any = None) -> None:
         if not isinstance(array, np.ndarray) or (array.dtype, array.shape) != (self.dtype, self.shape):
             raise TypeError("set needs a NumPy array of the same dtype and shape")
         counters.transfer(array.nbytes)
+        if streams.is_pinned(array):
+            streams.copy_in(array)
         self._host[...] = array
+
+    def __del__(self) -> None:
+        if (block := getattr(self, "_block", None)) is not None:
+            block.leave()
 
     def item(self) -> Any:
         if self.size != 1:
@@ -246,24 +288,34 @@ def _index(index: Any) -> tuple[tuple, list[ndarray]]:
             arrays.append(part)
             part = part._host
             if part.dtype == bool:
-                counters.sync()  # for the size of the result
+                _sync_for_size()
         parts.append(part)
     if not any(part is Ellipsis for part in parts):
         parts.append(Ellipsis)  # with it NumPy gives a 0-d view instead of a scalar
     return tuple(parts), arrays
 
 
+def _sync_for_size() -> None:
+    """Count that the host waits for the size of a result, which it copies from the GPU."""
+    streams.refuse_transfer("D2H")
+    counters.sync()
+
+
 def _new(host: np.ndarray, device: int) -> ndarray:
     """Put a NumPy array on a device, and its memory on the books."""
-    if host.dtype.char not in "?bhilqBHILQefdFD":
+    if host.dtype.char not in "?bhilqBHILQefdFD" and host.dtype.name != "bfloat16":
         raise TypeError(f"Unsupported dtype {host.dtype}")
     owner = host
     while isinstance(owner.base, np.ndarray):
         owner = owner.base
-    if (key := id(owner)) not in _blocks:
-        _blocks[key] = (device, owner.nbytes, weakref.ref(owner, lambda _: _blocks.pop(key)))
+    if (block := _blocks.get(key := id(owner))) is None:
+        block = _blocks[key] = Block(owner, device)
+        block.owner = weakref.ref(owner, lambda _, blocks=_blocks: blocks.pop(key))
+        if block.capture is not None:
+            block.capture.taken.append(owner)
+    block.enter()
     array = object.__new__(ndarray)
-    array._host, array._device = host, device
+    array._host, array._device, array._block = host, device, block
     return array
 
 
@@ -313,19 +365,28 @@ def _run(name: str, function: Callable, args: tuple, kwargs: dict[str, Any]) -> 
     out: list[ndarray] = []
     args = _unwrap(args, inputs)
     kwargs = {key: _unwrap(value, out if key == "out" else inputs) for key, value in kwargs.items()}
-    with np.errstate(all="ignore"):  # a GPU raises no floating-point warnings
-        result = function(*args, **kwargs)
+    capture = streams.capture_now()
+    # what a capture does not run, it must still have the shape of: it runs, and what it wrote is put back
+    before = [(a._host, a._host.copy()) for a in inputs + out if capture and a._host.flags.writeable]
+    try:
+        with np.errstate(all="ignore"):  # a GPU raises no floating-point warnings
+            result = function(*args, **kwargs)
+    finally:
+        for host, value in before:
+            host[...] = value
     if name in LAYOUT:
         return result
+    if name in BLAS and np.asarray(result).dtype.kind in "fV" and _file_of_the_caller().is_relative_to(PACKAGE):
+        raise AssertionError(f"CuPy's {name} cannot be captured: minivit.backend.product can")
     several = isinstance(result, list | tuple)
     hosts = [np.asarray(x) for x in (result if several else [result]) if x is not None]
+    known = {id(a._host): a for a in inputs + out}  # out=, or an array that needed no change: the very same comes back
     may_be_view = hosts and not out and not isinstance(function, np.ufunc)
     device = _current()
     if may_be_view and all(any(np.may_share_memory(host, a._host) for a in inputs) for host in hosts):
         device = inputs[0]._device
     elif name in ("empty", "empty_like"):
-        kind, dtype = hosts[0].dtype.kind, hosts[0].dtype
-        hosts[0].fill(np.nan if kind in "fc" else kind == "b" or np.iinfo(dtype).max)
+        streams.poison(hosts[0])
     else:
         for a in inputs + out:
             if a._device != device:
@@ -338,10 +399,58 @@ def _run(name: str, function: Callable, args: tuple, kwargs: dict[str, Any]) -> 
         counters.launched[name] += 1
         counters.bytes += sum(map(_traffic, hosts + read))
         if name in SYNCING or (name == "where" and len(args) == 1):
-            counters.sync()
-    known = {id(a._host): a for a in inputs + out}  # out=, or an array that needed no change: the very same comes back
+            _sync_for_size()
+        if capture is not None:
+            _refuse_in_capture(name, args)
+            made = [host for host in hosts if id(host) not in known]
+            again = functools.partial(_again, function, args, kwargs, made)
+            capture.add(name, again, [a._block for a in inputs + out])
+            for host in made:
+                streams.poison(host)
     arrays = [known[id(host)] if id(host) in known else _new(host, device) for host in hosts]
     return (arrays if isinstance(result, list) else tuple(arrays)) if several else arrays[0] if arrays else None
+
+
+def _again(function: Callable, args: tuple, kwargs: dict[str, Any], made: list[np.ndarray]) -> None:
+    """Run what was captured, into the arrays that it had made then."""
+    with np.errstate(all="ignore"):
+        result = function(*args, **kwargs)
+    if made:
+        for host, value in zip(made, result if isinstance(result, list | tuple) else [result], strict=True):
+            np.copyto(host, value)
+
+
+def _refuse_in_capture(name: str, args: tuple) -> None:
+    """Raise CuPy's error for what it does not capture: cuBLAS, and concatenating more arrays than it has names for."""
+    if name in BLAS or (name == "einsum" and len(args) > 2):
+        raise NotImplementedError("calling cuBLAS API during stream capture is currently unsupported")
+    if name in ("concatenate", "stack", "vstack", "hstack", "dstack", "column_stack") and len(args[0]) > 8:
+        streams.refuse_transfer("H2D")  # of their addresses
+
+
+def launch(name: str, function: Callable[[], Any], read: Iterable[ndarray], written: Iterable[ndarray]) -> None:
+    """Run ``function()`` as one kernel called ``name``, or note it if the current stream is capturing.
+
+    It works on the NumPy arrays behind CuPy's (``array._host``), reads those of ``read`` and writes those of
+    ``written`` in place, and looks at their values only when it is called. What it costs is counted.
+    """
+    read, written = list(read), list(written)
+    for a in read + written:
+        if a._device != _current():
+            raise ValueError(f"{name}: an array resides on device {a._device}, the current device is {_current()}")
+    counters.launched[name] += 1
+    counters.bytes += sum(_traffic(a._host) for a in read + written)
+    if (capture := streams.capture_now()) is None:
+        with np.errstate(all="ignore"):
+            function()
+        return
+    hosts = [a._host for a in read + written]  # kept as long as the graph, whatever the function refers to
+
+    def again(_: list[np.ndarray] = hosts) -> None:
+        with np.errstate(all="ignore"):
+            function()
+
+    capture.add(name, again, [a._block for a in read + written])
 
 
 def _function(key: str, call: Callable) -> Callable:
@@ -389,7 +498,7 @@ def _crossing(key: str) -> Callable:
     def function(obj: Any, *args: Any, **kwargs: Any) -> ndarray:
         kwargs.pop("blocking", None)
         if isinstance(obj, ndarray) and obj._device != _current():
-            counters.transfer(obj.nbytes)
+            counters.transfer(obj.nbytes, "D2D")
             obj = _new(obj._host.copy(), _current())
         on_gpu = [isinstance(x, ndarray) for x in (obj if isinstance(obj, list | tuple) else [obj])]
         if any(on_gpu) and not all(on_gpu):
@@ -400,6 +509,8 @@ def _crossing(key: str) -> Callable:
             raise TypeError(wrong)
         host = np.array(call(obj, *args, **kwargs))  # never the caller's own memory
         counters.transfer(host.nbytes)
+        if isinstance(obj, np.ndarray) and streams.is_pinned(obj):
+            streams.copy_in(obj)
         return _new(host, _current())
 
     return function
@@ -502,26 +613,40 @@ def _complete_ndarray() -> None:
 
 cupy: Any = _Module("cupy", "")
 cupyx: Any = _Module("cupyx", "cupyx.")
-_stream = types.SimpleNamespace(synchronize=counters.sync)
-_pool = types.SimpleNamespace(used_bytes=_used_bytes, total_bytes=_used_bytes, free_all_blocks=lambda: None)
+
+
+def _synchronize() -> None:
+    counters.sync()
+    streams.deliver()
+
+
+Stream.waited = counters.sync
 _runtime = types.SimpleNamespace(
     CUDARuntimeError=CUDARuntimeError,
-    deviceSynchronize=counters.sync,
+    deviceSynchronize=_synchronize,
     getDevice=_current,
     getDeviceCount=lambda: DEVICES,
+    getDeviceProperties=lambda device: {"name": b"strict stand-in", "multiProcessorCount": 132},
 )
 cupy.cuda = types.SimpleNamespace(
     Device=Device,
-    Stream=types.SimpleNamespace(null=_stream),
-    get_current_stream=lambda: _stream,
+    Event=streams.Event,
+    Graph=streams.Graph,
+    Memory=Memory,
+    MemoryPool=streams.MemoryPool,
+    Stream=Stream,
+    get_current_stream=streams.get_current_stream,
+    get_elapsed_time=lambda start, end: 1.0,
     is_available=lambda: True,
     runtime=_runtime,
+    using_allocator=streams.using_allocator,
 )
+cupyx.empty_pinned = streams.empty_pinned
 cupy.counters = counters
 cupy.ndarray = ndarray
 cupy.asnumpy = lambda a: a if isinstance(a, np.ndarray) else a.get()
 cupy.get_array_module = lambda *args: cupy if any(isinstance(a, ndarray) for a in args) else np
-cupy.get_default_memory_pool = lambda: _pool
+cupy.get_default_memory_pool = lambda: streams.default_pool
 cupy.is_available = lambda: True
 cupy.__version__ = API["__version__"]
 _complete_ndarray()
@@ -532,12 +657,19 @@ _complete_ndarray()
 
 @contextlib.contextmanager
 def installed() -> Iterator[Any]:
-    """Put the stand-in into CuPy's place, with its counters at zero, and yield it."""
+    """Put the stand-in into CuPy's place, with its counters at zero, and yield it.
+
+    Kernels run in tests/tile.py, matrix products in tests/fake_cublaslt.py, which build on this file.
+    """
+    from tests import fake_cublaslt, tile
+
     counters.reset()
-    _thread.device = 0
+    streams.forget()
     with pytest.MonkeyPatch.context() as patch:
+        tile.install(patch, _current)
         for module in (cupy, cupyx, cupyx.scipy, cupyx.scipy.special):
             patch.setitem(sys.modules, module.__name__, module)
+        cupy.cublaslt = fake_cublaslt.install(patch)
         yield cupy
 
 
