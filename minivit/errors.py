@@ -33,6 +33,10 @@ class DeviceError(MinivitError, RuntimeError):
     """Arrays on different devices, or a device that is not there."""
 
 
+class KernelError(MinivitError, RuntimeError):
+    """A GPU kernel that cannot be compiled, loaded or launched."""
+
+
 class GraphError(MinivitError, RuntimeError):
     """Differentiation asked for where there is no graph, or no longer one."""
 

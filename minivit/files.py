@@ -54,6 +54,11 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     sync(path.parent)  # makes the rename last
 
 
+def user_cache() -> Path:
+    """Return minivit's folder in the user's cache (XDG_CACHE_HOME, ~/.cache): for what can be had again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "minivit"
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a file of text, in UTF-8, as :func:`replacing` does."""
     with replacing(path) as f:

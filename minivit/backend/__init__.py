@@ -1,14 +1,22 @@
 """Array backends: NumPy on the CPU and CuPy on CUDA, behind a handful of functions."""
 
+from minivit.backend.choices import chosen, tuning
 from minivit.backend.devices import (
     Array,
     array_module,
     auto_device,
+    compute_capability,
     cuda_status,
     device_of,
     is_array,
+    is_bfloat16,
+    is_floating,
+    is_half,
+    largest,
+    named_dtype,
     on_device_of,
     resolve_device,
+    spelled,
     to_device,
     to_numpy,
 )
@@ -19,12 +27,14 @@ from minivit.backend.memory import (
     peak_memory,
     total_memory,
 )
+from minivit.backend.multiply import product, products, square_sum
 from minivit.backend.random import (
     Key,
     normal,
     permutation,
     random_bits,
     uniform,
+    uniform_at,
     uniform_rows,
 )
 from minivit.backend.threads import (
@@ -33,31 +43,56 @@ from minivit.backend.threads import (
     cpu_cores,
     l2_cache,
 )
+from minivit.backend.transfers import (
+    SideStream,
+    packed_to,
+    resident,
+    side_stream,
+    through_pinned,
+)
 
 __all__ = [
     "Array",
     "Key",
+    "SideStream",
     "Team",
     "array_module",
     "auto_device",
     "available_memory",
     "blas_threads",
+    "chosen",
+    "compute_capability",
     "cpu_cores",
     "cuda_status",
     "device_of",
     "is_array",
+    "is_bfloat16",
+    "is_floating",
+    "is_half",
     "keep_freed_memory",
     "l2_cache",
+    "largest",
     "memory_in_use",
+    "named_dtype",
     "normal",
     "on_device_of",
+    "packed_to",
     "peak_memory",
     "permutation",
+    "product",
+    "products",
     "random_bits",
+    "resident",
     "resolve_device",
+    "side_stream",
+    "spelled",
+    "square_sum",
+    "through_pinned",
     "to_device",
     "to_numpy",
     "total_memory",
+    "tuning",
     "uniform",
+    "uniform_at",
     "uniform_rows",
 ]

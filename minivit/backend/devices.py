@@ -13,10 +13,12 @@ from typing import Annotated, Any
 
 import numpy as np
 
-from minivit.errors import DeviceError
+from minivit.errors import DeviceError, DTypeError
 
 Array = Annotated[Any, "Array"]
 """A NumPy or CuPy ndarray. Written on a parameter of an operation, it marks a differentiable input."""
+
+_FLOAT16 = np.dtype(np.float16)
 
 
 # ---- whose array is it -----------------------------------------------------------------------------------------------
@@ -63,6 +65,45 @@ def to_numpy(array: Array) -> np.ndarray:
     return array if isinstance(array, np.ndarray) else array.get()
 
 
+# ---- dtypes ----------------------------------------------------------------------------------------------------------
+
+
+def is_floating(dtype: Any) -> bool:
+    """Tell whether numbers of ``dtype`` have a gradient: real or complex floats, bfloat16 among them."""
+    return dtype.kind in "fc" or is_bfloat16(dtype)
+
+
+def is_half(dtype: Any) -> bool:
+    """Tell whether ``dtype`` is float16 or bfloat16, in which sums and statistics are not taken."""
+    return dtype == _FLOAT16 or is_bfloat16(dtype)
+
+
+def is_bfloat16(dtype: Any) -> bool:
+    """Tell whether ``dtype`` is ml_dtypes' bfloat16, to NumPy a kind of its own."""
+    return bool(dtype.kind == "V" and dtype.name == "bfloat16")
+
+
+def named_dtype(name: str) -> np.dtype:
+    """Return the dtype of a name, NumPy's or ``"bfloat16"``; raise DTypeError where ml_dtypes, which has it, is not."""
+    if name != "bfloat16":
+        return np.dtype(name)
+    try:
+        import ml_dtypes
+    except ImportError:
+        raise DTypeError("bfloat16 needs the package ml_dtypes", "pip install 'minivit[tile]'") from None
+    return np.dtype(ml_dtypes.bfloat16)
+
+
+def spelled(dtype: Any) -> str:
+    """Return how a dtype is written in Python, for a message: ``np.float32``, ``'bfloat16'``."""
+    return repr(dtype.name) if is_bfloat16(dtype) else f"np.{dtype}"
+
+
+def largest(dtype: Any) -> float:
+    """Return the largest number that a real ``dtype`` holds."""
+    return 2.0**127 * (2 - 2.0**-7) if is_bfloat16(dtype) else float(np.finfo(dtype).max)
+
+
 # ---- devices ---------------------------------------------------------------------------------------------------------
 
 
@@ -77,6 +118,14 @@ def cuda_status() -> str | None:
     except cupy.cuda.runtime.CUDARuntimeError as error:
         return f"CuPy found, no CUDA driver ({str(error).split(':')[0]}): install NVIDIA's driver"
     return None if count else "CuPy and a CUDA driver found, but no CUDA device"
+
+
+def compute_capability(device: str) -> tuple[int, int]:
+    """Return the compute capability of a GPU, (9, 0) of an H100."""
+    import cupy
+
+    digits = cupy.cuda.Device(int(resolve_device(device).removeprefix("cuda:"))).compute_capability
+    return int(digits[:-1]), int(digits[-1])
 
 
 def resolve_device(device: str) -> str:

@@ -43,8 +43,14 @@ def total_memory(device: str = "cpu") -> int:
     return os.sysconf("SC_PHYS_PAGES") * _page_size()
 
 
-def available_memory() -> int:
-    """Return how many bytes a process can still take before the machine, or its container, has none left."""
+def available_memory(device: str = "cpu") -> int:
+    """Return how many bytes a process can still take before the machine, its container, or the GPU has none left."""
+    if (device := resolve_device(device)) != "cpu":
+        import cupy
+
+        with cupy.cuda.Device(int(device.removeprefix("cuda:"))) as gpu:
+            pool = cupy.get_default_memory_pool()  # what it holds and nobody uses is free, too
+            return int(gpu.mem_info[0] + pool.total_bytes() - pool.used_bytes())
     free = []
     with contextlib.suppress(OSError, ValueError, StopIteration), open("/proc/meminfo") as f:
         free.append(1024 * int(next(line for line in f if line.startswith("MemAvailable")).split()[1]))

@@ -68,7 +68,7 @@ class Outline(np.ndarray):
         dtype = settings.get("dtype") or _result_dtype(ufunc, arrays)
         shapes = [np.shape(x) for x in arrays]
         if ufunc is np.matmul:
-            return self._like(_product_shape(*shapes), dtype)
+            return self._like(product_shape(*shapes), dtype)
         if ufunc is np.vecdot:
             return self._like(np.broadcast_shapes(*shapes)[:-1], dtype)
         shape = np.broadcast_shapes(*shapes)
@@ -187,7 +187,7 @@ def _reduced(shape: tuple[int, ...], axis: Any, keepdims: bool) -> tuple[int, ..
     return tuple(1 if i in axes else n for i, n in enumerate(shape) if keepdims or i not in axes)
 
 
-def _product_shape(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
+def product_shape(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
     """Return the shape of a @ b; raise ValueError if they do not fit."""
     left, right = (a if len(a) > 1 else (1, *a)), (b if len(b) > 1 else (*b, 1))
     if left[-1] != right[-2]:

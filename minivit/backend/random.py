@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from minivit.backend.devices import Array, array_module, is_array, resolve_device
+from minivit.backend.devices import Array, array_module, is_array, on_device_of, resolve_device
 from minivit.errors import ConfigError
 
 _MASK = (1 << 64) - 1
@@ -87,10 +87,27 @@ def uniform(key: Key, shape: tuple[int, ...], *, start: int = 0, device: str = "
     return _generate(key, shape, start, device, "float32", _unit_interval)
 
 
-def uniform_rows(key: Key, rows: np.ndarray, width: int) -> np.ndarray:
-    """Return ``uniform(key, (n, width))[rows]``, float32 (len(rows), width), without making the other rows."""
-    places = np.uint64(width) * rows.astype(np.uint64)[:, None] + np.arange(1, width + 1, dtype=np.uint64)
-    return np.asarray(_unit_interval(_splitmix_at(np, key.bits(), places)))  # (rows, width)
+def uniform_rows(key: Key, rows: Array, width: int) -> Array:
+    """Return ``uniform(key, (n, width))[rows]``, float32 (len(rows), width), without making the other rows.
+
+    It is made where ``rows``, integers (n,), lie.
+    """
+    xp = array_module(rows)
+    with on_device_of(rows):
+        places = xp.uint64(width) * rows.astype(xp.uint64)[:, None] + xp.arange(1, width + 1, dtype=xp.uint64)
+        return _unit_interval(_splitmix_at(xp, key.bits(), places))  # (rows, width)
+
+
+def uniform_at(key: Key, places: Array) -> Array:
+    """Return the numbers, float32, that ``uniform(key, (n,))`` has at ``places``, integers of any shape.
+
+    ``key.step`` may be an array of steps, uint64, beside ``places`` and broadcast with them: a stream for each.
+    """
+    xp = array_module(places)
+    with on_device_of(places):
+        z = places.astype(xp.uint64)
+        z += xp.uint64(1)
+        return _unit_interval(_splitmix_at(xp, key.bits(), z))
 
 
 def _unit_interval(bits: Array) -> Array:
