@@ -95,8 +95,8 @@ def _attention(
     return out
 
 
-def _cross_entropy(logits: np.ndarray, labels: np.ndarray, smoothing: float = 0.0) -> np.ndarray:
-    k = logits.shape[-1]
+def _cross_entropy(logits: np.ndarray, target: Any, labels: Any = None, smoothing: float = 0.0) -> np.ndarray:
+    k, labels = logits.shape[-1], labels if target is None else target
     rows = logits.reshape(-1, k).tolist()
     if labels.dtype.kind == "i":
         targets = [[float(j == label) for j in range(k)] for label in labels.reshape(-1).tolist()]
@@ -145,7 +145,7 @@ def _patches(shape: tuple[int, ...], patch: tuple[int, int]) -> list[tuple[int, 
     return [(n, np.s_[:, :, i : i + p, j : j + q]) for n, (i, j) in enumerate(corners)]
 
 
-def _patchify(images: np.ndarray, patch: tuple[int, int]) -> np.ndarray:
+def _patchify(images: np.ndarray, patch: tuple[int, int], dtype: Any = None) -> np.ndarray:
     parts = [images[index].reshape(len(images), -1) for _, index in _patches(images.shape, patch)]
     return np.stack(parts, axis=1)
 
@@ -157,8 +157,16 @@ def _unpatchify(patches: np.ndarray, patch: tuple[int, int], size: tuple[int, in
     return images
 
 
-def _linear(x: np.ndarray, weight: np.ndarray, bias: Any) -> np.ndarray:
-    return np.einsum("...i,oi->...o", x, weight) + (0.0 if bias is None else bias)
+def _embed_tokens(patches: np.ndarray, cls: Any = None, positions: Any = None) -> np.ndarray:
+    rows = [[*([] if cls is None else [cls[0, 0]]), *image] for image in patches]
+    return np.array(
+        [[row + (0.0 if positions is None else positions[0, t]) for t, row in enumerate(image)] for image in rows]
+    )
+
+
+def _linear(x: np.ndarray, weight: np.ndarray, bias: Any, onto: Any = None) -> np.ndarray:
+    product = np.einsum("...i,oi->...o", x, weight)
+    return product + (0.0 if bias is None else bias) + (0.0 if onto is None else onto)
 
 
 def _sigmoid(v: float) -> float:
@@ -186,6 +194,7 @@ FORWARD: dict[str, Callable[..., Any]] = {
     "div": _each(operator.truediv),
     "drop_path": lambda x, p, key: x * _dropped((len(x), 1), p, key).reshape(-1, *[1] * (x.ndim - 1)),
     "dropout": lambda x, p, key: x * _dropped(x.shape, p, key),
+    "embed_tokens": _embed_tokens,
     "erf": _each(math.erf),
     "exp": _each(math.exp),
     "gelu": _gelu,

@@ -282,6 +282,32 @@ def test_class_token_and_positions_get_their_gradient_once():
     np.testing.assert_allclose(model.cls_token.grad[0, 0], model.pos_embed.grad[0, 0], rtol=1e-12)
 
 
+@pytest.mark.parametrize("queries", [None, 1, 2])
+@pytest.mark.parametrize(
+    "drops", [{}, {"dropout": 0.5}, {"drop_path": 0.5}, {"dropout": 0.3, "drop_path": 0.3, "attention_dropout": 0.2}]
+)
+def test_a_residual_that_a_layer_adds_has_the_bits_of_one_added_after(drops, queries):
+    block = mv.nn.EncoderBlock(8, 2, 16, **drops)
+
+    def apart(x):
+        rest = x if queries is None else x[:, :queries]
+        y = rest + block.drop_path(block.attn(block.norm1(x), None, queries))
+        return y + block.drop_path(block.mlp(block.norm2(y)))
+
+    for training in (True, False):
+        block.train(training)
+        found = []
+        for function in (lambda x: block(x, None, queries), apart):
+            x = mv.tensor(normal(mv.Key(3), (5, 4, 8)).astype(np.float32), requires_grad=True)
+            with mv.random_key(mv.Key(1)), mv.first_order():
+                out = function(x)
+            out.backward(normal(mv.Key(4), out.shape).astype(np.float32))
+            found.append([out.data, x.grad, *(p.grad for p in block.parameters())])
+            block.zero_grad()
+        for a, b in zip(*found, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
 def test_dropout_acts_in_training_only():
     model = disturbed(mv.ViT(**SMALL, dropout=0.3, attention_dropout=0.2, embed_dropout=0.1, drop_path=0.2))
     images = uniform(mv.Key(1), (4, 3, 12, 8))

@@ -20,7 +20,7 @@ from minivit.autograd.derivative import confirm_together
 from minivit.autograd.judge import Check, judged_parts, locate, parts_of
 from minivit.autograd.orders import FirstOrder, SecondOrder, check_finite
 from minivit.autograd.tensor import Tensor, tensor
-from minivit.backend import Key, is_array, normal
+from minivit.backend import Key, is_array, is_floating, normal
 from minivit.errors import ConfigError, DTypeError, GradientError, GraphError, UndecidedError
 
 __all__ = ["Check", "GradientReport", "check_grads", "check_module", "judged"]
@@ -83,7 +83,7 @@ def check_grads(
     values, names = list(args), _argument_names(fn, len(args))
     for i, a in enumerate(args):
         data = a.data if isinstance(a, Tensor) else a
-        if isinstance(data, float) or (is_array(data) and data.dtype.kind == "f"):
+        if isinstance(data, float) or (is_array(data) and is_floating(data.dtype) and data.dtype.kind != "c"):
             values[i] = leaves[names[i]] = tensor(np.array(data, np.float64), requires_grad=True)
     if not leaves:
         raise GraphError("check_grads: no argument holds floating numbers", "pass float arrays")

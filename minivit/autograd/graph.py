@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from minivit.autograd.needs import Slot, Total, places, unbroadcast
+from minivit.autograd.needs import Slot, Total, places, rounded, unbroadcast
 from minivit.backend import Array, device_of, on_device_of
 from minivit.errors import GraphError
 
@@ -213,7 +213,7 @@ def propagate(
 
 def _fitting(part: Any, parent: Node, op: Any) -> Any:
     """Return a gradient summed over what was broadcast; raise if it does not fit its input then."""
-    part = unbroadcast(part, parent.shape)
+    part = rounded(unbroadcast(part, parent.shape), parent.dtype)
     if part.shape != parent.shape or part.dtype != parent.dtype:
         raise GraphError(
             f"a gradient of {op.name} is {part.dtype}{part.shape}, its input is {parent.dtype}{parent.shape}",

@@ -1,4 +1,4 @@
-"""What is wanted of a gradient: its shape, and what an entry of ``needs`` may be but False and True, a place for it.
+"""What is wanted of a gradient: its shape and dtype; and what an entry of ``needs`` may be but a bool, a place for it.
 
 ``propagate(…, slots=…)`` hands them to the gradients of twins. Both are true, so whoever knows nothing of them returns
 an array, as ever. It saves a twin's result a copy, or a sum its own pass over memory.
@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from minivit.backend import Array
+from minivit.backend import Array, is_bfloat16, is_half
 
 
 class Slot:
@@ -34,7 +34,8 @@ class Slot:
     def add(self, part: Array) -> None:
         """Add a part; the first is copied, so that nothing need be cleared before."""
         if self.filled:
-            self.array[...] += part
+            total = self.array
+            total += part
         else:
             self.array[...] = part
             self.filled = True
@@ -87,7 +88,15 @@ def unbroadcast(grad: Any, shape: tuple[int, ...]) -> Any:
         return grad
     stretched = [i + extra for i, n in enumerate(shape) if n == 1 and grad.shape[i + extra] != 1]
     axes = (*range(extra), *stretched)
-    if axes and grad.dtype == np.float16:  # in which a sum of ones stops at 2048
-        return unbroadcast(grad.astype(np.float32), shape).astype(np.float16)
+    if axes and is_half(grad.dtype):  # a sum of ones stops at 2048 in float16, at 256 in bfloat16
+        return unbroadcast(grad.astype(np.float32), shape).astype(grad.dtype)
     summed = grad.sum(axis=axes, keepdims=True) if axes else grad
     return summed.reshape(shape) if summed.shape[extra:] == shape else summed  # else it is wrong: the caller says so
+
+
+def rounded(x: Any, dtype: Any) -> Any:
+    """Return what was made of arrays of ``dtype``, as bfloat16 if that is theirs; arrays or Tensors.
+
+    Beside a Python float NumPy and CuPy make float32 of bfloat16, or float64, as they do of no other dtype.
+    """
+    return x.astype(dtype) if is_bfloat16(dtype) and x.dtype.kind == "f" else x

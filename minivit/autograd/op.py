@@ -22,6 +22,7 @@ g is the cotangent: the gradient that reaches the output. Every operation needs 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import types
@@ -32,11 +33,14 @@ from typing import Any
 import numpy as np
 
 from minivit.autograd.graph import Node, Unsaved, recording
+from minivit.autograd.needs import rounded
 from minivit.autograd.tensor import Tensor
 from minivit.autograd.twin import KINDS, Twin
-from minivit.backend import Array, device_of, is_array, on_device_of
+from minivit.backend import Array, device_of, is_array, is_floating, on_device_of, spelled
+from minivit.backend.tile import planned
 from minivit.errors import ConfigError, DeviceError, DTypeError, GraphError, MinivitError, ShapeError
 
+_HERE = contextlib.nullcontext()
 _INPUTS_REMEDY = "give Tensors, arrays or numbers; of a list make an array: np.asarray(x, np.float32)"
 
 OPS: dict[str, Op] = {}
@@ -63,6 +67,7 @@ class Op:
         self.variadic = len(self.names) if parameters[-1].kind is inspect.Parameter.VAR_POSITIONAL else None
         self.save = frozenset(save)
         self.saves_out = "out" in self.save
+        self.changes_dtype = False  # whether a result may have another than its inputs'
         self.reference: Callable[..., Any] | None = None
         self._vjp: Callable[..., Any] | None = None
         self._vjps: tuple[Callable[..., Any], ...] = ()
@@ -184,17 +189,16 @@ class Op:
                 break
         twin = self._twin_for(first) if self.twins and recording.first_order else None
         forward = self.forward if twin is None else twin.forward
-        if type(first) is np.ndarray:
+        with _HERE if type(first) is np.ndarray else on_device_of(first):
             out = self._run(forward, args)
-        else:
-            with on_device_of(first):
-                out = self._run(forward, args)
-                if out is NotImplemented:  # the twin has no kernel for these
-                    twin, out = None, self._run(self.forward, args)
+            if out is NotImplemented:  # the twin has no kernel for these
+                twin, out = None, self._run(self.forward, args)
         if twin is not None:
             out, kept = out
         if isinstance(out, np.generic):
             out = np.asarray(out)
+        if (type(first) is not np.ndarray or out.dtype is not first.dtype) and is_array(first):
+            out = out if self.changes_dtype else rounded(out, first.dtype)
         parents = tuple([nodes[i] for i in positions])
         if not (recording.enabled and any(parents)):
             return Tensor(out)
@@ -206,9 +210,9 @@ class Op:
         return Tensor(out, Node(self, args, parents, out))
 
     def _twin_for(self, first: Any) -> Twin | None:
-        """Return the twin for arrays of the kind of ``first``, if there is one."""
+        """Return the twin for arrays of the kind of ``first``, if there is one; while planning NumPy's are CuPy's."""
         if isinstance(first, np.ndarray):
-            return self.twins.get("cpu")
+            return self.twins.get("cpu" if planned.plans is None else "cuda")
         return self.twins.get("cuda") if is_array(first) else None
 
     def _check_alike(self, args: list[Any], positions: Sequence[int]) -> None:
@@ -226,10 +230,11 @@ class Op:
                     for j, b in arrays:
                         args[j] = b.astype("complex128")
                     return
-                to = first.dtype if first.dtype.kind in "fc" else a.dtype  # a mask becomes numbers, not they a mask
+                # a mask becomes numbers, not they a mask
+                to = spelled(first.dtype if is_floating(first.dtype) else a.dtype)
                 raise DTypeError(
                     f"{self.name}: {first.dtype}{first.shape} and {a.dtype}{a.shape} have different dtypes",
-                    f"convert one side: .to(np.{to}) or array.astype(np.{to})",
+                    f"convert one side: .to({to}) or array.astype({to})",
                 )
             if device_of(a) != device_of(first):
                 raise DeviceError(

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from minivit.autograd.graph import Node, propagate, recording
-from minivit.backend import Array, array_module, device_of, is_array, on_device_of, to_device, to_numpy
+from minivit.backend import Array, array_module, device_of, is_array, is_floating, on_device_of, to_device, to_numpy
 from minivit.errors import DTypeError, GraphError, ShapeError
 
 _adding = threading.Lock()  # held while a part is added to a leaf's gradient: threads may share the leaf
@@ -71,7 +71,7 @@ class Tensor:
     def requires_grad(self, value: bool) -> None:
         if not self.is_leaf:
             raise GraphError("requires_grad can be set on leaf Tensors only", "use detach() to cut a result off")
-        if value and self.dtype.kind not in "fc":
+        if value and not is_floating(self.dtype):
             raise DTypeError(f"a Tensor of {self.dtype} cannot require a gradient", "convert it: x.to(np.float32)")
         if value != self.requires_grad:
             self.node = Node.leaf(self) if value else None
@@ -193,7 +193,7 @@ def tensor(data: Any, dtype: Any = None, device: str | None = None, requires_gra
         if data.dtype == np.float64 and dtype is None:
             data = data.astype(np.float32)
     data = np.asarray(data) if isinstance(data, np.generic) else data
-    if data.dtype.kind not in "fiubc":
+    if not (data.dtype.kind in "iub" or is_floating(data.dtype)):
         raise DTypeError(f"a Tensor cannot hold {data.dtype}", "give numbers")
     if dtype is not None:
         data = data.astype(dtype, copy=False)

@@ -125,10 +125,7 @@ class ViT(Model):
     def embed(self, images: Any) -> Any:
         """Return the tokens that enter the encoder (eq. 1): (B, C, H, W) → (B, T, dim)."""
         x = self.patch_embed(images)  # (B, C, H, W) → (B, N, dim)
-        if self.cls_token is not None:
-            cls = ops.broadcast_to(self.cls_token, (x.shape[0], 1, self.dim))
-            x = ops.concat([cls, x], axis=1)  # (B, N, dim) → (B, 1 + N, dim)
-        return self.embed_drop(x if self.pos_embed is None else x + self.pos_embed)
+        return self.embed_drop(ops.embed_tokens(x, self.cls_token, self.pos_embed))  # → (B, T, dim)
 
     def features(self, images: Any, mask: Any = None, tokens: int | None = None) -> Any:
         """Return the tokens after the final norm (eq. 4): (B, C, H, W) → (B, T, dim), or only the first ``tokens``."""

@@ -9,7 +9,7 @@ from minivit import ops
 from minivit.autograd.graph import recording
 from minivit.errors import ConfigError, ShapeError
 from minivit.nn import init
-from minivit.nn.layers import MLP, Dropout, DropPath, LayerNorm, Linear
+from minivit.nn.layers import MLP, Dropout, DropPath, LayerNorm, Linear, added
 from minivit.nn.module import Module
 from minivit.nn.random import next_key
 from minivit.nn.recompute import recompute
@@ -60,17 +60,17 @@ class MultiHeadAttention(Module):
         value, proj = init.mimetic_pair(dim, self.heads * width, -0.4)
         weights[2], self.proj.weight.data[...] = value.T, proj.T
 
-    def forward(self, x: Any, mask: Any = None, queries: int | None = None) -> Any:
+    def forward(self, x: Any, mask: Any = None, queries: int | None = None, onto: Any = None) -> Any:
         """Return the attended tokens (B, T, dim), or of the first ``queries`` tokens only, (B, queries, dim).
 
-        ``mask`` as :func:`attention_mask` gives it.
+        ``mask`` as :func:`attention_mask` gives it. The result is added to ``onto``, of its shape, if that is given.
         """
         p = self.attention_dropout if self.training else 0.0
         key = next_key() if p > 0 else None
         mask = mask if mask is None or queries is None else mask[..., :queries, :]
         # (B, T, 3·H·d) → (B, T or queries, H·d)
         heads = ops.self_attention(self.qkv(x), self.heads, queries, mask, None, p, key)
-        return self.drop(self.proj(heads))  # → (B, T or queries, dim)
+        return added(self.proj, self.drop, heads, onto)  # → (B, T or queries, dim)
 
     def traced(self, x: Any, mask: Any = None, change: Callable[[Any], Any] | None = None) -> tuple[Any, Any]:
         """Return the attended tokens (B, T, dim), and the attention probabilities (B, heads, T, T) they came by.
@@ -123,17 +123,21 @@ class EncoderBlock(Module):
         return self._encode(x, mask, queries)
 
     def _encode(self, x: Any, mask: Any, queries: int | None) -> Any:
-        attended = self.attn(self.norm1(x), mask, queries)
-        return self._joined(x if queries is None else x[:, :queries], attended)
+        rest = x if queries is None else x[:, :queries]
+        attended = self._onto(rest, lambda onto: self.attn(self.norm1(x), mask, queries, onto))
+        return self._onto(attended, lambda onto: self.mlp(self.norm2(attended), onto))
 
-    def _joined(self, x: Any, attended: Any) -> Any:
-        x = x + self.drop_path(attended)
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+    def _onto(self, x: Any, branch: Callable[[Any], Any]) -> Any:
+        """Return x + drop_path(branch); where nothing is dropped, the branch's last layer adds x on the way."""
+        if self.drop_path.active:
+            return x + self.drop_path(branch(None))
+        return self.drop_path(branch(x))
 
     def traced(self, x: Any, mask: Any = None, change: Callable[[Any], Any] | None = None) -> tuple[Any, Any]:
         """Return the tokens after the block, (B, T, dim), and its attention: see :meth:`MultiHeadAttention.traced`."""
         attended, p = self.attn.traced(self.norm1(x), mask, change)
-        return self._joined(x, attended), p
+        x = x + self.drop_path(attended)
+        return self._onto(x, lambda onto: self.mlp(self.norm2(x), onto)), p
 
 
 def attention_mask(mask: Any, tokens: int, batch: int) -> Any:

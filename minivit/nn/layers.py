@@ -9,7 +9,8 @@ import numpy as np
 
 from minivit import ops
 from minivit.autograd.op import raw
-from minivit.backend import is_array
+from minivit.autograd.tensor import Tensor
+from minivit.backend import is_array, is_half, spelled
 from minivit.errors import DTypeError, ShapeError
 from minivit.nn import init
 from minivit.nn.module import Module, Parameter, shape_text
@@ -36,9 +37,9 @@ class Linear(Module):
         out_features, in_features = self.weight.shape
         return f"{in_features} → {out_features}" + ("" if self.bias is not None else ", no bias")
 
-    def forward(self, x: Any) -> Any:
-        """Return x·Wᵀ + b."""
-        return ops.linear(x, self.weight, self.bias)
+    def forward(self, x: Any, onto: Any = None) -> Any:
+        """Return x·Wᵀ + b, added to ``onto`` (…, out_features) if that is given."""
+        return ops.linear(x, self.weight, self.bias, onto)
 
 
 class LayerNorm(Module):
@@ -68,9 +69,14 @@ class Dropout(Module):
         """Return the rate; DropPath does not: it has another in each block, which are shown as one otherwise."""
         return f"p={self.p:g}"
 
+    @property
+    def active(self) -> bool:
+        """Whether it drops anything now."""
+        return self.training and self.p > 0
+
     def forward(self, x: Any) -> Any:
         """Return x with elements dropped, or x itself in eval mode."""
-        return ops.dropout(x, self.p, next_key()) if self.training and self.p > 0 else x
+        return ops.dropout(x, self.p, next_key()) if self.active else x
 
 
 class DropPath(Module):
@@ -79,9 +85,14 @@ class DropPath(Module):
     def __init__(self, p: float) -> None:
         self.p = rate("p", p)
 
+    @property
+    def active(self) -> bool:
+        """Whether it drops anything now."""
+        return self.training and self.p > 0
+
     def forward(self, x: Any) -> Any:
         """Return x with samples dropped, or x itself in eval mode."""
-        return ops.drop_path(x, self.p, next_key()) if self.training and self.p > 0 else x
+        return ops.drop_path(x, self.p, next_key()) if self.active else x
 
 
 class MLP(Module):
@@ -101,10 +112,17 @@ class MLP(Module):
         """Return the activation."""
         return self.activation
 
-    def forward(self, x: Any) -> Any:
-        """Return fc2(activation(fc1(x))), with dropout after either layer."""
+    def forward(self, x: Any, onto: Any = None) -> Any:
+        """Return fc2(activation(fc1(x))), with dropout after either layer, added to ``onto`` if that is given."""
         hidden = self.drop(ops.ACTIVATIONS[self.activation](self.fc1(x)))  # (…, dim) → (…, hidden)
-        return self.drop(self.fc2(hidden))  # (…, hidden) → (…, dim)
+        return added(self.fc2, self.drop, hidden, onto)  # (…, hidden) → (…, dim)
+
+
+def added(last: Linear, drop: Dropout, x: Any, onto: Any) -> Any:
+    """Return drop(last(x)), added to ``onto`` if that is given: within the layer's product if nothing is dropped."""
+    if onto is None or not drop.active:
+        return drop(last(x, onto))
+    return onto + drop(last(x))
 
 
 class PatchProjection(Module):
@@ -156,7 +174,7 @@ class PatchEmbed(Module):
         return self.grid[0] * self.grid[1]
 
     def forward(self, images: Any) -> Any:
-        """Return the tokens (B, N, dim) of images (B, C, H, W) in the model's dtype."""
+        """Return the tokens (B, N, dim) of images (B, C, H, W) in the model's dtype; float32 will do for a half."""
         expected = (self.in_channels, *self.image_size)
         if not is_array(raw(images)):
             remedy = "make an array of them: np.asarray(images, np.float32)"
@@ -167,9 +185,13 @@ class PatchEmbed(Module):
                 "axes are batch, channel, height, width; resize the images or build the model for them",
             )
         dtype = self.proj.weight.dtype
-        if images.dtype != dtype and {images.dtype.char, dtype.char} != {"d", "D"}:  # those: a gradient check's step
+        alike = images.dtype == dtype or {images.dtype.char, dtype.char} == {"d", "D"}  # or a gradient check's step
+        rounds = is_half(dtype) and images.dtype == np.float32
+        if not (alike or rounds):
             remedy = "scale and standardise them: mv.data.standardize(images, mean, std), as in training"
             if images.dtype.kind not in "iub":
-                remedy = f"convert the images: images.{'astype' if is_array(images) else 'to'}(np.{dtype})"
+                remedy = f"convert the images: images.{'astype' if is_array(images) else 'to'}({spelled(dtype)})"
             raise DTypeError(f"the model takes {dtype} images, got {images.dtype}", remedy)
-        return self.proj(ops.patchify(images, self.patch_size))  # (B, C, H, W) → (B, N, C·P·Q) → (B, N, dim)
+        images = images if isinstance(images, Tensor) else Tensor(images)  # its twin may run then
+        patches = ops.patchify(images, self.patch_size, dtype if rounds else None)  # (B, C, H, W) → (B, N, C·P·Q)
+        return self.proj(patches)  # → (B, N, dim)

@@ -13,7 +13,7 @@ import numpy as np
 
 from minivit.autograd.graph import Node
 from minivit.autograd.tensor import Tensor
-from minivit.backend import Array, device_of, to_device, to_numpy
+from minivit.backend import Array, device_of, is_floating, to_device, to_numpy
 from minivit.errors import CheckpointError, DTypeError
 from minivit.ops.convert import device_or_dtype
 
@@ -209,7 +209,7 @@ class Module:
         """
         target = device_or_dtype(target)
         is_device = isinstance(target, str)
-        if not is_device and target.kind != "f":
+        if not (is_device or (is_floating(target) and target.kind != "c")):
             raise DTypeError(f"a module cannot hold {target}", "use np.float32 or np.float64")
         for p in self.parameters():
             p.data = to_device(p.data, target) if is_device else p.data.astype(target, copy=False)
@@ -305,3 +305,8 @@ def watching(
         yield
     finally:
         _pass.watches = outer
+
+
+def is_watched() -> bool:
+    """Tell whether somebody is told of the modules that this thread runs."""
+    return bool(_pass.watches)

@@ -7,6 +7,7 @@ from typing import Any
 
 from minivit.autograd.tensor import Tensor
 from minivit.ops import cpu as _cpu  # noqa: F401 - attaches the twins on NumPy arrays to their operations
+from minivit.ops import cuda as _cuda  # noqa: F401 - and those on CuPy arrays
 from minivit.ops.activation import ACTIVATIONS, gelu, relu, sigmoid, silu
 from minivit.ops.attention import attention, attention_weights, self_attention
 from minivit.ops.convert import convert
@@ -39,6 +40,7 @@ from minivit.ops.reduce import logsumexp, max, mean, min, sum, var
 from minivit.ops.shape import (
     broadcast_to,
     concat,
+    embed_tokens,
     getitem,
     pad,
     patchify,
@@ -54,10 +56,11 @@ from minivit.ops.shape import (
 
 __all__ = [
     "ACTIVATIONS", "abs", "add", "attention", "attention_weights", "broadcast_to", "clip", "concat", "convert", "cos",
-    "cross_entropy", "div", "drop_path", "dropout", "erf", "exp", "gelu", "getitem", "layer_norm", "linear", "log",
-    "log_softmax", "logsumexp", "matmul", "max", "maximum", "mean", "min", "minimum", "mul", "neg", "pad", "patchify",
-    "pow", "relu", "reshape", "scatter", "self_attention", "sigmoid", "silu", "sin", "softmax", "split", "sqrt",
-    "stack", "sub", "sum", "swapaxes", "take_along_axis", "tanh", "transpose", "unpatchify", "var", "where",
+    "cross_entropy", "div", "drop_path", "dropout", "embed_tokens", "erf", "exp", "gelu", "getitem", "layer_norm",
+    "linear", "log", "log_softmax", "logsumexp", "matmul", "max", "maximum", "mean", "min", "minimum", "mul", "neg",
+    "pad", "patchify", "pow", "relu", "reshape", "scatter", "self_attention", "sigmoid", "silu", "sin", "softmax",
+    "split", "sqrt", "stack", "sub", "sum", "swapaxes", "take_along_axis", "tanh", "transpose", "unpatchify", "var",
+    "where",
 ]  # fmt: skip
 
 

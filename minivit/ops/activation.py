@@ -57,7 +57,7 @@ def gelu(x: Array, approximate: str = "none") -> Array:
     """Return x · Φ(x), Φ the standard normal distribution (Hendrycks and Gimpel 2016, arXiv 1606.08415, section 2).
 
     ``approximate="none"`` is exact, by erf; ``"tanh"`` is 0.5x(1 + tanh(√(2/π)(x + 0.044715x³))), at most 5e-4 away.
-    Twins: ops/cpu/activation.py.
+    Twins: ops/cpu/activation.py, ops/cuda/activation.py.
     """
     return narrow(wide(x) * gelu_cdf(wide(x), approximate), x)
 

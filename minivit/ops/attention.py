@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from minivit.autograd.op import op, raw
-from minivit.backend import Array, Key, device_of, to_device
+from minivit.backend import Array, Key, device_of, product, to_device
 from minivit.errors import ConfigError, DTypeError, ShapeError
 from minivit.ops.dropout import keep_scale
 from minivit.ops.elementwise import where
@@ -56,7 +56,7 @@ def attention(
     check_inputs(q, k, v, mask, dropout, key)
     p = _weights(q, k, _on_device(mask, q), scale)
     drop = _drop(p, dropout, key)
-    return narrow((p if drop is None else p * drop) @ wide(v), q)
+    return narrow(product(p if drop is None else p * drop, wide(v)), q)
 
 
 def check_inputs(q: Array, k: Array, v: Array, mask: Any, dropout: float, key: Key | None) -> None:
@@ -145,7 +145,7 @@ def self_attention(
 
     qkv holds a token's queries, then its keys, then its values, as one projection makes them: one input instead of
     three, whose gradient is written in one piece. With ``queries`` only that many first tokens attend, to all of them:
-    → (B, queries, heads·d). Twins: ops/cpu/attention.py.
+    → (B, queries, heads·d). Twins: ops/cpu/attention.py, ops/cuda/attention.py.
     """
     check_heads(qkv, heads, queries)
     q, k, v = split_heads(qkv, 3, heads)

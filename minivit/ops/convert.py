@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from minivit.autograd.op import op
-from minivit.backend import Array, to_device
+from minivit.backend import Array, is_floating, named_dtype, to_device
 from minivit.errors import ConfigError, DTypeError
 
 
@@ -16,7 +16,10 @@ def device_or_dtype(target: Any) -> Any:
     if isinstance(target, str) and target.split(":")[0] in ("cpu", "cuda"):
         return target
     try:
-        return np.dtype("no dtype" if target is None else target)  # to NumPy None is float64
+        # to NumPy None is float64
+        return named_dtype(target) if isinstance(target, str) else np.dtype("no dtype" if target is None else target)
+    except DTypeError:  # bfloat16, and what it needs is not installed
+        raise
     except TypeError:
         remedy = "use 'cpu', 'cuda', 'cuda:1', …, or np.float32 and the like"
         raise ConfigError(f"{target!r} is neither a device nor a dtype", remedy) from None
@@ -28,9 +31,12 @@ def convert(x: Array, to: Any) -> Array:
     to = device_or_dtype(to)
     if isinstance(to, str):
         return to_device(x, to)
-    if x.dtype.kind in "fc" and to.kind not in "fc":
+    if is_floating(x.dtype) and not is_floating(to):
         raise DTypeError(f"a differentiable {x.dtype} array cannot become {to}", "use detach() first")
     return x.astype(to, copy=False)
+
+
+convert.changes_dtype = True
 
 
 @convert.vjp

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from minivit.autograd.op import op
-from minivit.backend import Array
+from minivit.backend import Array, product
+from minivit.backend.tile import planned
 from minivit.errors import ShapeError
 from minivit.ops.elementwise import add
 from minivit.ops.shape import reshape, swapaxes
@@ -47,6 +48,8 @@ def _product(a: Array, b: Array) -> Array:
     OpenBLAS's kernels compute on what happens to lie in unused lanes of their registers, throw it away, and leave the
     processor's flag for an invalid operation set: NumPy would warn of results that have nothing wrong.
     """
+    if type(a) is not np.ndarray or planned.plans is not None:
+        return product(a, b)
     with np.errstate(invalid="ignore"):
         return a @ b
 
@@ -56,34 +59,47 @@ _matmul.vjps(lambda g, out, a, b: matmul(g, swapaxes(b, -1, -2)),
 
 
 @op(save=("x", "weight"))
-def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
-    """Return x·Wᵀ + b: x (…, in), weight (out, in) as in PyTorch, bias (out,) → (…, out). Twins: ops/cpu/matmul.py."""
-    check_linear(x, weight)
+def linear(x: Array, weight: Array, bias: Array | None = None, onto: Array | None = None) -> Array:
+    """Return onto + x·Wᵀ + b: x (…, in), weight (out, in) as in PyTorch, bias (out,), onto (…, out) → (…, out).
+
+    ``onto`` is what the result is added to, as in a residual block: the product then writes their sum at once.
+    Twins: ops/cpu/matmul.py, ops/cuda/matmul.py.
+    """
+    check_linear(x, weight, onto)
     # (…, in) → (rows, in) → (rows, out): one product, not one for each entry of the batch
     out = _product(x.reshape(-1, x.shape[-1]), weight.T)
     if bias is not None:
         out += bias
-    return out.reshape(*x.shape[:-1], weight.shape[0])  # (rows, out) → (…, out)
+    out = out.reshape(*x.shape[:-1], weight.shape[0])  # (rows, out) → (…, out)
+    if onto is not None:
+        out += onto
+    return out
 
 
-def check_linear(x: Array, weight: Array) -> None:
-    """Raise unless x (…, in) fits a weight (out, in)."""
+def check_linear(x: Array, weight: Array, onto: Array | None) -> None:
+    """Raise unless x (…, in) fits a weight (out, in), and the result what it is added to."""
     if x.shape[-1] != weight.shape[1]:
         raise ShapeError(
             f"linear: an input of shape {x.shape} does not fit a weight of {weight.shape} (out, in)",
             f"give an input of shape (…, {weight.shape[1]})",
         )
+    if onto is not None and onto.shape != (*x.shape[:-1], weight.shape[0]):
+        raise ShapeError(
+            f"linear: a result of {(*x.shape[:-1], weight.shape[0])} does not fit onto {onto.shape}",
+            "give an onto of the result's shape, or add it afterwards",
+        )
 
 
 @linear.vjp
-def _(g: Any, out: Any, x: Any, weight: Any, bias: Any, needs: tuple[bool, ...]) -> Any:
+def _(g: Any, out: Any, x: Any, weight: Any, bias: Any, onto: Any, needs: tuple[bool, ...]) -> Any:
     rows = reshape(g, (-1, weight.shape[0]))  # (…, out) → (rows, out)
     gx = reshape(matmul(rows, weight), x.shape) if needs[0] else None
     gw = matmul(swapaxes(rows, 0, 1), reshape(x, (-1, weight.shape[1]))) if needs[1] else None
-    return gx, gw, rows if needs[2] else None  # the engine sums the bias gradient over the rows
+    return gx, gw, rows if needs[2] else None, g  # the engine sums the bias gradient over the rows
 
 
 @linear.composed
-def _(x: Any, weight: Any, bias: Any = None) -> Any:
+def _(x: Any, weight: Any, bias: Any = None, onto: Any = None) -> Any:
     out = matmul(x, swapaxes(weight, 0, 1))
-    return out if bias is None else add(out, bias)
+    out = out if bias is None else add(out, bias)
+    return out if onto is None else add(onto, out)

@@ -43,7 +43,8 @@ def layer_norm(x: Array, weight: Array, bias: Array, eps: float = 1e-6) -> Array
     """Return (x - μ)/√(σ² + eps) · weight + bias over the last axis (Ba, Kiros, Hinton 2016, arXiv 1607.06450, eq. 4).
 
     x (…, D), weight and bias (D,). The variance is taken of the centred x, in two passes: exact where E[x²] - E[x]²
-    would cancel. A row of equal numbers gives the bias. Twins: ops/cpu/normalize.py.
+    would cancel. A row of equal numbers gives the bias. Twins: ops/cpu/normalize.py,
+    ops/cuda/normalize.py.
     """
     x_hat, _ = _normalized(x, eps)
     return narrow(x_hat * weight + bias, x)

@@ -9,13 +9,12 @@ from typing import Any
 import numpy as np
 
 from minivit.autograd.op import op, raw
-from minivit.backend import Array, array_module
+from minivit.backend import Array, array_module, is_half
 from minivit.ops.convert import convert
 from minivit.ops.elementwise import exp
 from minivit.ops.shape import broadcast_to
 
 Axis = int | tuple[int, ...] | None
-HALF = np.dtype(np.float16)
 
 
 def _axes(axis: Axis, ndim: int) -> tuple[int, ...]:
@@ -35,13 +34,16 @@ def _keep(g: Any, shape: tuple[int, ...], axis: Axis) -> Any:
 
 
 def wide(x: Any) -> Any:
-    """Return an array or a Tensor, float16 as float32: a sum in float16 ends at 65504, and of ones stops at 2048."""
-    return convert(x, np.float32) if x.dtype == HALF else x
+    """Return an array or a Tensor, float16 and bfloat16 as float32.
+
+    A sum in float16 ends at 65504, and of ones stops at 2048; in bfloat16 it stops at 256.
+    """
+    return convert(x, np.float32) if is_half(x.dtype) else x
 
 
 def narrow(out: Any, x: Any) -> Any:
-    """Return what was made of :func:`wide` x as float16 again, if x is."""
-    return convert(out, HALF) if x.dtype == HALF else out
+    """Return what was made of :func:`wide` x in the dtype of x again, if that is half as wide."""
+    return convert(out, x.dtype) if is_half(x.dtype) else out
 
 
 def centred(x: Any, axis: Axis) -> Any:
@@ -116,7 +118,7 @@ def min(x: Array, axis: Axis = None, keepdims: bool = False) -> Array:
 def _(g: Any, out: Any, x: Any, axis: Axis, keepdims: bool, needs: tuple[bool, ...]) -> Any:
     x = raw(x)
     chosen = (x.real == _keep(raw(out).real, x.shape, axis)).astype(g.dtype)
-    return _keep(g, x.shape, axis) * (chosen / chosen.sum(axis=axis, keepdims=True))
+    return _keep(g, x.shape, axis) * narrow(chosen / wide(chosen).sum(axis=axis, keepdims=True), chosen)
 
 
 @op(save=("x",))

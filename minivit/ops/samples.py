@@ -197,14 +197,8 @@ _ROWS: dict[str, dict[str, Callable[[Draw], tuple[Any, ...]]]] = {
         "a cycle": lambda r: (r(2, 3, 5, 1), (2, 0, 3, 1)),
         "negative axes": lambda r: (r(3, 3, 3), (-1, 0, -2)),
     },
-    "swapaxes": {
-        "the last two": lambda r: (r(2, 3, 5), -1, -2),
-        "the outer two": lambda r: (r(3, 1, 3), 0, 2),
-    },
-    "broadcast_to": {
-        "new and stretched axes": lambda r: (r(3, 1, 5), (2, 3, 3, 5)),
-        "0-d": lambda r: (r(), (3, 2)),
-    },
+    "swapaxes": {"the last two": lambda r: (r(2, 3, 5), -1, -2), "the outer two": lambda r: (r(3, 1, 3), 0, 2)},
+    "broadcast_to": {"new and stretched axes": lambda r: (r(3, 1, 5), (2, 3, 3, 5)), "0-d": lambda r: (r(), (3, 2))},
     "concat": {
         "the first axis": lambda r: (0, r(2, 3), r(1, 3), r(2, 3)),
         "a negative axis": lambda r: (-2, r(2, 3, 3), r(2, 5, 3)),
@@ -243,13 +237,16 @@ _ROWS: dict[str, dict[str, Callable[[Draw], tuple[Any, ...]]]] = {
         "the last axis, repeated": lambda r: (r(2, 3, 5), r.integers(5, 2, 3, 4)),
         "the first axis": lambda r: (r(5, 3), r.integers(5, 2, 3), 0),
     },
-    "patchify": {
-        "rectangles": lambda r: (r(2, 3, 4, 9), (2, 3)),
-        "square": lambda r: (r(1, 1, 6, 6), (3, 3)),
-    },
+    "patchify": {"rectangles": lambda r: (r(2, 3, 4, 9), (2, 3)), "square": lambda r: (r(1, 1, 6, 6), (3, 3))},
     "unpatchify": {
         "rectangles": lambda r: (r(2, 6, 18), (2, 3), (4, 9)),
         "square": lambda r: (r(1, 4, 9), (3, 3), (6, 6)),
+    },
+    "embed_tokens": {
+        "a class token, positions": lambda r: (r(2, 3, 5), r(1, 1, 5), r(1, 4, 5)),
+        "a class token": lambda r: (r(3, 2, 3), r(1, 1, 3)),
+        "positions": lambda r: (r(2, 3, 5), None, r(1, 3, 5)),
+        "one image of one patch": lambda r: (r(1, 1, 3), r(1, 1, 3), r(1, 2, 3)),
     },
     "convert": {"to where it is": lambda r: (r(2, 3, 3), "cpu")},
     # ---- products ----
@@ -264,6 +261,7 @@ _ROWS: dict[str, dict[str, Callable[[Draw], tuple[Any, ...]]]] = {
         "no bias": lambda r: (r(2, 1, 3), r(3, 3), None),
         "a single vector": lambda r: (r(5), r(3, 5), r(3)),
         "one wide": lambda r: (r(3, 1, 1), r(1, 1), r(1)),
+        "onto every other row": lambda r: (r(2, 2, 3), r(5, 3), r(5), r(2, 4, 5)[:, ::2]),
     },
     # ---- activations ----
     "relu": {"3-D": lambda r: (r(2, 3, 3),), "0-d": lambda r: (r.positive(),)},
@@ -334,15 +332,13 @@ _ROWS: dict[str, dict[str, Callable[[Draw], tuple[Any, ...]]]] = {
         "3-D": lambda r: (r(2, 3, 5), r.positive(2, 3, 5)),
         "a single row": lambda r: (r(5), r.positive(5)),
         "200 apart": lambda r: (r.far_apart(3, 5), r.positive(3, 5)),
+        "smoothed": lambda r: (r(5, 3), r.positive(5, 3), None, 0.3),
+        "labels": lambda r: (r(2, 3, 5), None, r.integers(5, 2, 3)),
+        "labels, smoothed": lambda r: (r.far_apart(5, 3), None, r.integers(3, 5), 0.3),
+        "soft labels, smoothed": lambda r: (r(5, 3), None, r.positive(5, 3), 0.3),
     },
-    "dropout": {
-        "3-D": lambda r: (r(2, 3, 5), 0.3, _KEY),
-        "later rows": lambda r: (r(2, 5), 0.5, _LATER),
-    },
-    "drop_path": {
-        "3-D": lambda r: (r(5, 2, 3), 0.4, _KEY),
-        "later rows": lambda r: (r(7, 1), 0.5, _LATER),
-    },
+    "dropout": {"3-D": lambda r: (r(2, 3, 5), 0.3, _KEY), "later rows": lambda r: (r(2, 5), 0.5, _LATER)},
+    "drop_path": {"3-D": lambda r: (r(5, 2, 3), 0.4, _KEY), "later rows": lambda r: (r(7, 1), 0.5, _LATER)},
 }  # fmt: skip
 
 SAMPLES = [Sample(op, label, draw) for op, rows in _ROWS.items() for label, draw in rows.items()]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from minivit.autograd.op import op, raw
-from minivit.backend import Array, array_module, device_of, to_device
+from minivit.backend import Array, array_module, device_of, is_bfloat16, to_device
 from minivit.errors import ShapeError
 
 
@@ -130,6 +130,8 @@ def scatter(x: Array, index: Any, shape: tuple[int, ...]) -> Array:
     index = _raw_index(index)
     out = xp.zeros(shape, x.dtype)
     if _may_repeat(index):
+        if is_bfloat16(x.dtype):  # in which a sum soon stops
+            return scatter(x.astype(np.float32), index, shape).astype(x.dtype)
         xp.add.at(out, index, x)
     else:
         out[index] = x
@@ -171,17 +173,22 @@ def _may_repeat(index: Any) -> bool:
 
 
 @op()
-def patchify(images: Array, patch: tuple[int, int]) -> Array:
+def patchify(images: Array, patch: tuple[int, int], dtype: Any = None) -> Array:
     """Cut images (B, C, H, W) into patches (B, N, C·P·Q) of P by Q pixels, row by row (ViT section 3.1, eq. 1).
 
     Within a patch the order is (C, P, Q), that of a convolution's weight, so that timm's weights fit as they are.
+    ``dtype`` is that of the patches, the images' own unless given. Twins: ops/cuda/shape.py.
     """
     b, c, h, w = images.shape
     p, q = patch
     if h % p or w % q:
         raise ShapeError(f"patchify: an image of {h}x{w} has no whole patches of {p}x{q}", "crop or resize the image")
     grid = images.reshape(b, c, h // p, p, w // q, q)
-    return grid.transpose(0, 2, 4, 1, 3, 5).reshape(b, (h // p) * (w // q), c * p * q)
+    patches = grid.transpose(0, 2, 4, 1, 3, 5).reshape(b, (h // p) * (w // q), c * p * q)
+    return patches if dtype is None else patches.astype(dtype, copy=False)
+
+
+patchify.changes_dtype = True
 
 
 @op()
@@ -197,5 +204,43 @@ def unpatchify(patches: Array, patch: tuple[int, int], size: tuple[int, int]) ->
     return grid.transpose(0, 3, 1, 4, 2, 5).reshape(b, length // (p * q), h, w)
 
 
-patchify.vjps(lambda g, out, images, patch: unpatchify(g, patch, images.shape[2:]))
+patchify.vjps(
+    lambda g, out, images, patch, dtype: unpatchify(
+        g if dtype is None else g.astype(images.dtype), patch, images.shape[2:]
+    )
+)
 unpatchify.vjps(lambda g, out, patches, patch, size: patchify(g, patch))
+
+
+# ---- tokens ----------------------------------------------------------------------------------------------------------
+
+
+@op()
+def embed_tokens(patches: Array, cls: Array | None = None, positions: Array | None = None) -> Array:
+    """Return the tokens that enter an encoder (ViT eq. 1): the class token, then the patches, plus the positions.
+
+    patches (B, N, D), cls (1, 1, D), positions (1, T, D) → (B, T, D), T = N + 1, or N without a class token.
+    Twins: ops/cuda/shape.py.
+    """
+    xp, tokens = array_module(patches), patches
+    if cls is not None:
+        first = xp.broadcast_to(cls, (len(patches), 1, patches.shape[2]))
+        tokens = xp.concatenate([first, patches], axis=1)  # (B, N, D) → (B, 1 + N, D)
+    return tokens if positions is None else tokens + positions
+
+
+@embed_tokens.vjp
+def _(g: Any, out: Any, patches: Any, cls: Any, positions: Any, needs: tuple[bool, ...]) -> Any:
+    first = 0 if cls is None else 1
+    return (
+        getitem(g, (slice(None), slice(first, None))) if first else g,
+        getitem(g, (slice(None), slice(0, 1))) if needs[1] else None,  # the engine sums over the batch
+        g if needs[2] else None,
+    )
+
+
+@embed_tokens.composed
+def _(patches: Any, cls: Any = None, positions: Any = None) -> Any:
+    if cls is not None:
+        patches = concat([broadcast_to(cls, (patches.shape[0], 1, patches.shape[2])), patches], axis=1)
+    return patches if positions is None else patches + positions

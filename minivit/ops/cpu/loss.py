@@ -6,25 +6,28 @@ from typing import Any
 
 import numpy as np
 
-from minivit.ops.loss import _cross_entropy, count_rows
+from minivit.ops.loss import _cross_entropy, count_rows, target_of
 from minivit.ops.normalize import log_softmax
-from minivit.ops.reduce import wide
+from minivit.ops.reduce import narrow, wide
 
 
 @_cross_entropy.twin("cpu")
-def _(logits: np.ndarray, target: np.ndarray) -> Any:
-    log_p = log_softmax.forward(logits, -1)
-    rows = count_rows(logits.shape)
-    out = np.asarray(wide(np.vecdot(log_p, target)).sum() / -rows, logits.dtype)
+def _(logits: np.ndarray, target: Any, labels: Any, smoothing: float) -> Any:
+    log_p = log_softmax.forward(wide(logits), -1)
+    rows, target = count_rows(logits.shape), target_of(logits, target, labels, smoothing)
+    out = np.asarray(np.vecdot(log_p, target).sum() / -rows, log_p.dtype)
     p = np.exp(log_p, out=log_p)
     p *= target.sum(axis=-1, keepdims=True)
     p -= target
     p /= rows
-    return out, (p, logits)
+    return out, (p, logits, smoothing)
 
 
 @_cross_entropy.twin("cpu").vjp
 def _(g: np.ndarray, kept: Any, needs: tuple[bool, ...]) -> Any:
-    p, logits = kept
-    log_p = log_softmax.forward(logits, -1) if needs[1] else None
-    return (p * g if needs[0] else None, None if log_p is None else log_p * (g / -count_rows(logits.shape)))
+    p, logits, smoothing = kept
+    gt = None
+    if needs[1]:
+        gt = log_softmax.forward(wide(logits), -1) * (g / -count_rows(logits.shape))
+        gt = narrow(gt * (1.0 - smoothing) if smoothing else gt, logits)
+    return narrow(p * g, logits) if needs[0] else None, gt

@@ -11,21 +11,25 @@ from minivit.ops.matmul import check_linear, linear
 
 
 @linear.twin("cpu")
-def _(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None) -> Any:
-    check_linear(x, weight)
+def _(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None, onto: np.ndarray | None) -> Any:
+    check_linear(x, weight, onto)
     rows = x.reshape(-1, x.shape[-1])  # (…, in) → (rows, in)
     out = rows @ weight.T  # → (rows, out)
     if bias is not None:
         out += bias
-    return out.reshape(*x.shape[:-1], weight.shape[0]), (rows, weight, x.shape)
+    out = out.reshape(*x.shape[:-1], weight.shape[0])  # (rows, out) → (…, out)
+    if onto is not None:
+        out += onto
+    return out, (rows, weight, x.shape)
 
 
 @linear.twin("cpu").vjp
 def _(g: np.ndarray, kept: Any, needs: tuple[bool, ...]) -> Any:
     rows, weight, shape = kept
-    g = g.reshape(-1, weight.shape[0])  # (…, out) → (rows, out)
+    g_rows = g.reshape(-1, weight.shape[0])  # (…, out) → (rows, out)
     return (
-        (g @ weight).reshape(shape) if needs[0] else None,
-        g.T @ rows if needs[1] else None,
-        column_sums(g) if needs[2] else None,
+        (g_rows @ weight).reshape(shape) if needs[0] else None,
+        g_rows.T @ rows if needs[1] else None,
+        column_sums(g_rows) if needs[2] else None,
+        g,
     )

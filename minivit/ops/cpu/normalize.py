@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 
+from minivit.backend import is_half
 from minivit.ops.cpu.sums import column_sums, row_dots, row_sums, shares
 from minivit.ops.normalize import layer_norm, softmax
-from minivit.ops.reduce import HALF, narrow, wide
+from minivit.ops.reduce import narrow, wide
 
 
 def softmax_rows(scores: np.ndarray) -> np.ndarray:
@@ -26,7 +27,7 @@ def softmax_rows(scores: np.ndarray) -> np.ndarray:
 def _(x: np.ndarray, axis: int) -> Any:
     if axis % x.ndim != x.ndim - 1:
         return (out := softmax.forward(x, axis)), (out, axis)
-    out = narrow(softmax_rows(wide(x) if x.dtype == HALF else x.copy()), x)
+    out = narrow(softmax_rows(wide(x) if is_half(x.dtype) else x.copy()), x)
     return out, (out, -1)
 
 
