@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import minivit as mv
-from minivit.backend import normal, to_numpy
+from minivit.backend import normal
 from minivit.errors import CheckpointError, ConfigError, GraphError
 from minivit.train import parameters
 from minivit.train.ema import EMA
@@ -138,14 +138,18 @@ def test_on_a_gpu_nothing_waits_or_crosses(strict_cupy):
     opt_gpu = AdamW(model.named_parameters(), lr=0.01)
     on_gpu = EMA(opt_gpu.store, 0.99)
     for t in range(5):
-        opt_gpu.store.grad[...] = strict_cupy.asarray(normal(mv.Key(1, t), opt.store.grad.shape).astype(np.float32))
+        grad = normal(mv.Key(1, t), opt.store.grad.shape).astype(np.float32)
+        for name, view in opt_gpu.store.by_name(opt_gpu.store.grad).items():
+            view[...] = strict_cupy.asarray(opt.store.by_name(grad)[name])
         opt_gpu.update()
         strict_cupy.counters.reset()
         on_gpu.update()
         assert (strict_cupy.counters.syncs, strict_cupy.counters.transfers) == (0, 0)
         assert strict_cupy.counters.launches <= 3
-    np.testing.assert_allclose(to_numpy(on_gpu.flat), ema.flat, rtol=1e-6, atol=1e-7)
+    for name, average in on_gpu.state_dict().items():
+        np.testing.assert_allclose(average, ema.state_dict()[name], rtol=1e-6, atol=1e-7)
     on_gpu.load_state_dict(ema.state_dict())
-    assert (to_numpy(on_gpu.flat) == ema.flat).all()
+    for name, average in on_gpu.state_dict().items():
+        assert (average == ema.state_dict()[name]).all()
     with on_gpu.swapped():
         assert mv.predict_logits(model, IMAGES).shape == (5, 3)

@@ -194,6 +194,30 @@ def test_spans_are_joined_where_they_touch():
     assert store.spans_of([]) == []
 
 
+def test_on_a_gpu_parameters_are_aligned_and_a_group_is_one_stretch_all_the_same(strict_cupy):
+    named = {n: Parameter(strict_cupy.asarray(p.data)) for n, p in three().items()}
+    store = FlatParameters(named.items(), {"a": 0.5})
+    assert store.names == ["c", "a", "b"] and store.spans == [(0, 5), (64, 70), (128, 132)]
+    assert [tuple(g) for g in store.groups] == [(0, 64, True, 1.0), (64, 128, True, 0.5), (128, 192, False, 1.0)]
+    assert store.values.size == store.grad.size == 192
+    assert store.spans_of([0, 1, 2]) == [(0, 192)] and store.spans_of([2, 0]) == [(0, 64), (128, 192)]
+    assert [store.learned_before(g.stop) for g in store.groups] == [5, 11, 15]
+    for name, p in three().items():
+        assert (named[name].numpy() == p.data).all()
+    named["a"].grad, named["c"].grad = strict_cupy.ones((2, 3)), strict_cupy.ones((5, 1))
+    assert store.gather() == [(0, 128)] and float(store.grad.sum()) == 11.0
+
+
+def test_matrices_and_what_lies_between_them_are_one_stretch(strict_cupy):
+    named = [(n, Parameter(strict_cupy.ones((3, 5)))) for n in "abc"]
+    for _, p in named:
+        p.matrices = 1
+    muon, pieces = Muon(named), []
+    muon.update_piece = lambda piece, group: pieces.append(piece)
+    muon.update()
+    assert pieces == []  # nothing but matrices, and zeros between them
+
+
 def test_an_update_is_counted_and_says_what_it_changes():
     named = three()
     store = FlatParameters(named.items())

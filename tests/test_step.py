@@ -24,7 +24,7 @@ from minivit.nn.module import mode
 from minivit.runs.results import draw_attention
 from minivit.train.ema import EMA
 from minivit.train.optim import SGD, AdamW, Muon, clip_grad_norm, layer_scales
-from minivit.train.step import Piece, Totals
+from minivit.train.pieces import Piece, Totals
 from tests.test_vit import SMALL, disturbed, golden_model, goldens  # noqa: F401
 
 
@@ -427,11 +427,10 @@ def test_exchange_adds_up_what_the_threads_have_found():
     first, second, idle = step.buffers
     for value, buffer in enumerate(step.buffers, 1):
         buffer.flat[...] = 100.0 * value
-    first.written.clear()
-    first.add(0, np.full(opt.parameters[0].shape, 2.0))
-    first.add(0, np.full(opt.parameters[0].shape, 3.0))
-    second.add(0, np.full(opt.parameters[0].shape, 1.0))
-    second.add(4, np.full(opt.parameters[4].shape, 7.0))
+    first.slots[0].add(np.full(opt.parameters[0].shape, 2.0))
+    first.slots[0].add(np.full(opt.parameters[0].shape, 3.0))
+    second.slots[0].add(np.full(opt.parameters[0].shape, 1.0))
+    second.slots[4].add(np.full(opt.parameters[4].shape, 7.0))
     pieces = [Piece(np.asarray(loss), np.asarray(right)) for loss, right in ((0.5, 3), (0.25, 0), (1.0, 2))]
     totals = step.exchange(pieces)
     expected = [np.full(p.shape, {0: 6.0, 4: 7.0}.get(i, 0.0)) for i, p in enumerate(opt.parameters)]
@@ -441,8 +440,8 @@ def test_exchange_adds_up_what_the_threads_have_found():
     assert totals == (1.75, pytest.approx(np.linalg.norm(opt.store.grad), rel=1e-14), 5)
     assert unchanged(before, model, opt)
     assert step.exchange([*pieces, Piece(np.asarray(0.0), None)]).right is None  # unknown of one, unknown of all
-    first.written.clear()
-    second.written.clear()
+    first.mark(())
+    second.mark(())
     with pytest.raises(GraphError, match="no parameter of the optimizer gets a gradient"):
         step.exchange(pieces)
 
@@ -465,8 +464,8 @@ def test_update_changes_what_is_written_in_the_first_buffer():
     model, opt = make(np.float64)
     step = mv.TrainStep(model, opt, threads=2)
     opt.store.grad[...] = 1.0
-    step.buffers[0].written.update({1, 2})
-    step.buffers[1].written.add(5)  # what exchange has not taken over is none of its business
+    step.buffers[0].mark({1, 2})
+    step.buffers[1].mark({5})  # what exchange has not taken over is none of its business
     before = model.state_dict()
     step.update()
     assert {n for n, v in model.state_dict().items() if (v != before[n]).any()} == {opt.names[1], opt.names[2]}

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from minivit.backend import Array, array_module
+from minivit.backend import Array, array_module, square_sum
 from minivit.errors import ConfigError
 from minivit.nn.module import Parameter
 
@@ -31,8 +31,7 @@ def gradient_norm(arrays: Iterable[Array]) -> Array:
     """Return the Euclidean norm over all arrays together, as a 0-d array on their device."""
     total: Any = 0.0
     for a in arrays:
-        flat = a.reshape(-1)
-        total = total + flat @ flat
+        total = total + square_sum(a.reshape(-1))
     return array_module(total).sqrt(total)
 
 

@@ -10,6 +10,8 @@ import numpy as np
 
 from minivit.backend import on_device_of, to_numpy
 from minivit.errors import ConfigError
+from minivit.ops.cuda.update import average
+from minivit.train.numbers import lesser
 from minivit.train.parameters import FlatParameters, LaidOut, Span, chunks, load_arrays, overlaps
 
 
@@ -35,14 +37,20 @@ class EMA(LaidOut):
 
     def update_spans(self, spans: Sequence[Span]) -> None:
         """Take in what the last update changed in given spans; threads may share them out, as ``opt.update_spans``."""
-        t = self.store.steps
-        decay = min(self.decay, (1.0 + t) / (10.0 + t))
+        numbers = self.store.numbers
         with on_device_of(self.flat):
             for start, stop in chunks(self.flat, overlaps(spans, self.store.updated)):
-                average = self.flat[start:stop]
-                difference = self.store.values[start:stop] - average
-                difference *= 1.0 - decay
-                average += difference
+                ours, values = self.flat[start:stop], self.store.values[start:stop]
+                if numbers is None or not average(ours, values, numbers.ok, numbers.count, self.decay):
+                    difference = values - ours
+                    difference *= self._share()
+                    ours += difference
+
+    def _share(self) -> Any:
+        """Return how much of the way the average goes to the values in the present update."""
+        t, numbers = self.store.count, self.store.numbers
+        share = 1.0 - lesser(self.decay, (1.0 + t) / (10.0 + t))
+        return share if numbers is None else share * numbers.ok
 
     @contextlib.contextmanager
     def swapped(self) -> Iterator[None]:
@@ -52,8 +60,8 @@ class EMA(LaidOut):
         """
         before = [p.data for p in self.store.parameters]
         try:
-            for p, average in zip(self.store.parameters, self.views, strict=True):
-                p.data = average
+            for p, view in zip(self.store.parameters, self.views, strict=True):
+                p.data = view
             yield
         finally:
             for p, data in zip(self.store.parameters, before, strict=True):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import numpy as np
 
 from minivit import ops
-from minivit.backend import Array
+from minivit.backend import Array, to_numpy
+from minivit.data.loader import Loader
 from minivit.errors import DataError
 from minivit.nn.module import Module
 from minivit.ops.loss import check_labels
@@ -37,7 +39,7 @@ def evaluate(
     """
     logits, labels = [], []
     for images, targets in loader.batches(0):
-        check_classes(targets)
+        check_classes(targets := to_numpy(targets))
         logits.append(predict_logits(model, images, threads))
         labels.append(targets)
         if after_batch is not None:
@@ -59,3 +61,20 @@ def check_classes(labels: Array, classes: int | None = None) -> None:
         )
     if classes is not None:
         check_labels(labels, classes)
+
+
+def first_loss_doubt(loss: float, classes: int | None) -> str:
+    """Return a warning if a run's first loss is much worse than a guess among the model's ``classes``; "" if not."""
+    if classes is None or loss <= 1.5 * math.log(classes) + 0.5:
+        return ""
+    guess = f"a guess among {classes} classes has {math.log(classes):.2f}"
+    return f"warning: the first loss is {loss:.2f}, {guess}: look at the labels and the first weights"
+
+
+def check_labels_there(loader: Batches, classes: int | None) -> None:
+    """Raise DataError for a label outside a model's ``classes``, if known, in a loader whose batches are on a GPU.
+
+    There no step looks at labels, because it would wait for them.
+    """
+    if isinstance(loader, Loader) and loader.on_gpu and classes is not None:
+        check_labels(loader.dataset.labels, classes)

@@ -46,8 +46,12 @@ class Keeper(Observer):
     def step(self, trainer: Any, row: Row) -> None:
         """Record the step; save every ``save_every`` updates."""
         self.records.log(row)
-        if self.save_every and trainer.opt.steps % self.save_every == 0:
+        if self.is_due(trainer.opt.steps):
             self.save(trainer, "last")
+
+    def is_due(self, steps: int) -> bool:
+        """Tell whether the run is to be saved after so many updates."""
+        return bool(self.save_every and steps % self.save_every == 0)
 
     def epoch(self, trainer: Any, row: Row) -> None:
         """Record and save the epoch, also as the best one if it is."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
-from minivit.backend import Array, array_module
+from minivit.backend import Array, array_module, product
 from minivit.errors import ConfigError
 from minivit.nn.module import Parameter
+from minivit.train.numbers import scaled_gradient, unless_stopped
 from minivit.train.optimizer import AdamW, check_momentum
 from minivit.train.parameters import FlatParameters, Span, overlaps, traits
 
@@ -52,7 +54,7 @@ class Muon(AdamW):
             for a, b, shape in self.matrices:
                 if a < stop and b > start:
                     between.append((place, max(place, a)))
-                    place = min(b, stop)
+                    place = min(self.store.aligned(b), stop)
                     if a >= start:
                         self._update_matrices(slice(a, b), shape)
             super().update_spans([*between, (place, stop)])
@@ -60,11 +62,17 @@ class Muon(AdamW):
     def _update_matrices(self, piece: slice, shape: tuple[int, int, int]) -> None:
         group = next(g for g in self.groups if g.start <= piece.start < g.stop)
         lr, decay = self._rates(group)
-        p, g, b = (flat[piece].reshape(shape) for flat in (self.store.values, self.store.grad, self.state["m"]))
+        p, b = (flat[piece].reshape(shape) for flat in (self.store.values, self.state["m"]))
+        g = scaled_gradient(self.store, piece).reshape(shape)
+        with unless_stopped(self.store, [p, b]):
+            self._update_matrix(p, g, b, lr, decay)
+
+    def _update_matrix(self, p: Array, g: Array, b: Array, lr: Any, decay: float) -> None:
+        """Update matrices (…, n, k) by their gradient and their momentum ``b``."""
         g = g * (1.0 - self.momentum)
         after = b * self.momentum + g
         u = orthogonalized(after * self.momentum + g)
-        u *= lr * 0.2 * math.sqrt(max(shape[1:]))
+        u *= lr * 0.2 * math.sqrt(max(p.shape[1:]))
         b[...] = after  # only now: if there was no memory for all this, nothing has changed yet
         if decay:
             p *= 1.0 - lr * decay
@@ -82,6 +90,6 @@ def orthogonalized(x: Array) -> Array:
     x = x.swapaxes(-1, -2) if tall else x  # the products below are of the shorter side
     x = x / (xp.sqrt((x * x).sum(axis=(-2, -1), keepdims=True)) + 1e-7)
     for _ in range(5):
-        a = x @ x.swapaxes(-1, -2)  # (…, n, n)
-        x = 3.4445 * x + (2.0315 * (a @ a) - 4.7750 * a) @ x
+        a = product(x, x.swapaxes(-1, -2))  # (…, n, n)
+        x = 3.4445 * x + product(2.0315 * product(a, a) - 4.7750 * a, x)
     return x.swapaxes(-1, -2) if tall else x

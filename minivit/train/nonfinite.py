@@ -9,6 +9,7 @@ import numpy as np
 from minivit.autograd.graph import no_grad
 from minivit.autograd.op import raw
 from minivit.backend import Array, Key, array_module
+from minivit.errors import NonFiniteError
 from minivit.nn.module import Module, watching
 from minivit.nn.random import random_key
 from minivit.train.parameters import FlatParameters
@@ -45,3 +46,12 @@ def first_non_finite_gradient(model: Module, store: FlatParameters) -> str:
 def _finite(x: Any) -> bool:
     x = raw(x)
     return bool(array_module(x).isfinite(x).all())
+
+
+def non_finite(step: str, loss: float, grad_norm: float, place: str | None) -> NonFiniteError:
+    """Return the error of a step whose loss or gradient is not finite, and where it begins."""
+    return NonFiniteError(
+        f"{step}: the loss is {loss}, the gradient's norm {grad_norm}; "
+        f"the first non-finite value is in {place or 'the loss itself'}",
+        "nothing was updated: lower the learning rate, warm up longer, clip gradients, or look at this batch",
+    )

@@ -36,6 +36,10 @@ class Observer:
         The row has epoch, step, lr, images_per_second, seconds and, over the epoch's images so far, loss and accuracy;
         of the batch alone ``batch``, its number from 1, batch_loss and grad_norm. That of a batch which was left out,
         because its loss or gradient was not finite, has epoch, step, batch and ``left_out``, the reason.
+
+        On a GPU the next batch is under way by then: the row, ``trainer.opt.steps`` and ``trainer.step.grad_norm`` are
+        this batch's, but whoever looks at the parameters may see the next update made, and a learning rate that is set
+        here holds from the batch after the next on. Only where the run saves after this step it has waited.
         """
 
     def epoch(self, trainer: Any, row: Row) -> None:

@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from minivit.backend import Array, array_module, to_numpy
+from minivit.backend import Array, array_module, largest, to_numpy
 from minivit.errors import ConfigError
 from minivit.nn.module import Parameter
+from minivit.ops.cuda.update import adamw
+from minivit.train.numbers import scaled_gradient, unless_stopped
 from minivit.train.parameters import FlatParameters, Group, Span, chunks, load_arrays, overlaps
 
 
@@ -65,9 +67,9 @@ class Optimizer:
         return self.store.groups
 
     @property
-    def steps(self) -> int:
-        """Number of updates made."""
-        return self.store.steps
+    def steps(self) -> Any:
+        """Number of updates made; in an update that is led by numbers on the GPU a 0-d float64 array there."""
+        return self.store.count
 
     def zero_grad(self) -> None:
         """Forget the parameters' gradients."""
@@ -88,29 +90,39 @@ class Optimizer:
 
         Raises ConfigError, nothing changed, if a learning rate or weight decay was set that is not finite.
         """
+        self.check_rates()
+        self.store.begin_update(spans)
+
+    def check_rates(self) -> None:
+        """Raise ConfigError if a learning rate or weight decay was set that is not finite, and name the step."""
         try:
             self._check_rates()
         except ConfigError as error:
-            raise ConfigError(f"step {self.steps}: {error.what}", error.remedy) from None
-        self.store.begin_update(spans)
+            raise ConfigError(f"step {self.store.steps}: {error.what}", error.remedy) from None
 
     def update_spans(self, spans: Sequence[Span]) -> None:
         """Make the part of the update that lies in the given spans; threads may share them out."""
-        values, grad = self.store.values, self.store.grad
         spans = overlaps(spans, self.store.updated)
         for group in self.groups:
-            lr, decay = self._rates(group)
-            for start, stop in chunks(values, overlaps(spans, [(group.start, group.stop)])):
-                piece = slice(start, stop)
-                self.update_chunk(values[piece], grad[piece], lr, decay, *[s[piece] for s in self.state.values()])
+            for start, stop in chunks(self.store.values, overlaps(spans, [(group.start, group.stop)])):
+                self.update_piece(slice(start, stop), group)
 
-    def _rates(self, group: Group) -> tuple[float, float]:
+    def update_piece(self, piece: slice, group: Group) -> None:
+        """Update a piece of a group by its gradient, which it alone reads."""
+        lr, decay = self._rates(group)
+        p, *state = [flat[piece] for flat in (self.store.values, *self.state.values())]
+        with unless_stopped(self.store, [p, *state]):
+            self.update_chunk(p, scaled_gradient(self.store, piece), lr, decay, *state)
+
+    def _rates(self, group: Group) -> tuple[Any, float]:
         """Return the learning rate and the weight decay of a group at this step."""
-        return self.lr * group.scale, self.weight_decay if group.decayed else 0.0
+        numbers = self.store.numbers
+        lr = self.lr * group.scale if numbers is None else numbers.rate(group.scale)
+        return lr, self.weight_decay if group.decayed else 0.0
 
     def _check_rates(self) -> None:
         """Raise ConfigError unless both rates are finite numbers from 0 on, also in the values' dtype and scaled."""
-        most = float(np.finfo(self.store.values.dtype).max)
+        most = largest(self.store.values.dtype)
         for name, value in (("lr", self.lr), ("weight_decay", self.weight_decay)):
             check_rate(name, value, most)
         scale = max(group.scale for group in self.groups)
@@ -118,8 +130,12 @@ class Optimizer:
             what = f"lr={self.lr}, scaled by {scale}, and weight_decay={self.weight_decay}"
             raise ConfigError(what, "together they overflow")
 
-    def update_chunk(self, p: Array, g: Array, lr: float, decay: float, *state: Array) -> None:
-        """Update the slice ``p`` of the parameters in place by its gradient ``g``, which is not changed."""
+    def update_chunk(self, p: Array, g: Array, lr: Any, decay: float, *state: Array) -> None:
+        """Update the slice ``p`` of the parameters in place by its gradient ``g``, which is not changed.
+
+        In an update that is led by numbers on the GPU ``lr``, in the dtype of ``p``, and ``self.steps``, float64, are
+        0-d arrays there: arithmetic takes them as it does numbers, a look at a value (``if``, ``float``) would wait.
+        """
         raise NotImplementedError
 
     # ---- state ----
@@ -176,7 +192,24 @@ class AdamW(Optimizer):
         super().__init__(named_parameters, lr, weight_decay, lr_scales)
         self.betas, self.eps = betas, eps
 
-    def update_chunk(self, p: Array, g: Array, lr: float, decay: float, *state: Array) -> None:
+    def update_piece(self, piece: slice, group: Group) -> None:
+        """Update a piece of a group: led by numbers on the GPU in one launch, where there is a kernel."""
+        if self.store.numbers is None or not self._update_by_kernel(piece, group):
+            super().update_piece(piece, group)
+
+    def _update_by_kernel(self, piece: slice, group: Group) -> bool:
+        """Update a piece as :meth:`update_chunk` does, or leave it alone and return False."""
+        store, numbers = self.store, self.store.numbers
+        if type(self).update_chunk is not AdamW.update_chunk or store.values.dtype != np.float32:
+            return False
+        m, v = (self.state[slot][piece] for slot in AdamW.slots)
+        return adamw(
+            store.values[piece], store.grad[piece], m, v, None,
+            numbers.ok, numbers.count, numbers.lr, numbers.multiplier,
+            betas=self.betas, eps=self.eps, scale=group.scale, decay=self.weight_decay if group.decayed else 0.0,
+        )  # fmt: skip
+
+    def update_chunk(self, p: Array, g: Array, lr: Any, decay: float, *state: Array) -> None:
         """Update one slice."""
         m, v = state
         b1, b2 = self.betas
@@ -217,7 +250,7 @@ class SGD(Optimizer):
         self.momentum = check_momentum(momentum)
         super().__init__(named_parameters, lr, weight_decay, lr_scales)
 
-    def update_chunk(self, p: Array, g: Array, lr: float, decay: float, *state: Array) -> None:
+    def update_chunk(self, p: Array, g: Array, lr: Any, decay: float, *state: Array) -> None:
         """Update one slice."""
         (b,) = state
         xp = array_module(p)

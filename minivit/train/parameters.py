@@ -15,11 +15,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from minivit.autograd.tensor import Tensor
-from minivit.backend import Array, array_module, device_of, on_device_of, to_device
+from minivit.backend import Array, array_module, device_of, is_bfloat16, on_device_of, to_device
+from minivit.backend.tile import planned
 from minivit.errors import CheckpointError, ConfigError, GraphError
 from minivit.nn.module import Parameter
 
 CHUNK = 1 << 16  # numbers worked on at a time on a CPU: few enough for the cache, enough to be worth a call
+ALIGNMENT = 64  # on a GPU a parameter begins at a multiple of so many numbers, as kernels and cuBLASLt read them best
 
 Span = tuple[int, int]
 """A stretch (start, stop) of a flat array."""
@@ -42,8 +44,12 @@ class FlatParameters:
     parameter's place, in the order of ``names`` and ``parameters``. ``lr_scales`` are the factors by name, 1 where
     there is none: :func:`layer_scales` makes such.
 
+    On a GPU each parameter begins at a multiple of ``ALIGNMENT``. The numbers between two of them are 0 in the values,
+    as in all that is laid out alike, and belong to the group that they lie in: it is one stretch all the same.
+
     ``steps`` counts the updates made, and ``updated`` has the spans that the last one changed: see
-    :meth:`begin_update`. Move or convert a model before it is laid out, not after.
+    :meth:`begin_update`. ``numbers`` is None but while an update is made by numbers that lie on the GPU: see
+    :class:`~minivit.train.numbers.DeviceNumbers`. Move or convert a model before it is laid out, not after.
 
     Raises ConfigError for parameters or factors that cannot be used.
     """
@@ -62,18 +68,27 @@ class FlatParameters:
         named.sort(key=rule, reverse=True)
         self.names = [n for n, _ in named]
         self.parameters = [p for _, p in named]
-        self.spans: list[Span] = list(itertools.pairwise([0, *np.cumsum([p.size for _, p in named]).tolist()]))
+        first = self.parameters[0].data
+        self.alignment = 1 if device_of(first) == "cpu" and planned.plans is None else ALIGNMENT
+        starts = [0, *itertools.accumulate(self.aligned(p.size) for p in self.parameters)]
+        self.spans: list[Span] = [(start, start + p.size) for start, p in zip(starts, self.parameters, strict=False)]
         self.groups: list[Group] = []
         for (decayed, scale), members in itertools.groupby(zip(named, self.spans, strict=True), lambda m: rule(m[0])):
             spans = [span for _, span in members]
-            self.groups.append(Group(spans[0][0], spans[-1][1], decayed, scale))
-        first = self.parameters[0].data
+            self.groups.append(Group(spans[0][0], self.aligned(spans[-1][1]), decayed, scale))
         with on_device_of(first):
-            self.values = array_module(first).concatenate([p.data.reshape(-1) for p in self.parameters])
+            self.values = array_module(first).zeros(starts[-1], first.dtype)
+            for p, view in zip(self.parameters, self.split(self.values), strict=True):
+                view[...] = p.data
         self.grad = self.zeros()
         self.steps = 0
+        self.numbers: Any = None
         self.updated: list[Span] = [(0, self.values.size)]
         self._lay_out()
+
+    def aligned(self, place: int) -> int:
+        """Return the first place from ``place`` on at which a parameter may begin."""
+        return -(-place // self.alignment) * self.alignment
 
     def _lay_out(self) -> None:
         """Make the parameters views of the flat values."""
@@ -104,14 +119,21 @@ class FlatParameters:
         return dict(zip(self.names, self.split(flat), strict=True))
 
     def spans_of(self, places: Iterable[int]) -> list[Span]:
-        """Return the spans of some of the parameters, by their places in ``parameters``: as few as can be."""
+        """Return the spans of some of the parameters, by their places in ``parameters``: as few as can be.
+
+        What lies between a parameter and the next counts as its own.
+        """
         spans: list[Span] = []
         for i in sorted(places):
-            start, stop = self.spans[i]
+            start, stop = self.spans[i][0], self.aligned(self.spans[i][1])
             if spans and spans[-1][1] == start:
                 start = spans.pop()[0]
             spans.append((start, stop))
         return spans
+
+    def learned_before(self, place: int) -> int:
+        """Return how many of the parameters' own numbers lie before a place: the same on every device."""
+        return sum(stop - start for start, stop in self.spans if start < place)
 
     def gather(self) -> list[Span]:
         """Copy the parameters' own gradients, as ``backward`` leaves them, into ``grad``; return which have one.
@@ -129,11 +151,19 @@ class FlatParameters:
     def begin_update(self, spans: Sequence[Span] = ()) -> None:
         """Count an update of the given spans, or of all; whoever makes it calls this before it changes a value.
 
+        One that is made by ``numbers`` is counted by them.
+
         Raises GraphError, nothing changed, if a parameter's array is no longer the view that it was made.
         """
         self.check_views()
         self.updated = list(spans) or [(0, self.values.size)]
-        self.steps += 1
+        if self.numbers is None:
+            self.steps += 1
+
+    @property
+    def count(self) -> Any:
+        """The number of the present update: ``steps``, or what counts them on the GPU, a 0-d float64 array."""
+        return self.steps if self.numbers is None else self.numbers.count
 
     def check_views(self) -> None:
         """Raise GraphError if a parameter's array is no longer its view of the values."""
@@ -216,6 +246,9 @@ def _check_parameters(named: Sequence[tuple[str, Parameter]]) -> None:
     if not named:
         raise ConfigError("the optimizer got no parameter that requires a gradient", "pass named_parameters()")
     kinds = {(str(p.dtype), p.device) for _, p in named}
+    if any(is_bfloat16(p.dtype) for _, p in named):
+        what = "parameters of bfloat16, in which a small step is rounded away"
+        raise ConfigError(what, "keep them float32, and train in bfloat16: its working copy of them is made")
     if len(kinds) > 1:
         raise ConfigError(f"parameters of several kinds: {sorted(kinds)}", "convert the whole model: model.to(…)")
     for kind, values in (("name", [n for n, _ in named]), ("parameter", [str(id(p)) for _, p in named])):
@@ -244,7 +277,7 @@ def overlaps(spans: Iterable[Span], others: Sequence[Span]) -> list[Span]:
 
 def chunks(array: Array, spans: Iterable[Span]) -> Iterator[Span]:
     """Yield the given spans of a flat array in pieces (start, stop) to work on at a time."""
-    size = CHUNK if device_of(array) == "cpu" else array.size
+    size = CHUNK if device_of(array) == "cpu" and planned.plans is None else array.size
     for start, stop in spans:
         for a in range(start, stop, size):
             yield a, min(a + size, stop)

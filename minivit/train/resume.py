@@ -68,10 +68,11 @@ def run_settings(step: TrainStep, schedule: Schedule | None, ema: float | None, 
     smoothing = float(keywords.pop("smoothing", 0.0))
     return {
         "dtype": str(next(step.model.parameters()).dtype),
+        "precision": step.precision.name,
         "seed": step.seed,
         "optimizer": type(opt).__name__,
         "optimizer settings": settings_of(opt, "named_parameters", "lr", "weight_decay", "lr_scales"),
-        "factors on the learning rate": [[group.stop, group.scale] for group in opt.groups],
+        "factors on the learning rate": [[opt.store.learned_before(group.stop), group.scale] for group in opt.groups],
         "ema": ema,
         "weight decay": float(opt.weight_decay),
         "clip_norm": None if clip is None else float(clip),

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from minivit.autograd.op import raw
-from minivit.backend import Array, Team, is_array, l2_cache
+from minivit.backend import Array, Team, is_array, is_bfloat16, l2_cache
 from minivit.backend.threads import THREAD_NUMBERS
 from minivit.nn.module import Module
 
@@ -36,4 +36,4 @@ def team_for(model: Module, threads: int | None = None, micro_batch: int | None 
 def as_array(x: Any, dtype: Any = None) -> Array:
     """Return the array of a Tensor, an array itself or one made of a list; floating numbers as ``dtype``, if given."""
     x = raw(x) if is_array(raw(x)) else np.asarray(x)
-    return x.astype(dtype, copy=False) if dtype is not None and x.dtype.kind == "f" else x
+    return x.astype(dtype, copy=False) if dtype is not None and (x.dtype.kind == "f" or is_bfloat16(x.dtype)) else x

@@ -11,77 +11,45 @@ is the same work on the same arrays.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from minivit import ops
 from minivit.autograd.graph import Node, first_order, propagate
-from minivit.autograd.op import raw
 from minivit.autograd.tensor import Tensor
-from minivit.backend import Array, Key, array_module, device_of, is_array, on_device_of, to_device, to_numpy
-from minivit.errors import DataError, GraphError, NonFiniteError, ShapeError
+from minivit.backend import Array, Key, array_module, is_floating, on_device_of
+from minivit.backend.tile import planned
+from minivit.errors import GraphError, NonFiniteError
 from minivit.nn.module import Module, mode
 from minivit.nn.random import random_key
-from minivit.ops.loss import check_labels
+from minivit.ops.cuda.sums import collecting
+from minivit.train.capture import Capture
 from minivit.train.clip import check_clip_norm, scale_to_norm
-from minivit.train.nonfinite import first_non_finite, first_non_finite_gradient
+from minivit.train.ema import EMA
+from minivit.train.nonfinite import first_non_finite, first_non_finite_gradient, non_finite
+from minivit.train.numbers import DeviceNumbers
 from minivit.train.optimizer import Optimizer
-from minivit.train.parameters import FlatParameters, LaidOut
-from minivit.train.sharing import as_array, team_for
+from minivit.train.pieces import (
+    Batch,
+    Buffer,
+    Piece,
+    Totals,
+    add_share,
+    are_shares,
+    checked,
+    count_right,
+    loss_of,
+)
+from minivit.train.precision import LossScale, WorkingCopy, check_precision, computing
+from minivit.train.sharing import team_for
+from minivit.train.underway import Submitted, Underway
 
 DROP_STREAM = 0xD209  # the stream of dropout and drop path under a run's seed
-
-
-@dataclass(frozen=True)
-class Batch:
-    """What the micro-batches of one step have in common."""
-
-    images: Array  # (B, C, H, W)
-    labels: Array  # (B, …)
-    key: Key  # of dropout and drop path, in this step
-    training: bool | None  # the mode of all modules, or None: as each was set
-    places: Mapping[Node, int]  # of the parameters that get a gradient, in the order of the store
-
-
-class Piece(NamedTuple):
-    """What a micro-batch came to, on the device: its share of the batch's mean loss, and how many were right."""
-
-    loss: Array
-    right: Array | None
-
-
-class Totals(NamedTuple):
-    """What a batch came to: its mean loss, the norm of its gradient before it is clipped, and how many were right."""
-
-    loss: float
-    grad_norm: float
-    right: int | None
-
-
-class Buffer(LaidOut):
-    """A flat sum of gradients; ``written`` has the places of the parameters that it has got a part for."""
-
-    def __init__(self, store: FlatParameters, flat: Array) -> None:
-        super().__init__(store, flat)
-        self.written: set[int] = set()
-
-    def add(self, place: int, part: Array) -> None:
-        """Add a part of a parameter's gradient; the first is copied, so that nothing need be cleared before."""
-        if place in self.written:
-            self.views[place] += part
-        else:
-            self.views[place][...] = part
-            self.written.add(place)
-
-    def clear_the_rest(self) -> None:
-        """Zero the gradients that have got no part."""
-        for place in set(range(len(self.views))) - self.written:
-            self.views[place][...] = 0.0
 
 
 class TrainStep:
@@ -100,8 +68,16 @@ class TrainStep:
     :func:`minivit.load_model` returns it, is trained in training mode all the same, and stays set as it was; in one
     that is in training mode, the parts that were set to eval mode remain in it.
 
+    ``precision`` is what the model computes in, by a name of :data:`minivit.train.precision.NAMES`; ``ema`` is an
+    average of the parameters that takes each update in.
+
     A step is :meth:`gradients`, :meth:`exchange`, :meth:`clip` and :meth:`update`, one after the other. Each may be
     replaced in a subclass: what it takes and what it leaves is all that the others know of it.
+
+    On a GPU the verbs wait for nothing, and whatever is made of them is recorded in a graph and replayed:
+    ``why_launched`` says why, where it is not. :meth:`submit` hands a step in, and ``submit(…).totals()`` waits for
+    what it came to: as long as no more than ``ahead`` are asked for later, the GPU has work while the host prepares
+    the next. After a step that is not finite nothing is updated until its totals have been asked for.
 
     The C library gives freed memory back to the system, with which a step of a small model takes 1.4 times as long, of
     a larger one 1.07: a program that does little else than train calls ``minivit.backend.keep_freed_memory()`` first,
@@ -117,16 +93,56 @@ class TrainStep:
         micro_batch: int | None = None,
         clip_norm: float | None = None,
         seed: int = 0,
+        precision: str = "float32",
+        ema: EMA | None = None,
     ) -> None:
         if clip_norm is not None:
             check_clip_norm(clip_norm)
-        self.model, self.opt, self.loss, self.clip_norm, self.seed = model, opt, loss, clip_norm, seed
+        self.model, self.opt, self.loss, self.clip_norm, self.seed, self.ema = model, opt, loss, clip_norm, seed, ema
         self.grad_norm = math.nan
         self.right: int | None = None
         self.team = team_for(model, threads, micro_batch)
+        self.precision = check_precision(precision, self.team.device)
         # one for each thread; the first thread's is the gradient that the optimizer reads
         flats = [opt.store.grad, *(opt.store.zeros() for _ in range(self.team.threads - 1))]
         self.buffers = [Buffer(opt.store, flat) for flat in flats]
+        self._to_begin_with()
+
+    def _to_begin_with(self) -> None:
+        """Make what a step on a GPU keeps there: nothing is under way, and nothing recorded."""
+        store, dtype = self.opt.store, self.opt.store.values.dtype
+        self.numbers: DeviceNumbers | None = None
+        self.working: WorkingCopy | None = None
+        self.underway: Underway | None = None
+        if self.team.device == "cpu" and planned.plans is None:
+            return
+        self.numbers = DeviceNumbers(store, LossScale(store.values) if self.precision.scaled else None)
+        if self.precision.is_half:
+            dtype = self.precision.dtype
+            self.working = WorkingCopy(store, self.model, dtype)
+        capture = Capture(self._work, self._settings, self.model, store, dtype)
+        self.underway = Underway(self.numbers, capture, self._checked)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy, or pickle, takes along: not what is recorded, which works on the arrays of this one."""
+        own = ("numbers", "working", "underway")
+        return {k: v for k, v in vars(self).items() if k not in own} | {"state": self.state_dict()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update({name: value for name, value in state.items() if name != "state"})
+        self._to_begin_with()
+        self.load_state_dict(state["state"])
+
+    @property
+    def ahead(self) -> int:
+        """How many steps may be handed in before the totals of the first are asked for."""
+        # in float16 a batch whose gradient overflows is worked on again, before the next
+        return 0 if self.underway is None or self.precision.scaled else 1
+
+    @property
+    def why_launched(self) -> str:
+        """Why some steps on a GPU are launched one operation at a time; "" if all are recorded and replayed."""
+        return "" if self.underway is None else self.underway.capture.why_not
 
     def __call__(self, images: Any, labels: Any) -> float:
         """Make one update and return the batch's mean loss before it.
@@ -134,18 +150,62 @@ class TrainStep:
         images (B, C, H, W), made the model's dtype, labels as the loss takes them. Raises :class:`NonFiniteError`
         before the update if the loss or the gradient is not finite, :class:`GraphError` if nothing gets a gradient.
         """
+        return float(self.submit(images, labels).totals().loss)
+
+    def submit(self, images: Any, labels: Any) -> Submitted:
+        """Make one update, or on a GPU begin it, and return what ``totals()`` of it can be asked for.
+
+        They raise the :class:`NonFiniteError` of this batch, or of one before it that nobody has asked for. The steps
+        after that one have not been made, and their batches may be handed in again.
+        """
         self.right = None
         batch = self._batch(images, labels)
         with on_device_of(self.opt.store.values):
-            pieces = self.gradients(batch)
-            totals = self.exchange(pieces)
-            self.grad_norm = totals.grad_norm
-            if not (math.isfinite(totals.loss) and math.isfinite(totals.grad_norm)):
-                raise self._non_finite(totals, batch)
+            if self.underway is None:
+                totals = self._run(batch)
+                return Submitted(batch, lambda _: self._checked(totals, batch))
+            self.opt.check_rates()
+            return self.underway.begin(batch, self.opt.lr)
+
+    def _run(self, batch: Batch) -> Totals:
+        """Make an update on the CPU, unless something is not finite; return what the batch came to."""
+        totals = self.exchange(self.gradients(batch))
+        if math.isfinite(totals.loss) and math.isfinite(totals.grad_norm):
             self.clip(totals.grad_norm)
             self.update()
+            if (ema := self.ema) is not None:
+                self.team.spread(lambda start, stop: ema.update_spans([(start, stop)]), ema.flat.size)
+        return totals
+
+    def _work(self, batch: Batch) -> None:
+        """Make an update on a GPU, and leave there what the batch came to: no value is looked at."""
+        assert self.numbers is not None
+        totals = self.exchange(self.gradients(batch))
+        self.numbers.finish(totals.loss, totals.grad_norm, totals.right)
+        with self.numbers.leading():
+            self.clip(totals.grad_norm)
+            self.update()
+            if self.ema is not None:
+                self.ema.update()
+
+    def _checked(self, totals: Totals, batch: Batch) -> Totals:
+        """Keep what a batch came to, and return it; raise NonFiniteError if that is not finite."""
+        self.grad_norm = totals.grad_norm
+        if not (math.isfinite(totals.loss) and math.isfinite(totals.grad_norm)):
+            raise self._non_finite(totals, batch)
         self.right = totals.right
-        return totals.loss
+        return totals
+
+    # ---- state ----
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """Return a copy of what a step keeps besides the optimizer's state: in float16, the scale of the loss."""
+        return {} if self.numbers is None or self.numbers.scale is None else self.numbers.scale.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what :meth:`state_dict` gave, in whatever precision that was."""
+        if self.numbers is not None and self.numbers.scale is not None and state:
+            self.numbers.scale.load_state_dict(state)
 
     # ---- the four verbs ----
 
@@ -156,19 +216,22 @@ class TrainStep:
         parameters they are of; what was in a buffer before is gone. Returns the pieces in the order of the rows.
         """
         for buffer in self.buffers:
-            buffer.written.clear()
-        return self.team.run(partial(self._piece, batch), len(batch.images))
+            buffer.mark(())
+        with computing(self.precision, self.working):
+            places = {p.node: i for i, p in enumerate(self.opt.parameters) if p.node is not None}
+            return self.team.run(partial(self._piece, batch, places), len(batch.images))
 
     def exchange(self, pieces: Sequence[Piece]) -> Totals:
         """Add up whatever was computed apart: here, by threads.
 
         Takes the buffers and pieces as :meth:`gradients` leaves them. Leaves in the first buffer, which is the
         optimizer's ``store.grad``, the gradient of the whole batch, 0 where no thread had a part, and in its
-        ``written`` the parameters that any of them had a part for. Returns the totals, for which a GPU is waited for
-        this once in a step. Raises GraphError if no parameter got a gradient.
+        ``written`` the parameters that any of them had a part for. Returns the totals, on a GPU as 0-d arrays. Raises
+        GraphError if no parameter got a gradient.
         """
         total, others = self.buffers[0], [buffer for buffer in self.buffers[1:] if buffer.written]
-        if not (total.written or others):
+        written = total.written.union(*(buffer.written for buffer in others))
+        if not written:
             raise GraphError(
                 "no parameter of the optimizer gets a gradient from this loss",
                 "set requires_grad = True on what is to learn, and let the loss depend on the model's output",
@@ -176,18 +239,25 @@ class TrainStep:
         for buffer in (total, *others):
             buffer.clear_the_rest()
         squares = self.team.spread(partial(add_share, total.flat, [b.flat for b in others]), total.flat.size)
-        total.written.update(*(buffer.written for buffer in others))
+        total.mark(written)
         losses, rights = [p.loss for p in pieces], [p.right for p in pieces if p.right is not None]
         xp = array_module(total.flat)
-        found = [sum(losses[1:], losses[0]), xp.sqrt(sum(squares[1:], squares[0]))]
-        if len(rights) == len(pieces):
-            found.append(sum(rights[1:], rights[0]))
-        loss, grad_norm, *right = to_numpy(xp.stack([x.astype(np.float64) for x in found])).tolist()
-        return Totals(loss, grad_norm, int(right[0]) if right else None)
+        loss, grad_norm = sum(losses[1:], losses[0]), xp.sqrt(sum(squares[1:], squares[0]))
+        right = sum(rights[1:], rights[0]) if len(rights) == len(pieces) else None
+        if self.numbers is not None:
+            return Totals(loss, grad_norm, right)
+        return Totals(float(loss), float(grad_norm), None if right is None else int(right))
 
-    def clip(self, grad_norm: float) -> None:
-        """Scale the optimizer's ``store.grad``, whose norm is ``grad_norm``, down to ``clip_norm`` if that is less."""
-        if (limit := self.clip_norm) is not None and grad_norm > limit:
+    def clip(self, grad_norm: Any) -> None:
+        """Scale the optimizer's ``store.grad``, whose norm is ``grad_norm``, down to ``clip_norm`` if that is less.
+
+        On a GPU that is left to the update, which takes the factor from ``numbers``.
+        """
+        if (limit := self.clip_norm) is None:
+            return
+        if self.numbers is not None and self.opt.store.numbers is self.numbers:
+            self.numbers.clip(limit)
+        elif grad_norm > limit:
             # all of it before the update begins: that may read beyond its share
             grad = self.opt.store.grad
             self.team.spread(lambda start, stop: scale_to_norm([grad[start:stop]], grad_norm, limit), grad.size)
@@ -197,55 +267,47 @@ class TrainStep:
 
         Raises GraphError if there are none.
         """
-        opt = self.opt
-        if not self.buffers[0].written:  # to the optimizer no spans are all of them
+        opt, written = self.opt, self.buffers[0].written
+        if not written:  # to the optimizer no spans are all of them
             raise GraphError("a step has no gradient to update by", "call gradients, exchange and clip before it")
-        opt.begin_update(opt.store.spans_of(self.buffers[0].written))
+        opt.begin_update(opt.store.spans_of(written))
         self.team.spread(lambda start, stop: opt.update_spans([(start, stop)]), opt.store.values.size)
 
     # ---- what they are made of ----
 
     def _batch(self, images: Any, labels: Any) -> Batch:
         """Return a batch as arrays, with what else this step has of its own; raise an error for what is none."""
-        for name, given in (("images", images), ("labels", labels)):
-            if isinstance(given, Tensor) and given.is_recorded:
-                what = f"a TrainStep has no gradient in its {name}, a Tensor that requires one"
-                raise GraphError(what, f"give {name}.detach() to hold them constant, or train by loss.backward()")
-        images, labels = as_array(images, self.opt.store.values.dtype), as_array(labels)
-        if not (images.ndim and labels.ndim):
-            raise ShapeError(f"images {images.shape}, labels {labels.shape}", "give arrays (B, C, H, W) and (B,)")
-        if len(images) != len(labels):
-            raise ShapeError(f"{len(images)} images, {len(labels)} labels", "give one label for each image")
-        return Batch(
-            images,
-            labels,
-            key=Key(self.seed, DROP_STREAM, self.opt.steps),
-            training=None if self.model.training else True,
-            places={p.node: i for i, p in enumerate(self.opt.parameters) if p.node is not None},
-        )
+        images, labels = checked(images, labels, self.opt.store.values.dtype)
+        number = self.opt.steps if self.numbers is None else self.numbers.steps
+        mode = None if self.model.training else True
+        return Batch(images, labels, Key(self.seed, DROP_STREAM, number), mode, are_shares(labels))
 
-    def _piece(self, batch: Batch, thread: int, start: int, stop: int) -> Piece:
+    def _piece(self, batch: Batch, places: Mapping[Node, int], thread: int, start: int, stop: int) -> Piece:
         """Run one micro-batch forward and backward into the thread's buffer."""
         share = (stop - start) / len(batch.images)
-        with mode(batch.training), random_key(batch.key.at_row(start)), first_order():
-            logits = self.model(self.team.here(batch.images[start:stop]))
-            loss = self._loss(logits, batch.labels, start, stop)
-        right = count_right(logits, batch.labels[start:stop])
-        cotangent = array_module(loss.data).full((), share, loss.dtype)
-        for node, part in propagate(loss.node, cotangent) if loss.node is not None else ():
-            if node not in batch.places:
-                raise self._not_optimized(node)
-            self.buffers[thread].add(batch.places[node], part)
-        return Piece(loss.data * share, right)
+        slots = self.buffers[thread].slots
+        with contextlib.nullcontext() if batch.sums is None else collecting(batch.sums):
+            with mode(batch.training), random_key(batch.key.at_row(start)), first_order():
+                logits = self.model(self._images(batch, start, stop))
+                if self.working is not None and isinstance(logits, Tensor):
+                    logits = ops.convert(logits, np.float32)  # what a loss adds up, and labels that are shares
+                loss = loss_of(self.loss, logits, batch, start, stop)
+            right = count_right(logits, batch.labels[start:stop]) if batch.counted else None
+            cotangent = array_module(loss.data).full((), share, loss.dtype)
+            if self.numbers is not None and self.numbers.scale is not None:
+                cotangent *= self.numbers.scale.value
+            ours = {node: slots[i] for node, i in places.items()} if self.numbers is not None else None
+            for node, part in propagate(loss.node, cotangent, slots=ours) if loss.node is not None else ():
+                if node not in places:
+                    raise self._not_optimized(node)
+                slots[places[node]].add(part)
+        return Piece(loss.data if share == 1.0 else loss.data * share, right)
 
-    def _loss(self, logits: Any, labels: Array, start: int, stop: int) -> Tensor:
-        """Return the loss of a piece of the batch."""
-        try:
-            return check_loss(self.loss(logits, labels[start:stop]))
-        except DataError:  # of a label: then name its row in the batch, not in this piece of it
-            if labels.dtype.kind in "iu":
-                check_labels(labels, logits.shape[-1])
-            raise
+    def _images(self, batch: Batch, start: int, stop: int) -> Array:
+        """Return some of a batch's images, where the model is and as it takes them."""
+        images = self.team.here(batch.images[start:stop])
+        is_narrowed = self.working is not None and is_floating(images.dtype)
+        return images.astype(self.precision.dtype, copy=False) if is_narrowed else images
 
     def _not_optimized(self, node: Node) -> GraphError:
         name = next((n for n, p in self.model.named_parameters() if p.node is node), "a Tensor outside the model")
@@ -254,52 +316,26 @@ class TrainStep:
             "make the optimizer after changing the model, or freeze it: parameter.requires_grad = False",
         )
 
+    def _settings(self) -> dict[str, Any]:
+        """Return what an update reads besides the model, its batch and the numbers on the GPU."""
+        store = self.opt.store
+        own = {f"the optimizer's {name}": value for name, value in vars(self.opt).items() if name != "lr"}
+        return own | {
+            "groups": store.groups, "values": store.values, "gradient": store.grad, "parameters": store.parameters,
+            "loss": self.loss, "clip_norm": self.clip_norm, "seed": self.seed, "micro_batch": self.team.micro_batch,
+            "average": None if self.ema is None else (self.ema.flat, self.ema.decay),
+        }  # fmt: skip
+
     def _non_finite(self, totals: Totals, batch: Batch) -> NonFiniteError:
         """Return what tells where the first value is that is not finite."""
         place = None
-        with mode(batch.training):
+        with mode(batch.training), computing(self.precision, self.working):
             for start, stop in self.team.pieces(len(batch.images)):
-                images = self.team.here(batch.images[start:stop])
+                images = self._images(batch, start, stop)
                 if place := first_non_finite(self.model, images, batch.key.at_row(start)):
                     break
         if place is None and math.isfinite(totals.loss):
+            if self.numbers is not None:  # the next step's gradient may be there by now
+                self.gradients(batch)
             place = first_non_finite_gradient(self.model, self.opt.store)
-        return NonFiniteError(
-            f"step {self.opt.steps}: the loss is {totals.loss}, the gradient's norm {totals.grad_norm}; "
-            f"the first non-finite value is in {place or 'the loss itself'}",
-            "nothing was updated: lower the learning rate, warm up longer, clip gradients, or look at this batch",
-        )
-
-
-def add_share(total: Array, others: Sequence[Array], start: int, stop: int) -> Array:
-    """Add a share of other flat arrays to that of ``total``, in place; return the sum of its squares, 0-d."""
-    share = total[start:stop]
-    for other in others:
-        share += other[start:stop]
-    return share @ share
-
-
-def check_loss(loss: Any) -> Tensor:
-    """Return the loss; raise if it is not what a step can go back from."""
-    if not isinstance(loss, Tensor):
-        raise GraphError(f"the loss is a {type(loss).__name__}, not a Tensor", "make it of mv.ops, and keep its graph")
-    if loss.ndim:
-        raise ShapeError(f"the loss has the shape {loss.shape}", "give one number, the mean over the rows: mv.ops.mean")
-    return loss
-
-
-def count_right(logits: Any, labels: Array) -> Array | None:
-    """Return how many rows of logits (B, K) are largest at their label, as a 0-d array.
-
-    labels (B,) of integers or (B, K) of shares; None if logits or labels are anything else.
-    """
-    logits = raw(logits)
-    if not is_array(logits) or logits.ndim != 2 or logits.shape[1] < 2:
-        return None
-    if labels.shape == logits.shape:
-        if isinstance(labels, np.ndarray) and not (np.abs(labels.sum(axis=1) - 1.0) < 0.01).all():
-            return None  # no shares, but several classes at once, or other numbers; on a GPU, to look would be to wait
-        labels = labels.argmax(axis=1)  # (B, K) → (B,)
-    elif labels.shape != logits.shape[:1] or labels.dtype.kind not in "iu":
-        return None
-    return (logits.argmax(axis=1) == to_device(labels, device_of(logits))).sum()
+        return non_finite(f"step {self.opt.steps}", totals.loss, totals.grad_norm, place)

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import math
 import signal
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from minivit import ops
-from minivit.backend import Array
+from minivit.backend import Array, to_numpy
 from minivit.errors import ConfigError, DataError, NonFiniteError, Stopped, unknown_name
 from minivit.nn.module import Module
 from minivit.train.ema import EMA
-from minivit.train.evaluation import Batches, check_classes, evaluate
+from minivit.train.evaluation import Batches, check_classes, check_labels_there, evaluate, first_loss_doubt
 from minivit.train.identity import differences
 from minivit.train.keeper import Keeper, stamp
 from minivit.train.lock import RunLock
@@ -35,6 +35,7 @@ from minivit.train.resume import (
 from minivit.train.schedule import Schedule
 from minivit.train.signals import StopSignals
 from minivit.train.step import TrainStep
+from minivit.train.underway import HandedIn
 from minivit.weights.checkpoint import Checkpoint, load_checkpoint
 
 ON_NAN = ("stop", "skip", "rollback")
@@ -62,6 +63,8 @@ class Trainer:
     ``meta["train"]``. Nothing is printed: what happens is told to the ``observers``, in their order: see
     :class:`~minivit.train.observers.Observer`.
 
+    ``precision`` is what is computed in, as :class:`TrainStep` takes it.
+
     ``lock`` holds the folder while ``fit`` works. What is to be done with the folder before or after that, with no
     other process in between, is done in a block of its own: ``with trainer.lock: …``.
     """
@@ -86,6 +89,7 @@ class Trainer:
         on_nan: str = "stop",
         meta: Mapping[str, Any] | None = None,
         observers: Sequence[Observer] = (),
+        precision: str = "float32",
     ) -> None:
         if epochs < 1 or (save_every is not None and save_every < 1):
             raise ConfigError(f"epochs={epochs}, save_every={save_every}", "each must be at least 1")
@@ -100,11 +104,12 @@ class Trainer:
         self.patience, self.max_seconds, self.on_nan = patience, max_seconds, on_nan
         self.meta = dict(meta or {})
         self.ema = None if ema is None else EMA(opt.store, ema)
-        self.step = TrainStep(model, opt, loss, threads, micro_batch, clip_norm, seed)
+        self.step = TrainStep(model, opt, loss, threads, micro_batch, clip_norm, seed, precision, self.ema)
         self.keeper = None if folder is None else Keeper(Path(folder), save_every)
         self.observers = list(observers) if self.keeper is None else [self.keeper, *observers]
         self.progress = Progress()
         self.lock = RunLock(folder)
+        self._told = ""  # why steps are launched
         self._data: dict[str, Any] = {}  # what is trained on, and validated with: see data_settings
 
     def fit(self, train: Batches, valid: Batches | None = None) -> list[Row]:
@@ -162,7 +167,8 @@ class Trainer:
         if self.patience is not None and valid is None:
             raise ConfigError(f"patience={self.patience} without validation images", "give some, or no patience")
         for _, labels in itertools.islice(valid.batches(0), 1) if valid is not None else ():
-            check_classes(labels, self._classes())  # here, not after an epoch
+            check_classes(to_numpy(labels), self._classes())  # here, not after an epoch
+        check_labels_there(train, self._classes())
 
     # ---- epochs and steps ----
 
@@ -190,45 +196,78 @@ class Trainer:
         p = self.progress
         started = time.perf_counter() - p.seconds
         before = sum(row["seconds"] for row in p.history)
-        for images, labels in train.batches(p.epoch, start=p.batch):
-            if self.schedule is not None:
-                self.opt.lr = self.schedule(self.opt.steps)
-            loss = self._update(images, labels)
-            p.batch, p.lr, p.seconds = p.batch + 1, self.opt.lr, time.perf_counter() - started
-            if isinstance(loss, NonFiniteError):
-                row = {"epoch": p.epoch + 1, "step": self.opt.steps, "batch": p.batch, "left_out": loss.what}
-            else:
-                p.add(loss, len(labels), self.step.right)
-                of_batch = {"batch": p.batch, "batch_loss": loss, "grad_norm": self.step.grad_norm}
-                row = p.row(self.opt.steps) | of_batch
-            for observer in self.observers:
-                observer.step(self, row)
-            stop_if_asked()
-            if self.max_seconds is not None and before + p.seconds >= self.max_seconds:
-                return "its time is up"
+        waiting: deque[HandedIn] = (
+            deque()
+        )  # batches handed in; on a GPU the next is, before the last has been waited for
+
+        def finish(most: int) -> None:
+            """Wait for batches until no more than ``most`` are under way, and tell of each."""
+            while len(waiting) > most:
+                self._finish(waiting, started)
+                stop_if_asked()
+
+        try:
+            for images, labels in train.batches(p.epoch, start=p.batch):
+                waiting.append(self._submitted(images, labels, len(waiting)))
+                due = self.keeper is not None and self.keeper.is_due(self.opt.steps + len(waiting))
+                finish(0 if due else self.step.ahead)  # what is saved is as it is after its step
+                if self.max_seconds is not None and before + p.seconds >= self.max_seconds:
+                    finish(0)
+                    return "its time is up"
+            finish(0)
+        except BaseException:  # of the loader, or a signal: what is under way counts
+            with contextlib.suppress(Exception):
+                while waiting:
+                    self._finish(waiting, started)
+            raise
         return ""
 
-    def _update(self, images: Array, labels: Array) -> float | NonFiniteError:
-        """Make an update and return the batch's loss; or what is not finite, where the batch is left out for it."""
-        p, first = self.progress, self.opt.steps == 0
+    def _submitted(self, images: Array, labels: Array, under_way: int) -> HandedIn:
+        """Hand a batch in, behind others that are under way."""
+        steps = self.opt.steps + under_way
+        if self.schedule is not None:
+            self.opt.lr = self.schedule(steps)
+        return HandedIn(images, labels, self.opt.lr, steps == 0, self.step.submit(images, labels))
+
+    def _finish(self, waiting: deque[HandedIn], started: float) -> None:
+        """Wait for the first of the batches that are under way, and tell what it came to."""
+        p, batch, again = self.progress, waiting.popleft(), list[HandedIn]()
+        row: Row
+        if self.schedule is not None:
+            self.opt.lr = batch.lr
         try:
-            loss = self.step(images, labels)
+            totals = batch.submitted.totals()
         except NonFiniteError as error:
-            p.skipped += 1
-            if self.on_nan == "stop" or p.skipped >= MOST_SKIPPED:
-                raise
-            if self.on_nan == "rollback" and self.keeper is not None:
-                self._take_over(load_checkpoint(self.keeper.checkpoint("epoch")))
-            self._remark(f"batch {p.batch + 1} of epoch {p.epoch + 1} left out: {error.what}")
-            return error
-        p.skipped = 0
-        if self.ema is not None:
-            average = self.ema.update_spans
-            self.step.team.spread(lambda start, stop: average([(start, stop)]), self.opt.store.values.size)
-        if first and (classes := self._classes()) is not None and loss > 1.5 * math.log(classes) + 0.5:
-            guess = f"a guess among {classes} classes has {math.log(classes):.2f}"
-            self._remark(f"warning: the first loss is {loss:.2f}, {guess}: look at the labels and the first weights")
-        return loss
+            again = list(waiting)  # nothing was updated by them
+            waiting.clear()
+            self._leave_out(error)
+            p.batch, p.lr, p.seconds = p.batch + 1, batch.lr, time.perf_counter() - started
+            row = {"epoch": p.epoch + 1, "step": self.opt.steps, "batch": p.batch, "left_out": error.what}
+        else:
+            p.skipped = 0
+            p.batch, p.lr, p.seconds = p.batch + 1, batch.lr, time.perf_counter() - started
+            p.add(totals.loss, len(batch.labels), totals.right)
+            of_batch = {"batch": p.batch, "batch_loss": totals.loss, "grad_norm": totals.grad_norm}
+            row = p.row(self.opt.steps) | of_batch
+            if batch.is_first and (doubt := first_loss_doubt(totals.loss, self._classes())):
+                self._remark(doubt)
+        if self.step.why_launched != self._told:
+            self._told = self.step.why_launched
+            self._remark(f"each operation of a step is launched by itself, which takes longer: {self._told}")
+        for observer in self.observers:
+            observer.step(self, row)
+        for other in again:
+            waiting.append(self._submitted(other.images, other.labels, len(waiting)))
+
+    def _leave_out(self, error: NonFiniteError) -> None:
+        """Leave a batch out that is not finite; raise the ``error`` if the run is to stop for it."""
+        p = self.progress
+        p.skipped += 1
+        if self.on_nan == "stop" or p.skipped >= MOST_SKIPPED:
+            raise error
+        if self.on_nan == "rollback" and self.keeper is not None:
+            self._take_over(load_checkpoint(self.keeper.checkpoint("epoch")))
+        self._remark(f"batch {p.batch + 1} of epoch {p.epoch + 1} left out: {error.what}")
 
     def _classes(self) -> int | None:
         """Return the number of the model's classes, if it says so."""
@@ -256,6 +295,7 @@ class Trainer:
         if self.ema is not None:
             arrays |= {f"ema/{k}": v for k, v in self.ema.state_dict().items()}
         arrays |= {f"optimizer/{k}": v for k, v in self.opt.state_dict().items()}
+        arrays |= {f"step/{k}": v for k, v in self.step.state_dict().items()}
         state = self._state(self.epochs * self.progress.batches)
         return Checkpoint(arrays, model_settings(self.model) | self.meta | {"train": state.meta()})
 
@@ -294,6 +334,7 @@ class Trainer:
         """Take over parameters, their average, and the optimizer's state."""
         self.model.load_state_dict(checkpoint.under("model"))
         self.opt.load_state_dict(checkpoint.under("optimizer"))
+        self.step.load_state_dict(checkpoint.under("step"))
         if self.ema is not None:
             self.ema.load_state_dict(checkpoint.under("ema"))
 
