@@ -3,6 +3,11 @@
 An augmentation is a function of a batch and of random numbers that are handed to it, ``draws`` of them for each image.
 So what happens to an image depends on its own numbers only, not on the batch it is in. Changes of colour are in
 ``colour.py``, RandAugment in ``randaugment.py``, and what mixes two images and their labels in ``mixing.py``.
+
+Images may lie on a GPU. The random numbers do not: what they decide, by exponentials and logarithms that differ in
+their last bit between libraries, is decided on the CPU, and the few numbers for each image that say what to do follow
+the images. So every picture is the CPU's to 1e-5, with one exception: a mean brightness, for contrast, is summed in
+another order there; where a later operation rounds to bytes, one picture in thousands differs by more.
 """
 
 from __future__ import annotations
@@ -12,7 +17,7 @@ from typing import ClassVar, Protocol
 
 import numpy as np
 
-from minivit.backend import Key, uniform
+from minivit.backend import Array, Key, array_module, packed_to, uniform, uniform_at
 from minivit.errors import ConfigError
 
 
@@ -23,10 +28,11 @@ class Augment(Protocol):
     def draws(self) -> int:
         """How many random numbers an image takes."""
 
-    def __call__(self, images: np.ndarray, u: np.ndarray) -> np.ndarray:
+    def __call__(self, images: Array, u: np.ndarray) -> Array:
         """Return changed ``images``, float32 (B, C, H, W) in [0, 1], given ``u``, float32 (B, draws) in [0, 1).
 
-        The images handed in stay as they are.
+        The images handed in stay as they are. They lie on the CPU or the current GPU, and so do those
+        returned; ``u`` is NumPy's.
         """
 
 
@@ -41,7 +47,7 @@ class Chain:
         """How many random numbers an image takes: the steps' together."""
         return sum(step.draws for step in self.steps)
 
-    def __call__(self, images: np.ndarray, u: np.ndarray) -> np.ndarray:
+    def __call__(self, images: Array, u: np.ndarray) -> Array:
         """Return ``images`` after every step: see :class:`Augment`."""
         for step in self.steps:
             images, u = step(images, u[:, : step.draws]), u[:, step.draws :]
@@ -54,9 +60,9 @@ class Flip:
 
     draws: ClassVar[int] = 1
 
-    def __call__(self, images: np.ndarray, u: np.ndarray) -> np.ndarray:
+    def __call__(self, images: Array, u: np.ndarray) -> Array:
         """Return each of ``images`` as it is or mirrored: see :class:`Augment`."""
-        changed, mirrored = images.copy(), np.flatnonzero(u[:, 0] < 0.5)
+        changed, (mirrored,) = images.copy(), packed_to(images, np.flatnonzero(u[:, 0] < 0.5))
         changed[mirrored] = images[mirrored, :, :, ::-1]
         return changed
 
@@ -77,14 +83,33 @@ class Crop:
         if self.padding < 0:
             raise ConfigError(f"an image cannot be padded by {self.padding} pixels", "use 0 for no change")
 
-    def __call__(self, images: np.ndarray, u: np.ndarray) -> np.ndarray:
+    def __call__(self, images: Array, u: np.ndarray) -> Array:
         """Return each of ``images`` shifted by its two numbers in ``u``: see :class:`Augment`."""
-        height, width = images.shape[2:]
         p = self.padding
-        padded = np.pad(images, ((0, 0), (0, 0), (p, p), (p, p)))  # (B, C, H + 2p, W + 2p)
-        windows = np.lib.stride_tricks.sliding_window_view(padded, (height, width), (2, 3))  # (B, C, 2p+1, 2p+1, H, W)
         top, left = (u * np.float32(2 * p + 1)).astype(np.int64).T
-        return np.ascontiguousarray(windows[np.arange(len(images)), :, top, left])  # (B, C, H, W)
+        return _windows(_padded(images, p, p), top, left, *images.shape[2:])
+
+
+def _padded(images: Array, before: int, after: int, value: float = 0.0) -> Array:
+    """Return images with so many pixels of ``value`` before and after them, along both axes."""
+    batch, channels, height, width = images.shape
+    more = before + after
+    padded = array_module(images).full((batch, channels, height + more, width + more), value, images.dtype)
+    padded[:, :, before : before + height, before : before + width] = images
+    return padded
+
+
+def _windows(images: Array, top: np.ndarray, left: np.ndarray, height: int, width: int) -> Array:
+    """Return of each image the pixels (B, C, height, width) from (``top``, ``left``) on, int64 (B,) each."""
+    batch, channels, rows, columns = images.shape
+    xp = array_module(images)
+    if xp is np:  # copies whole rows of pixels
+        windows = np.lib.stride_tricks.sliding_window_view(images, (height, width), (2, 3))  # (B, C, …, …, H, W)
+        return np.ascontiguousarray(windows[np.arange(batch), :, top, left])  # (B, C, H, W)
+    (corner,) = packed_to(images, top * columns + left)
+    plane = xp.arange(batch * channels).reshape(batch, channels, 1, 1) * (rows * columns)
+    pixel = xp.arange(height)[:, None] * columns + xp.arange(width)  # (H, W)
+    return images.reshape(-1)[plane + corner[:, None, None, None] + pixel]  # (B, C, H, W)
 
 
 @dataclass(frozen=True)
@@ -112,7 +137,7 @@ class RandomResizedCrop:
         if not 0 < self.ratio[0] <= self.ratio[1] < np.inf:
             raise ConfigError(f"ratios {self.ratio} of width to height", "give the smallest and the largest, above 0")
 
-    def __call__(self, images: np.ndarray, u: np.ndarray) -> np.ndarray:
+    def __call__(self, images: Array, u: np.ndarray) -> Array:
         """Return of each of ``images`` the part that its four numbers in ``u`` choose: see :class:`Augment`."""
         batch, channels, height, width = images.shape
         u = np.ascontiguousarray(u.T)[:, :, None]  # (4, B, 1)
@@ -124,7 +149,9 @@ class RandomResizedCrop:
         y = y + u[2] * (np.float32(height) - crop_h) - np.float32(0.5)
         x = x + u[3] * (np.float32(width) - crop_w) - np.float32(0.5)
         y, x = np.clip(y, 0, height - 1), np.clip(x, 0, width - 1)  # half a pixel beyond the centres at the edge
-        y, x = np.repeat(y, width, 1), np.tile(x, (1, height))  # (B, HW)
+        y, x = packed_to(images, y, x)
+        xp = array_module(images)
+        y, x = xp.repeat(y, width, 1), xp.tile(x, (1, height))  # (B, HW)
         return bilinear(images, y, x).reshape(batch, channels, height, width)
 
 
@@ -160,19 +187,21 @@ class Affine:
         if not all(0 <= strength < np.inf for strength in (self.degrees, self.scale, self.shear, self.shift)):
             raise ConfigError(f"{self} has a strength that is negative or not finite", "use 0 for no change")
 
-    def __call__(self, images: np.ndarray, u: np.ndarray) -> np.ndarray:
+    def __call__(self, images: Array, u: np.ndarray) -> Array:
         """Return each of ``images`` changed by its six numbers in ``u``: see :class:`Augment`."""
-        batch, channels, height, width = images.shape
+        height, width = images.shape[2:]
         s = 2 * np.ascontiguousarray(u.T)[:, :, None] - 1  # (6, B, 1)
         angle, shear = s[0] * np.float32(np.deg2rad(self.degrees)), s[3] * np.float32(self.shear)
         scale_y, scale_x = np.exp(s[1] * np.float32(self.scale)), np.exp(s[2] * np.float32(self.scale))
         cos, sin = np.cos(angle), np.sin(angle)
-        y, x = np.indices((height, width), np.float32).reshape(2, 1, -1)  # (1, HW) each
         center_y, center_x = np.float32((height - 1) / 2), np.float32((width - 1) / 2)
+        shift_y, shift_x = s[4] * np.float32(self.shift) + center_y, s[5] * np.float32(self.shift) + center_x
+        yy, yx = (cos - sin * shear) * scale_y, sin * scale_x
+        xy, xx = (sin + cos * shear) * scale_y, cos * scale_x
+        y, x = np.indices((height, width), np.float32).reshape(2, 1, -1)  # (1, HW) each
         y, x = y - center_y, x - center_x
-        source_y = (cos - sin * shear) * scale_y * y - sin * scale_x * x + (s[4] * np.float32(self.shift) + center_y)
-        source_x = (sin + cos * shear) * scale_y * y + cos * scale_x * x + (s[5] * np.float32(self.shift) + center_x)
-        return bilinear(images, source_y, source_x).reshape(batch, channels, height, width)
+        y, x, yy, yx, xy, xx, shift_y, shift_x = packed_to(images, y, x, yy, yx, xy, xx, shift_y, shift_x)
+        return bilinear(images, yy * y - yx * x + shift_y, xy * y + xx * x + shift_x).reshape(images.shape)
 
 
 @dataclass(frozen=True)
@@ -200,10 +229,10 @@ class RandomErasing:
         if not 0 < self.ratio[0] <= self.ratio[1] < np.inf:
             raise ConfigError(f"ratios {self.ratio} of width to height", "give the smallest and the largest, above 0")
 
-    def __call__(self, images: np.ndarray, u: np.ndarray) -> np.ndarray:
+    def __call__(self, images: Array, u: np.ndarray) -> Array:
         """Return ``images``, some with a rectangle erased: see :class:`Augment`."""
         changed, rows = images.copy(), np.flatnonzero(u[:, 0] < self.p)
-        channels, height, width = images.shape[1:]
+        height, width = images.shape[2:]
         u = u[rows].T  # (6, n)
         area = np.float32(self.area[0]) + np.float32(self.area[1] - self.area[0]) * u[1]
         box_h, box_w = _sides(area * np.float32(height * width), u[2], self.ratio)
@@ -211,28 +240,43 @@ class RandomErasing:
         box_w = np.clip(np.rint(box_w), 1, width).astype(np.int64)
         top, left = (u[3] * (height - box_h + 1)).astype(np.int64), (u[4] * (width - box_w + 1)).astype(np.int64)
         number = (u[5] * np.float32(1 << 24)).astype(np.int64)
-        for row, y, x, h, w, n in np.stack([rows, top, left, box_h, box_w, number], 1).tolist():
-            changed[row, :, y : y + h, x : x + w] = uniform(_NOISE.at(n), (channels, h, w))
+        _erase(changed, np.stack([rows, top, left, box_h, box_w, number]))
         return changed
+
+
+def _erase(images: Array, boxes: np.ndarray) -> None:
+    """Put noise in ``boxes``, int64 (6, n): the images' rows, top, left, height, width and number of each."""
+    channels, height, width = images.shape[1:]
+    if array_module(images) is np:  # makes no more noise than is needed
+        for row, y, x, h, w, number in boxes.T.tolist():
+            images[row, :, y : y + h, x : x + w] = uniform(_NOISE.at(number), (channels, h, w))
+        return
+    axes = np.ogrid[:channels, :height, :width]
+    rows, *numbers, c, y, x = packed_to(images, *boxes, *axes)
+    top, left, h, w, number = (a[:, None, None, None] for a in numbers)  # (n, 1, 1, 1)
+    y, x = y - top, x - left  # in the box: (n, 1, H, 1), (n, 1, 1, W)
+    inside = (y >= 0) & (y < h) & (x >= 0) & (x < w)  # (n, 1, H, W)
+    noise = uniform_at(_NOISE.at(number.astype(np.uint64)), (c * h + y) * w + x)  # (n, C, H, W)
+    images[rows] = array_module(images).where(inside, noise, images[rows])
 
 
 _NOISE = Key(0, stream=0xE2A5E)  # at a step for each of the 2²⁴ numbers that an image can have drawn
 
 
-def bilinear(images: np.ndarray, y: np.ndarray, x: np.ndarray, outside: float = 0.0) -> np.ndarray:
+def bilinear(images: Array, y: Array, x: Array, outside: float = 0.0) -> Array:
     """Return ``images``, float32 (B, C, H, W), at the points (``y``, ``x``), each (B, P): float32 (B, C, P).
 
     Points are in pixels, (0, 0) the centre of the first pixel; between the pixels' centres it interpolates linearly
     along both axes, and what lies ``outside`` has that value.
     """
+    xp = array_module(images)
     batch, channels, height, width = images.shape
-    edges = ((0, 0), (0, 0), (1, 2), (1, 2))  # no special case at an edge
-    padded = np.pad(images, edges, constant_values=outside).reshape(-1)
+    padded = _padded(images, 1, 2, outside).reshape(-1)  # no special case at an edge
     row = width + 3
-    y, x = np.clip(y + 1, 0, height + 1), np.clip(x + 1, 0, width + 1)  # in the padded image, hence
-    top, left = np.floor(y), np.floor(x)
+    y, x = xp.clip(y + 1, 0, height + 1), xp.clip(x + 1, 0, width + 1)  # in the padded image, hence
+    top, left = xp.floor(y), xp.floor(x)
     fy, fx = (y - top)[:, None], (x - left)[:, None]  # (B, 1, P)
-    plane = np.arange(batch * channels).reshape(batch, channels, 1) * ((height + 3) * row)
+    plane = xp.arange(batch * channels).reshape(batch, channels, 1) * ((height + 3) * row)
     i = plane + (top.astype(np.int64) * row + left.astype(np.int64))[:, None]  # (B, C, P) into padded
     upper = padded[i] * (1 - fx) + padded[i + 1] * fx
     lower = padded[i + row] * (1 - fx) + padded[i + row + 1] * fx

@@ -15,7 +15,7 @@ from minivit.data.formats import find_files, load_files
 from minivit.data.npz import load_npz, splits_in
 from minivit.data.reading import NPZ_REMEDY, reading
 from minivit.errors import DataError, unknown_name
-from minivit.files import open_regular
+from minivit.files import open_regular, user_cache
 
 NAMES = ("digits", "mnist", "fashion-mnist", "cifar-10", "cifar-100")
 """The data sets that have a name. All but the digits are looked for in the data home: see :func:`data_home`."""
@@ -102,7 +102,7 @@ def data_home() -> Path:
     """
     if home := os.environ.get("MINIVIT_DATA"):
         return Path(home)
-    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "minivit"
+    return user_cache()
 
 
 def _find(name: str | PathLike[str]) -> tuple[str, Path]:

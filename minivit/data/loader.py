@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
-from minivit.backend import Key, permutation, uniform_rows
+from minivit.backend import (
+    Array,
+    Key,
+    SideStream,
+    packed_to,
+    permutation,
+    resolve_device,
+    side_stream,
+    to_device,
+    uniform_rows,
+)
 from minivit.data.augment import Augment
 from minivit.data.dataset import Dataset, bytes_remedy
 from minivit.data.mixing import Mix
+from minivit.data.on_gpu import placed
 from minivit.errors import ConfigError, DataError
 
 T = TypeVar("T")
@@ -30,6 +42,10 @@ class Loader:
     random numbers that augment and mix sample i from (``key``, e, i), whichever batch it falls into. Different loaders
     need different keys.
 
+    On a CUDA ``device`` the batches are made there, ahead of their use, and are CuPy's arrays: the same pictures, as
+    ``augment.py`` says. The images are copied there once if they take no more than ``gpu_memory`` bytes, or, if that is
+    None, than half of what is free; else as they are needed. What a user ought to know of that is ``remark``, or "".
+
     ``drop_last`` leaves out a last batch that is smaller than the others. Raises ConfigError for a batch size below 1,
     DataError for a mean or std that does not fit the images, or where ``drop_last`` leaves no batch.
     """
@@ -45,6 +61,8 @@ class Loader:
         std: Sequence[float] | None = None,
         shuffle: bool = True,
         drop_last: bool = False,
+        device: str = "cpu",
+        gpu_memory: int | None = None,
     ) -> None:
         if batch_size < 1:
             raise ConfigError(f"a batch cannot hold {batch_size} images", "use a batch size of at least 1")
@@ -61,13 +79,23 @@ class Loader:
             raise DataError(what, "give one of each per channel")
         if not all(0 < std < np.inf for std in self.std):
             raise DataError(f"{dataset.name}: std {self.std} cannot divide", "give positive numbers")
+        # where batches are made is no setting of the run (train/identity.py): it may go on elsewhere
+        self._side, self._pixels, self.remark = None, dataset.images, ""
+        if (device := resolve_device(device)) != "cpu":
+            self._side = side_stream(device)
+            self._pixels, self.remark = placed(dataset.images, augment, self._side, gpu_memory)
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the batches are made, and lie, on a GPU."""
+        return self._side is not None
 
     def __len__(self) -> int:
         """Return the number of batches in an epoch."""
         whole, rest = divmod(len(self.dataset), self.batch_size)
         return whole + (rest > 0 and not self.drop_last)
 
-    def batches(self, epoch: int, start: int = 0) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def batches(self, epoch: int, start: int = 0) -> Iterator[tuple[Array, Array]]:
         """Yield (images float32 (B, C, H, W), labels) of ``epoch``, from its batch ``start`` on.
 
         Labels are int64 (B,), or float32 (B, K) with ``mix``. The batches are exactly those that the whole epoch has
@@ -78,10 +106,35 @@ class Loader:
         n, key = len(self.dataset), self.key.at(epoch)
         order = permutation(key.child(0), n) if self.shuffle else np.arange(n)
         partner = permutation(key.child(2), n) if self.mix else None
+        if self._side is not None:
+            return self._handed_over(self._side, order[: len(self) * self.batch_size], key, partner, start)
         places = range(start * self.batch_size, len(self) * self.batch_size, self.batch_size)
         return _ahead(lambda i: self._batch(order[i : i + self.batch_size], key, partner), places)
 
-    def _batch(self, index: np.ndarray, key: Key, partner: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    def _handed_over(
+        self, side: SideStream, order: np.ndarray, key: Key, partner: np.ndarray | None, start: int
+    ) -> Iterator[tuple[Array, Array]]:
+        """Yield batches of ``order``'s images from batch ``start`` on, made ahead on ``side``, several in a block.
+
+        Blocks begin at the same places wherever the epoch is entered, for the same bits.
+        """
+        batch = self.batch_size * math.prod(self.dataset.images.shape[1:])  # numbers
+        size = self.batch_size * max(1, BLOCK_NUMBERS // batch)
+        first = start * self.batch_size
+        places = range(first // size * size, len(order), size)
+
+        def make(place: int) -> tuple[Array, Array, Any]:
+            with side.working():
+                images, labels = self._batch(order[place : place + size], key, partner)
+                images = to_device(images, side.device)
+                return images, *packed_to(images, labels), side.mark()
+
+        for place, (images, labels, ready) in zip(places, _ahead(make, places), strict=True):
+            for i in range(max(first - place, 0), len(images), self.batch_size):
+                own_images, own_labels = side.copies([x[i : i + self.batch_size] for x in (images, labels)], ready)
+                yield own_images, own_labels
+
+    def _batch(self, index: np.ndarray, key: Key, partner: np.ndarray | None) -> tuple[Array, np.ndarray]:
         labels = self.dataset.labels[index]
         if self.mix is None or partner is None:
             return _standard(self._augmented(index, key), self.mean, self.std), labels
@@ -89,17 +142,21 @@ class Loader:
         mixed = self.mix.chosen(u)
         others = partner[index[mixed]]
         both = self._augmented(np.concatenate([index, others]), key)  # (B + mixed, C, H, W)
-        images = both[: len(index)]
-        images[mixed], share = self.mix(images[mixed], both[len(index) :], u[mixed])
+        images, (rows,) = both[: len(index)], packed_to(both, mixed)
+        images[rows], share = self.mix(images[rows], both[len(index) :], u[mixed])
         soft = np.zeros((len(index), len(self.dataset.classes)), np.float32)  # (B, K)
         soft[np.arange(len(index)), labels] = 1
         soft[mixed] *= share[:, None]
         soft[mixed, self.dataset.labels[others]] += 1 - share
         return _standard(images, self.mean, self.std), soft  # both are linear: fewer images after mixing than before
 
-    def _augmented(self, index: np.ndarray, key: Key) -> np.ndarray:
-        images = _unit(self.dataset.images[index])  # (B, C, H, W)
+    def _augmented(self, index: np.ndarray, key: Key) -> Array:
+        images = _unit(self._pixels[index])  # (B, C, H, W)
         return self.augment(images, uniform_rows(key.child(1), index, self.augment.draws)) if self.augment else images
+
+
+BLOCK_NUMBERS = 1 << 23
+"""Numbers of images that a GPU makes at once: launched from Python, an operation on fewer takes no less time."""
 
 
 def _ahead(make: Callable[[int], T], places: Iterable[int]) -> Iterator[T]:
@@ -112,7 +169,7 @@ def _ahead(make: Callable[[int], T], places: Iterable[int]) -> Iterator[T]:
             yield batch.result()
 
 
-def standardize(images: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
+def standardize(images: Array, mean: Sequence[float], std: Sequence[float]) -> Array:
     """Return ``images``, uint8 (B, C, H, W), as float32 (images / 255 - mean) / std, per channel.
 
     Give the mean and std that the model was trained with. Raises DataError for images that are not uint8: they would
@@ -123,13 +180,14 @@ def standardize(images: np.ndarray, mean: Sequence[float], std: Sequence[float])
     return _standard(_unit(images), mean, std)
 
 
-def _unit(images: np.ndarray) -> np.ndarray:
+def _unit(images: Array) -> Array:
     x = images.astype(np.float32)
     x /= np.float32(255)
     return x
 
 
-def _standard(images: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
-    x = images - np.array(mean, np.float32)[:, None, None]
-    x /= np.array(std, np.float32)[:, None, None]
+def _standard(images: Array, mean: Sequence[float], std: Sequence[float]) -> Array:
+    offset, scale = packed_to(images, *(np.array(x, np.float32)[:, None, None] for x in (mean, std)))  # (C, 1, 1) each
+    x = images - offset
+    x /= scale
     return x

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from minivit.backend import Array, array_module, packed_to
 from minivit.errors import ConfigError
 
 
@@ -44,10 +45,10 @@ class Mix:
         """Return the indices of the images that are mixed, given ``u``, float32 (B, draws) in [0, 1)."""
         return np.flatnonzero(u[:, 0] < self.prob)
 
-    def __call__(self, images: np.ndarray, partners: np.ndarray, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def __call__(self, images: Array, partners: Array, u: np.ndarray) -> tuple[Array, np.ndarray]:
         """Return (mixed, λ), float32 (B, C, H, W) and (B,), of the images that are chosen, with a partner each.
 
-        An image and its λ depend on its partner and its own numbers in ``u`` only.
+        An image and its λ depend on its partner and its own numbers in ``u`` only. λ is NumPy's, wherever images lie.
         """
         height, width = images.shape[2:]
         coin, uniform, center_y, center_x = np.ascontiguousarray(u.T)  # (B,) each
@@ -56,9 +57,12 @@ class Mix:
         weight = np.where(cut, beta_quantile(self.cutmix, uniform), beta_quantile(self.mixup, uniform))
         side = np.sqrt(1 - weight)
         outside_y, outside_x = _outside(height, center_y, side), _outside(width, center_x, side)  # (B, H), (B, W)
+        inside = (~outside_y).sum(1) * (~outside_x).sum(1)  # pixels, (B,)
+        left = (height * width - inside).astype(np.float32) / np.float32(height * width)
+        weight = np.where(cut, left, weight)
+        there, outside_y, outside_x, cut = packed_to(images, weight, outside_y, outside_x, cut)
         outside = outside_y[:, :, None] | outside_x[:, None, :]  # (B, H, W)
-        weight = np.where(cut, outside.mean((1, 2), dtype=np.float32), weight)
-        share = np.where(cut[:, None, None], outside, weight[:, None, None])[:, None]  # (B, 1, H, W)
+        share = array_module(images).where(cut[:, None, None], outside, there[:, None, None])[:, None]  # (B, 1, H, W)
         return images * share + partners * (1 - share), weight
 
 

@@ -7,17 +7,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from minivit.backend import Array, packed_to
 from minivit.data import colour
 from minivit.data.augment import bilinear
 from minivit.errors import ConfigError
 
 # A change of colour is given images and the level of each, (B, 1, 1, 1), in [-1, 1]: its sign says which way to go,
 # where there are two. The ranges are those of AutoAugment (Cubuk et al. 2019), from its weaker end to its stronger.
-_COLOURS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
+_COLOURS: dict[str, Callable[[Array, Array], Array]] = {
     "auto contrast": lambda images, level: colour.auto_contrast(images),
     "equalize": lambda images, level: colour.equalize(images),
     "invert": lambda images, level: colour.invert(images),
-    "posterize": lambda images, level: colour.posterize(images, np.maximum(4 - (4 * abs(level)).astype(np.int64), 1)),
+    "posterize": lambda images, level: colour.posterize(images, (4 - (4 * abs(level)).astype(np.int64)).clip(1, 4)),
     "solarize": lambda images, level: colour.solarize(images, (1 - abs(level)) * np.float32(256 / 255)),
     "solarize add": lambda images, level: colour.solarize_add(images, abs(level) * np.float32(110 / 255)),
     "color": lambda images, level: colour.saturation(images, 1 + np.float32(0.9) * level),
@@ -66,32 +67,43 @@ class RandAugment:
         """How many random numbers an image takes: for each operation which, whether and which way, and how strong."""
         return 4 * self.layers
 
-    def __call__(self, images: np.ndarray, u: np.ndarray) -> np.ndarray:
+    def __call__(self, images: Array, u: np.ndarray) -> Array:
         """Return each of ``images`` after its operations: see :class:`minivit.data.augment.Augment`."""
         changed = images.copy()
         for layer in range(self.layers):
-            which, way, u1, u2 = np.ascontiguousarray(u[:, 4 * layer : 4 * layer + 4].T)  # (B,) each
-            chosen = np.where(way < 0.5, (which * np.float32(len(OPERATIONS))).astype(np.int64), -1)
-            normal = np.sqrt(-2 * np.log1p(-u1)) * np.cos(np.float32(2 * np.pi) * u2)  # Box and Muller 1958
-            level = np.clip((np.float32(self.magnitude) + np.float32(self.noise) * normal) / 10, 0, 1)
-            level = np.where(way < 0.25, -level, level)
-            for i, change in enumerate(_COLOURS.values()):
-                if len(rows := np.flatnonzero(chosen == i)):
-                    changed[rows, :3] = change(changed[rows, :3], level[rows, None, None, None])
-            if len(rows := np.flatnonzero(chosen >= len(_COLOURS))):
-                changed[rows] = _move(changed[rows], chosen[rows] - len(_COLOURS), level[rows], self.fill)
+            chosen, level = self._drawn(u[:, 4 * layer : 4 * layer + 4])
+            order = np.argsort(chosen, kind="stable")  # the images of an operation stand side by side, hence
+            chosen, level = chosen[order], level[order]
+            starts = np.searchsorted(chosen, np.arange(len(_COLOURS) + 1)).tolist()
+            rows, levels = packed_to(images, order, level[:, None, None, None])
+            for change, a, b in zip(_COLOURS.values(), starts, starts[1:], strict=False):
+                if a < b:
+                    changed[rows[a:b], :3] = change(changed[rows[a:b], :3], levels[a:b])
+            if (a := starts[-1]) < len(order):
+                changed[rows[a:]] = _move(changed[rows[a:]], chosen[a:] - len(_COLOURS), level[a:], self.fill)
         return changed
 
+    def _drawn(self, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return which operation each image gets, int64 (B,), -1 for none, and its level, float32 (B,) in [-1, 1]."""
+        which, way, u1, u2 = np.ascontiguousarray(u.T)  # (B,) each
+        chosen = np.where(way < 0.5, (which * np.float32(len(OPERATIONS))).astype(np.int64), -1)
+        normal = np.sqrt(-2 * np.log1p(-u1)) * np.cos(np.float32(2 * np.pi) * u2)  # Box and Muller 1958
+        level = np.clip((np.float32(self.magnitude) + np.float32(self.noise) * normal) / 10, 0, 1)
+        return chosen, np.where(way < 0.25, -level, level)
 
-def _move(images: np.ndarray, move: np.ndarray, level: np.ndarray, fill: float) -> np.ndarray:
-    """Return each of ``images`` rotated, sheared or translated: ``move`` (B,) indexes _MOVES."""
-    batch, height, width = len(images), *images.shape[2:]
-    amounts = np.zeros((len(_MOVES), batch, 1), np.float32)
-    amounts[move, np.arange(batch), 0] = level * np.array(list(_MOVES.values()), np.float32)[move]
+
+def _move(images: Array, move: np.ndarray, level: np.ndarray, fill: float) -> Array:
+    """Return each of ``images`` rotated, sheared or translated: ``move`` (B,) indexes _MOVES, ``level`` (B,)."""
+    height, width = images.shape[2:]
+    amounts = np.zeros((len(_MOVES), len(move), 1), np.float32)
+    amounts[move, np.arange(len(move)), 0] = level * np.array(list(_MOVES.values()), np.float32)[move]
     angle, shear_y, shear_x, shift_y, shift_x = amounts  # (B, 1) each: all but one of an image's are 0
+    shift_y, shift_x = shift_y * np.float32(height), shift_x * np.float32(width)
     y, x = np.indices((height, width), np.float32).reshape(2, 1, -1) + np.float32(0.5)  # (1, HW), from the corner
     center_y, center_x = np.float32(height / 2), np.float32(width / 2)
-    cos, sin = np.cos(angle), np.sin(angle)
-    source_y = center_y + cos * (y - center_y) + sin * (x - center_x) + shear_y * x + shift_y * np.float32(height)
-    source_x = center_x + cos * (x - center_x) - sin * (y - center_y) + shear_x * y + shift_x * np.float32(width)
+    y, x, cos, sin, shear_y, shear_x, shift_y, shift_x = packed_to(
+        images, y, x, np.cos(angle), np.sin(angle), shear_y, shear_x, shift_y, shift_x
+    )
+    source_y = center_y + cos * (y - center_y) + sin * (x - center_x) + shear_y * x + shift_y
+    source_x = center_x + cos * (x - center_x) - sin * (y - center_y) + shear_x * y + shift_x
     return bilinear(images, source_y - np.float32(0.5), source_x - np.float32(0.5), fill).reshape(images.shape)
