@@ -27,6 +27,17 @@ CONFIGS = {
     "ti16": Config(batch=8, image=224, patch=16, dim=192, depth=12, heads=3, steps=7),
 }
 
+GPU_CONFIGS = {
+    "ti4-1024": Config(batch=1024, image=32, patch=4, dim=192, depth=12, heads=3, steps=20),
+    "s16-256": Config(batch=256, image=224, patch=16, dim=384, depth=12, heads=6, steps=20),
+    "ti4-128": Config(batch=128, image=32, patch=4, dim=192, depth=12, heads=3, steps=40),
+    "digits": CONFIGS["digits"],
+    "cifar": CONFIGS["cifar"]._replace(steps=40),
+}
+"""What is compared on a GPU, the most important first."""
+
+DTYPES = ("bfloat16", "tf32", "float32")
+
 
 def arguments(description: str, **choices: list[str]) -> tuple[Config, str, argparse.Namespace]:
     """Read the command line CONFIG [train|infer] and a word of each of ``choices``, whose first is the default.

@@ -44,7 +44,11 @@ def test_what_a_run_folder_says(tmp_path):
     expected = {"epochs": 3, "seconds": 6.0, "images_per_second": 200.0, "parameters": 15, "best_epoch": 2}
     expected |= {"best_accuracy": 0.7, "valid_accuracy": 0.6, "test_accuracy": 0.9, "test_count": 1000}
     assert {key: run[key] for key in expected} == expected
-    assert run["settings"] == {"data.name": "digits", "train.lr": 0.1}
+    assert run["settings"] == {
+        "data.name": "digits",
+        "train.lr": 0.1,
+        "train.dtype": "float32",
+    }  # as ever before it was set
     assert run["loss"] == pytest.approx(2 / 3)
 
 

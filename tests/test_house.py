@@ -198,8 +198,10 @@ def left_aside(sources: dict[str, str]) -> set[str]:
 
 
 def test_every_file_is_imported_by_another():
-    """But the commands, which main.py imports by name: a model or a twin whose file is not would be missing."""
+    """But the commands, which main.py imports by name, and kernels, whose twins name them: a model or a twin whose file
+    is not would be missing."""
     commands = {f"minivit.cli.{command.replace('-', '_')}" for command in COMMANDS}
+    commands |= {name for name in NAMES if name.startswith("minivit.ops.cuda.kernels.")}
     packages = {name for name, file in NAMES.items() if file.name == "__init__.py"}
     aside = left_aside({name: file.read_text() for name, file in NAMES.items()})
     assert aside - commands - packages == {"minivit.__main__"}
@@ -266,10 +268,10 @@ def test_no_function_over_60_lines():
 
 
 def test_one_name_one_file():
-    """But for those with a reason, and for the twins: ops/cpu/matmul.py has those of ops/matmul.py."""
+    """But for those with a reason, and for twins and their kernels: ops/cpu/matmul.py has those of ops/matmul.py."""
     rooms = defaultdict(set)
     for file in FILES:
         room = file.parent.relative_to(ROOT).as_posix()
-        rooms[file.name].add("ops" if room in ("ops/cpu", "ops/cuda") else room)
+        rooms[file.name].add("ops" if room in ("ops/cpu", "ops/cuda", "ops/cuda/kernels") else room)
     twice = {name for name, found in rooms.items() if len(found) > 1}
     assert twice - SAME_NAMES.keys() - {"__init__.py"} == set()

@@ -139,12 +139,12 @@ def test_a_run_with_everything_on_is_resumed_to_the_same_bits(archive: Path, her
         pass
 
     class CutStep(mv.TrainStep):
-        def __call__(self, images: np.ndarray, labels: np.ndarray) -> float:
+        def submit(self, images: np.ndarray, labels: np.ndarray) -> Any:
             nonlocal steps
             steps += 1
             if steps == 4:
                 raise Cut
-            return super().__call__(images, labels)
+            return super().submit(images, labels)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("minivit.train.trainer.TrainStep", CutStep)

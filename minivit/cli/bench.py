@@ -6,13 +6,13 @@ import argparse
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from minivit.cli.main import number
-from minivit.runs.options import MANY
+from minivit.cli.bars import compiling_shown
+from minivit.cli.main import number, one_of
+from minivit.cli.speeds import FEWEST, MOST, SECONDS, figure, random_batch, speed_table, speeds
+from minivit.runs.options import MANY, OPTIONS
 
 if TYPE_CHECKING:
     from minivit.measure.profile import Profile
-
-SECONDS, FEWEST, MOST = 5.0, 5, 100  # how long to measure, in how many steps at least and at most
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,19 +30,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--micro-batch", type=number(int, 0, MANY), metavar="N", default=0,
                         help="images at once; 0: what fits the cache (0)")  # fmt: skip
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, … (auto)")
-    parser.add_argument("--profile", action="store_true", help="show what a step's time goes to, by operation")
+    parser.add_argument("--dtype", type=one_of("dtype", OPTIONS["train.dtype"].choices), metavar="NAME", default="auto",
+                        help="numbers of a step on a GPU: float32, tf32, bfloat16 or float16 (auto)")  # fmt: skip
+    parser.add_argument("--profile", action="store_true",
+                        help="show what a step's time goes to, by operation, on a GPU by kernel")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
+@compiling_shown()
 def run(args: argparse.Namespace) -> int:
     """Measure, and print what was found."""
-    from minivit.backend import Key, auto_device, keep_freed_memory, peak_memory, random_bits, uniform
-    from minivit.errors import ConfigError, printable
+    from minivit.backend import auto_device, keep_freed_memory, peak_memory
+    from minivit.cli.gpu_bench import run_on_gpu
+    from minivit.errors import printable
     from minivit.measure.costs import find_settings
     from minivit.measure.machine import cpu_text
     from minivit.measure.profile import profile_step
     from minivit.measure.speed import image_flops, sgemm_rate, time_steps
     from minivit.models import build
+    from minivit.runs.job import dtype_on
     from minivit.runs.trained import find_model
     from minivit.show.text import bytes_text, json_text, plural
     from minivit.train.inference import predict_logits
@@ -50,14 +56,14 @@ def run(args: argparse.Namespace) -> int:
     from minivit.train.step import TrainStep
 
     device, batch = auto_device(args.device)[0], args.batch_size
-    if args.profile and device != "cpu":
-        raise ConfigError(f"--profile on {device}", "it times operations of the CPU: add --device cpu")
+    dtype_on(device, args.dtype)
+    if device != "cpu":
+        return run_on_gpu(args, device)
     keep_freed_memory()
     name = find_model(args.model)
     settings = find_settings(name)
-    model, shape = build(settings.kind, settings.config).to(device), settings.image_shape
-    images = uniform(Key(0), (batch, *shape)) * 2 - 1
-    labels = (random_bits(Key(1), (batch,)) % model.settings.num_classes).astype("int64")
+    model, shape = build(settings.kind, settings.config), settings.image_shape
+    images, labels = random_batch(model, batch)
 
     def new_step(threads: int | None, micro_batch: int | None) -> TrainStep:
         return TrainStep(model, AdamW(model.named_parameters(), lr=1e-4), threads=threads, micro_batch=micro_batch)
@@ -65,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     say: Any = (lambda text: None) if args.json else partial(print, flush=True)
     step = new_step(*(given := (args.threads or None, args.micro_batch or None)))
     threads, micro_batch = step.team.threads_for(batch), max(stop - start for start, stop in step.team.pieces(batch))
-    where = f"{cpu_text()}\n{plural(threads, 'thread')}" if device == "cpu" else device
+    where = f"{cpu_text()}\n{plural(threads, 'thread')}"
     say(printable(name) + f", {model.num_parameters():,} parameters, float32, images of {' × '.join(map(str, shape))}")
     say(f"{where}, batches of {plural(batch, 'image')}, at most {micro_batch} at once\n")
 
@@ -76,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
     times["forward only"] = time_steps(lambda x, _: predict_logits(model, x, *given), images, labels, steps, warmup=1)
     forward, backward = image_flops(model)
     flops = {"training step": batch * (forward + backward), "forward only": batch * forward}
-    sgemm = sgemm_rate(threads) if device == "cpu" else None
+    sgemm = sgemm_rate(threads)
     say(speed_table(times, batch, flops, sgemm))
     say(f"\nMedians of {plural(steps, 'step')}; each range holds the middle half of them.")
     work = figure(flops["training step"] / 1e9)
@@ -92,35 +98,6 @@ def run(args: argparse.Namespace) -> int:
         found |= {"speed": speeds(times, batch, flops), "sgemm_flops_per_second": sgemm, "peak_memory": peak}
         print(json_text(found | ({"profile": profile_rows(profile)} if profile else {})))
     return 0
-
-
-def speeds(times: dict[str, list[float]], batch: int, flops: dict[str, int]) -> list[dict[str, Any]]:
-    """Return for each kind of work its median, with the quartiles as ``…_range``, in seconds and images a second."""
-    import numpy as np
-
-    rows = []
-    for work, seconds in times.items():
-        low, middle, high = np.percentile(seconds, [25, 50, 75]).tolist()
-        row: dict[str, Any] = {"work": work, "images_per_second": batch / middle}
-        row |= {"images_per_second_range": [batch / high, batch / low], "seconds": middle, "seconds_range": [low, high]}
-        rows.append(row | {"flops": flops[work], "flops_per_second": flops[work] / middle})
-    return rows
-
-
-def speed_table(times: dict[str, list[float]], batch: int, flops: dict[str, int], sgemm: float | None) -> str:
-    """Return a row for each kind of work: median speed and time with their quartiles, and FLOP/s beside sgemm's."""
-    from minivit.show.text import text_table
-
-    rows = []
-    for row in speeds(times, batch, flops):
-        (slow, fast), (low, high) = row["images_per_second_range"], row["seconds_range"]
-        cells = [figure(row["images_per_second"]), f"{figure(slow)} to {figure(fast)}"]
-        cells += [figure(row["seconds"] * 1e3), f"{figure(low * 1e3)} to {figure(high * 1e3)}"]
-        share = f"{row['flops_per_second'] / sgemm:.0%}" if sgemm else ""
-        rows.append([row["work"], *cells, figure(row["flops_per_second"] / 1e9), share])
-    if sgemm:
-        rows.append(["sgemm", "", "", "", "", figure(sgemm / 1e9), "100%"])
-    return text_table(["", "images/s", "range", "ms", "range", "GFLOP/s", "of sgemm"], rows, right=range(1, 7))
 
 
 def profile_table(profile: Profile) -> str:
@@ -155,8 +132,3 @@ def profile_rows(profile: Profile) -> list[dict[str, Any]]:
     rows += [row("outside operations", profile.outside), row("optimizer's update", profile.update)]
     every = OpTimes(*[[x for t in profile.ops.values() for x in getattr(t, part)] for part in ("forward", "backward")])
     return [*sorted(rows, key=lambda row: -row["seconds"]), op_row("total", every, profile.seconds)]
-
-
-def figure(number: float) -> str:
-    """Return a number with at least three digits: "0.120", "12.3", "1,234"."""
-    return f"{number:,.0f}" if number >= 99.95 else f"{number:#.3g}"

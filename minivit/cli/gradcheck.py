@@ -6,9 +6,12 @@ import argparse
 import time
 from typing import Any
 
-from minivit.cli.main import number
+from minivit.cli.bars import compiling_shown
+from minivit.cli.main import number, one_of
+from minivit.runs.options import OPTIONS
 
 MOST_PARAMETERS = 20_000_000
+DTYPES = OPTIONS["train.dtype"].choices[1:]  # all but auto
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,11 +25,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seed", type=number(int, 0, (1 << 63) - 1), default=0, help="seed of the random inputs and directions (0)"
     )
+    parser.add_argument("--device", help="measure the twins there: cpu, cuda, cuda:1, …")
+    parser.add_argument("--dtype", type=one_of("dtype", DTYPES), metavar="NAME",
+                        help="measure the twins' errors in ulps of float32, tf32, bfloat16 or float16")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
+@compiling_shown()
 def run(args: argparse.Namespace) -> int:
     """Print a table, or JSON; 1 if a gradient is wrong, or a wrong one was not found."""
+    if args.device is not None or args.dtype is not None:
+        return check_twins(args.model, args.device or "auto", args.dtype, args.seed, args.json)
     if args.model is None:
         return check_operations(args.order, args.seed, args.json)
     from minivit.runs.trained import find_model
@@ -106,6 +115,37 @@ def check_operation(name: str, samples: list[Any], order: int, seed: int) -> dic
 
 def _error(value: float | None) -> str:
     return "" if value is None else f"{value:.1e}"
+
+
+def check_twins(model: str | None, device: str, dtype: str | None, seed: int, as_json: bool = False) -> int:
+    """Measure every twin on ``device`` against the plain operation in float64; 1 if one is farther off than allowed."""
+    from minivit.backend import auto_device
+    from minivit.errors import ConfigError
+    from minivit.measure.ulps import measure_ulps, twins_on
+    from minivit.runs.job import dtype_on
+    from minivit.show.text import json_text, text_table
+
+    if model is not None:
+        what = f"--device and --dtype measure operations, not the model {model}"
+        raise ConfigError(what, "leave the model out, or both of these: a model is checked in float64 on the CPU")
+    where = auto_device(device)[0]
+    dtype = dtype_on(where, dtype or "auto")[0]
+    found = [measure_ulps(name, where, dtype, seed) for name in twins_on(where)]
+    wrong = [one for one in found if not one.passed]
+    if as_json:
+        rows = [{**vars(one), "passed": one.passed} for one in found]
+        print(json_text({"device": where, "dtype": dtype, "operations": rows}))
+        return 1 if wrong else 0
+    table = []
+    for one in found:
+        gradients = ", ".join(f"{name} {error:.2f}" for name, error in one.gradients.items())
+        verdict = "ok" if one.passed else "FAIL"
+        table.append([one.operation, one.ran, f"{one.output:.2f}", gradients, f"{one.allowed:g}", verdict])
+    print(f"{where}, {dtype}: largest errors against float64 on the same rounded inputs, in ulps of {dtype} at the")
+    print('largest value in a row; "plain": the twin has no kernel here, and the plain operation ran\n')
+    print(text_table(["operation", "ran", "output", "gradients", "allowed", ""], table, right=(2, 4)))
+    print(f"\n{len(found)} operations, {len(wrong)} farther off than allowed")
+    return 1 if wrong else 0
 
 
 def check_model(name: str, order: int, seed: int, as_json: bool = False) -> int:

@@ -30,6 +30,7 @@ def run(args: argparse.Namespace) -> int:
         return print_models(args.list, args.json)
     from minivit.errors import printable
     from minivit.measure.costs import find_settings, model_costs
+    from minivit.measure.gpu_costs import gpu_memory
     from minivit.models import model_outline
     from minivit.runs.trained import find_model
     from minivit.show.text import json_text
@@ -39,12 +40,13 @@ def run(args: argparse.Namespace) -> int:
     settings = find_settings(name)
     model = model_outline(settings.kind, settings.config)
     costs, team = model_costs(model), team_for(model)
+    on_gpu = {dtype: gpu_memory(model, args.batch_size, dtype) for dtype in ("float32", "bfloat16")}
     if args.json:
         about = {"model": name, "image": settings.image_shape, "batch_size": args.batch_size}
-        print(json_text(about | costs_json(costs, team, args.batch_size)))
+        print(json_text(about | costs_json(costs, team, args.batch_size, on_gpu)))
         return 0
     print(printable(name) + f", one image of {' × '.join(map(str, settings.image_shape))}\n")
-    print(costs_table(costs) + "\n\n" + memory_table(costs.total, team, args.batch_size))
+    print(costs_table(costs) + "\n\n" + memory_table(costs.total, team, args.batch_size, on_gpu))
     return 0
 
 
@@ -91,9 +93,9 @@ def _costly(costs: Costs) -> list[tuple[str, LayerCosts]]:
     return [(n, row) for n, row in costs.rows if row.parameters or row.flops or row.kept]  # drop path at 0 does not
 
 
-def memory_table(total: LayerCosts, team: Team, batch_size: int) -> str:
-    """Return what a training step takes: on the CPU in micro-batches, on a GPU in one piece."""
-    from minivit.measure.costs import gpu_memory, images_at_once, step_memory
+def memory_table(total: LayerCosts, team: Team, batch_size: int, on_gpu: dict[str, int]) -> str:
+    """Return what a training step takes: on the CPU in micro-batches; ``on_gpu``, in one piece, by dtype."""
+    from minivit.measure.costs import images_at_once, step_memory
     from minivit.show.text import bytes_text, plural
 
     sizes = step_memory(total, team, batch_size)
@@ -105,13 +107,14 @@ def memory_table(total: LayerCosts, team: Team, batch_size: int) -> str:
     lines = [f"training step of {plural(batch_size, 'image')}, float32:"]
     lines += [f"  {titles.get(name, name):44}{bytes_text(size):>8}" for name, size in sizes.items()]
     lines.append(f"  {'peak on the CPU, about':44}{bytes_text(sum(sizes.values())):>8}")
-    lines.append(f"  {'peak on a GPU, in one piece, about':44}{bytes_text(gpu_memory(total, batch_size)):>8}")
+    for dtype, size in on_gpu.items():
+        lines.append(f"  {f'peak on a GPU, in one piece, {dtype}, about':44}{bytes_text(size):>8}")
     return "\n".join(lines)
 
 
-def costs_json(costs: Costs, team: Team, batch_size: int) -> dict[str, Any]:
+def costs_json(costs: Costs, team: Team, batch_size: int, on_gpu: dict[str, int]) -> dict[str, Any]:
     """Return what the tables show, as what JSON can hold: sizes in bytes, shapes without the batch axis."""
-    from minivit.measure.costs import gpu_memory, step_memory
+    from minivit.measure.costs import step_memory
 
     total, sizes = costs.total, step_memory(costs.total, team, batch_size)
     return {
@@ -120,5 +123,5 @@ def costs_json(costs: Costs, team: Team, batch_size: int) -> dict[str, Any]:
             for name, row in _costly(costs)
         ],
         "total": {"parameters": total.parameters, "flops": total.flops, "kept": total.kept},
-        "memory": sizes | {"peak_cpu": sum(sizes.values()), "peak_gpu": gpu_memory(total, batch_size)},
+        "memory": sizes | {"peak_cpu": sum(sizes.values()), "peak_gpu": on_gpu},
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from minivit.cli.bars import reading_bar
+from minivit.cli.bars import compiling_shown, reading_bar
 from minivit.cli.main import number
 from minivit.runs.options import MODEL_FLAGS, OPTIONS, RECIPE_NAMES
 
@@ -51,6 +51,7 @@ def add_setting_flags(parser: argparse.ArgumentParser) -> None:
     files.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any setting: model.depth=6")
 
 
+@compiling_shown()
 def run(args: argparse.Namespace) -> int:
     """Train, test, and leave a run folder."""
     import shlex
@@ -119,8 +120,8 @@ def _try_out(settings: RunSettings, say: Callable[[str], object]) -> None:
     job = Job(settings, bar=reading_bar)
     say(job.about)
     trial = job.try_out()
-    if settings["train.device"] == "cpu":
-        say(f"memory      about {bytes_text(job.memory)} at the peak")
+    where = "" if settings["train.device"] == "cpu" else f" on {settings['train.device']}"
+    say(f"memory      about {bytes_text(job.memory)}{where} at the peak")
     say(f"time        about {trial.minutes:,.1f} minutes of training, by a few steps")
     figures = f"loss {trial.loss:.4f}, gradient norm {trial.grad_norm:.3g}"
     print(f"dry run     a step works ({figures}); nothing was written")

@@ -230,8 +230,3 @@ def training_memory(model: Model, team: Team, batch_size: int) -> int:
     Its outline will do for ``model``.
     """
     return sum(step_memory(model_costs(model).total, team, batch_size).values())
-
-
-def gpu_memory(total: LayerCosts, batch_size: int) -> int:
-    """Return the bytes that a training step takes on a GPU, in one piece."""
-    return 5 * 4 * total.parameters + batch_size * total.kept

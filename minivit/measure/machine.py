@@ -8,7 +8,7 @@ import platform
 from pathlib import Path
 
 from minivit import __version__
-from minivit.backend import cpu_cores, total_memory
+from minivit.backend import compiling, cpu_cores, cubins, cuda_status, tile, total_memory
 from minivit.show.text import bytes_text, plural
 
 PARTS = ("numpy", "pillow", "tqdm", "threadpoolctl")
@@ -66,3 +66,13 @@ def blas_text() -> str:
 def gpu_text() -> str:
     """Return the first GPU's memory."""
     return f"cuda:0 with {bytes_text(total_memory('cuda:0'))}"
+
+
+def kernels_text() -> str:
+    """Return which compiler of kernels there is, how many compiled ones, and whether they run on the first GPU."""
+    version = compiling.compiler()[1]
+    made = {arch: count for arch in compiling.ARCHITECTURES if (count := cubins.how_many(arch))}
+    kept = ", ".join(f"{count:,} for {arch}" for arch, count in made.items()) or "none"
+    how = f"compiler {version}" if version else f"no compiler ({compiling.REMEDY})"
+    usable = "no GPU runs them here" if cuda_status() else tile.why_not() or f"they run here, on {tile.architecture()}"
+    return f"{how}; compiled: {kept}; {usable}"

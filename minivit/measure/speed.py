@@ -91,7 +91,7 @@ def image_flops(model: Any) -> tuple[int, int]:
         out = model(image)
     below = {p.node for p in model.parameters() if p.requires_grad}  # nodes whose gradient is computed
     forward = backward = 0
-    for node in _recorded(out.node):
+    for node in recorded(out.node):
         needs = sum(p in below for p in node.parents[:2])  # of a product's factors; bias gradients are sums
         if any(p in below for p in node.parents):
             below.add(node)
@@ -106,7 +106,7 @@ def step_flops(model: Any, batch_size: int) -> int:
     return batch_size * sum(image_flops(model))
 
 
-def _recorded(root: Node) -> list[Node]:
+def recorded(root: Node) -> list[Node]:
     """Return the recorded operations that ``root`` was made by, earliest first."""
     seen, stack = {root}, [root]
     while stack:

@@ -75,7 +75,8 @@ def run_split(trained: Trained, split: str, bar: Callable[..., Any] | None = Non
     if (folder := run_of(trained.path)) is None:
         return None
     config = read_config(folder / "config.toml")
-    job = Job(settings_of_run(config, trained.meta, {"train.device": "cpu"}), resumed=True, bar=bar)
+    here = {"train.device": "cpu", "train.dtype": "float32"}  # whose images they are does not depend on either
+    job = Job(settings_of_run(config, trained.meta, here), resumed=True, bar=bar)
     now = job.data_meta()
     if changed := [k for k in trained.data if k in now and k != "name" and now[k] != trained.data[k]]:
         what = f"{now['name']} is not as it was when {folder} was trained: other {', '.join(changed)}"

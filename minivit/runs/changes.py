@@ -24,6 +24,10 @@ MAY_CHANGE = (
 """The settings that need not be the same when a run is resumed."""
 
 
+FIRST_DTYPE = "float32"
+"""What every run was trained in before it could be set: see ``train.dtype``."""
+
+
 class Config(NamedTuple):
     """A run's config.toml as it was read: where it is, what it says, and its values by dotted key."""
 
@@ -73,7 +77,8 @@ def settings_of_run(
     """
     given = given or {}
     settings = resolve(given, file=config.path, origin=origin, read=config.values)
-    kept = kept_settings(meta) or {"data.layout": 1}  # version 0.1.0 kept none, and knew no other layout
+    kept: dict[str, Any] = {"train.dtype": FIRST_DTYPE}
+    kept |= kept_settings(meta) or {"data.layout": 1}  # version 0.1.0 kept none, and knew no other layout
     named = config.values.keys() | given.keys()
     settings.take({key: value for key, value in kept.items() if "." in key and key not in named}, "the run's start")
     return settings
@@ -102,6 +107,7 @@ def compare_settings(settings: RunSettings, meta: Mapping[str, Any], config: Pat
     change; ConfigError for epochs in which nothing would change. ``config`` is the path of the run's config.toml.
     """
     before = kept_settings(meta)
+    before.setdefault("train.dtype", FIRST_DTYPE)
     try:
         train = meta["train"]
         epochs = int(before.get("train.epochs") or train["settings"]["total steps"] // train["batches"])
@@ -115,7 +121,7 @@ def compare_settings(settings: RunSettings, meta: Mapping[str, Any], config: Pat
     for key, old in before.items():
         new = settings.get(key)
         if old == new:
-            settings.origins[key] = before.origins.get(key, "")
+            settings.origins[key] = before.origins.get(key, settings.origins.get(key, ""))
         elif key == "train.schedule_epochs" and scheduled == (new or settings["train.epochs"]):
             continue
         elif key in MAY_CHANGE:

@@ -46,7 +46,7 @@ def finish(
         job.model.load_state_dict(last)
     if parts.test is not None and not overfit:
         shown, split = parts.test, "test"
-    loader = parts.held_loader(shown)
+    loader = parts.held_loader(shown, job.settings["train.device"])
     logits = evaluate(job.model, loader, stop_if_asked, job.settings["train.threads"])["logits"]
     result = classification_metrics(logits, shown.labels)
     test = None

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 from minivit import data, ops
 from minivit.backend import auto_device, available_memory, keep_freed_memory
 from minivit.data.dataset import class_names
-from minivit.errors import CheckpointError, ConfigError, DataError, MisfitError, printable
+from minivit.errors import CheckpointError, ConfigError, DataError, MinivitError, MisfitError, printable
 from minivit.measure.costs import training_memory
+from minivit.measure.gpu_costs import gpu_memory
 from minivit.models import Model, build, described_settings, model_outline
 from minivit.nn.rules import rate
 from minivit.runs.folder import find_checkpoint
@@ -23,6 +24,7 @@ from minivit.show.text import bytes_text, plural
 from minivit.train import schedule
 from minivit.train.observers import Observer
 from minivit.train.optim import SGD, AdamW, Muon, Optimizer, layer_scales
+from minivit.train.precision import check_precision
 from minivit.train.schedule import Schedule
 from minivit.train.sharing import team_for
 from minivit.train.trainer import Trainer
@@ -45,6 +47,7 @@ class Job:
         self.settings = settings
         keep_freed_memory()
         device, why = auto_device(settings["train.device"])
+        dtype, why_this = dtype_on(device, settings["train.dtype"])
         make_absolute(settings)
         found = load_parts(settings, bar)
         classes = found.train.classes
@@ -62,42 +65,48 @@ class Job:
         self.model: Model = build(settings.kind, values).to(device)
         fresh = settings["train.init_from"] and not resumed
         changed = start_from(self.model, settings["train.init_from"]) if fresh else []
-        self.loader = self.parts.training_loader(settings)
-        self._settle(device)
+        self._settle(device, dtype)
         self.memory = self._memory_needed(outlined)
         _check_memory(self.memory, device, held)
+        # on a GPU the images may have what a step leaves of its memory
+        left = None if device == "cpu" else max(0, available_memory(device) - self.memory)
+        self.loader = self.parts.training_loader(settings, device, left)
         self.schedule = self.make_schedule()
-        self.about = self._text(why, changed, len(classes))
+        self.about = self._text(why or why_this, changed, len(classes))
 
-    def _settle(self, device: str) -> None:
+    def _settle(self, device: str, dtype: str) -> None:
         """Keep what "auto" and 0 come to on this machine, because equal bits need the same again."""
         s = self.settings
         team, batch_size = team_for(self.model, None, s["train.micro_batch"] or None), s["train.batch_size"]
+        rows = batch_size * s["train.grad_accum_steps"]
         found = {
             "train.device": device,
-            "train.threads": s["train.threads"] or team.threads_for(self.loader.batch_size),
+            "train.dtype": dtype,
+            "train.threads": s["train.threads"] or team.threads_for(rows),
             "train.micro_batch": min(team.micro_batch or batch_size, batch_size),
         }
         s.take({key: value for key, value in found.items() if s[key] != value}, "this machine")
 
     def _memory_needed(self, outlined: Model) -> int:
         s = self.settings
-        rows = min(self.loader.batch_size, len(self.parts.train))
-        step = training_memory(outlined, team_for(self.model, s["train.threads"], s["train.micro_batch"]), rows)
+        rows = min(s["train.batch_size"] * s["train.grad_accum_steps"], len(self.parts.train))
+        if s["train.device"] == "cpu":
+            step = training_memory(outlined, team_for(self.model, s["train.threads"], s["train.micro_batch"]), rows)
+        else:
+            step = gpu_memory(outlined, min(rows, s["train.micro_batch"]), s["train.dtype"])
         return step + 4 * self.model.num_parameters() * bool(s["train.model_ema"])
 
     def _text(self, why: str, changed: list[str], classes: int) -> str:
         s = self.settings
-        cores = f", {plural(s['train.threads'], 'thread')}" if s["train.device"] == "cpu" else ""
+        cores = plural(s["train.threads"], "thread") if s["train.device"] == "cpu" else s["train.dtype"]
         lines = [
-            f"device      {s['train.device']}{cores}" + (f" ({why})" if why else ""),
+            f"device      {s['train.device']}, {cores}" + (f" ({why})" if why else ""),
             f"model       {s['model.name']}: {self.model.num_parameters():,} parameters",
         ]
         if s["train.init_from"]:
             lines += [printable(f"started     from {s['train.init_from']}"), *(f"            {one}" for one in changed)]
         lines.append(f"data        {self.parts.text(classes)}")
-        if self.parts.remark:
-            lines.append(f"            {self.parts.remark}")
+        lines += [printable(f"            {remark}") for remark in (self.parts.remark, self.loader.remark) if remark]
         recipe = f"recipe {s['recipe']}: " if s["recipe"] else ""
         epochs, steps = plural(s["train.epochs"], "epoch"), plural(len(self.loader), "step")
         optimizer = {"adamw": "AdamW", "muon": "Muon", "sgd": "SGD with momentum"}[s["train.optimizer"]]
@@ -156,6 +165,7 @@ class Job:
             on_nan=s["train.on_nan"] if folder is not None else "stop",
             meta=meta,
             observers=observers,
+            precision=s["train.dtype"],
         )
 
     def data_meta(self) -> dict[str, Any]:
@@ -218,10 +228,34 @@ def make_absolute(settings: RunSettings) -> None:
         settings.take({key: str(Path(path).resolve())}, settings.origins[key])
 
 
+def dtype_on(device: str, asked: str) -> tuple[str, str]:
+    """Return the numbers of a training step on ``device``, and for "auto" why they are not bfloat16 on a GPU, or "".
+
+    Raises DeviceError for numbers that the device does not have.
+    """
+    if asked != "auto":
+        return check_precision(asked, device).name, ""
+    if device == "cpu":
+        return "float32", ""
+    try:
+        return check_precision("bfloat16", device).name, ""
+    except MinivitError as error:  # an older GPU, or no ml_dtypes
+        return "float32", f"{error.what}: {error.remedy}"
+
+
 def _check_memory(needed: int, device: str, held: int) -> None:
-    """Raise ConfigError if more is ``needed`` than is free, with what is ``held`` until the training begins."""
+    """Raise ConfigError if more is ``needed`` than is free, with what is ``held`` until the training begins.
+
+    That is held in the machine's own memory, whatever the device.
+    """
     if device == "cpu" and needed > (free := available_memory() + held):
         raise ConfigError(
             f"this run needs about {bytes_text(needed)} of memory, {bytes_text(free)} are free",
             "use a smaller model or image, --threads 1, a smaller --micro-batch, or --set model.recompute=true",
+        )
+    if device != "cpu" and needed > (free := available_memory(device)):
+        raise ConfigError(
+            f"this run needs about {bytes_text(needed)} of the memory of {device}, {bytes_text(free)} are free",
+            "use a smaller --batch-size with more --grad-accum-steps, which learns the same, --dtype bfloat16, a "
+            "smaller model or image, or --set model.recompute=true",
         )

@@ -72,6 +72,9 @@ OPTIONS: dict[str, Option] = {
     "train.seed": Option(0, "seed of weights, shuffling, augmentation and dropout", ("--seed",), low=0,
                          high=(1 << 63) - 1),
     "train.device": Option("auto", "auto, cpu, cuda, cuda:1, …", ("--device",)),
+    "train.dtype": Option("auto", "numbers of a step: float32, tf32, bfloat16 or float16; auto: bfloat16 on a GPU that "
+                          "has it (sm_80 on), else float32", ("--dtype",),
+                          choices=("auto", "float32", "tf32", "bfloat16", "float16")),
     "train.threads": Option(0, "CPU threads; 0: one for each core", ("--threads",), low=0, high=1024),
     "train.micro_batch": Option(0, "images worked on at once; 0: what fits the cache", ("--micro-batch",), low=0,
                                 high=MANY),

@@ -59,16 +59,20 @@ class Parts:
         prints = {name: part.fingerprint for name, part in parts.items() if part is not None}
         return {f"{name} {what}": digest for name, found in prints.items() for what, digest in found.items()}
 
-    def training_loader(self, s: RunSettings) -> Loader:
-        """Return the training batches: the batch size times the batches that make up an update."""
+    def training_loader(self, s: RunSettings, device: str, gpu_memory: int | None = None) -> Loader:
+        """Return the training batches, made on ``device``: the batch size times the batches that make up an update.
+
+        ``gpu_memory`` as :class:`Loader` has it.
+        """
         mix = Mix(s["data.mixup"], s["data.cutmix"]) if s["data.mixup"] or s["data.cutmix"] else None
         size = s["train.batch_size"] * s["train.grad_accum_steps"]
         augment = augmentation(s.table("data"), self.train.images.shape[1])
-        return Loader(self.train, size, Key(s["train.seed"], TRAIN_STREAM), augment, mix)
+        key = Key(s["train.seed"], TRAIN_STREAM)
+        return Loader(self.train, size, key, augment, mix, device=device, gpu_memory=gpu_memory)
 
-    def held_loader(self, dataset: Dataset) -> Loader:
-        """Return batches of other images, in their order, standardised like the training images."""
-        return Loader(dataset, 512, Key(0), mean=self.train.mean, std=self.train.std, shuffle=False)
+    def held_loader(self, dataset: Dataset, device: str = "cpu") -> Loader:
+        """Return batches of other images, in their order, standardised like the training images, on ``device``."""
+        return Loader(dataset, 512, Key(0), mean=self.train.mean, std=self.train.std, shuffle=False, device=device)
 
 
 # ---- loading and dividing --------------------------------------------------------------------------------------------

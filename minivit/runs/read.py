@@ -11,6 +11,7 @@ from typing import Any
 
 from minivit.errors import CheckpointError, ConfigError, DataError
 from minivit.files import open_regular
+from minivit.runs.changes import FIRST_DTYPE
 from minivit.runs.settings import read_toml
 from minivit.weights.checkpoint import load_checkpoint
 
@@ -31,10 +32,12 @@ def read_run(folder: Path) -> dict[str, Any]:
     seconds = sum(row["seconds"] for row in rows)
     images = sum(row["images_per_second"] * row["seconds"] for row in rows)
     test = _test_row(folder / "metrics.jsonl")
+    settings = read_toml(folder / "config.toml")
+    settings.setdefault("train.dtype", FIRST_DTYPE)
     parameters, data = _recorded(folder / "checkpoints" / "last.npz")
     return {
         "folder": str(folder),
-        "settings": read_toml(folder / "config.toml"),
+        "settings": settings,
         "parameters": parameters,
         "data": data,
         "epochs": len(rows),

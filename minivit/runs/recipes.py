@@ -12,7 +12,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from minivit.errors import unknown_name
+from minivit.errors import ConfigError, unknown_name
+from minivit.models import configuration
 
 _USUAL = {"batch_size": 128, "weight_decay": 0.05, "clip_grad": 1.0, "smoothing": 0.1}
 # small enough for many passes over the images in minutes on a CPU; mimetic weights learned faster in each trial
@@ -111,6 +112,11 @@ FOR_DATA = {
 """The recipe for each kind of data set (:func:`minivit.data.kind_of`) that has one."""
 
 
+def is_recipe(name: str) -> bool:
+    """Tell whether there is a recipe of this name, with or without its version."""
+    return any(name in (full, full.partition("@")[0]) for full in RECIPES)
+
+
 def full_name(name: str) -> str:
     """Return a recipe's name with its version, by default the newest; raise ConfigError for one that is not known."""
     newest = {full.partition("@")[0]: full for full in RECIPES}  # in the order of their versions
@@ -118,3 +124,18 @@ def full_name(name: str) -> str:
     if full not in RECIPES:
         raise unknown_name("recipe", name, newest)
     return full
+
+
+def recipes_with_models() -> list[str]:
+    """Return the full names of the recipes that name a model, each in its newest version."""
+    newest = dict.fromkeys(full_name(full.partition("@")[0]) for full in RECIPES)
+    return [name for name in newest if "model" in RECIPES[name]]
+
+
+def recipe_model(name: str) -> tuple[str, dict[str, Any]]:
+    """Return the kind and the settings of a recipe's model as they stand there: data may ask for other sizes."""
+    sizes = dict(RECIPES[full_name(name)].get("model", {}))
+    if not sizes:
+        raise ConfigError(f"the recipe {name} has no model of its own", f"known: {', '.join(recipes_with_models())}")
+    kind, usual = configuration(sizes.pop("name"))
+    return kind, {**usual, **sizes}

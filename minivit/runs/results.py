@@ -37,7 +37,7 @@ def draw_samples(job: Job, folder: Path) -> None:
 
 def draw_batch(loader: Loader, path: Path, title: str) -> None:
     """Draw the images of a loader's first batch as the model is given them, with their labels."""
-    images, labels = next(loader.batches(0))
+    images, labels = (to_numpy(x) for x in next(loader.batches(0)))
     mean, std = (np.array(x, np.float32)[:, None, None] for x in (loader.mean, loader.std))  # (C, 1, 1)
     pixels = ((images * std + mean) * 255).round().clip(0, 255).astype(np.uint8)[:SHOWN, :3]  # drawn without alpha
     names = drawable_names(loader.dataset.classes)

@@ -172,7 +172,8 @@ def _restored(
 def _carry_out(job: Job, trainer: Trainer, folder: Path, config: str, say: Tell, tell: Tell) -> Run:
     """Train to the end, test and draw; ``config`` is what the folder's config.toml says."""
     (folder / "report.html").unlink(missing_ok=True)  # written last: a run that has it is finished
-    valid = None if job.parts.valid is None else job.parts.held_loader(job.parts.valid)
+    device, held_out = job.settings["train.device"], job.parts.valid
+    valid = None if held_out is None else job.parts.held_loader(held_out, device)
     try:
         history = trainer.fit(job.loader, valid)
     except Stopped as stop:
