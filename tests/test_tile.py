@@ -10,8 +10,9 @@ import pytest
 
 import minivit as mv
 from minivit.backend import Array, array_module, tile
+from minivit.backend.planning import planned, planning
 from minivit.backend.promises import ArrayPromise, flat, promises
-from minivit.backend.tile import Kernel, Like, planning
+from minivit.backend.tile import Kernel, Like
 from minivit.errors import ConfigError, KernelError
 from tests.tile import TileError, emulate
 
@@ -403,7 +404,7 @@ def test_what_is_planned_is_what_is_launched(doubled, strict_cupy, monkeypatch):
 def test_threads_plan_for_themselves():
     seen = []
     with planning():
-        thread = threading.Thread(target=lambda: seen.append(tile.planned.plans))
+        thread = threading.Thread(target=lambda: seen.append(planned()))
         thread.start()
         thread.join()
     assert seen == [None]

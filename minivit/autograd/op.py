@@ -37,7 +37,7 @@ from minivit.autograd.needs import rounded
 from minivit.autograd.tensor import Tensor
 from minivit.autograd.twin import KINDS, Twin
 from minivit.backend import Array, device_of, is_array, is_floating, on_device_of, spelled
-from minivit.backend.tile import planned
+from minivit.backend.planning import is_on_gpu
 from minivit.errors import ConfigError, DeviceError, DTypeError, GraphError, MinivitError, ShapeError
 
 _HERE = contextlib.nullcontext()
@@ -210,10 +210,8 @@ class Op:
         return Tensor(out, Node(self, args, parents, out))
 
     def _twin_for(self, first: Any) -> Twin | None:
-        """Return the twin for arrays of the kind of ``first``, if there is one; while planning NumPy's are CuPy's."""
-        if isinstance(first, np.ndarray):
-            return self.twins.get("cpu" if planned.plans is None else "cuda")
-        return self.twins.get("cuda") if is_array(first) else None
+        """Return the twin for arrays of the kind of ``first``, if there is one."""
+        return self.twins.get("cuda" if is_on_gpu(first) else "cpu") if is_array(first) else None
 
     def _check_alike(self, args: list[Any], positions: Sequence[int]) -> None:
         """Raise unless the inputs are arrays of one dtype and device, or numbers; make NumPy scalars plain numbers."""

@@ -19,7 +19,7 @@ from minivit.backend.choices import choose
 from minivit.backend.cublaslt import TYPES, Matrix, Plan, Pointers, Spec, check, on_gpu
 from minivit.backend.devices import Array, array_module, device_of, is_array
 from minivit.backend.outline import product_shape
-from minivit.backend.tile import planned
+from minivit.backend.planning import is_on_gpu
 from minivit.errors import ConfigError, DeviceError, DTypeError, ShapeError
 
 _thread = threading.local()
@@ -53,13 +53,13 @@ def product(
     where one of the last two axes is contiguous and the leading ones run evenly, and copied elsewhere. Equal arguments
     give equal bits.
 
-    While kernels are planned (:func:`minivit.backend.tile.planning`) nothing is computed.
+    While kernels are planned (:func:`minivit.backend.planning.planning`) nothing is computed.
 
     Raises ShapeError, DTypeError (integers; dtypes that differ), DeviceError (arrays on several devices; what
     cuBLASLt refuses).
     """
     if isinstance(a, np.ndarray):
-        if planned.plans is not None:  # then what the numbers are does not matter
+        if is_on_gpu(a):  # planning: what the numbers are does not matter
             return np.empty(product_shape(a.shape, b.shape), a.dtype) if out is None else out
         return _on_cpu(a, b, out, bias, onto, add)
     if a.ndim < 2 or b.ndim < 2:

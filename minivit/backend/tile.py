@@ -20,46 +20,21 @@ in this order; scalars as int32 or float32; blocks of (1, 1, 1).
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from minivit.backend import cubins
 from minivit.backend.compiling import ARCHITECTURES, Plan
 from minivit.backend.devices import cuda_status
+from minivit.backend.planning import planned
 from minivit.backend.promises import Like, Place, fitting, flat, promises
 from minivit.errors import ConfigError, KernelError
 
-__all__ = ["Kernel", "Like", "Plan", "architecture", "fitting", "planned", "planning", "why_not"]
+__all__ = ["Kernel", "Like", "Plan", "architecture", "fitting", "why_not"]
 
 GRID = (2**31 - 1, 65535, 65535)  # the most programs along each axis
-
-# ---- planning --------------------------------------------------------------------------------------------------------
-
-
-class _Planned(threading.local):
-    plans: dict[Plan, int] | None = None
-
-
-planned = _Planned()
-"""What this thread plans; its ``plans`` is None where kernels run."""
-
-
-@contextlib.contextmanager
-def planning() -> Iterator[dict[Plan, int]]:
-    """Run no kernel in this block: note which would have been loaded, and how often launched, and yield the notes.
-
-    Arrays are NumPy's, and operations run their twins for CUDA on them; what the kernels would have written is left as
-    it was made. So a training step can be walked on a machine without a GPU, to compile what it needs.
-    """
-    before, planned.plans = planned.plans, {}
-    try:
-        yield planned.plans
-    finally:
-        planned.plans = before
-
 
 # ---- where kernels run -----------------------------------------------------------------------------------------------
 
@@ -164,8 +139,8 @@ class Kernel:
         grid += (1,) * (3 - len(grid))
         if len(grid) > 3 or any(not 0 <= n <= most for n, most in zip(grid, GRID, strict=True)):
             raise KernelError(f"a grid of {grid} programs for the kernel {self.factory}", f"the most are {GRID}")
-        if planned.plans is not None:
-            planned.plans[plan] = planned.plans.get(plan, 0) + 1
+        if (plans := planned()) is not None:
+            plans[plan] = plans.get(plan, 0) + 1
         elif 0 not in grid:
             self._function(plan)(grid, args, places)
 
@@ -179,8 +154,8 @@ class Kernel:
         plan, _, unfit = self._plan(args, hints, constants)
         if unfit:
             return False
-        if planned.plans is not None:
-            planned.plans.setdefault(plan, 0)  # where the arrays differ a little from a launch's, it is needed as well
+        if (plans := planned()) is not None:
+            plans.setdefault(plan, 0)  # where the arrays differ a little from a launch's, it is needed as well
             return True
         try:
             self._function(plan)

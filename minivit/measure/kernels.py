@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from minivit.backend.compiling import Plan
-from minivit.backend.tile import planning
+from minivit.backend.planning import planning
 from minivit.models import model_outline
 from minivit.nn.module import Parameter
 from minivit.ops.cuda.sums import Arena

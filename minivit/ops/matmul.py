@@ -8,7 +8,7 @@ import numpy as np
 
 from minivit.autograd.op import op
 from minivit.backend import Array, product
-from minivit.backend.tile import planned
+from minivit.backend.planning import is_on_gpu
 from minivit.errors import ShapeError
 from minivit.ops.elementwise import add
 from minivit.ops.shape import reshape, swapaxes
@@ -48,7 +48,7 @@ def _product(a: Array, b: Array) -> Array:
     OpenBLAS's kernels compute on what happens to lie in unused lanes of their registers, throw it away, and leave the
     processor's flag for an invalid operation set: NumPy would warn of results that have nothing wrong.
     """
-    if type(a) is not np.ndarray or planned.plans is not None:
+    if is_on_gpu(a):
         return product(a, b)
     with np.errstate(invalid="ignore"):
         return a @ b

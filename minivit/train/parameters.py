@@ -16,7 +16,7 @@ import numpy as np
 
 from minivit.autograd.tensor import Tensor
 from minivit.backend import Array, array_module, device_of, is_bfloat16, on_device_of, to_device
-from minivit.backend.tile import planned
+from minivit.backend.planning import is_on_gpu
 from minivit.errors import CheckpointError, ConfigError, GraphError
 from minivit.nn.module import Parameter
 
@@ -69,7 +69,7 @@ class FlatParameters:
         self.names = [n for n, _ in named]
         self.parameters = [p for _, p in named]
         first = self.parameters[0].data
-        self.alignment = 1 if device_of(first) == "cpu" and planned.plans is None else ALIGNMENT
+        self.alignment = ALIGNMENT if is_on_gpu(first) else 1
         starts = [0, *itertools.accumulate(self.aligned(p.size) for p in self.parameters)]
         self.spans: list[Span] = [(start, start + p.size) for start, p in zip(starts, self.parameters, strict=False)]
         self.groups: list[Group] = []
@@ -277,7 +277,7 @@ def overlaps(spans: Iterable[Span], others: Sequence[Span]) -> list[Span]:
 
 def chunks(array: Array, spans: Iterable[Span]) -> Iterator[Span]:
     """Yield the given spans of a flat array in pieces (start, stop) to work on at a time."""
-    size = CHUNK if device_of(array) == "cpu" and planned.plans is None else array.size
+    size = array.size if is_on_gpu(array) else CHUNK
     for start, stop in spans:
         for a in range(start, stop, size):
             yield a, min(a + size, stop)

@@ -12,7 +12,7 @@ from minivit.autograd.needs import Slot
 from minivit.autograd.op import raw
 from minivit.autograd.tensor import Tensor
 from minivit.backend import Array, Key, array_module, device_of, is_array, square_sum, to_device
-from minivit.backend.tile import planned
+from minivit.backend.planning import is_on_gpu
 from minivit.errors import DataError, GraphError, ShapeError
 from minivit.ops.cuda.update import squares
 from minivit.ops.loss import check_labels, noting_checks
@@ -105,7 +105,7 @@ def add_share(total: Array, others: Sequence[Array], start: int, stop: int) -> A
     share = total[start:stop]
     for other in others:
         share += other[start:stop]
-    found = squares(share) if planned.plans is not None or not isinstance(share, np.ndarray) else None
+    found = squares(share) if is_on_gpu(share) else None
     return square_sum(share) if found is None else found
 
 

@@ -26,7 +26,7 @@ from minivit.backend import (
     resolve_device,
     to_numpy,
 )
-from minivit.backend.tile import planned
+from minivit.backend.planning import planned
 from minivit.errors import DeviceError, unknown_name
 from minivit.nn.module import Module
 from minivit.train.parameters import FlatParameters, LaidOut, load_arrays
@@ -64,7 +64,7 @@ def check_precision(name: str, device: str) -> Precision:
     if name == "float32":
         return Precision(name, np.dtype(np.float32))
     device = resolve_device(device)
-    planning = planned.plans is not None  # for a GPU that is elsewhere
+    planning = planned() is not None  # for a GPU that is elsewhere
     if device == "cpu" and not planning:
         raise DeviceError(f"training in {name} on a CPU", "use float32 there; all others need a GPU")
     if not planning and (found := compute_capability(device)) < (8, 0):

@@ -23,7 +23,7 @@ from minivit import ops
 from minivit.autograd.graph import Node, first_order, propagate
 from minivit.autograd.tensor import Tensor
 from minivit.backend import Array, Key, array_module, is_floating, on_device_of
-from minivit.backend.tile import planned
+from minivit.backend.planning import is_on_gpu
 from minivit.errors import GraphError, NonFiniteError
 from minivit.nn.module import Module, mode
 from minivit.nn.random import random_key
@@ -114,7 +114,7 @@ class TrainStep:
         self.numbers: DeviceNumbers | None = None
         self.working: WorkingCopy | None = None
         self.underway: Underway | None = None
-        if self.team.device == "cpu" and planned.plans is None:
+        if not is_on_gpu(store.values):
             return
         self.numbers = DeviceNumbers(store, LossScale(store.values) if self.precision.scaled else None)
         if self.precision.is_half:

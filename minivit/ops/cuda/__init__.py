@@ -4,7 +4,7 @@ Each file has the twins of the plain operations in the file of the same name, an
 the file of the same name in ``kernels/``. A twin computes what the plain operation does, which is its definition and
 what the tests hold it to. On arrays that no kernel serves it returns NotImplemented: then the plain operation runs.
 
-A twin works on whichever arrays it gets, CuPy's or (while planning, see :func:`minivit.backend.tile.planning`) NumPy's:
+A twin works on whichever arrays it gets, CuPy's or (see backend/planning.py) NumPy's while planning:
 it makes its own by ``array_module(x)``, and imports neither CuPy nor cuda.tile.
 """
 

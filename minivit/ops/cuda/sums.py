@@ -23,6 +23,7 @@ import numpy as np
 
 from minivit.autograd.needs import Slot
 from minivit.backend import Array, array_module, tile
+from minivit.backend.planning import planned
 
 ROWS = 256  # partial sums of a column: about two programs for each multiprocessor of an H200, the same on every GPU
 _APART = 64  # columns from which each array of partial sums starts at a multiple: aligned, however wide the others are
@@ -175,7 +176,7 @@ def collecting(arena: Arena) -> Iterator[None]:
 def _fresh(n: int) -> Array:
     """Return (ROWS, n) numbers laid out as in an arena, so that the same kernel writes to both."""
     width = -(-n // _APART) * _APART
-    if tile.planned.plans is not None:
+    if planned() is not None:
         return np.empty((ROWS, width), np.float32)[:, :n]
     import cupy
 
