@@ -3,6 +3,7 @@
 from minivit.backend.choices import chosen, tuning
 from minivit.backend.devices import (
     Array,
+    address_of,
     array_module,
     auto_device,
     compute_capability,
@@ -56,6 +57,7 @@ __all__ = [
     "Key",
     "SideStream",
     "Team",
+    "address_of",
     "array_module",
     "auto_device",
     "available_memory",

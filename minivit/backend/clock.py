@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from minivit.backend.devices import Array, array_module, resolve_device
+from minivit.backend.devices import Array, array_module, gpu, resolve_device
 
 
 def mark() -> Any:
@@ -32,10 +32,8 @@ def seconds_between(start: Any, end: Any) -> float:
 def wait_for(device: str) -> None:
     """Wait until a GPU has done all its work; the CPU's is done when a call returns."""
     if (device := resolve_device(device)) != "cpu":
-        import cupy
-
-        with cupy.cuda.Device(int(device.removeprefix("cuda:"))) as gpu:
-            gpu.synchronize()
+        with gpu(device) as here:
+            here.synchronize()
 
 
 def backlog(source: Array, target: Array, seconds: float, bytes_per_second: float) -> None:

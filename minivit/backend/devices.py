@@ -42,6 +42,11 @@ def device_of(array: Array) -> str:
     return "cpu" if isinstance(array, np.ndarray) else f"cuda:{array.device.id}"
 
 
+def address_of(array: Array) -> int:
+    """Return the address of an array's first number."""
+    return array.__array_interface__["data"][0] if isinstance(array, np.ndarray) else array.data.ptr
+
+
 def on_device_of(array: Array) -> contextlib.AbstractContextManager[Any]:
     """Return a context in which new arrays are made on the device of ``array``."""
     return contextlib.nullcontext() if array_module(array) is np else array.device
@@ -56,7 +61,7 @@ def to_device(array: Array, device: str) -> Array:
         return to_numpy(array)
     import cupy
 
-    with cupy.cuda.Device(int(device.removeprefix("cuda:"))):
+    with gpu(device):
         return cupy.asarray(array)
 
 
@@ -120,11 +125,16 @@ def cuda_status() -> str | None:
     return None if count else "CuPy and a CUDA driver found, but no CUDA device"
 
 
-def compute_capability(device: str) -> tuple[int, int]:
-    """Return the compute capability of a GPU, (9, 0) of an H100."""
+def gpu(device: str) -> Any:
+    """Return CuPy's object of the GPU ``"cuda:N"``, as :func:`resolve_device` names it: it is current in a ``with``."""
     import cupy
 
-    digits = cupy.cuda.Device(int(resolve_device(device).removeprefix("cuda:"))).compute_capability
+    return cupy.cuda.Device(int(device.removeprefix("cuda:")))
+
+
+def compute_capability(device: str) -> tuple[int, int]:
+    """Return the compute capability of a GPU, (9, 0) of an H100."""
+    digits = gpu(resolve_device(device)).compute_capability
     return int(digits[:-1]), int(digits[-1])
 
 

@@ -8,7 +8,7 @@ import os
 import sys
 from pathlib import Path
 
-from minivit.backend.devices import resolve_device
+from minivit.backend.devices import gpu, resolve_device
 
 
 def memory_in_use(device: str = "cpu") -> int:
@@ -16,7 +16,7 @@ def memory_in_use(device: str = "cpu") -> int:
     if (device := resolve_device(device)) != "cpu":
         import cupy
 
-        with cupy.cuda.Device(int(device.removeprefix("cuda:"))):
+        with gpu(device):
             return int(cupy.get_default_memory_pool().used_bytes())
     try:
         with open("/proc/self/statm") as f:
@@ -36,10 +36,8 @@ def peak_memory() -> int:
 def total_memory(device: str = "cpu") -> int:
     """Return the machine's or the GPU's memory in bytes."""
     if (device := resolve_device(device)) != "cpu":
-        import cupy
-
-        with cupy.cuda.Device(int(device.removeprefix("cuda:"))) as gpu:
-            return int(gpu.mem_info[1])
+        with gpu(device) as here:
+            return int(here.mem_info[1])
     return os.sysconf("SC_PHYS_PAGES") * _page_size()
 
 
@@ -48,9 +46,9 @@ def available_memory(device: str = "cpu") -> int:
     if (device := resolve_device(device)) != "cpu":
         import cupy
 
-        with cupy.cuda.Device(int(device.removeprefix("cuda:"))) as gpu:
+        with gpu(device) as here:
             pool = cupy.get_default_memory_pool()  # what it holds and nobody uses is free, too
-            return int(gpu.mem_info[0] + pool.total_bytes() - pool.used_bytes())
+            return int(here.mem_info[0] + pool.total_bytes() - pool.used_bytes())
     free = []
     with contextlib.suppress(OSError, ValueError, StopIteration), open("/proc/meminfo") as f:
         free.append(1024 * int(next(line for line in f if line.startswith("MemAvailable")).split()[1]))

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from minivit.backend.devices import Array, array_module, is_array
+from minivit.backend.devices import Array, address_of, array_module, is_array
 from minivit.errors import ConfigError
 
 LIMIT = 2**31 - 1
@@ -64,13 +64,13 @@ def addresses(array: Array) -> tuple[int, int]:
     On a GPU they are the same. NumPy's arrays, met while planning only, stand for CuPy's, whose memory starts at
     multiples of 512 bytes: the distance from the start of their memory counts.
     """
+    address = address_of(array)
     if not isinstance(array, np.ndarray):
-        return array.data.ptr, array.data.ptr
+        return address, address
     owner = array
     while isinstance(owner.base, np.ndarray):
         owner = owner.base
-    address = array.__array_interface__["data"][0]
-    return address, address - owner.__array_interface__["data"][0]
+    return address, address - address_of(owner)
 
 
 def _strides(shape: tuple[int, ...], strides: tuple[int, ...], size: int) -> tuple[int, ...]:

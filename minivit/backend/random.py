@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from minivit.backend.devices import Array, array_module, is_array, on_device_of, resolve_device
+from minivit.backend.devices import Array, array_module, gpu, is_array, on_device_of, resolve_device
 from minivit.errors import ConfigError
 
 _MASK = (1 << 64) - 1
@@ -126,7 +126,7 @@ def _generate(
         return out.reshape(shape)
     import cupy
 
-    with cupy.cuda.Device(int(device.removeprefix("cuda:"))):
+    with gpu(device):
         return finish(_splitmix(cupy, key.bits(), start, size)).reshape(shape)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from minivit.backend.devices import Array, array_module
+from minivit.backend.devices import Array, array_module, gpu
 
 
 def packed_to(target: Array, *arrays: np.ndarray) -> Sequence[Array]:
@@ -45,16 +45,13 @@ class SideStream:
         import cupy
 
         self.device = device
-        self.number = int(device.removeprefix("cuda:"))
-        with cupy.cuda.Device(self.number):
+        with gpu(device):
             self.stream = cupy.cuda.Stream(non_blocking=True)
 
     @contextlib.contextmanager
     def working(self) -> Iterator[None]:
         """Put what the calling thread does in this block in the queue, on any thread; nothing is waited for."""
-        import cupy
-
-        with cupy.cuda.Device(self.number), self.stream:
+        with gpu(self.device), self.stream:
             yield
 
     def mark(self) -> Any:
@@ -69,7 +66,7 @@ class SideStream:
         """
         import cupy
 
-        with cupy.cuda.Device(self.number):
+        with gpu(self.device):
             callers = cupy.cuda.get_current_stream()
             callers.wait_event(ready)
             found = [a.copy() for a in arrays]

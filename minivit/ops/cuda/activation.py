@@ -7,21 +7,22 @@ from typing import Any
 from minivit.backend import Array, array_module, tile
 from minivit.ops.activation import gelu
 from minivit.ops.cuda import sums
+from minivit.ops.cuda.rows import as_rows, power, serves
 
 _FORWARD = tile.Kernel("activation", "gelu_forward")
 _BACKWARD = tile.Kernel("activation", "gelu_backward")
 
 
 def _constants(rows: Array, approximate: str) -> dict[str, Any]:
-    width = min(256, 1 << max(rows.shape[1] - 1, 0).bit_length())  # of a tile
+    width = min(256, power(rows.shape[1]))  # of a tile
     return {"tanh": approximate == "tanh", "exact": rows.dtype.itemsize == 4, "R": 2048 // width, "W": width}
 
 
 @gelu.twin("cuda")
 def _(x: Array, approximate: str) -> Any:
-    if not sums.serves(x) or approximate not in ("none", "tanh"):
+    if not serves(x) or approximate not in ("none", "tanh"):
         return NotImplemented
-    xp, rows = array_module(x), sums.as_rows(x)  # (…, N) → (M, N)
+    xp, rows = array_module(x), as_rows(x)  # (…, N) → (M, N)
     out, constants = xp.empty(x.shape, x.dtype), _constants(rows, approximate)
     flat, like = out.reshape(rows.shape), tile.Like(x.dtype, rows.shape)
     back = (like, rows, like, sums.like(rows.shape[1]))

@@ -10,6 +10,7 @@ import numpy as np
 from minivit.backend import Array, Key, array_module, tile
 from minivit.ops.attention import check_heads, self_attention
 from minivit.ops.cuda import sums
+from minivit.ops.cuda.rows import power
 
 HEADS = (16, 32, 64, 80, 128)
 """The lengths of a head that there are kernels for."""
@@ -26,7 +27,7 @@ _BACKWARD_KEYS = tile.Kernel("attention", "attention_backward_keys")
 
 def _height(rows: int, most: int) -> int:
     """Return how many of so many rows a tile has, a power of two from 16 on."""
-    return min(most, max(16, 1 << (rows - 1).bit_length()))
+    return min(most, max(16, power(rows)))
 
 
 class _Plan:

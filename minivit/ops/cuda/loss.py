@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from minivit.backend import Array, array_module, device_of, tile, to_device
+from minivit.backend import Array, address_of, array_module, device_of, tile, to_device
+from minivit.ops.cuda.rows import power, serves
 from minivit.ops.loss import _cross_entropy, count_rows
 from minivit.ops.normalize import log_softmax
 from minivit.ops.reduce import narrow, wide
@@ -38,18 +39,12 @@ def right(logits: Array, labels: Array) -> Array | None:
     None unless this thread's last cross_entropy on a GPU was of these very logits and labels; ties go to the first.
     """
     of = _counted.logits
-    same = of is not None and of() is logits and _counted.labels == _place(labels)
+    same = of is not None and of() is logits and _counted.labels == (address_of(labels), labels.shape)
     return _counted.right if same else None
 
 
-def _place(array: Array) -> tuple[int, tuple[int, ...]]:
-    """Return where an array lies, and its shape."""
-    address = array.__array_interface__["data"][0] if isinstance(array, np.ndarray) else array.data.ptr
-    return address, array.shape
-
-
 def _constants(classes: int, soft: bool) -> dict[str, Any]:
-    width = min(WIDEST, max(16, 1 << (classes - 1).bit_length()))
+    width = min(WIDEST, max(16, power(classes)))
     return {"K": classes, "R": min(TALLEST, WIDEST // width), "W": width, "soft": soft}
 
 
@@ -58,7 +53,7 @@ def _(logits: Array, target: Array | None, labels: Any, smoothing: float) -> Any
     m, classes = count_rows(logits.shape), logits.shape[-1]
     given = to_device(labels, device_of(logits)) if target is None else target
     soft = given.shape == logits.shape
-    if logits.dtype.name not in ("float32", "float16", "bfloat16") or m > 1 << 30:
+    if not serves(logits) or m > 1 << 30:
         return NotImplemented
     xp, constants = array_module(logits), _constants(classes, soft)
     rows = xp.ascontiguousarray(logits).reshape(m, classes)  # (…, K) → (M, K)
@@ -72,7 +67,11 @@ def _(logits: Array, target: Array | None, labels: Any, smoothing: float) -> Any
         return NotImplemented
     _ROWS(-(-m // constants["R"]), *forward, **constants)
     _TOTAL(1, *total, R=1024)
-    _counted.logits, _counted.labels, _counted.right = weakref.ref(logits), _place(given), count.reshape(())
+    _counted.logits, _counted.labels, _counted.right = (
+        weakref.ref(logits),
+        (address_of(given), given.shape),
+        count.reshape(()),
+    )
     return loss.reshape(()), (logits, rows, target, held, stats, smoothing, constants)
 
 

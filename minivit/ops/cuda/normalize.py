@@ -9,6 +9,7 @@ import numpy as np
 from minivit.autograd.needs import SoFar
 from minivit.backend import Array, array_module, tile
 from minivit.ops.cuda import sums
+from minivit.ops.cuda.rows import as_rows, serves
 from minivit.ops.normalize import layer_norm
 
 _FORWARD = tile.Kernel("normalize", "layer_norm_forward")
@@ -29,9 +30,9 @@ def _backward_constants(rows: Array, add: bool) -> dict[str, Any]:
 
 @layer_norm.twin("cuda")
 def _(x: Array, weight: Array, bias: Array, eps: float) -> Any:
-    if not sums.serves(x) or x.ndim == 0 or not weight.shape == bias.shape == x.shape[-1:] or x.shape[-1] > MOST:
+    if not serves(x) or x.ndim == 0 or not weight.shape == bias.shape == x.shape[-1:] or x.shape[-1] > MOST:
         return NotImplemented
-    xp, rows, width = array_module(x), sums.as_rows(x), x.shape[-1]  # (…, D) → (M, D)
+    xp, rows, width = array_module(x), as_rows(x), x.shape[-1]  # (…, D) → (M, D)
     out, statistics = xp.empty(x.shape, x.dtype), xp.empty((2, len(rows)), np.float32)
     like = tile.Like(x.dtype, rows.shape)
     arguments = (rows, weight, bias, out.reshape(rows.shape), statistics)

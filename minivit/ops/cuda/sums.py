@@ -22,8 +22,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from minivit.autograd.needs import Slot
-from minivit.backend import Array, array_module, tile
+from minivit.backend import Array, address_of, array_module, tile
 from minivit.backend.planning import planned
+from minivit.ops.cuda.rows import as_rows, serves
 
 ROWS = 256  # partial sums of a column: about two programs for each multiprocessor of an H200, the same on every GPU
 _APART = 64  # columns from which each array of partial sums starts at a multiple: aligned, however wide the others are
@@ -34,7 +35,7 @@ _COLUMN_TILE: dict[str, Any] = {"rows": ROWS, "R": 16, "W": 128}
 _SETTLE_TILE: dict[str, Any] = {"rows": ROWS, "R": 64, "W": _APART}
 
 
-class _Place(NamedTuple):
+class _Route(NamedTuple):
     """Where a sum comes from, and where it goes."""
 
     start: int  # its first column in the arena
@@ -54,7 +55,7 @@ class Arena:
     def __init__(self, flat: Array) -> None:
         self.flat = flat
         self.rows: Any = None  # float32 (ROWS, width)
-        self._indices: dict[tuple[_Place, ...], Array] = {}
+        self._indices: dict[tuple[_Route, ...], Array] = {}
         self.clear()
 
     def clear(self) -> None:
@@ -91,7 +92,7 @@ class Arena:
         Until it is made the slot counts as it did: who writes another part into it before does not add to nothing.
         """
         column, into = self._column(partials), slot.array
-        offset = _address(into) - _address(self.flat)
+        offset = address_of(into) - address_of(self.flat)
         inside = 0 <= offset <= self.flat.nbytes - into.nbytes and into.size == partials.shape[1]
         if column is None or not (inside and into.dtype == self.flat.dtype == _FLOAT32):
             return False
@@ -102,9 +103,9 @@ class Arena:
         """Return the first column of partial sums, some or all that were taken together; None if they were not."""
         if partials.shape[0] != ROWS:
             return None
-        address = _address(partials)
+        address = address_of(partials)
         for taken, start in reversed(self._taken):  # most are delivered soon after they were taken
-            column = (address - _address(taken)) // _FLOAT32.itemsize
+            column = (address - address_of(taken)) // _FLOAT32.itemsize
             if 0 <= column <= taken.shape[1] - partials.shape[1]:
                 return start + column
         return None
@@ -116,17 +117,17 @@ class Arena:
         while self._due:
             due: dict[int, tuple[int, int, Slot]] = {}  # each slot once
             again = [entry for entry in self._due if due.setdefault(id(entry[2]), entry) is not entry]
-            self._make(tuple(_Place(start, slot.array.size, place, slot.filled) for start, place, slot in due.values()))
+            self._make(tuple(_Route(start, slot.array.size, place, slot.filled) for start, place, slot in due.values()))
             for _, _, slot in due.values():
                 slot.done()
             self._due = again
 
-    def _make(self, places: tuple[_Place, ...]) -> None:
+    def _make(self, routes: tuple[_Route, ...]) -> None:
         """Sum the arena's columns into the flat gradient."""
-        if _SETTLE.ready(self.rows, self._index(places), self.flat, **_SETTLE_TILE):
-            _SETTLE(self.rows.shape[1] // _APART, self.rows, self._index(places), self.flat, **_SETTLE_TILE)
+        if _SETTLE.ready(self.rows, self._index(routes), self.flat, **_SETTLE_TILE):
+            _SETTLE(self.rows.shape[1] // _APART, self.rows, self._index(routes), self.flat, **_SETTLE_TILE)
             return
-        for start, n, place, filled in places:
+        for start, n, place, filled in routes:
             total, into = self.rows[:, start : start + n].sum(axis=0), self.flat[place : place + n]  # (ROWS, n) → (n,)
             into[...] = total + into if filled else total
 
@@ -138,17 +139,17 @@ class Arena:
         self.rows = rows
         self._indices.clear()
 
-    def _index(self, places: tuple[_Place, ...]) -> Array:
+    def _index(self, routes: tuple[_Route, ...]) -> Array:
         """Return, int32 (2, width), to which element of the flat gradient a column's sum goes, and which is added.
 
         -1 where there is none. Made once for each layout.
         """
-        if places not in self._indices:
+        if routes not in self._indices:
             index = np.full((2, self.rows.shape[1]), -1, np.int32)
-            for start, n, place, filled in places:
+            for start, n, place, filled in routes:
                 index[: 1 + filled, start : start + n] = np.arange(place, place + n)
-            self._indices[places] = array_module(self.flat).asarray(index)
-        return self._indices[places]
+            self._indices[routes] = array_module(self.flat).asarray(index)
+        return self._indices[routes]
 
 
 class _Here(threading.local):
@@ -235,18 +236,3 @@ def deliver(partials: Array, need: Any, dtype: Any) -> Any:
 def like(n: int) -> np.ndarray:
     """Return a stand-in for what :func:`scratch` gives, to ask whether a kernel is ready for it."""
     return np.empty((ROWS, -(-n // _APART) * _APART), np.float32)[:, :n]
-
-
-def as_rows(x: Array) -> Array:
-    """Return x (…, n) as rows (M, n) whose numbers lie side by side; a view where that can be."""
-    rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1] if x.ndim else 1)
-    return rows if rows.strides[-1] == rows.itemsize else array_module(x).ascontiguousarray(rows)
-
-
-def serves(x: Array) -> bool:
-    """Tell whether the kernels on rows take x: there are some numbers, of a kind whose sums are float32."""
-    return x.size > 0 and x.dtype.name in ("float32", "float16", "bfloat16")
-
-
-def _address(array: Array) -> int:
-    return array.__array_interface__["data"][0] if isinstance(array, np.ndarray) else array.data.ptr
