@@ -68,13 +68,15 @@ def test_what_is_right_is_counted_on_the_way(strict_cupy, classes, soft):
     labels[:40] = logits[:40].argmax(1)
     labels = np.eye(classes, dtype=np.float32)[labels] if soft else labels
     (x,), y = on_gpu(strict_cupy, logits), strict_cupy.asarray(labels)
-    assert counted.right(x.data, y) is None
+    assert counted.counted_right(x.data, y) is None
     with mv.first_order():
         ops.cross_entropy(x, y)
-    right = counted.right(x.data, y)
+    right = counted.counted_right(x.data, y)
     assert right.get() == count_right(logits, labels) >= 40
-    assert counted.right(x.data, y[:5]) is None
-    assert counted.right(strict_cupy.asarray(logits), y) is None
+    strict_cupy.counters.reset()
+    assert count_right(x.data, y) is right and not strict_cupy.counters.launches
+    assert counted.counted_right(x.data, y[:5]) is None
+    assert counted.counted_right(strict_cupy.asarray(logits), y) is None
 
 
 def test_a_loss_gives_equal_bits_and_knows_no_other_row(strict_cupy):

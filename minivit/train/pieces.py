@@ -14,6 +14,7 @@ from minivit.autograd.tensor import Tensor
 from minivit.backend import Array, Key, array_module, device_of, is_array, square_sum, to_device
 from minivit.backend.planning import is_on_gpu
 from minivit.errors import DataError, GraphError, ShapeError
+from minivit.ops.cuda.loss import counted_right
 from minivit.ops.cuda.update import squares
 from minivit.ops.loss import check_labels, noting_checks
 from minivit.train.parameters import FlatParameters, LaidOut
@@ -158,10 +159,10 @@ def count_right(logits: Any, labels: Array) -> Array | None:
     logits = raw(logits)
     if not is_array(logits) or logits.ndim != 2 or logits.shape[1] < 2:
         return None
-    if labels.shape == logits.shape:
-        if not are_shares(labels):
-            return None
-        labels = labels.argmax(axis=1)  # (B, K) → (B,)
-    elif labels.shape != logits.shape[:1] or labels.dtype.kind not in "iu":
+    is_soft = labels.shape == logits.shape
+    if not (are_shares(labels) if is_soft else labels.shape == logits.shape[:1] and labels.dtype.kind in "iu"):
         return None
+    if (found := counted_right(logits, labels)) is not None:
+        return found
+    labels = labels.argmax(axis=1) if is_soft else labels  # (B, K) → (B,)
     return (logits.argmax(axis=1) == to_device(labels, device_of(logits))).sum()

@@ -33,7 +33,7 @@ class _Counted(threading.local):
 _counted = _Counted()
 
 
-def right(logits: Array, labels: Array) -> Array | None:
+def counted_right(logits: Array, labels: Array) -> Array | None:
     """Return how many rows of logits (B, K) are largest at their label, 0-d, float32, where the loss has counted them.
 
     None unless this thread's last cross_entropy on a GPU was of these very logits and labels; ties go to the first.
@@ -67,11 +67,8 @@ def _(logits: Array, target: Array | None, labels: Any, smoothing: float) -> Any
         return NotImplemented
     _ROWS(-(-m // constants["R"]), *forward, **constants)
     _TOTAL(1, *total, R=1024)
-    _counted.logits, _counted.labels, _counted.right = (
-        weakref.ref(logits),
-        (address_of(given), given.shape),
-        count.reshape(()),
-    )
+    _counted.logits, _counted.right = weakref.ref(logits), count.reshape(())  # (1,) → ()
+    _counted.labels = address_of(given), given.shape
     return loss.reshape(()), (logits, rows, target, held, stats, smoothing, constants)
 
 

@@ -18,7 +18,7 @@ _CLIP = tile.Kernel("verdict", "clip")
 def finish(loss: Any, norm: Any, right: Any, running: Array, steps: Array, report: Array) -> bool:
     """Put what a step came to into ``report``, see whether its update is made, and count it; False, if no kernel does.
 
-    ``loss`` and ``norm`` float32, ``right`` an integer or None, ``running`` bool, ``steps`` uint64: 0-d on the device.
+    ``loss`` and ``norm`` float32, ``right`` a number or None, ``running`` bool, ``steps`` uint64: 0-d on the device.
     """
     # sums that CuPy's arrays keep are bare numbers of NumPy's, whose arrays are met while planning
     loss, norm, right = (np.asarray(x) if isinstance(x, np.generic) else x for x in (loss, norm, right))
