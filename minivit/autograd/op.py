@@ -13,11 +13,14 @@ What can be set on one:
     .vjp       (g, out, *arguments, needs) → one per input    the gradient, where inputs share work
     .vjps      (g, out, *arguments) → one, for each input     the gradient, an input at a time, where they do not
     .composed  (*arguments) → out                             the same of simpler operations: what tests compare with
+    .changes_dtype    True or False (usual)                   whether a result may have another dtype than the inputs
     .twin("cpu")      (*arguments) → (out, kept)              a faster forward on NumPy arrays, under first_order()
     .twin("cpu").vjp  (g, kept, needs) → one per input        and its gradient, on raw arrays
     .twin("cuda"), .twin("cuda").vjp                          the same on CuPy arrays
 
-g is the cotangent: the gradient that reaches the output. Every operation needs a vjp or vjps; the rest is extra.
+g is the cotangent: the gradient that reaches the output. Every operation needs a vjp or vjps; the rest is extra. A twin
+for CUDA that has no kernel for its arguments returns NotImplemented, and the plain operation runs. ``needs`` says which
+inputs want a gradient; to a twin's vjp an entry may also be a place to put it in (autograd/needs.py).
 """
 
 from __future__ import annotations
@@ -67,7 +70,7 @@ class Op:
         self.variadic = len(self.names) if parameters[-1].kind is inspect.Parameter.VAR_POSITIONAL else None
         self.save = frozenset(save)
         self.saves_out = "out" in self.save
-        self.changes_dtype = False  # whether a result may have another than its inputs'
+        self.changes_dtype = False
         self.reference: Callable[..., Any] | None = None
         self._vjp: Callable[..., Any] | None = None
         self._vjps: tuple[Callable[..., Any], ...] = ()
@@ -197,8 +200,9 @@ class Op:
             out, kept = out
         if isinstance(out, np.generic):
             out = np.asarray(out)
-        if (type(first) is not np.ndarray or out.dtype is not first.dtype) and is_array(first):
-            out = out if self.changes_dtype else rounded(out, first.dtype)
+        given = getattr(first, "dtype", None)
+        if given is not None and out.dtype is not given and not self.changes_dtype:
+            out = rounded(out, given)
         parents = tuple([nodes[i] for i in positions])
         if not (recording.enabled and any(parents)):
             return Tensor(out)

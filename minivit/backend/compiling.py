@@ -203,7 +203,7 @@ def compiled(plan: Plan, arch: str) -> bytes:
 def _failure(plan: Plan, arch: str, version: str, said: str) -> KernelError:
     lines = [line.strip() for line in said.splitlines() if line.strip()]
     why = "\n  ".join(lines[:3]) or "it gave no reason"
-    return KernelError(f"the kernel {plan} cannot be compiled for {arch} by {version}: {why}", "report this")
+    return KernelError(f"the kernel {plan} cannot be compiled for {arch} by {version}: {why}", "report these lines")
 
 
 def _bytecode(plan: Plan, arch: str) -> bytes:

@@ -20,12 +20,12 @@ from minivit.backend.devices import Array
 class Aside:
     """A stream on the current GPU, on which work is recorded, with a memory pool of its own."""
 
-    def __init__(self, beside: Aside | None = None) -> None:
-        """Take the stream of another, ``beside`` which this one is, or a new one."""
+    def __init__(self, stream: Any = None) -> None:
+        """Take a stream, on which others may record as well, or make one."""
         import cupy
 
         # one that waits for the default stream cannot capture
-        self.stream: Any = cupy.cuda.Stream(non_blocking=True) if beside is None else beside.stream
+        self.stream = cupy.cuda.Stream(non_blocking=True) if stream is None else stream
         self.pool = cupy.cuda.MemoryPool()
 
     @contextlib.contextmanager

@@ -81,7 +81,7 @@ def side_stream(device: str) -> SideStream:
     return _side_stream(cupy, device)
 
 
-@functools.cache
+@functools.cache  # by the module, because a stand-in for CuPy has streams of its own
 def _side_stream(cupy: Any, device: str) -> SideStream:
     return SideStream(device)
 

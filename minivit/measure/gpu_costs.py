@@ -12,17 +12,17 @@ from typing import Any
 
 from minivit.autograd.graph import Node
 from minivit.autograd.tensor import Tensor
+from minivit.backend.cublaslt import WORKSPACE
 from minivit.backend.outline import Outline, outline
 from minivit.measure.speed import recorded
 from minivit.models import Model
 from minivit.nn.module import mode
 from minivit.nn.recompute import keeping
+from minivit.ops.cuda.sums import ROWS
 
 HALF = ("bfloat16", "float16")
 """The names of dtypes of two bytes; a float32 and a TF32 number take four."""
 
-WORKSPACE = 32 << 20  # of the matrix products
-SUM_ROWS = 256  # partial sums of a column, in float32: see ops/cuda/sums.py
 PASSING = 4  # float32 arrays, each as large as the largest that is kept, that a gradient may hold at once
 SCORES = 5  # float32 arrays of all scores that attention's gradient holds where no kernel does it
 
@@ -84,7 +84,7 @@ def gpu_step_memory(model: Model, rows: int, dtype: str = "float32") -> dict[str
         "batches": 3 * 4 * rows * math.prod(model.settings.image_shape),
         "kept": rows * (size * kept.values + 4 * kept.statistics),
         "passing": rows * passing,
-        "workspace": WORKSPACE + SUM_ROWS * 4 * columns,
+        "workspace": WORKSPACE + ROWS * 4 * columns,  # of matrix products, and partial sums of columns
     }
 
 

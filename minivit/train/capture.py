@@ -94,9 +94,9 @@ class _Shape:
         xp = array_module(store.values)
         images = xp.empty(batch.images.shape, capture.dtype if is_floating(batch.images.dtype) else batch.images.dtype)
         labels = xp.empty(batch.labels.shape, batch.labels.dtype)
-        # A graph writes wherever it wrote when it was recorded. So no other work has its memory: neither another graph
-        # nor what the first step of another shape makes to keep.
-        self.aside: Aside = Aside(beside=next((shape.aside for shape in capture.shapes.values()), None))
+        # A graph writes wherever it wrote when it was recorded. So no other work has its memory, and each shape a pool:
+        # neither another graph gets it, nor what the first step of another shape makes to keep. All share a stream.
+        self.aside: Aside = Aside(next((shape.aside.stream for shape in capture.shapes.values()), None))
         self.batch = replace(batch, images=images, labels=labels, sums=Arena(store.grad))
         self.images, self.labels = images, labels
         self.seen: Seen | None = None  # the settings of the last launch

@@ -58,7 +58,7 @@ class DeviceNumbers:
             self._one = xp.ones((), store.values.dtype)
             self.report = xp.zeros(REPORT, np.float64)
         self.loss, self.norm, self.right, self.count = (self.report[i : i + 1].reshape(()) for i in (0, 1, 2, 5))
-        self.scales = scale is not None  # whether the factor may be another than 1
+        self.has_factor = scale is not None  # whether `factor` may be another than 1
         self._lr, self._known = 0.0, 0  # what the device holds, as far as the host has read
 
     # ---- on the host ----
@@ -98,8 +98,8 @@ class DeviceNumbers:
         ``loss`` is the batch's mean loss, ``norm`` that of the whole flat gradient, ``right`` how many rows were right:
         0-d arrays on the device, or numbers. With a loss scale the gradient is that many times too large.
         """
-        xp, self.scales = array_module(self.report), self.scale is not None
-        if not self.scales and verdict.finish(loss, norm, right, self.running, self.steps, self.report):
+        xp, self.has_factor = array_module(self.report), self.scale is not None
+        if not self.has_factor and verdict.finish(loss, norm, right, self.running, self.steps, self.report):
             return
         self.loss[...] = loss
         self.norm[...] = norm
@@ -120,15 +120,15 @@ class DeviceNumbers:
 
     def clip(self, limit: float) -> None:
         """Have the update scale the gradient down to the norm ``limit`` if its own, by :meth:`finish`, is larger."""
-        if not self.scales and verdict.clip(self.norm, self.factor, limit):
-            self.scales = True
+        if not self.has_factor and verdict.clip(self.norm, self.factor, limit):
+            self.has_factor = True
             return
         down = array_module(self.norm).where(self.norm > limit, limit / (self.norm + 1e-6), 1.0)
-        if self.scales:
+        if self.has_factor:
             self.factor *= down
         else:
             self.factor[...] = down
-        self.scales = True
+        self.has_factor = True
 
     @contextlib.contextmanager
     def leading(self) -> Iterator[None]:
@@ -144,7 +144,7 @@ class DeviceNumbers:
     @property
     def multiplier(self) -> Array:
         """By what the gradient is to be multiplied: ``factor``, or 1 where nothing is scaled."""
-        return self.factor if self.scales else self._one
+        return self.factor if self.has_factor else self._one
 
     def rate(self, scale: float) -> Array:
         """Return the learning rate, times ``scale``, in the values' dtype."""
@@ -159,7 +159,7 @@ def lesser(a: Any, b: Any) -> Any:
 def scaled_gradient(store: FlatParameters, piece: slice) -> Array:
     """Return a piece of the flat gradient, once in an update: on the GPU clipping has left its factor to do."""
     grad, numbers = store.grad[piece], store.numbers
-    if numbers is not None and numbers.scales:
+    if numbers is not None and numbers.has_factor:
         grad *= numbers.factor
     return grad
 

@@ -30,11 +30,10 @@ class Batch:
     key: Key  # of dropout and drop path, in this step
     training: bool | None  # the mode of all modules, or None: as each was set
     counted: bool = True  # whether a label may be one that a largest logit can be right by
-    # on a GPU: where partial sums of columns are collected, the labels as they were given, which may lie on the host,
-    # and the numbers of classes that the loss has asked the labels to be of
-    sums: Any = None
-    given: Array = None
-    asked: list[int] = field(default_factory=list)
+    # on a GPU:
+    sums: Any = None  # the Arena in which partial sums of columns are collected
+    given: Array = None  # the labels as they were given: where they lie on the host they can be checked
+    asked: list[int] = field(default_factory=list)  # the numbers of classes that the loss would have checked them for
 
 
 class Piece(NamedTuple):

@@ -7,6 +7,9 @@ bits. ``loss.backward(); opt.step()`` does the same in plain steps.
 What changes from step to step is in a :class:`Batch` on the way in (images, labels, the random key), in the optimizer's
 ``lr`` and ``steps``, and in :class:`Totals` on the way out (loss, the gradient's norm, how many were right). All else
 is the same work on the same arrays.
+
+On a GPU these numbers lie there (numbers.py), the verbs look at none of them, and so their work can be recorded once
+and replayed (capture.py); what it came to is read later (underway.py).
 """
 
 from __future__ import annotations

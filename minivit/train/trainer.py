@@ -63,7 +63,8 @@ class Trainer:
     ``meta["train"]``. Nothing is printed: what happens is told to the ``observers``, in their order: see
     :class:`~minivit.train.observers.Observer`.
 
-    ``precision`` is what is computed in, as :class:`TrainStep` takes it.
+    ``precision`` is what is computed in, as :class:`TrainStep` takes it. On a GPU what a step came to is read when the
+    next one is under way, so that the GPU does not wait.
 
     ``lock`` holds the folder while ``fit`` works. What is to be done with the folder before or after that, with no
     other process in between, is done in a block of its own: ``with trainer.lock: …``.
@@ -196,9 +197,8 @@ class Trainer:
         p = self.progress
         started = time.perf_counter() - p.seconds
         before = sum(row["seconds"] for row in p.history)
-        waiting: deque[HandedIn] = (
-            deque()
-        )  # batches handed in; on a GPU the next is, before the last has been waited for
+        # batches handed in: on a GPU the next one is, before the last has been waited for
+        waiting: deque[HandedIn] = deque()
 
         def finish(most: int) -> None:
             """Wait for batches until no more than ``most`` are under way, and tell of each."""
