@@ -89,7 +89,7 @@ def scores(q, k, j, T):
     return s
 
 
-def power(x):
+def exp2(x):
     """Return 2^x."""
     return ct.exp2(x, flush_to_zero=True)
 
@@ -107,7 +107,7 @@ def attention_forward(T, d, n):
         rows = head(q, b, i, 0, h, n, cut)  # (n, d)
         s = tuple(scores(rows, head(qkv, b, j, 1, h, m, cut), j, T) for m, j in ct.static_iter(along))  # (n, T)
         top = row_max(s) * c  # (n, 1)
-        e = tuple(power(x * c - top) for x in ct.static_iter(s))
+        e = tuple(exp2(x * c - top) for x in ct.static_iter(s))
         total, acc = row_sum(e), zeros(n, cut)
         for x, (m, j) in ct.static_iter(zip(e, along)):
             acc = add_product(acc, x, head(qkv, b, j, 2, h, m, cut))  # (n, T)·(T, d) → (n, d)
@@ -120,7 +120,7 @@ def attention_forward(T, d, n):
 def add_block(acc, top, total, s, v):
     """Return Σ 2^(s - top)·V, top and Σ 2^(s - top) with a block of keys more, top the largest score so far."""
     above = ct.maximum(top, ct.max(s, 1, keepdims=True))
-    e, less = power(s - above), power(top - above)  # (n, m), (n, 1)
+    e, less = exp2(s - above), exp2(top - above)  # (n, m), (n, 1)
     acc = add_product(tuple(x * less for x in ct.static_iter(acc)), e, v)
     return acc, above, total * less + ct.sum(e, 1, keepdims=True)
 
@@ -170,7 +170,7 @@ def attention_backward(T, d, queries, n):
                 row_lse = load(lse, (b, h, i), (1, 1, n)).reshape((n, 1))
                 delta = row_dot(go, merged(o, b, i, h, n, cut)) * scale  # Σ P∘dP along a row is dO·O
                 s = tuple(scores(rows, k, j, T) for k, (m, j) in ct.static_iter(zip(keys, along)))
-                p = tuple(power(x * c - row_lse) for x in ct.static_iter(s))  # (n, T)
+                p = tuple(exp2(x * c - row_lse) for x in ct.static_iter(s))  # (n, T)
                 ds = tuple(x * (inner(go, v) * scale - delta) for x, v in ct.static_iter(zip(p, values)))  # dP = dO·Vᵀ
                 dq = zeros(n, cut)
                 for x, k in ct.static_iter(zip(ds, keys)):
@@ -193,7 +193,7 @@ def attention_backward(T, d, queries, n):
 
 def add_queries(dq, s, k, v, go, lse, delta, scale):
     """Return dQ + dS·K with the scores of a piece of keys: P = 2^(s - lse), dP = dO·Vᵀ, dS = P∘(dP - Σ P∘dP)."""
-    p = power(s * (scale * LOG2E) - lse)  # (n, m)
+    p = exp2(s * (scale * LOG2E) - lse)  # (n, m)
     return add_product(dq, p * (inner(go, v) * scale - delta), k)
 
 
@@ -243,7 +243,7 @@ def attention_backward_keys(d, queries, n, m):
             rows, go = head(q, b, i, 0, h, n, cut), merged(g, b, i, h, n, cut)  # (n, d)
             row_lse = load(lse, (b, h, i), (1, 1, n)).reshape((1, n))
             row_delta = load(delta, (b, h, i), (1, 1, n)).reshape((1, n))
-            p = power(inner(k, rows) * c - row_lse)  # Pᵀ (m, n)
+            p = exp2(inner(k, rows) * c - row_lse)  # Pᵀ (m, n)
             dv = add_product(dv, p, go)  # dV = Pᵀ·dO
             dk = add_product(dk, p * (inner(v, go) * scale - row_delta), rows)  # dK = dSᵀ·Q
         put_head(dqkv, b, j, 1, h, dk, cut)

@@ -37,6 +37,11 @@ def load(x, index, shape, tma=None):
     return ct.load(x, index, shape, padding_mode=ct.PaddingMode.ZERO, allow_tma=tma)
 
 
+def number(x):
+    """Return the one number in an array (1,), as float32."""
+    return load(x, (0,), (1,), tma=False).astype(F32)
+
+
 def store(x, index, tile, tma=None):
     """Write a tile to x at ``index``, as x's dtype; what lies beyond the end of x is dropped."""
     ct.store(x, index, tile.astype(x.dtype), allow_tma=tma)

@@ -2,12 +2,7 @@
 
 import cuda.tile as ct
 
-from minivit.ops.cuda.kernels.tiles import F32, load, store
-
-
-def number(x):
-    """Return the one number in an array (1,), as float32."""
-    return load(x, (0,), (1,), tma=False).astype(F32)
+from minivit.ops.cuda.kernels.tiles import F32, load, number, store
 
 
 def less_power(half_log, t):

@@ -2,12 +2,7 @@
 
 import cuda.tile as ct
 
-from minivit.ops.cuda.kernels.tiles import F32, load, store
-
-
-def number(x, place=0):
-    """Return a number of an array, as float32."""
-    return load(x, (place,), (1,), tma=False).astype(F32)
+from minivit.ops.cuda.kernels.tiles import F32, load, number, store
 
 
 def is_finite(x):
