@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from minivit.backend.devices import Array, address_of, array_module, is_array
+from minivit.backend.devices import Array, address_of, is_array
 from minivit.errors import ConfigError
 
 LIMIT = 2**31 - 1
@@ -110,12 +110,6 @@ def _layout(dtype: np.dtype, shape: tuple[int, ...], given: tuple[int, ...] | No
     )
     numbers = () if unfit else tuple(map(np.int32, shape + strides))
     return Layout(unfit, promise, reach * size, numbers)
-
-
-def fitting(array: Array) -> Array:
-    """Return the array, or a copy without gaps where no kernel can take it as it lies, as a broadcast gradient."""
-    unfit = _layout(array.dtype, array.shape, array.strides).unfit
-    return array_module(array).ascontiguousarray(array) if unfit else array
 
 
 def promises(args: Sequence[Any]) -> tuple[tuple[Promise, ...], list[Place | None], str]:

@@ -29,10 +29,10 @@ from minivit.backend import cubins
 from minivit.backend.compiling import ARCHITECTURES, Plan
 from minivit.backend.devices import cuda_status
 from minivit.backend.planning import planned
-from minivit.backend.promises import Like, Place, fitting, flat, promises
+from minivit.backend.promises import Like, Place, flat, promises
 from minivit.errors import ConfigError, KernelError
 
-__all__ = ["Kernel", "Like", "Plan", "architecture", "fitting", "why_not"]
+__all__ = ["Kernel", "Like", "Plan", "architecture", "why_not"]
 
 GRID = (2**31 - 1, 65535, 65535)  # the most programs along each axis
 
