@@ -204,7 +204,7 @@ class AdamW(Optimizer):
             return False
         m, v = (self.state[slot][piece] for slot in AdamW.slots)
         return adamw(
-            store.values[piece], store.grad[piece], m, v, None,
+            store.values[piece], store.grad[piece], m, v,
             numbers.ok, numbers.count, numbers.lr, numbers.multiplier,
             betas=self.betas, eps=self.eps, scale=group.scale, decay=self.weight_decay if group.decayed else 0.0,
         )  # fmt: skip

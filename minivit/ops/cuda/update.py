@@ -22,23 +22,21 @@ _STRETCH = 2048  # numbers that a program squares at a time
 
 
 def adamw(
-    values: Array, grad: Array, m: Array, v: Array, half: Array | None,
-    ok: Array, count: Array, lr: Array, factor: Array, *,
+    values: Array, grad: Array, m: Array, v: Array, ok: Array, count: Array, lr: Array, factor: Array, *,
     betas: tuple[float, float], eps: float, scale: float, decay: float,
 ) -> bool:  # fmt: skip
     """Update a stretch of the flat store, float32 (n,), in one launch; False, nothing done, if no kernel is ready.
 
     As :class:`minivit.train.optimizer.AdamW` does, by ``factor`` times ``grad`` at the rate ``lr`` · ``scale`` for the
     ``count``-th time, where ``ok`` is not 0: else every bit stays. Those four are 0-d on the device, of any dtype.
-    ``half`` (n,), if given, gets the new values in its dtype.
     """
     ok, count, lr, factor = (x.reshape(1) for x in (ok, count, lr, factor))  # () → (1,)
     beta1, beta2 = map(float, betas)
     constants: dict[str, Any] = {
         "beta1": beta1, "beta2": beta2, "half_log1": _half_log(beta1), "half_log2": _half_log(beta2),
-        "eps": float(eps), "narrow": half is not None, "B": _BLOCK,
+        "eps": float(eps), "B": _BLOCK,
     }  # fmt: skip
-    arrays = (values, grad, m, v, *([] if half is None else [half]), ok, count, lr, factor)
+    arrays = (values, grad, m, v, ok, count, lr, factor)
     if not _ADAMW.ready(*arrays, float(scale), float(decay), **constants):
         return False
     _ADAMW(-(-values.size // _BLOCK), *arrays, float(scale), float(decay), **constants)

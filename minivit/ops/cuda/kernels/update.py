@@ -11,13 +11,14 @@ def less_power(half_log, t):
     return 2.0 * h / (1.0 + h)
 
 
-def adamw(beta1, beta2, half_log1, half_log2, eps, narrow, B):
-    """AdamW on flat arrays (n,), and p in the dtype of ``half``, if ``narrow``. Where ``ok`` is 0 nothing is written.
+def adamw(beta1, beta2, half_log1, half_log2, eps, B):
+    """AdamW on flat arrays (n,). Where ``ok`` is 0 nothing is written.
 
     ``half_log1`` = -log(β₁)/2, ``half_log2`` = -log(β₂)/2. Grid: (n / B,).
     """
 
-    def update(p, g, m, v, half, ok, count, lr, factor, scale, decay):
+    @ct.kernel
+    def kernel(p, g, m, v, ok, count, lr, factor, scale, decay):
         i = ct.bid(0)
         if ct.load(ok, (0,), ()) != 0:
             t, rate = number(count), number(lr) * scale
@@ -29,18 +30,8 @@ def adamw(beta1, beta2, half_log1, half_log2, eps, narrow, B):
             store(p, (i,), w, tma=False)
             store(m, (i,), first, tma=False)
             store(v, (i,), second, tma=False)
-            if narrow:
-                store(half, (i,), w, tma=False)
 
-    @ct.kernel
-    def kernel(p, g, m, v, ok, count, lr, factor, scale, decay):
-        update(p, g, m, v, p, ok, count, lr, factor, scale, decay)
-
-    @ct.kernel
-    def with_half(p, g, m, v, half, ok, count, lr, factor, scale, decay):
-        update(p, g, m, v, half, ok, count, lr, factor, scale, decay)
-
-    return with_half if narrow else kernel
+    return kernel
 
 
 def average(B):
