@@ -49,7 +49,7 @@ def _(g: Array, kept: Any, needs: tuple[Any, ...]) -> Any:
     rows, weight, statistics = kept
     xp, width = array_module(g), rows.shape[1]
     given = xp.ascontiguousarray(g).reshape(rows.shape)  # (…, D) → (M, D)
-    gx, partials = xp.empty(g.shape, g.dtype), sums.scratch(3 * width)
+    gx, partials = xp.empty(g.shape, g.dtype), sums.scratch(g, 3 * width)
     sources, results = (given, rows, weight, statistics), (gx.reshape(rows.shape), partials.reshape(-1, 3, width))
     if add := type(needs[0]) is SoFar:
         on_top = (*sources, xp.ascontiguousarray(needs[0].array).reshape(rows.shape), *results)

@@ -23,7 +23,6 @@ import numpy as np
 
 from minivit.autograd.needs import Slot
 from minivit.backend import Array, address_of, array_module, tile
-from minivit.backend.planning import planned
 from minivit.ops.cuda.rows import as_rows, serves
 
 ROWS = 256  # partial sums of a column: about two programs for each multiprocessor of an H200, the same on every GPU
@@ -73,7 +72,7 @@ class Arena:
         if self.rows is not None and self._width <= self.rows.shape[1]:
             partials = self.rows[:, start : start + n]  # (ROWS, width) → (ROWS, n)
         else:
-            partials = _fresh(n)
+            partials = _fresh(self.flat, n)
         self._taken.append((partials, start))
         return partials
 
@@ -174,21 +173,17 @@ def collecting(arena: Arena) -> Iterator[None]:
         arena.clear()
 
 
-def _fresh(n: int) -> Array:
-    """Return (ROWS, n) numbers laid out as in an arena, so that the same kernel writes to both."""
+def _fresh(like: Array, n: int) -> Array:
+    """Return (ROWS, n) numbers laid out as in an arena where ``like`` is, so that one kernel writes to both."""
     width = -(-n // _APART) * _APART
-    if planned() is not None:
-        return np.empty((ROWS, width), np.float32)[:, :n]
-    import cupy
-
-    return cupy.empty((ROWS, width), np.float32)[:, :n]
+    return array_module(like).empty((ROWS, width), np.float32)[:, :n]
 
 
-def scratch(n: int) -> Array:
-    """Return a place for partial sums of n columns, float32 (ROWS, n), all of which is to be written."""
+def scratch(array: Array, n: int) -> Array:
+    """Return a place for partial sums of n columns, float32 (ROWS, n), where ``array`` is; all is to be written."""
     if _here.arena is not None:
         return _here.arena.take(n)
-    return _fresh(n)
+    return _fresh(array, n)
 
 
 def note(array: Array, partials: Array) -> None:
@@ -199,7 +194,7 @@ def note(array: Array, partials: Array) -> None:
 
 def partial(array: Array, n: int) -> Array:
     """Return a place as :func:`scratch` does, noted as that of the partial sums of ``array`` (…, n)."""
-    partials = scratch(n)
+    partials = scratch(array, n)
     note(array, partials)
     return partials
 
@@ -215,7 +210,7 @@ def of(g: Array) -> Array:
     if not serves(g) or not _COLUMNS.ready(rows, like(rows.shape[1]), **_COLUMN_TILE):
         rows = rows.astype(np.float32, copy=False) if serves(g) else rows
         return rows.sum(axis=0, keepdims=True)  # (M, n) → (1, n)
-    partials = scratch(rows.shape[1])
+    partials = scratch(rows, rows.shape[1])
     _COLUMNS((-(-rows.shape[1] // _COLUMN_TILE["W"]), ROWS), rows, partials, **_COLUMN_TILE)
     return partials
 
