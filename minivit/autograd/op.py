@@ -200,9 +200,8 @@ class Op:
             out, kept = out
         if isinstance(out, np.generic):
             out = np.asarray(out)
-        given = getattr(first, "dtype", None)
-        if given is not None and out.dtype is not given and not self.changes_dtype:
-            out = rounded(out, given)
+        if (type(first) is not np.ndarray or out.dtype is not first.dtype) and is_array(first):
+            out = out if self.changes_dtype else rounded(out, first.dtype)
         parents = tuple([nodes[i] for i in positions])
         if not (recording.enabled and any(parents)):
             return Tensor(out)
