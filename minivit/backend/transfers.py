@@ -54,8 +54,13 @@ class SideStream:
         """Put what the calling thread does in this block in the queue, on any thread; nothing is waited for."""
         import cupy
 
-        with cupy.cuda.Device(self.number), self.stream:
-            yield
+        with cupy.cuda.Device(self.number):
+            outer = cupy.cuda.get_current_stream()
+            try:
+                with self.stream:
+                    yield
+            finally:
+                outer.use()  # where the caller had chosen it by the same, the block's end has gone back past it
 
     def mark(self) -> Any:
         """Return the place in the queue where all that was put there so far is done, to give to :meth:`copies`."""
