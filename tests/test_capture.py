@@ -141,7 +141,9 @@ def test_a_recorded_step_is_the_launched_one_to_the_bit(any_cupy, plain, launche
         assert state.keys() == state_cpu.keys()
 
 
-def test_recorded_kernels_are_the_launched_ones_to_the_bit(strict_cupy, launched):
+def test_recorded_kernels_are_the_launched_ones_to_the_bit(any_cupy, launched):
+    if any_cupy is not strict.cupy and (why_not := tile.why_not()):
+        pytest.skip(why_not)
     results = []
     for how in ("recorded", "launched"):
         if how == "launched":

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import gc
+import threading
 
 import ml_dtypes
 import numpy as np
 import pytest
 
-from minivit.backend import side_stream
+from minivit.backend import side_stream, through_pinned
 from minivit.backend.cuda import Aside
 from tests import streams, strict
 
@@ -335,6 +336,38 @@ def test_memory_of_a_real_gpu_that_is_full_while_work_is_recorded(any_cupy):
     graph = aside.record(lambda: x.__iadd__(any_cupy.ones(1 << 20, np.float32)))
     graph.replay()
     assert float(x.sum()) == 2.0 * (1 << 20)
+
+
+@pytest.mark.gpu
+def test_a_thread_makes_batches_on_a_real_gpu_while_work_is_recorded(any_cupy):
+    if any_cupy is strict.cupy:
+        pytest.skip("the stand-in runs everything at once")
+    side, stop, made = side_stream("cuda:0"), threading.Event(), []
+
+    def make():
+        while len(made) < 3 or not (stop.is_set() or len(made) == 10_000):  # new sizes: memory is taken all the time
+            with side.working():
+                host = through_pinned(lambda out: out.fill(len(made)), (100_000 + 1000 * len(made),), np.float32)
+                made.append((host * 2.0).max() + any_cupy.asarray(np.full(3, 1.5, np.float32)).sum())
+
+    def work():
+        for n in range(1, 300):
+            x[...] = x + any_cupy.ones((n, len(x))).max(axis=0)
+
+    aside, x, thread = Aside(), any_cupy.zeros(1000), threading.Thread(target=make)
+    with aside.entered():
+        work()
+    thread.start()
+    try:
+        graphs = [aside.record(work) for _ in range(3)]
+        for graph in graphs:
+            graph.replay()
+    finally:
+        stop.set()
+        thread.join()
+    assert (x.get() == 4 * 299).all()
+    side.stream.synchronize()
+    assert [float(total) for total in made] == [2.0 * n + 4.5 for n in range(len(made))]
 
 
 def test_bfloat16_is_known(any_cupy):
