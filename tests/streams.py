@@ -63,7 +63,7 @@ class Block:
         """Count an array that lies in it."""
         if self.arrays == 0:
             self.pool.blocks.add(self)
-            self.pool.most = max(self.pool.most, self.pool.used_bytes())
+            self.pool.most[current_device()] = max(self.pool.most[current_device()], self.pool.used_bytes())
         self.arrays += 1
 
     def leave(self) -> None:
@@ -80,8 +80,9 @@ class MemoryPool:
     """Counts what is in use. Nothing is handed out twice: what would be is poisoned instead."""
 
     def __init__(self, allocator: Any = None) -> None:
+        self.allocator = allocator  # which a test may ask
         self.blocks: set[Block] = set()
-        self.most = 0
+        self.most: Counter[int] = Counter()  # by device
 
     def malloc(self, size: int) -> None:
         raise NotImplementedError("the stand-in has no memory without an array: make an array under the pool")
@@ -90,10 +91,10 @@ class MemoryPool:
         return sum(block.nbytes for block in list(self.blocks) if block.device == current_device())
 
     def total_bytes(self) -> int:
-        return self.used_bytes() if self is default_pool else self.most
+        return self.used_bytes() if self is default_pool else self.most[current_device()]
 
     def free_all_blocks(self, stream: Any = None) -> None:
-        self.most = self.used_bytes()
+        self.most[current_device()] = self.used_bytes()
 
 
 default_pool = MemoryPool()
@@ -169,10 +170,11 @@ class Graph:
         """Do nothing: a GPU would get the graph, which a first launch brings along otherwise."""
 
     def debug_dot_str(self, flags: int = 0) -> str:
-        lines = [
-            f'"graph_1_node_{i}"[shape="octagon" label="{i} {name}"];' for i, name in enumerate(self.nodes.elements())
-        ]
-        return "digraph dot {\n" + "\n".join(lines) + "\n}"
+        names = list(self.nodes.elements())
+        lines = ["subgraph cluster_1 {", 'label="graph_1" graph[style="dashed"];']
+        lines += [f'"graph_1_node_{i}"[style="bold" shape="octagon" label="{i}\n{n}\n"];' for i, n in enumerate(names)]
+        lines += [f'"graph_1_node_{i}" -> "graph_1_node_{i + 1}" [headlabel=0];' for i in range(len(names) - 1)]
+        return "\n".join(["digraph dot {", *lines, "}", "}"])
 
 
 # ---- streams and events ----------------------------------------------------------------------------------------------
@@ -196,10 +198,12 @@ class Stream:
         if self.device_id not in (-1, current_device()):
             raise RuntimeError("The device that the stream is created on does not match with the current device")
         _stack().append(self)
+        _thread.current = self
         return self
 
     def __exit__(self, *error: object) -> None:
         _stack().pop()
+        _thread.current = _stack()[-1]  # not what use() had made current: as in CuPy
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Stream) and self.ptr == other.ptr
@@ -208,7 +212,7 @@ class Stream:
         return self.ptr
 
     def use(self) -> Stream:
-        _stack()[-1] = self
+        _thread.current = self
         return self
 
     @property
@@ -261,7 +265,7 @@ def _stack() -> list[Stream]:
 
 
 def get_current_stream(device_id: int = -1) -> Stream:
-    return _stack()[-1]
+    return getattr(_thread, "current", Stream.null)
 
 
 class Event:
@@ -317,10 +321,12 @@ def is_pinned(host: np.ndarray) -> bool:
 
 def copy_out(host: np.ndarray, out: np.ndarray) -> None:
     """Begin a copy from the GPU into pinned memory, which has it once the copy was waited for."""
-    value = host.copy()
+    value, place = host.copy(), weakref.ref(out)
 
     def arrive() -> None:
-        out[...] = value
+        if (there := place()) is None:
+            raise AssertionError("pinned memory was let go before the copy to it was waited for: another may have it")
+        there[...] = value
 
     poison(out)
     _pinned.events.append(arrive)
@@ -347,5 +353,5 @@ def deliver(place: int | None = None) -> None:
 
 def forget() -> None:
     """Begin anew: no stream but the default one is current, no copy is under way."""
-    _thread.device, _thread.pool, _thread.streams = 0, None, [Stream.null]
+    _thread.device, _thread.pool, _thread.streams, _thread.current = 0, None, [Stream.null], Stream.null
     _pinned.events.clear()

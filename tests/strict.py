@@ -522,10 +522,19 @@ def _crossing(key: str) -> Callable:
 def _erf(x: np.ndarray) -> np.ndarray:
     if np.iscomplexobj(x):
         raise TypeError("CuPy's erf takes real numbers only")
-    return np.vectorize(math.erf, otypes=[float])(x).astype(x.dtype)
+    to = {"float16": np.float64, "bfloat16": np.float32}.get(x.dtype.name, x.dtype)  # CuPy has no loops for halves
+    return np.vectorize(math.erf, otypes=[float])(x).astype(to)
+
+
+def _where(condition: np.ndarray, *choices: Any) -> Any:
+    made = np.where(condition, *choices)
+    halves = any(getattr(x, "dtype", np.dtype(bool)).name == "bfloat16" for x in choices)
+    doubles = any(getattr(x, "dtype", None) == np.float64 for x in choices)
+    return made.astype(np.float32) if halves and not doubles else made  # CuPy's has no loop for bfloat16
 
 
 BEYOND_NUMPY = {
+    "where": _function("where", _where),
     "cupyx.rsqrt": _function("cupyx.rsqrt", lambda x: np.reciprocal(np.sqrt(x))),
     "cupyx.scatter_add": _scatter("scatter_add", np.add),
     "cupyx.scipy.special.erf": _function("cupyx.scipy.special.erf", _erf),

@@ -141,7 +141,9 @@ def test_a_recorded_step_is_the_launched_one_to_the_bit(any_cupy, plain, launche
         assert state.keys() == state_cpu.keys()
 
 
-def test_recorded_kernels_are_the_launched_ones_to_the_bit(strict_cupy, launched):
+def test_recorded_kernels_are_the_launched_ones_to_the_bit(any_cupy, launched):
+    if any_cupy is not strict.cupy and (why_not := tile.why_not()):
+        pytest.skip(why_not)
     results = []
     for how in ("recorded", "launched"):
         if how == "launched":
@@ -470,7 +472,7 @@ def test_a_second_gpu_does_the_same(strict_cupy, plain, precision):
         with pytest.raises(NonFiniteError, match="is in the images"):
             step(bad(images), labels)
         found.append((losses, step(images, labels), step.grad_norm))
-        assert nodes(step) and strict_cupy.cuda.Device().id == 0
+        assert nodes(step) and step.underway.capture.memory() > 0 and strict_cupy.cuda.Device().id == 0
     assert found[0] == found[1]
 
 

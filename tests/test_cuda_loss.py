@@ -9,6 +9,7 @@ from minivit import ops
 from minivit.autograd.graph import propagate
 from minivit.autograd.needs import Slot
 from minivit.autograd.twin import Twin
+from minivit.backend import tile
 from minivit.ops.cuda import loss as counted
 from minivit.ops.cuda import sums
 from minivit.train.pieces import count_right
@@ -77,6 +78,20 @@ def test_what_is_right_is_counted_on_the_way(strict_cupy, classes, soft):
     assert count_right(x.data, y) is right and not strict_cupy.counters.launches
     assert counted.counted_right(x.data, y[:5]) is None
     assert counted.counted_right(strict_cupy.asarray(logits), y) is None
+
+
+def test_more_rows_than_a_grid_has_programs_are_left_to_the_plain_operation(strict_cupy, monkeypatch):
+    monkeypatch.setattr(tile, "GRID", (2**31 - 1, 2, 2))  # 65,535 on a GPU
+    labels = np.zeros(33, np.int64)
+    for rows, by_kernels in ((32, True), (33, False)):  # 16 a program
+        (x,) = on_gpu(strict_cupy, np.zeros((rows, 10), np.float32))
+        with mv.first_order():
+            loss = ops.cross_entropy(x, strict_cupy.asarray(labels[:rows]))
+        loss.backward()
+        assert abs(loss.item() - np.log(10.0)) < 1e-6 and (x.grad[:, 0].get() < 0).all()
+        assert (counted.right(x.data, strict_cupy.asarray(labels[:rows])) is None) or by_kernels
+        assert bool(strict_cupy.counters.launched["cross_entropy_backward"]) == by_kernels
+        strict_cupy.counters.reset()
 
 
 def test_a_loss_gives_equal_bits_and_knows_no_other_row(strict_cupy):

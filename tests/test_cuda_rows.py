@@ -179,6 +179,13 @@ def gelu_of(x: np.ndarray, approximate: str) -> tuple[np.ndarray, np.ndarray, np
     return x * cdf, np.abs(x * cdf) * (1 + of_power), cdf + x * slope, size
 
 
+def test_gelu_of_more_rows_than_a_grid_has_programs_is_left_to_the_plain_operation(strict_cupy, monkeypatch):
+    monkeypatch.setattr(tile, "GRID", (2**31 - 1, sums.ROWS, sums.ROWS))  # 65,535 on a GPU
+    rows = strict_cupy.zeros((8 * sums.ROWS + 1, 256), FLOAT32)
+    assert cuda(gelu).forward(rows, "none") is NotImplemented
+    assert cuda(gelu).forward(rows[1:], "none")[0].shape == rows[1:].shape
+
+
 @dtypes
 @pytest.mark.parametrize("approximate", ["none", "tanh"])
 @pytest.mark.parametrize("shape", [(1, 1), (7,), (3, 5), (2, 4, 100), (40, 768), (2049, 3), (520, 300)], ids=str)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import gc
+import threading
 
 import ml_dtypes
 import numpy as np
 import pytest
 
+from minivit.backend import side_stream, through_pinned
+from minivit.backend.cuda import Aside
 from tests import streams, strict
 
 strict_cupy = strict.strict_cupy
@@ -255,10 +258,139 @@ def test_pinned_memory_stays_until_its_copy_was_waited_for(strict_cupy):
         x.get()
 
 
-def test_bfloat16_is_known(strict_cupy):
-    x = strict_cupy.empty(3, ml_dtypes.bfloat16)
-    assert np.isnan(x.get().astype(np.float32)).all()
+def test_pinned_memory_is_kept_until_the_copy_to_it_was_waited_for(strict_cupy):
+    strict_cupy.ones(3).get(out=streams.empty_pinned(3, float), blocking=False)
+    with pytest.raises(AssertionError, match="let go before the copy"):
+        strict_cupy.cuda.get_current_stream().synchronize()
+
+
+# ---- minivit's own, as they stand on these ---------------------------------------------------------------------------
+
+
+def test_work_is_recorded_and_its_nodes_are_counted(any_cupy):
+    x, y, z = any_cupy.ones(5), any_cupy.zeros(5), any_cupy.ones(5, np.float32)
+
+    def work():
+        x[...] = x * 2.0 + y  # two kernels and a copy
+        z.fill(0.0)  # a filling
+
+    aside = Aside()
+    with aside.entered():
+        work()
+    graph = aside.record(work)
+    x[...] = 3.0
+    for expected in (6.0, 12.0):
+        graph.replay()
+        assert x.get().tolist() == [expected] * 5
+    assert graph.nodes == 4
+    assert aside.record(lambda: z.fill(0.0)).nodes == 1
+    assert aside.pool.total_bytes() > 0
+
+
+def test_a_stream_that_the_caller_has_chosen_stays_its_current_one(any_cupy):
+    cuda, chosen = any_cupy.cuda, any_cupy.cuda.Stream(non_blocking=True)
+    chosen.use()
+    try:
+        with cuda.Stream(non_blocking=True):
+            assert cuda.get_current_stream() != chosen
+        assert cuda.get_current_stream() == cuda.Stream.null  # a block's end goes back past what was chosen in none
+        chosen.use()
+        with Aside().entered():
+            assert cuda.get_current_stream() != chosen
+        assert cuda.get_current_stream() == chosen
+        with side_stream("cuda:0").working():
+            assert cuda.get_current_stream() != chosen
+        assert cuda.get_current_stream() == chosen
+    finally:
+        cuda.Stream.null.use()
+
+
+def test_a_full_gpu_gives_back_what_nobody_uses_but_not_what_a_graph_works_in(strict_cupy, monkeypatch):
+    cuda, freed = strict_cupy.cuda, []
+
+    def memory(size):
+        if not freed:
+            raise cuda.runtime.CUDARuntimeError("cudaErrorMemoryAllocation: out of memory")
+        return size
+
+    monkeypatch.setattr(cuda, "Memory", memory)
+    monkeypatch.setattr(cuda, "MemoryPointer", lambda mem, offset: (mem, offset), raising=False)
+    monkeypatch.setattr(streams.MemoryPool, "free_all_blocks", lambda pool: freed.append(pool))
+    aside = Aside()
+    aside.stream.begin_capture()
+    with pytest.raises(MemoryError, match="no 4,096 bytes left to record"):
+        aside.pool.allocator(4096)
+    aside.stream.end_capture()
+    assert not freed and aside.pool.allocator(4096) == (4096, 0) and freed == [streams.default_pool]
+
+
+@pytest.mark.gpu
+def test_memory_of_a_real_gpu_that_is_full_while_work_is_recorded(any_cupy):
+    if any_cupy is strict.cupy:
+        pytest.skip("the stand-in has no limit")
+    aside, x = Aside(), any_cupy.ones(1 << 20, np.float32)
+    with pytest.raises(MemoryError, match="left to record"):
+        aside.record(lambda: any_cupy.empty(1 << 50, np.uint8))
+    with aside.entered(), pytest.raises(any_cupy.cuda.memory.OutOfMemoryError):
+        any_cupy.empty(1 << 50, np.uint8)
+    graph = aside.record(lambda: x.__iadd__(any_cupy.ones(1 << 20, np.float32)))
+    graph.replay()
+    assert float(x.sum()) == 2.0 * (1 << 20)
+
+
+@pytest.mark.gpu
+def test_a_thread_makes_batches_on_a_real_gpu_while_work_is_recorded(any_cupy):
+    if any_cupy is strict.cupy:
+        pytest.skip("the stand-in runs everything at once")
+    side, stop, made = side_stream("cuda:0"), threading.Event(), []
+
+    def make():
+        while len(made) < 3 or not (stop.is_set() or len(made) == 10_000):  # new sizes: memory is taken all the time
+            with side.working():
+                host = through_pinned(lambda out: out.fill(len(made)), (100_000 + 1000 * len(made),), np.float32)
+                made.append((host * 2.0).max() + any_cupy.asarray(np.full(3, 1.5, np.float32)).sum())
+
+    def work():
+        for n in range(1, 300):
+            x[...] = x + any_cupy.ones((n, len(x))).max(axis=0)
+
+    aside, x, thread = Aside(), any_cupy.zeros(1000), threading.Thread(target=make)
+    with aside.entered():
+        work()
+    thread.start()
+    try:
+        graphs = [aside.record(work) for _ in range(3)]
+        for graph in graphs:
+            graph.replay()
+    finally:
+        stop.set()
+        thread.join()
+    assert (x.get() == 4 * 299).all()
+    side.stream.synchronize()
+    assert [float(total) for total in made] == [2.0 * n + 4.5 for n in range(len(made))]
+
+
+def test_bfloat16_is_known(any_cupy):
+    x = any_cupy.empty(3, ml_dtypes.bfloat16)
+    assert any_cupy is not strict.cupy or np.isnan(x.get().astype(np.float32)).all()
     x.fill(1.5)
     assert (x + x).dtype == x.dtype == ml_dtypes.bfloat16 and float((x + x)[0]) == 3.0
-    with pytest.raises(TypeError, match="Unsupported dtype"):
-        strict_cupy.empty(3, ml_dtypes.float8_e4m3fn)
+    if any_cupy is strict.cupy:
+        with pytest.raises(TypeError, match="Unsupported dtype"):
+            any_cupy.empty(3, ml_dtypes.float8_e4m3fn)
+
+
+def test_what_cupy_makes_of_halves(any_cupy):
+    from cupyx.scipy.special import erf
+
+    x, y = any_cupy.ones(3, ml_dtypes.bfloat16), any_cupy.ones(3, np.float16)
+    made = x * 0.5, x * 2, any_cupy.maximum(x, 0), any_cupy.where(x > 0, x, x), any_cupy.where(x > 0, x, 0.0), erf(x)
+    assert [m.dtype.name for m in made] == ["float32", *["bfloat16"] * 2, *["float32"] * 3]
+    made = y * 0.5, y * 2, any_cupy.maximum(y, 0), any_cupy.where(y > 0, y, y), any_cupy.where(y > 0, y, 0.0), erf(y)
+    assert [m.dtype.name for m in made] == [*["float16"] * 5, "float64"]
+    x *= 0.5
+    x[...] = any_cupy.where(x > 0, x, 0.0)
+    assert x.dtype == ml_dtypes.bfloat16 and x.get().astype(float).tolist() == [0.5] * 3
+    bits = any_cupy.asarray([True, False, True])
+    assert bits.astype(x.dtype).get().astype(float).tolist() == [1.0, 0.0, 1.0]
+    assert x.astype(np.float32).dtype == x.sum(dtype=np.float32).dtype == np.float32 and int(x.argmax()) == 0

@@ -72,6 +72,9 @@ class Stream:
     def __exit__(self, *error: object) -> None:
         self.gpu.thread.stack.pop()
 
+    def use(self) -> None:
+        self.gpu.thread.stack = [self]
+
 
 class Memory:
     def __init__(self, stream: Stream) -> None:

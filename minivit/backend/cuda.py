@@ -8,6 +8,7 @@ are. NVIDIA, CUDA C++ Programming Guide, "CUDA Graphs".
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -25,8 +26,8 @@ class Aside:
         import cupy
 
         # one that waits for the default stream cannot capture
-        self.stream = cupy.cuda.Stream(non_blocking=True) if stream is None else stream
-        self.pool = cupy.cuda.MemoryPool()
+        self.stream: Any = cupy.cuda.Stream(non_blocking=True) if stream is None else stream
+        self.pool = cupy.cuda.MemoryPool(functools.partial(_taken, self.stream))
 
     @contextlib.contextmanager
     def entered(self) -> Iterator[None]:
@@ -39,6 +40,7 @@ class Aside:
             with self.stream, cupy.cuda.using_allocator(self.pool.malloc):
                 yield
         finally:
+            outer.use()  # where the caller had chosen it by the same, the block's end has gone back past it
             outer.wait_event(self.stream.record())
 
     def record(self, work: Callable[[], None]) -> Graph:
@@ -58,6 +60,19 @@ class Aside:
             return Graph(self.stream.end_capture(), self.pool)
 
 
+def _taken(stream: Any, size: int) -> Any:
+    """Return so much of the GPU's memory for the pool of a stream's work, which has none of the size itself."""
+    import cupy
+
+    try:
+        return cupy.cuda.MemoryPointer(cupy.cuda.Memory(size), 0)
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        if stream.is_capturing():  # the pool would answer CuPy's error by giving back what the graph has used before
+            raise MemoryError(f"the GPU has no {size:,} bytes left to record a step in") from error
+        cupy.get_default_memory_pool().free_all_blocks()
+        return cupy.cuda.MemoryPointer(cupy.cuda.Memory(size), 0)
+
+
 class Graph:
     """Recorded work. It keeps the memory that it took while it was recorded."""
 
@@ -71,7 +86,7 @@ class Graph:
     @property
     def nodes(self) -> int:
         """How many kernels, copies and fillings it is."""
-        return len(re.findall(r'_node_\d+"\s*\[', self._graph.debug_dot_str()))
+        return len(set(re.findall(r'"graph_\d+_node_\d+"', self._graph.debug_dot_str())))  # edges name them again
 
 
 class Arriving:

@@ -51,8 +51,15 @@ class SideStream:
     @contextlib.contextmanager
     def working(self) -> Iterator[None]:
         """Put what the calling thread does in this block in the queue, on any thread; nothing is waited for."""
-        with gpu(self.device), self.stream:
-            yield
+        import cupy
+
+        with gpu(self.device):
+            outer = cupy.cuda.get_current_stream()
+            try:
+                with self.stream:
+                    yield
+            finally:
+                outer.use()  # where the caller had chosen it by the same, the block's end has gone back past it
 
     def mark(self) -> Any:
         """Return the place in the queue where all that was put there so far is done, to give to :meth:`copies`."""

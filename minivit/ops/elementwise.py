@@ -143,7 +143,8 @@ def erf(x: Array) -> Array:
     if array_module(x) is not np:
         import importlib
 
-        return importlib.import_module("cupyx.scipy.special").erf(x)
+        # of float16 CuPy's is float64, of bfloat16 float32
+        return importlib.import_module("cupyx.scipy.special").erf(x).astype(x.dtype, copy=False)
     x = np.asarray(x)
     if x.dtype == np.float32:
         return _erf_float32(x)

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 from minivit.autograd.tensor import Tensor
-from minivit.backend import array_module, device_of, is_floating, to_device
+from minivit.backend import array_module, device_of, is_floating, on_device_of, to_device
 from minivit.backend.cuda import Aside, Graph
 from minivit.errors import DataError
 from minivit.nn.module import Module, is_watched
@@ -72,7 +72,8 @@ class Capture:
 
     def memory(self) -> int:
         """Return the bytes that recorded steps hold on the GPU: CuPy's own pool has no part in them."""
-        return sum(shape.aside.pool.total_bytes() for shape in self.shapes.values())
+        with on_device_of(self.store.values):
+            return sum(shape.aside.pool.total_bytes() for shape in self.shapes.values())
 
     def _shape(self, batch: Batch) -> _Shape | None:
         """Return what is kept for batches of this shape, or None if they are to be launched."""

@@ -83,6 +83,10 @@ class Underway:
                 continue
             self.waiting.popleft()
             if halted:
+                for (
+                    later
+                ) in self.waiting:  # page-locked memory that is let go has its next user before the copy is there
+                    later.report.read()
                 self.waiting.clear()
                 self.numbers.clear()
             first.found = self.check(totals, first.batch)

@@ -23,7 +23,10 @@ def _(x: Array, approximate: str) -> Any:
     if not serves(x) or approximate not in ("none", "tanh"):
         return NotImplemented
     xp, rows = array_module(x), as_rows(x)  # (…, N) → (M, N)
-    out, constants = xp.empty(x.shape, x.dtype), _constants(rows, approximate)
+    constants = _constants(rows, approximate)
+    if len(rows) > constants["R"] * tile.GRID[1]:
+        return NotImplemented
+    out = xp.empty(x.shape, x.dtype)
     flat, like = out.reshape(rows.shape), tile.Like(x.dtype, rows.shape)
     back = (like, rows, like, sums.like(rows.shape[1]))
     if not (_FORWARD.ready(rows, flat, **constants) and _BACKWARD.ready(*back, rows=sums.ROWS, **constants)):

@@ -53,9 +53,11 @@ def _(logits: Array, target: Array | None, labels: Any, smoothing: float) -> Any
     m, classes = count_rows(logits.shape), logits.shape[-1]
     given = to_device(labels, device_of(logits)) if target is None else target
     soft = given.shape == logits.shape
-    if not serves(logits) or m > 1 << 30:
+    if not serves(logits):
         return NotImplemented
     xp, constants = array_module(logits), _constants(classes, soft)
+    if m > constants["R"] * tile.GRID[1]:
+        return NotImplemented
     rows = xp.ascontiguousarray(logits).reshape(m, classes)  # (…, K) → (M, K)
     held = xp.ascontiguousarray(given).reshape(rows.shape if soft else (m,))
     stats, loss, count = xp.empty((5, m), np.float32), xp.empty(1, np.float32), xp.empty(1, np.float32)
