@@ -8,6 +8,6 @@ A twin works on whichever arrays it gets, CuPy's or (while planning, see :func:`
 it makes its own by ``array_module(x)``, and imports neither CuPy nor cuda.tile.
 """
 
-from minivit.ops.cuda import activation, attention, loss, matmul, normalize, shape, verdict
+from minivit.ops.cuda import activation, attention, dropout, loss, matmul, normalize, shape, verdict
 
-__all__ = ["activation", "attention", "loss", "matmul", "normalize", "shape", "verdict"]
+__all__ = ["activation", "attention", "dropout", "loss", "matmul", "normalize", "shape", "verdict"]
