@@ -14,6 +14,7 @@ from minivit.autograd.tensor import Tensor
 from minivit.backend import Array, Key, array_module, device_of, is_array, square_sum, to_device
 from minivit.backend.tile import planned
 from minivit.errors import DataError, GraphError, ShapeError
+from minivit.ops.cuda.loss import right
 from minivit.ops.cuda.update import squares
 from minivit.ops.loss import check_labels, noting_checks
 from minivit.train.parameters import FlatParameters, LaidOut
@@ -158,6 +159,8 @@ def count_right(logits: Any, labels: Array) -> Array | None:
     logits = raw(logits)
     if not is_array(logits) or logits.ndim != 2 or logits.shape[1] < 2:
         return None
+    if (counted := right(logits, labels)) is not None:  # by the loss, on its way
+        return counted
     if labels.shape == logits.shape:
         if not are_shares(labels):
             return None

@@ -20,6 +20,13 @@ def mixed(z):
     return z ^ (z >> 31)
 
 
+def places(row, column, first, N, T, each):
+    """Return which number of the key's is whose: one for each element, (R, W), or one for each sample, (R, 1)."""
+    if each:
+        return (row.astype(U64) + wide(first) * T) * N + column
+    return (row // T).astype(U64) + wide(first)
+
+
 def drop(N, T, each, summed, rows, R, W):
     """y = x·scale where a number in [0, 1) of the key is at least p, 0 elsewhere, of x (M, N), T rows for each sample.
 
@@ -35,10 +42,7 @@ def drop(N, T, each, summed, rows, R, W):
         column = (j * W + ct.arange(W, dtype=I32)[None, :]).astype(U64)
         for i in range(ct.bid(1), ct.num_tiles(x, 0, (R, W)), rows):
             row = i * R + ct.arange(R, dtype=I32)[:, None]
-            if each:
-                place = (row.astype(U64) + wide(first) * T) * N + column  # (R, W)
-            else:
-                place = (row // T).astype(U64) + wide(first)  # (R, 1)
+            place = places(row, column, first, N, T, each)
             number = (mixed((place + 1) * GOLDEN + seed) >> 40).astype(I32).astype(F32) * 2.0**-24
             value = load(x, (i, j), (R, W), False).astype(F32) * ct.where(number >= p, scale, 0.0)
             store(y, (i, j), value, False)
