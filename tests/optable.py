@@ -165,7 +165,7 @@ def _embed_tokens(patches: np.ndarray, cls: Any = None, positions: Any = None) -
 
 
 def _linear(x: np.ndarray, weight: np.ndarray, bias: Any, onto: Any = None) -> np.ndarray:
-    product = np.einsum("...i,oi->...o", x, weight)
+    product = np.einsum("...i,oi->...o", x, weight.reshape(len(weight), -1))
     return product + (0.0 if bias is None else bias) + (0.0 if onto is None else onto)
 
 

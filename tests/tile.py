@@ -301,7 +301,7 @@ def _kernel(function: Any = None, /, **hints: Any) -> Any:
     return function if function is not None else lambda f: f
 
 
-_INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32")
+_INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
 _IGNORED = lambda x, /, **kwargs: x
 
 

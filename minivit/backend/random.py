@@ -62,12 +62,16 @@ class Key:
             raise ConfigError(f"a batch begins at row {row!r}", "rows are whole numbers from 0 up, below 2⁴⁰")
         return Key(self.seed, self.stream, self.step, row)
 
-    def bits(self) -> Any:
-        """Return the 64 bits that start the counter: of seed, stream and step."""
+    def base(self) -> int:
+        """Return the 64 bits of seed and stream: the step is added to them."""
         z = 0
         for part in (self.seed, self.stream):
             z = _mix((z + (part & _MASK) + _GOLDEN) & _MASK)
-        z = (z + _GOLDEN) & _MASK
+        return (z + _GOLDEN) & _MASK
+
+    def bits(self) -> Any:
+        """Return the 64 bits that start the counter: of seed, stream and step."""
+        z = self.base()
         if is_array(self.step):
             xp = array_module(self.step)
             return _mixed(xp, self.step + xp.uint64(z))

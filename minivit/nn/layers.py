@@ -139,7 +139,7 @@ class PatchProjection(Module):
 
     def forward(self, patches: Any) -> Any:
         """Return tokens (B, N, dim) of patches (B, N, C·P·Q)."""
-        return ops.linear(patches, ops.reshape(self.weight, (self.weight.shape[0], -1)), self.bias)
+        return ops.linear(patches, self.weight, self.bias)
 
 
 class PatchEmbed(Module):

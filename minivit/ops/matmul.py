@@ -62,9 +62,11 @@ _matmul.vjps(lambda g, out, a, b: matmul(g, swapaxes(b, -1, -2)),
 def linear(x: Array, weight: Array, bias: Array | None = None, onto: Array | None = None) -> Array:
     """Return onto + x·Wᵀ + b: x (…, in), weight (out, in) as in PyTorch, bias (out,), onto (…, out) → (…, out).
 
-    ``onto`` is what the result is added to, as in a residual block: the product then writes their sum at once.
+    A weight of more axes, as a convolution's (out, C, P, Q), counts as one of (out, C·P·Q). ``onto`` is what the result
+    is added to, as in a residual block: the product then writes their sum at once.
     Twins: ops/cpu/matmul.py, ops/cuda/matmul.py.
     """
+    weight = as_matrix(weight)
     check_linear(x, weight, onto)
     # (…, in) → (rows, in) → (rows, out): one product, not one for each entry of the batch
     out = _product(x.reshape(-1, x.shape[-1]), weight.T)
@@ -74,6 +76,11 @@ def linear(x: Array, weight: Array, bias: Array | None = None, onto: Array | Non
     if onto is not None:
         out += onto
     return out
+
+
+def as_matrix(weight: Array) -> Array:
+    """Return a weight (out, …) as a matrix (out, in): a view."""
+    return weight if weight.ndim <= 2 else weight.reshape(len(weight), -1)
 
 
 def check_linear(x: Array, weight: Array, onto: Array | None) -> None:
@@ -90,16 +97,24 @@ def check_linear(x: Array, weight: Array, onto: Array | None) -> None:
         )
 
 
+def _matrix(weight: Any) -> Any:
+    return weight if weight.ndim == 2 else reshape(weight, (weight.shape[0], -1))
+
+
+def _shaped(gradient: Any, weight: Any) -> Any:
+    return gradient if weight.ndim == 2 else reshape(gradient, weight.shape)
+
+
 @linear.vjp
 def _(g: Any, out: Any, x: Any, weight: Any, bias: Any, onto: Any, needs: tuple[bool, ...]) -> Any:
     rows = reshape(g, (-1, weight.shape[0]))  # (…, out) → (rows, out)
-    gx = reshape(matmul(rows, weight), x.shape) if needs[0] else None
-    gw = matmul(swapaxes(rows, 0, 1), reshape(x, (-1, weight.shape[1]))) if needs[1] else None
+    gx = reshape(matmul(rows, _matrix(weight)), x.shape) if needs[0] else None
+    gw = _shaped(matmul(swapaxes(rows, 0, 1), reshape(x, (-1, x.shape[-1]))), weight) if needs[1] else None
     return gx, gw, rows if needs[2] else None, g  # the engine sums the bias gradient over the rows
 
 
 @linear.composed
 def _(x: Any, weight: Any, bias: Any = None, onto: Any = None) -> Any:
-    out = matmul(x, swapaxes(weight, 0, 1))
+    out = matmul(x, swapaxes(_matrix(weight), 0, 1))
     out = out if bias is None else add(out, bias)
     return out if onto is None else add(onto, out)

@@ -261,6 +261,7 @@ _ROWS: dict[str, dict[str, Callable[[Draw], tuple[Any, ...]]]] = {
         "no bias": lambda r: (r(2, 1, 3), r(3, 3), None),
         "a single vector": lambda r: (r(5), r(3, 5), r(3)),
         "one wide": lambda r: (r(3, 1, 1), r(1, 1), r(1)),
+        "a convolution's weight": lambda r: (r(2, 3, 6), r(2, 3, 1, 2), r(2)),
         "onto every other row": lambda r: (r(2, 2, 3), r(5, 3), r(5), r(2, 4, 5)[:, ::2]),
     },
     # ---- activations ----

@@ -15,6 +15,6 @@ and verdict.py do in one launch what the text in train/ does in many, and where 
 then that text runs.
 """
 
-from minivit.ops.cuda import activation, attention, loss, matmul, normalize, shape, verdict
+from minivit.ops.cuda import activation, attention, dropout, loss, matmul, normalize, shape, verdict
 
-__all__ = ["activation", "attention", "loss", "matmul", "normalize", "shape", "verdict"]
+__all__ = ["activation", "attention", "dropout", "loss", "matmul", "normalize", "shape", "verdict"]
