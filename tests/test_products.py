@@ -85,7 +85,7 @@ def test_what_differs_all_the_same_is_remarked_on_once(
     assert kept().keys() == {GPU, newer}
 
 
-@pytest.mark.parametrize("damage", ["", "[]", '{"a": 5}', '{"%s": {"x": "zz"}}' % GPU, "\udcff"])
+@pytest.mark.parametrize("damage", ["", "[]", '{"a": 5}', json.dumps({GPU: {"x": "zz"}}), "\udcff"])
 def test_a_damaged_record_is_not_believed(
     fastest: list[int], here: Path, damage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
