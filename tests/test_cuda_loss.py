@@ -29,6 +29,15 @@ def on_gpu(cupy, *arrays):
 # ---- cross_entropy ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, BFLOAT16], ids=str)
+@pytest.mark.parametrize("label", [-1, 5, 16, 1 << 20])
+def test_a_label_that_is_no_class_makes_the_loss_nan(strict_cupy, dtype, label):
+    x = strict_cupy.asarray(np.zeros((3, 5), dtype))
+    for smoothing in (0.0, 0.1):
+        assert np.isfinite(ops.cross_entropy(x, strict_cupy.asarray(np.array([1, 4, 0])), smoothing).get())
+        assert np.isnan(ops.cross_entropy(x, strict_cupy.asarray(np.array([1, label, 0])), smoothing).get())
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", ["labels", "soft", "a Tensor"])
 @pytest.mark.parametrize(("m", "classes"), [(1, 2), (33, 10), (5, 1000), (3, 5000), (1, 21843), (2100, 3)])

@@ -2,7 +2,7 @@
 
 Two algorithms may add in another order, and so differ in the last bits. A choice is therefore made once in a process,
 and kept on the disk for each kind of GPU and version of the library: later runs have the same bits. What a process has
-used says :func:`chosen`, for the record of a run.
+used says :func:`chosen`, for the record of a run; which goes on with the same, on whatever machine, by :func:`prefer`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import contextlib
 import json
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ ROUNDS = 5  # timed together, after one that is not
 _LARGEST_FILE = 1 << 24
 _thread = threading.local()
 _lock = threading.RLock()
+_preferred: dict[tuple[str, str], bytes] = {}  # (GPU, product) → algorithm
 
 
 @contextlib.contextmanager
@@ -42,13 +43,23 @@ def tuning(enabled: bool) -> Iterator[None]:
 def chosen() -> list[dict[str, str]]:
     """Return the matrix products that this process has run on GPUs, and for each the algorithm (in hex) and its source.
 
-    ``source`` is "timed", "kept" (timed before, read from the disk), or "first" (the library's first guess).
+    ``source`` is "timed", "kept" (timed before: read from the disk, or of :func:`prefer`), or "first" (the library's
+    first guess).
     """
     used = [(gpu.name, plan) for gpu in gpus_in_use() for plan in gpu.plans() if plan.chosen is not None]
     return [
         {"gpu": name, "product": str(plan.spec), "algorithm": (plan.chosen or b"").hex(), "source": plan.source}
         for name, plan in used
     ]
+
+
+def prefer(algorithms: Mapping[str, Mapping[str, bytes]]) -> None:
+    """Let products of these GPUs, by the names that :func:`chosen` has, run these algorithms, where they still can.
+
+    What has been chosen in this process already stays as it is.
+    """
+    with _lock:
+        _preferred.update({(gpu, name): how for gpu, found in algorithms.items() for name, how in found.items()})
 
 
 def choose(gpu: Products, plan: Plan, stream: Any, trial: Callable[[], Callable[[bytes], int]]) -> None:
@@ -60,12 +71,13 @@ def choose(gpu: Products, plan: Plan, stream: Any, trial: Callable[[], Callable[
     with _lock:
         if plan.chosen is not None:
             return
-        kept = _read(_file(gpu)).get(str(plan.spec))
-        if kept is not None and plan.accepts(kept):
+        product = str(plan.spec)
+        known = _preferred.get((gpu.name, product)), _read(_file(gpu)).get(product)
+        if kept := next((how for how in known if how is not None and plan.accepts(how)), None):
             plan.source, plan.chosen = "kept", kept
         elif len(plan.candidates) > 1 and getattr(_thread, "enabled", True) and not stream.is_capturing():
             if (fastest := _fastest(plan, stream, trial())) is not None:
-                _keep(_file(gpu), str(plan.spec), fastest)
+                _keep(_file(gpu), product, fastest)
                 plan.source, plan.chosen = "timed", fastest
         else:
             plan.source, plan.chosen = "first", next(filter(plan.accepts, plan.candidates), None)
@@ -98,15 +110,28 @@ def _file(gpu: Products) -> Path:
 
 def _read(path: Path) -> dict[str, bytes]:
     """Return product → algorithm; nothing of a file that is not there or that is damaged."""
+    return _algorithms(_object(path))
+
+
+def kept_in(path: Path) -> dict[str, dict[str, bytes]]:
+    """Return GPU → product → algorithm of a run's record; nothing of a file that is not there or that is damaged."""
+    return {gpu: algorithms for gpu, found in _object(path).items() if (algorithms := _algorithms(found))}
+
+
+def _object(path: Path) -> dict[str, Any]:
     with contextlib.suppress(OSError, ValueError, RecursionError), open_regular(path) as f:
-        found = json.loads(f.read(_LARGEST_FILE))
-        if isinstance(found, dict):
-            return {
-                product: bytes.fromhex(algorithm)
-                for product, algorithm in found.items()
-                if isinstance(algorithm, str) and re.fullmatch(f"[0-9a-f]{{{2 * ALGORITHM_BYTES}}}", algorithm)
-            }
+        if isinstance(found := json.loads(f.read(_LARGEST_FILE)), dict):
+            return found
     return {}
+
+
+def _algorithms(found: Any) -> dict[str, bytes]:
+    """Return product → algorithm, as far as ``found``, of whatever kind, has any."""
+    return {
+        product: bytes.fromhex(algorithm)
+        for product, algorithm in (found.items() if isinstance(found, dict) else ())
+        if isinstance(algorithm, str) and re.fullmatch(f"[0-9a-f]{{{2 * ALGORITHM_BYTES}}}", algorithm)
+    }
 
 
 def _keep(path: Path, product: str, algorithm: bytes) -> None:

@@ -35,6 +35,10 @@ def run(args: argparse.Namespace) -> int:
     """Print the report; 1 if a test fails, or a kernel cannot be compiled."""
     if args.build_kernels:
         return build_kernels(args)
+    if args.models:
+        from minivit.errors import ConfigError
+
+        raise ConfigError("--for without --build-kernels", "say for which GPUs: --build-kernels sm_90")
     from minivit.backend import cuda_status, total_memory
     from minivit.measure.machine import blas_text, cpu_text, gpu_text, kernels_text, system_text, versions
     from minivit.show.text import bytes_text, json_text

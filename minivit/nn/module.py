@@ -13,7 +13,7 @@ import numpy as np
 
 from minivit.autograd.graph import Node
 from minivit.autograd.tensor import Tensor
-from minivit.backend import Array, device_of, is_floating, to_device, to_numpy
+from minivit.backend import Array, device_of, is_floating, on_device_of, to_device, to_numpy
 from minivit.errors import CheckpointError, DTypeError
 from minivit.ops.convert import device_or_dtype
 
@@ -245,7 +245,8 @@ class Module:
             )
         for name, p in own.items():
             if name in state:
-                p.data[...] = to_device(np.asarray(state[name], p.dtype), device_of(p.data))
+                with on_device_of(p.data):
+                    p.data[...] = to_device(np.asarray(state[name], p.dtype), device_of(p.data))
 
 
 def set_layer(layer: int, *parts: Module | Parameter | None) -> None:

@@ -95,7 +95,10 @@ def noting_checks() -> Iterator[list[tuple[Array, int]]]:
 
 
 def check_labels(labels: Array, classes: int) -> None:
-    """Raise DataError for the first label outside 0 … classes-1. Labels on a GPU are not looked at: that would wait."""
+    """Raise DataError for the first label outside 0 … classes-1.
+
+    Labels on a GPU are not looked at, which would wait: such a one makes the loss NaN.
+    """
     if _noted.checks is not None and not isinstance(labels, np.ndarray):
         _noted.checks.append((labels, classes))
     if isinstance(labels, np.ndarray) and labels.size and (labels.min() < 0 or labels.max() >= classes):
@@ -132,6 +135,9 @@ def target_of(logits: Any, target: Any, labels: Any, smoothing: float) -> Any:
         if labels.dtype.kind in "iu":
             classes = array_module(raw(logits)).arange(logits.shape[-1])
             target = (labels[..., None] == classes).astype(_real(logits))  # (…,) → (…, K)
+            if not isinstance(labels, np.ndarray):  # see check_labels
+                outside = (labels < 0) | (labels >= logits.shape[-1])
+                target = array_module(target).where(outside[..., None], np.nan, target).astype(target.dtype, copy=False)
     target = wide(target)
     return target * (1.0 - smoothing) + smoothing / logits.shape[-1] if smoothing else target
 

@@ -10,15 +10,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from minivit import data, ops
-from minivit.backend import auto_device, available_memory, keep_freed_memory
+from minivit.backend import auto_device, available_memory, keep_freed_memory, on_device_of, tile
 from minivit.data.dataset import class_names
-from minivit.errors import CheckpointError, ConfigError, DataError, MinivitError, MisfitError, printable
+from minivit.errors import CheckpointError, ConfigError, DataError, DeviceError, MinivitError, MisfitError, printable
 from minivit.measure.costs import training_memory
 from minivit.measure.gpu_costs import gpu_memory
 from minivit.models import Model, build, described_settings, model_outline
 from minivit.nn.rules import rate
 from minivit.runs.folder import find_checkpoint
 from minivit.runs.parts import UNCHANGED, divide, load_parts
+from minivit.runs.products import ProductsRecord
 from minivit.runs.settings import RunSettings, assignments, fit_to_data
 from minivit.show.text import bytes_text, plural
 from minivit.train import schedule
@@ -46,8 +47,15 @@ class Job:
     ) -> None:
         self.settings = settings
         keep_freed_memory()
-        device, why = auto_device(settings["train.device"])
-        dtype, why_this = dtype_on(device, settings["train.dtype"])
+        try:
+            device, why = auto_device(settings["train.device"])
+            dtype, why_this = dtype_on(device, settings["train.dtype"])
+        except DeviceError as error:
+            if not resumed or settings["train.dtype"] == "float32":
+                raise
+            what = f"this run computes in {settings['train.dtype']}, and cannot go on here: {error.what}"
+            again = "minivit train --config RUN/config.toml --init-from RUN --device cpu --dtype float32"
+            raise DeviceError(what, f"continue it on a GPU; or start a new run from its weights: {again}") from error
         make_absolute(settings)
         found = load_parts(settings, bar)
         classes = found.train.classes
@@ -98,9 +106,12 @@ class Job:
 
     def _text(self, why: str, changed: list[str], classes: int) -> str:
         s = self.settings
+        with on_device_of(next(self.model.parameters()).data):
+            no_kernels = None if s["train.device"] == "cpu" else tile.why_not()
         cores = plural(s["train.threads"], "thread") if s["train.device"] == "cpu" else s["train.dtype"]
         lines = [
             f"device      {s['train.device']}, {cores}" + (f" ({why})" if why else ""),
+            *([f"kernels     plain operations only, which takes longer: {no_kernels}"] if no_kernels else []),
             f"model       {s['model.name']}: {self.model.num_parameters():,} parameters",
         ]
         if s["train.init_from"]:
@@ -164,7 +175,9 @@ class Job:
             max_seconds=60 * s["train.max_time"] or None,
             on_nan=s["train.on_nan"] if folder is not None else "stop",
             meta=meta,
-            observers=observers,
+            observers=observers
+            if folder is None or s["train.device"] == "cpu"
+            else [ProductsRecord(folder), *observers],
             precision=s["train.dtype"],
         )
 

@@ -52,6 +52,6 @@ def non_finite(step: str, loss: float, grad_norm: float, place: str | None) -> N
     """Return the error of a step whose loss or gradient is not finite, and where it begins."""
     return NonFiniteError(
         f"{step}: the loss is {loss}, the gradient's norm {grad_norm}; "
-        f"the first non-finite value is in {place or 'the loss itself'}",
+        f"the first non-finite value is in {place or 'the loss itself, as where a label is no class'}",
         "nothing was updated: lower the learning rate, warm up longer, clip gradients, or look at this batch",
     )

@@ -293,4 +293,5 @@ def load_arrays(into: Mapping[str, Array], state: Mapping[str, Any], what: str) 
             "resume with the model and the optimizer that it was saved with",
         )
     for k, a in into.items():
-        a[...] = to_device(np.asarray(state[k], a.dtype), device_of(a))
+        with on_device_of(a):
+            a[...] = to_device(np.asarray(state[k], a.dtype), device_of(a))

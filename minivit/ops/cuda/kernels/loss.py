@@ -64,7 +64,10 @@ def cross_entropy_rows(K, R, W, soft):
             weight = weight + ct.sum(t, 1, keepdims=True)
             dot = dot + ct.sum(ct.where(columns(j, W) < K, t * (z - top), 0.0), 1, keepdims=True)
         right = ct.where(at == want, 1.0, 0.0)
-        store(stats, (0, i), (ct.log2(total) * LN2 * weight - dot).reshape((1, R)), False)  # -Σ t·log softmax
+        loss = ct.log2(total) * LN2 * weight - dot  # -Σ t·log softmax
+        if not soft:
+            loss = ct.where(most > 0.0, loss, float("nan"))  # of a label that is no class
+        store(stats, (0, i), loss.reshape((1, R)), False)
         store(stats, (1, i), right.reshape((1, R)), False)
         store(stats, (2, i), top.reshape((1, R)), False)
         store(stats, (3, i), total.reshape((1, R)), False)
