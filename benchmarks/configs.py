@@ -36,6 +36,9 @@ GPU_CONFIGS = {
 }
 """What is compared on a GPU, the most important first."""
 
+TINY = Config(batch=4, image=8, patch=4, dim=32, depth=1, heads=2, steps=2)
+"""What runs dry."""
+
 DTYPES = ("bfloat16", "tf32", "float32")
 
 

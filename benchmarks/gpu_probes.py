@@ -132,21 +132,24 @@ def errors_in_ulps(dry: bool) -> list[Row]:
 
 
 def gradient(dry: bool, path: str) -> list[Row]:
-    """Measure the error of the whole gradient in bfloat16, and leave the model for PyTorch to do the same."""
+    """Measure the error of the whole gradient in bfloat16, and leave the model for torch_gradient.py to do the same."""
     model = mv.ViT(**(TINY | {"in_channels": 3} if dry else TI4), num_classes=10, seed=3)
     model.head.weight.data[...] = 0.05 * normal(Key(9), model.head.weight.shape)  # zero, it would hide all else
     images, labels = batch(0, 4 if dry else 128, model.settings.image_shape)
     start = model.state_dict()
-    found = []
+    found, exact = [], dict[str, np.ndarray]()
     for dtype in ("float32", "bfloat16"):
         model.load_state_dict(start)
         step = new_step(model.to("cuda"), dtype)
         step(images, labels)
-        found.append(to_numpy(step.opt.store.grad).astype(np.float64))
+        store = step.opt.store
+        found.append(to_numpy(store.grad).astype(np.float64))
+        if dtype == "float32":
+            exact = {f"gradient of {name}": to_numpy(g).copy() for name, g in store.by_name(store.grad).items()}
         model = model.to("cpu")
     error = float(np.linalg.norm(found[1] - found[0]) / np.linalg.norm(found[0]))
     with open(path, "wb") as f:
-        np.savez(f, images=images, labels=labels, error=error, **start)
+        np.savez(f, images=images, labels=labels, error=error, **start, **exact)
     return [("gradient, bfloat16", f"{error:.2e} of float32's", "PyTorch's · 1.2, see autocast", None)]
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from configs import DTYPES, GPU_CONFIGS
+from configs import DTYPES, GPU_CONFIGS, TINY
 from turns import ready, result, time_blocks
 
 import minivit as mv
@@ -37,9 +37,7 @@ def main() -> None:
 
 def prepared(name: str, dtype: str, dry: bool = False) -> Callable[[], dict[str, Any]]:
     """Make a step and let it compile what it needs; return what measures it."""
-    batch, image, patch, dim, depth, heads, steps = GPU_CONFIGS[name]
-    if dry:
-        batch, image, patch, dim, depth, heads, steps = 4, 8, 4, 32, 1, 2, 2
+    batch, image, patch, dim, depth, heads, steps = TINY if dry else GPU_CONFIGS[name]
     model = mv.ViT(image_size=image, patch_size=patch, dim=dim, depth=depth, heads=heads, num_classes=10).to("cuda")
     images = to_device(normal(mv.Key(0), (batch, 3, image, image)).astype(np.float32), "cuda")
     labels = to_device((random_bits(mv.Key(1), (batch,)) % 10).astype(np.int64), "cuda")

@@ -53,7 +53,9 @@ def time_blocks(step: Callable[[], Any], wait: Callable[[], Any], steps: int, bl
 class Child:
     """A process that measures; ``found`` is what it has printed as its result, ``why_not`` why there is none."""
 
-    def __init__(self, command: Sequence[str], log: Path, environment: Mapping[str, str]) -> None:
+    def __init__(
+        self, command: Sequence[str], log: Path, environment: Mapping[str, str], cwd: Path | None = None
+    ) -> None:
         self.log, self.state = log, "starting"
         self.about: dict[str, Any] = {}
         self.found: dict[str, Any] = {}
@@ -62,7 +64,7 @@ class Child:
         with log.open("w") as errors:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True,
-                env={**os.environ, **environment}, start_new_session=True,
+                env={**os.environ, **environment}, cwd=cwd, start_new_session=True,
             )  # fmt: skip
         threading.Thread(target=self._read, daemon=True).start()
 
@@ -110,9 +112,13 @@ class Child:
     def end(self) -> None:
         """End the process, and those that it has started."""
         if self._process.poll() is None:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self._process.pid, signal.SIGKILL)  # a session of its own: with its compiler's workers
+            for number in (signal.SIGTERM, signal.SIGKILL):  # it may have children in sessions of their own to end
+                with contextlib.suppress(ProcessLookupError, PermissionError, subprocess.TimeoutExpired):
+                    os.killpg(self._process.pid, number)  # a session of its own: with its compiler's workers
+                    self._process.wait(5.0)
+                    break
         self._process.wait()
+        self.state = "ended"
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
                 with contextlib.suppress(OSError):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import re
 import tomllib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+import minivit as mv
 from minivit.cli.main import main
 from minivit.errors import DeviceError
 from minivit.measure.gpu_costs import gpu_memory, gpu_step_memory, kept_on_gpu
@@ -147,6 +150,38 @@ def test_memory_of_a_step_is_that_measured_on_a_gpu() -> None:
     assert gpu_memory(model, 1024, "bfloat16") / 2**30 == pytest.approx(4.9, rel=0.1)
     again = model_outline("vit", TI4 | {"recompute": True})
     assert gpu_memory(again, 1024, "bfloat16") < 0.4 * gpu_memory(model, 1024, "bfloat16")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("side", "patch", "dim", "heads", "rows"), [(14, 1, 64, 4, 2), (32, 4, 192, 3, 4)])
+def test_memory_of_a_step_is_that_counted(
+    strict_cupy: Any, dtype: str, side: int, patch: int, dim: int, heads: int, rows: int
+) -> None:
+    """The stand-in's pools count the arrays that are alive; one batch more is predicted, the next."""
+    settings = {"image_size": side, "patch_size": patch, "dim": dim, "heads": heads, "depth": 2, "num_classes": 10}
+    outlined, model = model_outline("vit", settings), mv.ViT(**settings).to("cuda")
+    gc.collect()  # what other tests have left
+    default = strict_cupy.get_default_memory_pool()
+    before = default.used_bytes() - 4 * model.num_parameters()
+    step = mv.TrainStep(model, mv.optim.AdamW(model.named_parameters(), lr=1e-3), precision=dtype)
+    images, labels = strict_cupy.zeros((rows, 3, side, side), np.float32), strict_cupy.zeros(rows, np.int64)
+    for _ in range(3):
+        step(images, labels)
+    assert not step.why_launched
+    counted = default.used_bytes() - before + step.underway.capture.memory()
+    predicted = gpu_step_memory(outlined, rows, dtype)
+    assert sum(predicted.values()) - predicted["workspace"] - images.nbytes == pytest.approx(counted, rel=0.15)
+
+
+def test_images_to_validate_with_leave_room_for_the_step(
+    strict_cupy: Any, archive: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    typed = {"data.name": str(archive), "train.device": "cuda", "model.depth": 1, "model.dim": 32, "model.heads": 2}
+    run = Job(resolve(typed | {"data.val_fraction": 0.2}))
+    monkeypatch.setattr(job, "available_memory", lambda device="cpu": run.memory + 100)
+    valid = run.parts.held_loader(run.parts.valid, "cuda", run.room())
+    assert "100 of cuda:0 are for them" in valid.remark and len(list(valid.batches(0))) == 1
+    assert Job(resolve(typed | {"train.device": "cpu"})).room() is None
 
 
 def test_a_run_too_large_for_the_gpu_is_refused(

@@ -19,6 +19,7 @@ from minivit.measure.gpu_speed import Ceilings, gpu_ceilings
 from minivit.nn.module import is_watched
 
 ROOT = Path(__file__).parent.parent
+FASTER = ("ti4-1024", "s16-256", "ti4-128")
 
 
 @pytest.fixture
@@ -96,12 +97,44 @@ def test_the_checks_run_dry(tmp_path: Path) -> None:
     assert "3 rows, 0 failed" in out.splitlines()[-1]
 
 
+def test_peers_wait_for_their_turn_beside_other_checks(tmp_path: Path) -> None:
+    out = script("gpu_checks.py", "--dry", "--only", "resume", "PyTorch", "loader", "--output", "out", cwd=tmp_path)
+    resume, peers, loader = json.loads((tmp_path / "out/checks.json").read_text())["checks"]
+    assert [row[:2] for row in peers["rows"]] == [[f"speed {name}", "not measured"] for name in FASTER]
+    assert peers["code"] == 0 and resume["rows"][0][3] and loader["rows"][0][0] == "loader"
+    rows = json.loads((tmp_path / "out" / "against-pytorch" / "gpu.json").read_text())["rows"]
+    assert [(row["config"], row["who"], len(row["seconds"])) for row in rows] == [(c, "minivit", 2) for c in FASTER]
+    assert "resume: " in out and "5 rows, 4 failed" in out.splitlines()[-1]
+
+
+def test_verdicts_on_peers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import gpu
+
+    def row(who: str, ms: float, memory: int = 2 << 30, config: str = "ti4-1024") -> dict[str, Any]:
+        return {"config": config, "dtype": "bfloat16", "who": who, "seconds": [1e-3 * ms] * 10, "memory": memory}
+
+    assert tuple(gpu.FASTER) == FASTER
+    died = {"config": "ti4-128", "dtype": "bfloat16", "who": "compile", "why_not": "out of memory"}
+    peers = [row("compile", 17.0, 5 << 30), row("reduce-overhead", 16.0), row("eager", 1.0)]
+    speed, memory, *rest = gpu.verdicts(
+        [row("minivit", 10.0, 4 << 30), *peers, row("minivit", 2.0, config="ti4-128"), died]
+    )
+    assert speed == ("speed ti4-1024", "×1.60 of reduce-overhead (10.000 against 16.000 ms)", "≥ ×1.55", True)
+    assert memory == ("memory ti4-1024", "4.00 GiB", "≤ torch.compile's 5.00", True)
+    assert rest == [
+        ("speed s16-256", "not measured", "≥ ×1.45", False),
+        ("speed ti4-128", "compile: out of memory", "≥ ×1.75", False),
+    ]
+    assert not gpu.verdicts([row("minivit", 11.0), *peers])[0][3]
+
+
 def test_a_child_that_dies_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     import gpu
     import gpu_checks
 
-    rows = gpu.measure_all(("digits", "bfloat16", ["eager"]), sys.executable, tmp_path, 1e12, False)  # no PyTorch here
+    rows = list(gpu.measure_all([("digits", "bfloat16", ["eager"])], sys.executable, tmp_path, 1e12))  # no PyTorch here
     assert rows == [{"config": "digits", "dtype": "bfloat16", "who": "eager", "why_not": rows[0]["why_not"]}]
     assert "No module named" in rows[0]["why_not"] and "No module named" in gpu.table(rows)
     crash = gpu_checks.Check([sys.executable, "-c", "import os; os.abort()"], 20.0)

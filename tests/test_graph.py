@@ -8,6 +8,7 @@ import gc
 import inspect
 import os
 import pickle
+import random
 import textwrap
 import threading
 import time
@@ -17,8 +18,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import minivit as mv
 from minivit import ops
@@ -870,9 +869,11 @@ UNARY = [ops.tanh, ops.sin, ops.gelu, ops.sigmoid, ops.softmax, lambda x: x * x,
 BINARY = [ops.add, ops.sub, ops.mul, lambda a, b: a / (b * b + 1.0), lambda a, b: (a + b * 0.0) @ (b + a * 0.0)]
 
 
-@settings(max_examples=40, deadline=None, derandomize=True, database=None)
-@given(st.lists(st.tuples(st.integers(0, 15), st.integers(0, 99), st.integers(0, 99)), min_size=1, max_size=8))
-def test_any_graph_agrees_with_the_complex_step(program):
+@pytest.mark.parametrize("seed", range(40))
+def test_any_graph_agrees_with_the_complex_step(seed):
+    r = random.Random(seed)
+    program = [(r.randrange(16), r.randrange(100), r.randrange(100)) for _ in range(r.randint(1, 8))]
+
     def run(x: Any, y: Any) -> Any:
         values = [x, y]  # each step takes any two results so far
         for which, i, j in program:

@@ -76,9 +76,7 @@ class Job:
         self._settle(device, dtype)
         self.memory = self._memory_needed(outlined)
         _check_memory(self.memory, device, held)
-        # on a GPU the images may have what a step leaves of its memory
-        left = None if device == "cpu" else max(0, available_memory(device) - self.memory)
-        self.loader = self.parts.training_loader(settings, device, left)
+        self.loader = self.parts.training_loader(settings, device, self.room())
         self.schedule = self.make_schedule()
         self.about = self._text(why or why_this, changed, len(classes))
 
@@ -103,6 +101,11 @@ class Job:
         else:
             step = gpu_memory(outlined, min(rows, s["train.micro_batch"]), s["train.dtype"])
         return step + 4 * self.model.num_parameters() * bool(s["train.model_ema"])
+
+    def room(self) -> int | None:
+        """Return the bytes of a GPU that images may have: what a step, which takes its memory later, leaves of it."""
+        device = self.settings["train.device"]
+        return None if device == "cpu" else max(0, available_memory(device) - self.memory)
 
     def _text(self, why: str, changed: list[str], classes: int) -> str:
         s = self.settings

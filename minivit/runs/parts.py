@@ -70,9 +70,10 @@ class Parts:
         key = Key(s["train.seed"], TRAIN_STREAM)
         return Loader(self.train, size, key, augment, mix, device=device, gpu_memory=gpu_memory)
 
-    def held_loader(self, dataset: Dataset, device: str = "cpu") -> Loader:
+    def held_loader(self, dataset: Dataset, device: str = "cpu", gpu_memory: int | None = None) -> Loader:
         """Return batches of other images, in their order, standardised like the training images, on ``device``."""
-        return Loader(dataset, 512, Key(0), mean=self.train.mean, std=self.train.std, shuffle=False, device=device)
+        mean, std = self.train.mean, self.train.std
+        return Loader(dataset, 512, Key(0), None, None, mean, std, shuffle=False, device=device, gpu_memory=gpu_memory)
 
 
 # ---- loading and dividing --------------------------------------------------------------------------------------------

@@ -173,7 +173,7 @@ def _carry_out(job: Job, trainer: Trainer, folder: Path, config: str, say: Tell,
     """Train to the end, test and draw; ``config`` is what the folder's config.toml says."""
     (folder / "report.html").unlink(missing_ok=True)  # written last: a run that has it is finished
     device, held_out = job.settings["train.device"], job.parts.valid
-    valid = None if held_out is None else job.parts.held_loader(held_out, device)
+    valid = None if held_out is None else job.parts.held_loader(held_out, device, job.room())
     try:
         history = trainer.fit(job.loader, valid)
     except Stopped as stop:
