@@ -22,7 +22,6 @@ g is the cotangent: the gradient that reaches the output. Every operation needs 
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
 import types
@@ -40,7 +39,6 @@ from minivit.backend import Array, device_of, is_array, is_floating, on_device_o
 from minivit.backend.tile import planned
 from minivit.errors import ConfigError, DeviceError, DTypeError, GraphError, MinivitError, ShapeError
 
-_HERE = contextlib.nullcontext()
 _INPUTS_REMEDY = "give Tensors, arrays or numbers; of a list make an array: np.asarray(x, np.float32)"
 
 OPS: dict[str, Op] = {}
@@ -189,9 +187,13 @@ class Op:
                 break
         twin = self._twin_for(first) if self.twins and recording.first_order else None
         forward = self.forward if twin is None else twin.forward
-        with _HERE if type(first) is np.ndarray else on_device_of(first):
+        if type(first) is np.ndarray:
             out = self._run(forward, args)
-            if out is NotImplemented:  # the twin has no kernel for these
+        else:
+            with on_device_of(first):
+                out = self._run(forward, args)
+        if out is NotImplemented:  # the twin has no kernel for these
+            with on_device_of(first):
                 twin, out = None, self._run(self.forward, args)
         if twin is not None:
             out, kept = out
