@@ -25,7 +25,6 @@ inputs want a gradient; to a twin's vjp an entry may also be a place to put it i
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
 import types
@@ -43,7 +42,6 @@ from minivit.backend import Array, device_of, is_array, is_floating, on_device_o
 from minivit.backend.planning import is_on_gpu
 from minivit.errors import ConfigError, DeviceError, DTypeError, GraphError, MinivitError, ShapeError
 
-_HERE = contextlib.nullcontext()
 _INPUTS_REMEDY = "give Tensors, arrays or numbers; of a list make an array: np.asarray(x, np.float32)"
 
 OPS: dict[str, Op] = {}
@@ -192,9 +190,13 @@ class Op:
                 break
         twin = self._twin_for(first) if self.twins and recording.first_order else None
         forward = self.forward if twin is None else twin.forward
-        with _HERE if type(first) is np.ndarray else on_device_of(first):
+        if type(first) is np.ndarray:
             out = self._run(forward, args)
-            if out is NotImplemented:  # the twin has no kernel for these
+        else:
+            with on_device_of(first):
+                out = self._run(forward, args)
+        if out is NotImplemented:  # the twin has no kernel for these
+            with on_device_of(first):
                 twin, out = None, self._run(self.forward, args)
         if twin is not None:
             out, kept = out

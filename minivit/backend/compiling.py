@@ -6,7 +6,6 @@ import ast
 import contextlib
 import functools
 import hashlib
-import importlib.metadata
 import importlib.util
 import io
 import json
@@ -14,9 +13,7 @@ import os
 import platform
 import re
 import shutil
-import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -146,6 +143,9 @@ def find_tool(name: str) -> str | None:
 @functools.cache
 def compiler() -> tuple[str, str]:
     """Return the assembler's path and the compiler's version, ("", "") where one of its two parts is missing."""
+    import importlib.metadata
+    import subprocess
+
     try:
         version = importlib.metadata.version("cuda-tile")
     except importlib.metadata.PackageNotFoundError:
@@ -177,6 +177,9 @@ def watching(tell: Callable[[Plan], None]) -> Iterator[None]:
 
 def compiled(plan: Plan, arch: str) -> bytes:
     """Return the cubin of a kernel for ``arch`` (``"sm_90"``); raise KernelError if it cannot be compiled."""
+    import subprocess
+    import tempfile
+
     assembler, version = compiler()
     if not version:
         raise KernelError(f"the kernel {plan} is not compiled for {arch}, and its compiler is not installed", REMEDY)

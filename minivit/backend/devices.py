@@ -18,8 +18,6 @@ from minivit.errors import DeviceError, DTypeError
 Array = Annotated[Any, "Array"]
 """A NumPy or CuPy ndarray. Written on a parameter of an operation, it marks a differentiable input."""
 
-_FLOAT16 = np.dtype(np.float16)
-
 
 # ---- whose array is it -----------------------------------------------------------------------------------------------
 
@@ -80,7 +78,7 @@ def is_floating(dtype: Any) -> bool:
 
 def is_half(dtype: Any) -> bool:
     """Tell whether ``dtype`` is float16 or bfloat16, in which sums and statistics are not taken."""
-    return dtype == _FLOAT16 or is_bfloat16(dtype)
+    return bool(dtype.itemsize == 2 and is_floating(dtype))
 
 
 def is_bfloat16(dtype: Any) -> bool:

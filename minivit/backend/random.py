@@ -141,7 +141,7 @@ def _splitmix(xp: Any, seed: Any, start: int, size: int) -> Array:
 def _splitmix_at(xp: Any, seed: Any, z: Array) -> Array:
     """Return the uint32 bits at the places ``z``, uint64 from 1, which is written over."""
     z *= xp.uint64(_GOLDEN)
-    z += seed if is_array(seed) else xp.uint64(seed)
+    z += xp.uint64(seed) if isinstance(seed, int) else seed
     return (_mixed(xp, z) >> xp.uint64(32)).astype(xp.uint32)
 
 

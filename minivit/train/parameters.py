@@ -70,14 +70,16 @@ class FlatParameters:
         self.parameters = [p for _, p in named]
         first = self.parameters[0].data
         self.alignment = ALIGNMENT if is_on_gpu(first) else 1
-        starts = [0, *itertools.accumulate(self.aligned(p.size) for p in self.parameters)]
-        self.spans: list[Span] = [(start, start + p.size) for start, p in zip(starts, self.parameters, strict=False)]
+        # where each begins, and at last where the values end
+        self.starts = [0, *itertools.accumulate(self.aligned(p.size) for p in self.parameters)]
+        ends = (start + p.size for start, p in zip(self.starts, self.parameters, strict=False))
+        self.spans: list[Span] = list(zip(self.starts, ends, strict=False))
         self.groups: list[Group] = []
         for (decayed, scale), members in itertools.groupby(zip(named, self.spans, strict=True), lambda m: rule(m[0])):
             spans = [span for _, span in members]
             self.groups.append(Group(spans[0][0], self.aligned(spans[-1][1]), decayed, scale))
         with on_device_of(first):
-            self.values = array_module(first).zeros(starts[-1], first.dtype)
+            self.values = array_module(first).zeros(self.starts[-1], first.dtype)
             for p, view in zip(self.parameters, self.split(self.values), strict=True):
                 view[...] = p.data
         self.grad = self.zeros()
@@ -125,7 +127,7 @@ class FlatParameters:
         """
         spans: list[Span] = []
         for i in sorted(places):
-            start, stop = self.spans[i][0], self.aligned(self.spans[i][1])
+            start, stop = self.starts[i], self.starts[i + 1]
             if spans and spans[-1][1] == start:
                 start = spans.pop()[0]
             spans.append((start, stop))
