@@ -29,10 +29,10 @@ from typing import Any
 from minivit.backend import cubins
 from minivit.backend.compiling import ARCHITECTURES, Plan
 from minivit.backend.devices import cuda_status
-from minivit.backend.promises import Like, Place, fitting, flat, promises
+from minivit.backend.promises import Like, Loose, Place, fitting, flat, promises
 from minivit.errors import ConfigError, KernelError
 
-__all__ = ["Kernel", "Like", "Plan", "architecture", "fitting", "planned", "planning", "why_not"]
+__all__ = ["Kernel", "Like", "Loose", "Plan", "architecture", "fitting", "planned", "planning", "why_not"]
 
 GRID = (2**31 - 1, 65535, 65535)  # the most programs along each axis
 
@@ -167,6 +167,7 @@ class Kernel:
         if planned.plans is not None:
             planned.plans[plan] = planned.plans.get(plan, 0) + 1
         elif 0 not in grid:
+            args = tuple([x.array if isinstance(x, Loose) else x for x in args])
             self._function(plan)(grid, args, places)
 
     def ready(self, *args: Any, hints: Any = None, **constants: Any) -> bool:
