@@ -100,7 +100,7 @@ def test_the_key_knows_gpu_host_and_arrays(monkeypatch):
     assert PLAN.key("sm_90") != before, "a cubin holds code for the host's processor"
 
 
-@pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "no header", "list", "another's", "folder"])
+@pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "no header", "list", "nested", "another's", "folder"])
 def test_a_damaged_file_is_compiled_again(compiler, no_compiler, damage):
     whole = cubins.obtain(PLAN, "sm_90")
     (path,) = files()
@@ -114,7 +114,7 @@ def test_a_damaged_file_is_compiled_again(compiler, no_compiler, damage):
         shutil.copy(files()[0], path)
     else:
         spoilt = {"cut": data[:-1], "flipped": data[:-9] + b"\0" + data[-8:], "empty": b"", "no header": data[9:],
-                  "list": b"[1]\n" + whole}  # fmt: skip
+                  "list": b"[1]\n" + whole, "nested": b"[" * 100_000}  # fmt: skip
         path.write_bytes(spoilt[damage])
     assert cubins.cached(PLAN, "sm_90") is None
     if damage == "folder":
