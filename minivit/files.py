@@ -55,8 +55,13 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def user_cache() -> Path:
-    """Return minivit's folder in the user's cache (XDG_CACHE_HOME, ~/.cache): for what can be had again."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "minivit"
+    """Return minivit's folder in the user's cache (XDG_CACHE_HOME, ~/.cache): for what can be had again.
+
+    An XDG_CACHE_HOME that is relative does not count, as the XDG Base Directory Specification says: it would be another
+    cache in each folder.
+    """
+    given = os.environ.get("XDG_CACHE_HOME", "")
+    return Path(given if os.path.isabs(given) else os.path.expanduser("~/.cache")) / "minivit"
 
 
 def write_text(path: Path, text: str) -> None:

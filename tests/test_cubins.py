@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import shutil
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -100,7 +101,7 @@ def test_the_key_knows_gpu_host_and_arrays(monkeypatch):
     assert PLAN.key("sm_90") != before, "a cubin holds code for the host's processor"
 
 
-@pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "no header", "list", "another's", "folder"])
+@pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "no header", "list", "nested", "another's", "folder"])
 def test_a_damaged_file_is_compiled_again(compiler, no_compiler, damage):
     whole = cubins.obtain(PLAN, "sm_90")
     (path,) = files()
@@ -114,7 +115,7 @@ def test_a_damaged_file_is_compiled_again(compiler, no_compiler, damage):
         shutil.copy(files()[0], path)
     else:
         spoilt = {"cut": data[:-1], "flipped": data[:-9] + b"\0" + data[-8:], "empty": b"", "no header": data[9:],
-                  "list": b"[1]\n" + whole}  # fmt: skip
+                  "list": b"[1]\n" + whole, "nested": b"[" * 100_000}  # fmt: skip
         path.write_bytes(spoilt[damage])
     assert cubins.cached(PLAN, "sm_90") is None
     if damage == "folder":
@@ -224,6 +225,28 @@ def test_our_kernels_import_nothing_that_their_hash_does_not_know():
     for path in folder.glob("*.py"):
         for name in compiling.imported(path.read_text()):
             assert name.startswith(("cuda.tile", "math", compiling.SOURCES)), f"{path.name} imports {name}"
+
+
+def test_hints_that_break_the_assembler_are_left_out(monkeypatch):
+    hints = []
+
+    def run(command, **_):
+        if hints[-1] or "sm_121" in command:
+            raise subprocess.CalledProcessError(1, command, stderr=f"broken by {hints[-1]}")
+        Path(command[3]).write_bytes(b"cubin")
+
+    monkeypatch.setattr(compiling, "compiler", lambda: ("tileiras", "1.0+2.0"))
+    monkeypatch.setattr(compiling, "_bytecode", lambda plan, arch: hints.append(plan.hints) or b"")
+    monkeypatch.setattr(subprocess, "run", run)
+    plan = OTHERS["hint"]
+    assert compiling.compiled(plan, "sm_80") == b"cubin"
+    assert hints == [plan.hints, ()]
+    with pytest.raises(KernelError, match=r"broken by \(\)"):
+        compiling.compiled(plan, "sm_121")
+    hints.clear()
+    with pytest.raises(KernelError, match="broken"):
+        compiling.compiled(PLAN, "sm_121")
+    assert hints == [()], "it has none to leave out"
 
 
 # ---- the real compiler -----------------------------------------------------------------------------------------------

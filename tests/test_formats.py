@@ -364,8 +364,11 @@ def test_the_data_home(monkeypatch):
     monkeypatch.delenv("MINIVIT_DATA", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", "/caches")
     assert data_home() == Path("/caches/minivit")
-    monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", "/home/someone")
+    for none in ("caches", ""):  # a relative one does not count
+        monkeypatch.setenv("XDG_CACHE_HOME", none)
+        assert data_home() == Path("/home/someone/.cache/minivit")
+    monkeypatch.delenv("XDG_CACHE_HOME")
     assert data_home() == Path("/home/someone/.cache/minivit")
     monkeypatch.setenv("MINIVIT_DATA", "mine")
     assert data_home() == Path("mine")

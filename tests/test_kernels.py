@@ -33,8 +33,11 @@ def launched(kind, values, batch, precision, monkeypatch):
     images = np.zeros((batch, *model.settings.image_shape), np.float32)
     classes = model.settings.num_classes
     for labels in (np.zeros(batch, np.int64), np.full((batch, classes), 1 / classes, np.float32)):
-        for clip_norm, ema in ((None, None), (1.0, average)):
-            step = TrainStep(model, optimizer, clip_norm=clip_norm, precision=precision, ema=ema)
+        for clip_norm, ema, pieces in ((None, None, 1), (1.0, average, 2)):
+            micro_batch = -(-batch // pieces)
+            step = TrainStep(
+                model, optimizer, micro_batch=micro_batch, clip_norm=clip_norm, precision=precision, ema=ema
+            )
             on_gpu = step._batch(*(to_device(x, "cuda") for x in (images, labels)))
             step._work(replace(on_gpu, sums=Arena(optimizer.store.grad)))
     return counts
@@ -47,15 +50,17 @@ def test_what_is_planned_is_what_is_launched(strict_cupy, monkeypatch, settings,
     """By steps on the stand-in for CuPy: the same kernels, with the same promises of the same arrays, as often."""
     kind, usual = configuration("vit_digits")
     values = {**usual, **settings, "depth": 2}
-    planned = kernels_of(kind, values, batch, precision)
+    planned = kernels_of(kind, values, precision)
     assert launched(kind, values, batch, precision, monkeypatch) == planned
     assert {"layer_norm_backward", "gelu_backward", "adamw", "average"} <= {plan.factory for plan in planned}
 
 
-def test_a_plan_is_made_for_any_number_of_images_and_blocks():
+@pytest.mark.parametrize("number", [2, 6, 7, 34])
+def test_a_kernel_serves_batches_of_all_sizes_and_models_of_all_depths(monkeypatch, number):
     kind, values = configuration("vit_digits")
-    few = kernels_of(kind, values, 64, "float32")
-    assert few == kernels_of(kind, {**values, "depth": 40}, 4096, "float32")
+    few = kernels_of(kind, values, "bfloat16")
+    monkeypatch.setattr("minivit.measure.kernels.IMAGES", number)
+    assert few.keys() == kernels_of(kind, {**values, "depth": 40}, "bfloat16").keys()
 
 
 def test_recipes_models():
@@ -86,7 +91,7 @@ def test_doctor_compiles_a_models_kernels(compiler, capsys, monkeypatch):
     first = capsys.readouterr().out
     plans = {plan for plan, arch in compiler if arch == "sm_90"}
     assert plans == {plan for plan, arch in compiler if arch == "sm_80"}
-    wanted = kernels_of(*configuration("vit_digits"), 64, "bfloat16")
+    wanted = kernels_of(*configuration("vit_digits"), "bfloat16")
     assert wanted.keys() <= plans
     assert f"sm_90: {len(plans):,} kernels compiled, 0 were there, 0 failed" in first
     assert main(["doctor", "--build-kernels", "sm_90", "--for", "vit_digits", "--json"]) == 0
@@ -142,7 +147,7 @@ def test_a_bar_tells_what_is_compiled(monkeypatch, capsys):
     with compiling_shown():
         tell = compiling._watched.tell
         assert screen.getvalue() == "", "nothing, as long as nothing is compiled"
-        for plan in list(kernels_of(*configuration("vit_digits"), 3, "float32"))[:3]:
+        for plan in list(kernels_of(*configuration("vit_digits"), "float32"))[:3]:
             tell(plan)
     assert "compiling kernels" in screen.getvalue() and "3kernel" in screen.getvalue()
     assert compiling._watched.tell is None

@@ -12,7 +12,7 @@ import minivit as mv
 from minivit.backend import Array, array_module, tile
 from minivit.backend.planning import planned, planning
 from minivit.backend.promises import ArrayPromise, flat, promises
-from minivit.backend.tile import Kernel, Like
+from minivit.backend.tile import Kernel, Like, Loose
 from minivit.errors import ConfigError, KernelError
 from tests.tile import TileError, emulate
 
@@ -165,9 +165,9 @@ def test_promises_hold():
     assert promised(x[:, :21]) == (plain._replace(length=1),)
     assert promised(x[:, 4:]) == (plain,)
     assert promised(x[:, 1:21]) == (plain._replace(base=4),)
-    assert promised(np.zeros((6, 22), np.float32)) == (plain._replace(strides=(1,), length=1),)
+    assert promised(np.zeros((6, 22), np.float32)) == (plain._replace(strides=(1,), length=1, base=4),)
     assert promised(np.zeros((6, 24), BF16)) == (ArrayPromise("bfloat16", (8,), 8, 16, False, ()),)
-    assert promised(np.zeros((6, 24), bool)) == (ArrayPromise("bool", (1,), 1, 16, False, ()),)
+    assert promised(np.zeros((6, 24), bool)) == (ArrayPromise("bool", (1,), 1, 1, False, ()),)
     assert promised(np.broadcast_to(x[0], (5, 24)))[0].over_itself
     assert promised(np.zeros(24, np.float32)) == (plain._replace(strides=()),)
 
@@ -175,6 +175,13 @@ def test_promises_hold():
 def test_batches_of_all_sizes_share_a_kernel():
     assert len({promised(np.zeros((n, 24), np.float32)) for n in (1, 2, 7, 64)}) == 1
     assert promised(np.zeros((7, 24), np.float32)[:1]) == promised(np.zeros((1, 24), np.float32))
+
+
+def test_of_a_loose_array_only_its_dtype_is_promised():
+    x = np.zeros((6, 24), np.float32)
+    arrays = (x, x[:, :21], x[:, 1:21], np.zeros((6, 22), np.float32), Like(np.float32, (6, 24)))
+    assert {promised(Loose(array)) for array in arrays} == {(ArrayPromise("float32", (1,), 1, 4, False, ()),)}
+    assert [p.overlaps for p in promised(Loose(x), x[3:])] == [("0-1",), ("0-1",)]
 
 
 def test_what_is_to_be_made_is_promised_as_if_it_were():

@@ -56,7 +56,7 @@ def _read(path: Path, key: str) -> bytes | None:
         header = json.loads(line)
         whole = header["key"] == key and header["sha256"] == hashlib.sha256(cubin).hexdigest()
         return cubin if whole else None
-    except (OSError, ValueError, KeyError, TypeError):  # ValueError: no JSON, or no text
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # ValueError: no JSON, or no text
         return None
 
 

@@ -1,8 +1,9 @@
 """What a kernel is promised of its arguments: read off the arrays of each launch, so that all of it holds.
 
-Of an array: its dtype and number of axes; a last axis without gaps; whether it starts at a multiple of 16 bytes; which
-strides, and whether the length of the last axis, are whole multiples of 16 bytes; which other arguments it overlaps;
-whether it lies over itself (a broadcast axis). The lengths themselves are not among them: one cubin serves all batches.
+Of an array: its dtype and number of axes; a last axis without gaps; which strides, and whether the length of the last
+axis, are whole multiples of 16 bytes, and if all strides are, whether it starts at one; which other arguments it
+overlaps; whether it lies over itself (a broadcast axis). The lengths themselves are not among them: one cubin serves
+all batches.
 """
 
 from __future__ import annotations
@@ -26,6 +27,15 @@ class Like(NamedTuple):
 
     dtype: Any
     shape: tuple[int, ...]
+
+
+class Loose(NamedTuple):
+    """An array, or a :class:`Like`, of whose alignment, strides and length nothing is promised.
+
+    For one that is read or written little, and lies differently from batch to batch: one kernel serves all of them.
+    """
+
+    array: Any
 
 
 class ArrayPromise(NamedTuple):
@@ -100,11 +110,12 @@ def _layout(dtype: np.dtype, shape: tuple[int, ...], given: tuple[int, ...] | No
     elif reach > LIMIT or max(shape) > LIMIT:
         unfit = f"an array of shape {shape} spans more than 2³¹ elements"
     even = max(16 // size, 1)
+    outer = tuple([even if stride % even == 0 else 1 for stride in strides[:-1]])
     promise = ArrayPromise(
         dtype.name,
-        tuple([even if stride % even == 0 else 1 for stride in strides[:-1]]),
+        outer,
         even if shape[-1] % even == 0 else 1,
-        16,
+        16 if all(stride == even for stride in outer) else size,
         any(n > 1 and stride == 0 for n, stride in zip(shape, strides, strict=True)),
         (),
     )
@@ -115,13 +126,14 @@ def _layout(dtype: np.dtype, shape: tuple[int, ...], given: tuple[int, ...] | No
 def promises(args: Sequence[Any]) -> tuple[tuple[Promise, ...], list[Place | None], str]:
     """Return what is promised of each argument, where each array lies, and why no kernel can take them ("" if one can).
 
-    Arguments are arrays (or :class:`Like`), integers and floats. Raises ConfigError for others, and for an array
-    without axes.
+    Arguments are arrays (or :class:`Like`, :class:`Loose`), integers and floats. Raises ConfigError for others, and
+    for an array without axes.
     """
     found: list[Promise] = []
     places: list[Place | None] = []
     why_not = ""
-    for x in args:
+    for given in args:
+        x = given.array if isinstance(given, Loose) else given
         if isinstance(x, int | float) and not isinstance(x, bool):
             if isinstance(x, int) and not -LIMIT <= x <= LIMIT:
                 why_not = why_not or f"{x} is no int32"
@@ -136,9 +148,10 @@ def promises(args: Sequence[Any]) -> tuple[tuple[Promise, ...], list[Place | Non
             address, aligned = addresses(x)
         layout = _layout(np.dtype(x.dtype), tuple(x.shape), strides)
         why_not = why_not or layout.unfit
-        promise = layout.promise
-        if aligned % 16:
-            size = np.dtype(x.dtype).itemsize
+        promise, size = layout.promise, np.dtype(x.dtype).itemsize
+        if isinstance(given, Loose):
+            promise = promise._replace(strides=(1,) * len(promise.strides), length=1)
+        if isinstance(given, Loose) or aligned % 16:
             promise = promise._replace(base=1 if aligned % size else size)
         found.append(promise)
         places.append(Place(address, layout))

@@ -29,10 +29,10 @@ from minivit.backend import cubins
 from minivit.backend.compiling import ARCHITECTURES, Plan
 from minivit.backend.devices import cuda_status
 from minivit.backend.planning import planned
-from minivit.backend.promises import Like, Place, flat, promises
+from minivit.backend.promises import Like, Loose, Place, flat, promises
 from minivit.errors import ConfigError, KernelError
 
-__all__ = ["Kernel", "Like", "Plan", "architecture", "why_not"]
+__all__ = ["Kernel", "Like", "Loose", "Plan", "architecture", "why_not"]
 
 GRID = (2**31 - 1, 65535, 65535)  # the most programs along each axis
 
@@ -142,6 +142,7 @@ class Kernel:
         if (plans := planned()) is not None:
             plans[plan] = plans.get(plan, 0) + 1
         elif 0 not in grid:
+            args = tuple([x.array if isinstance(x, Loose) else x for x in args])
             self._function(plan)(grid, args, places)
 
     def ready(self, *args: Any, hints: Any = None, **constants: Any) -> bool:

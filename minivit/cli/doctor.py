@@ -13,7 +13,7 @@ from minivit.cli.main import one_of
 if TYPE_CHECKING:
     from minivit.backend.compiling import Plan
 
-PRECISIONS = ("bfloat16", "float16", "float32")
+PRECISIONS = ("bfloat16", "float16", "tf32", "float32")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--for", dest="models", nargs="+", metavar="MODEL|RECIPE|CKPT|RUN",
                         help="whose kernels (those of all recipes)")  # fmt: skip
     parser.add_argument("--dtype", type=one_of("dtype", PRECISIONS), default="bfloat16",
-                        help="what training computes in: bfloat16, float16, or float32 (bfloat16)")  # fmt: skip
+                        help="what training computes in: bfloat16, float16, tf32 or float32 (bfloat16)")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -108,7 +108,7 @@ def build_kernels(args: argparse.Namespace) -> int:
 
 
 def planned_kernels(names: Sequence[str], dtype: str) -> list[Plan]:
-    """Return the kernels of training steps of models, recipes' models or checkpoints, for full batches and any rest."""
+    """Return the kernels of training steps of models, recipes' models or checkpoints, for batches of any size."""
     from minivit.measure.costs import find_settings
     from minivit.measure.kernels import kernels_of
     from minivit.runs.recipes import is_recipe, recipe_model
@@ -121,8 +121,7 @@ def planned_kernels(names: Sequence[str], dtype: str) -> list[Plan]:
         else:
             settings = find_settings(find_model(name))
             given = settings.kind, settings.config
-        for batch_size in (64, 1):
-            plans |= kernels_of(*given, batch_size, dtype)
+        plans |= kernels_of(*given, dtype)
     return list(plans)
 
 

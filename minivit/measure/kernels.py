@@ -18,23 +18,20 @@ from minivit.train.optim import AdamW
 from minivit.train.parameters import FlatParameters
 from minivit.train.step import TrainStep
 
-PERIOD = 16
-"""Batches use the same kernels if they differ by so many images: one serves all batches, but for whether lengths are
-whole multiples of 16 bytes."""
-
+IMAGES = 4  # any number would do: a kernel serves all batches
 BLOCKS = 2  # as many have all kernels that more have
 
 
-def kernels_of(kind: str, values: Mapping[str, Any], batch_size: int, precision: str) -> dict[Plan, int]:
+def kernels_of(kind: str, values: Mapping[str, Any], precision: str) -> dict[Plan, int]:
     """Return the kernels of training steps of a model, with how often they launch each (0: asked for only).
 
-    ``precision`` is one of :data:`minivit.train.precision.NAMES`. The steps are AdamW's, with and without clipping,
-    averaged weights and labels that are shares. A model of more than two blocks is gone through as one of two.
+    ``precision`` is one of :data:`minivit.train.precision.NAMES`. The steps are AdamW's, on labels and on shares, alone
+    and with clipping, averaged weights and a second micro-batch. A model of more than two blocks is gone through as one
+    of two.
     """
     values = {**values, "depth": min(values["depth"], BLOCKS)} if "depth" in values else values
     model = model_outline(kind, values)
-    few = PERIOD + batch_size % PERIOD
-    images = np.empty((few, *model.settings.image_shape), np.float32)
+    images = np.empty((IMAGES, *model.settings.image_shape), np.float32)
     labels = np.zeros(len(images), np.int64)
     shares = np.full((len(images), model.settings.num_classes), 1.0 / model.settings.num_classes, np.float32)
     with planning() as plans, np.errstate(all="ignore"):
@@ -43,8 +40,8 @@ def kernels_of(kind: str, values: Mapping[str, Any], batch_size: int, precision:
         store = FlatParameters(model.named_parameters())
         optimizer, average = AdamW(store, lr=1e-3), EMA(store, 0.999)
         for given in (labels, shares):
-            for clip_norm, ema in ((None, None), (1.0, average)):
-                step = TrainStep(model, optimizer, threads=1, micro_batch=few, clip_norm=clip_norm,
+            for clip_norm, ema, pieces in ((None, None, 1), (1.0, average, 2)):
+                step = TrainStep(model, optimizer, threads=1, micro_batch=IMAGES // pieces, clip_norm=clip_norm,
                                  precision=precision, ema=ema)  # fmt: skip
                 batch = step._batch(images, given)
                 step._work(replace(batch, sums=Arena(store.grad)))

@@ -60,7 +60,9 @@ def _(logits: Array, target: Array | None, labels: Any, smoothing: float) -> Any
         return NotImplemented
     rows = xp.ascontiguousarray(logits).reshape(m, classes)  # (…, K) → (M, K)
     held = xp.ascontiguousarray(given).reshape(rows.shape if soft else (m,))
-    stats, loss, count = xp.empty((5, m), np.float32), xp.empty(1, np.float32), xp.empty(1, np.float32)
+    held = held if soft else tile.Loose(held)
+    stats = tile.Loose(xp.empty((5, m), np.float32))
+    loss, count = xp.empty(1, np.float32), xp.empty(1, np.float32)
     forward, total = (rows, held, stats, smoothing), (stats, loss, count, 1.0 / m)
     back = (rows, held, stats, tile.Like(np.float32, (1,)), tile.Like(rows.dtype, rows.shape), smoothing, 1.0 / m)
     if not (

@@ -35,13 +35,14 @@ def _(x: Array, weight: Array, bias: Array, eps: float) -> Any:
     xp, rows, width = array_module(x), as_rows(x), x.shape[-1]  # (…, D) → (M, D)
     out, statistics = xp.empty(x.shape, x.dtype), xp.empty((2, len(rows)), np.float32)
     like = tile.Like(x.dtype, rows.shape)
-    arguments = (rows, weight, bias, out.reshape(rows.shape), statistics)
+    loose = tile.Loose(statistics)
+    arguments = (rows, weight, bias, out.reshape(rows.shape), loose)
     constants = {"D": width, "R": _height(width, 2048), "eps": float(eps)}
-    back = (like, rows, weight, statistics, like, sums.like(3 * width).reshape(-1, 3, width))
+    back = (like, rows, weight, loose, like, sums.like(3 * width).reshape(-1, 3, width))
     if not (_FORWARD.ready(*arguments, **constants) and _BACKWARD.ready(*back, **_backward_constants(rows, False))):
         return NotImplemented
     _FORWARD(-(-len(rows) // constants["R"]), *arguments, **constants)
-    return out, (rows, weight, statistics)
+    return out, (rows, weight, loose)
 
 
 @layer_norm.twin("cuda").vjp
