@@ -22,14 +22,14 @@ PERIOD = 16
 """Batches use the same kernels if they differ by so many images: one serves all batches, but for whether lengths are
 whole multiples of 16 bytes."""
 
-BLOCKS = 2  # as many have all kernels that more have
+BLOCKS = 3  # as many have all kernels that more have: the first drops no path, the last works on one token
 
 
 def kernels_of(kind: str, values: Mapping[str, Any], batch_size: int, precision: str) -> dict[Plan, int]:
     """Return the kernels of training steps of a model, with how often they launch each (0: asked for only).
 
     ``precision`` is one of :data:`minivit.train.precision.NAMES`. The steps are AdamW's, with and without clipping,
-    averaged weights and labels that are shares. A model of more than two blocks is gone through as one of two.
+    averaged weights and labels that are shares. A model of more than three blocks is gone through as one of three.
     """
     values = {**values, "depth": min(values["depth"], BLOCKS)} if "depth" in values else values
     model = model_outline(kind, values)
