@@ -19,15 +19,15 @@ from minivit.train.parameters import FlatParameters
 from minivit.train.step import TrainStep
 
 IMAGES = 4  # any number would do: a kernel serves all batches
-BLOCKS = 2  # as many have all kernels that more have
+BLOCKS = 3  # as many have all kernels that more have: the first drops no path, the last works on one token
 
 
 def kernels_of(kind: str, values: Mapping[str, Any], precision: str) -> dict[Plan, int]:
     """Return the kernels of training steps of a model, with how often they launch each (0: asked for only).
 
     ``precision`` is one of :data:`minivit.train.precision.NAMES`. The steps are AdamW's, on labels and on shares, alone
-    and with clipping, averaged weights and a second micro-batch. A model of more than two blocks is gone through as one
-    of two.
+    and with clipping, averaged weights and a second micro-batch. A model of more than three blocks is gone through as one
+    of three.
     """
     values = {**values, "depth": min(values["depth"], BLOCKS)} if "depth" in values else values
     model = model_outline(kind, values)
