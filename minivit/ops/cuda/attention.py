@@ -54,7 +54,8 @@ class _Plan:
         hints = {"num_worker_warps": 8} if many else {"occupancy": 2}
         self.backward_constants = {"T": t, "d": d, "queries": queries, "n": rows, "hints": hints}
         m = _height(t, 64)
-        self.keys_constants = {"d": d, "queries": queries, "n": n, "m": m, "hints": {"occupancy": 2}}
+        hints = {"num_worker_warps": 8} if d == 32 else {"occupancy": 2}
+        self.keys_constants = {"d": d, "queries": queries, "n": n, "m": m, "hints": hints}
         self.keys_grid = (-(-t // m), heads, b)
 
     def ready(self, qkv: Array) -> bool:
