@@ -84,13 +84,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("architectures", nargs="*", default=["sm_90"], metavar="ARCH")
     args = parser.parse_args()
-    plans = sorted(of_steps() | of_checks(), key=str)
-    for arch in args.architectures:
-        built, cached, failed = cubins.build(plans, arch)
-        size = sum(path.stat().st_size for path in (cubins.folder() / arch).glob("*.cubin"))
-        print(f"{arch}: {built} compiled, {cached} were there, {len(failed)} failed; {size / 2**20:.1f} MB in all")
-        for error in failed:
-            print(f"minivit: {error}", file=sys.stderr)
+    for what, find in (("steps", of_steps), ("checks and tests", of_checks)):  # the first are the most important
+        plans = sorted(find(), key=str)
+        for arch in args.architectures:
+            built, cached, failed = cubins.build(plans, arch)
+            size = sum(path.stat().st_size for path in (cubins.folder() / arch).glob("*.cubin"))
+            counts = f"{built} compiled, {cached} were there, {len(failed)} failed"
+            print(f"{arch}, of {what}: {counts}; {size / 2**20:.1f} MB in all", flush=True)
+            for error in failed:
+                print(f"minivit: {error}", file=sys.stderr)
     return 0
 
 
