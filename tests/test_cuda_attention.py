@@ -9,7 +9,7 @@ import pytest
 import minivit as mv
 from minivit import ops
 from minivit.autograd.twin import Twin
-from minivit.backend import tile
+from minivit.backend.planning import planning
 from minivit.ops.cuda import sums
 from tests import tile as emulation
 
@@ -209,7 +209,7 @@ def test_what_no_kernel_serves_runs_plain(strict_cupy, changes, settings):
 def test_a_step_can_be_walked_without_a_gpu():
     """While planning NumPy's arrays stand for CuPy's: what would be launched is noted."""
     qkv, g = draw(2, 197, 2, 64, None, BFLOAT16)
-    with tile.planning() as plans, mv.first_order():
+    with planning() as plans, mv.first_order():
         ops.self_attention(mv.tensor(qkv, requires_grad=True), 2).backward(g)
     assert [plan.factory for plan in plans] == [
         "attention_forward", "attention_backward_queries", "attention_backward_keys",

@@ -26,8 +26,8 @@ def kernels_of(kind: str, values: Mapping[str, Any], precision: str) -> dict[Pla
     """Return the kernels of training steps of a model, with how often they launch each (0: asked for only).
 
     ``precision`` is one of :data:`minivit.train.precision.NAMES`. The steps are AdamW's, on labels and on shares, alone
-    and with clipping, averaged weights and a second micro-batch. A model of more than three blocks is gone through as one
-    of three.
+    and with clipping, averaged weights and a second micro-batch. A model of more than three blocks is gone through as
+    one of three.
     """
     values = {**values, "depth": min(values["depth"], BLOCKS)} if "depth" in values else values
     model = model_outline(kind, values)
