@@ -98,7 +98,7 @@ def test_more_rows_than_a_grid_has_programs_are_left_to_the_plain_operation(stri
             loss = ops.cross_entropy(x, strict_cupy.asarray(labels[:rows]))
         loss.backward()
         assert abs(loss.item() - np.log(10.0)) < 1e-6 and (x.grad[:, 0].get() < 0).all()
-        assert (counted.right(x.data, strict_cupy.asarray(labels[:rows])) is None) or by_kernels
+        assert (counted.counted_right(x.data, strict_cupy.asarray(labels[:rows])) is None) or by_kernels
         assert bool(strict_cupy.counters.launched["cross_entropy_backward"]) == by_kernels
         strict_cupy.counters.reset()
 

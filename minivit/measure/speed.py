@@ -63,8 +63,8 @@ def sgemm_rate(threads: int = 1) -> float:
 def flops(node: Node) -> int:
     """Return the floating-point operations of a recorded matrix product; 0 for other operations."""
     name, out, shapes = node.op.name, math.prod(node.shape), [p.shape if p else () for p in node.parents]
-    if name == "linear":  # (…, in) · (out, in)ᵀ
-        return 2 * out * next(shape[-1] for shape in shapes if shape)
+    if name == "linear":  # (…, in) · (out, in)ᵀ; the axes of in may be several
+        return 2 * out * (shapes[0][-1] if shapes[0] else math.prod(shapes[1][1:]))
     if name == "matmul":  # (…, n, k) · (…, k, m)
         return 2 * out * (shapes[0][-1] if shapes[0] else shapes[1][-2])
     if name == "self_attention":  # (B, T, 3·heads·d) → (B, T or fewer, heads·d): QKᵀ and PV

@@ -26,6 +26,7 @@ def dropout(x: Array, p: float, key: Key) -> Array:
     """Return x (B, …) with each element zeroed with probability p, else scaled by 1/(1 - p).
 
     Srivastava et al. 2014, "Dropout", section 10 (the inverted form). Equal keys give equal masks.
+    Twins: ops/cuda/dropout.py.
     """
     return x * keep_scale(x, x.shape, p, key)
 
@@ -38,7 +39,7 @@ def drop_path(x: Array, p: float, key: Key) -> Array:
     """Return x (B, …) with each sample's whole branch zeroed with probability p, else scaled by 1/(1 - p).
 
     Huang et al. 2016, "Deep networks with stochastic depth", arXiv 1603.09382, section 3.
-    Twins: ops/cpu/dropout.py.
+    Twins: ops/cpu/dropout.py, ops/cuda/dropout.py.
     """
     return x * keep_scale(x, (x.shape[0], *[1] * (x.ndim - 1)), p, key)
 
