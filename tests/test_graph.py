@@ -906,18 +906,24 @@ def test_the_remedy_for_a_mask_is_to_make_numbers_of_it():
 # ---- places for gradients: what a twin may do with its needs ---------------------------------------------------------
 
 
+def product_with_a_twin():
+    """Return an operation a·b whose twin keeps both, and has no gradient as yet."""
+
+    @mv.op(save=("a", "b"))
+    def times(a: Array, b: Array) -> Array:
+        return a * b
+
+    times.vjps(lambda g, out, a, b: g * b, lambda g, out, a, b: g * a)
+
+    @times.twin("cpu")
+    def _(a, b):
+        return a * b, (a, b)
+
+    return times
+
+
 def test_a_twin_writes_a_leafs_gradient_into_its_slot_and_adds_what_had_reached_an_input(toys):
-    seen = []
-
-    @mv.op(save=("x", "w"))
-    def scaled(x: Array, w: Array) -> Array:
-        return x * w
-
-    scaled.vjps(lambda g, out, x, w: g * w, lambda g, out, x, w: g * x)
-
-    @scaled.twin("cpu")
-    def _(x, w):
-        return x * w, (x, w)
+    seen, scaled = [], product_with_a_twin()
 
     @scaled.twin("cpu").vjp
     def _(g, kept, needs):
@@ -942,15 +948,7 @@ def test_a_twin_writes_a_leafs_gradient_into_its_slot_and_adds_what_had_reached_
 
 
 def test_an_input_that_is_there_twice_has_no_sum_to_add_to(toys):
-    @mv.op(save=("a", "b"))
-    def times(a: Array, b: Array) -> Array:
-        return a * b
-
-    times.vjps(lambda g, out, a, b: g * b, lambda g, out, a, b: g * a)
-
-    @times.twin("cpu")
-    def _(a, b):
-        return a * b, (a, b)
+    times = product_with_a_twin()
 
     @times.twin("cpu").vjp
     def _(g, kept, needs):

@@ -42,6 +42,12 @@ def train(*words: str) -> int:
     return main(["train", *words])
 
 
+def start(name: str, epochs: int = 1) -> None:
+    """Train on the stand-in, in a folder of that name."""
+    words = ["digits", "--device", "cuda", *SMALL, "--batch-size", "12", "--min-lr", "0.001"]
+    assert train(*words, "--epochs", str(epochs), "--name", name) == 0
+
+
 def kept(folder: str = "run") -> dict[str, dict[str, str]]:
     return json.loads(Path("runs", folder, "products.json").read_text())
 
@@ -49,8 +55,7 @@ def kept(folder: str = "run") -> dict[str, dict[str, str]]:
 def test_a_run_goes_on_with_the_algorithms_it_had(
     strict_cupy: Any, fastest: list[int], here: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    start = ["digits", "--device", "cuda", *SMALL, "--batch-size", "12", "--min-lr", "0.001"]
-    assert train(*start, "--epochs", "2", "--name", "run") == 0
+    start("run", epochs=2)
     record = kept()
     assert record.keys() == {GPU} and len(record[GPU]) > 20
     assert set(record[GPU].values()) <= {row["algorithm"] for row in choices.chosen()}
@@ -67,12 +72,11 @@ def test_a_run_goes_on_with_the_algorithms_it_had(
 def test_what_differs_all_the_same_is_remarked_on_once(
     strict_cupy: Any, fastest: list[int], here: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    start = ["digits", "--device", "cuda", *SMALL, "--batch-size", "12", "--min-lr", "0.001"]
-    assert train(*start, "--epochs", "1", "--name", "run") == 0
+    start("run")
     before = kept()
     on_another_day(strict_cupy, monkeypatch, here)
     fastest[0] = 3
-    assert train(*start, "--epochs", "1", "--name", "other") == 0  # the same products, in the same process
+    start("other")  # the same products, in the same process
     capsys.readouterr()
     assert train("--resume", "runs/run", "--epochs", "3") == 0
     said = capsys.readouterr().err

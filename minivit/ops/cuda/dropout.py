@@ -7,13 +7,14 @@ from typing import Any
 
 from minivit.backend import Array, Key, array_module, is_array, tile
 from minivit.ops.cuda import sums
+from minivit.ops.cuda.rows import as_rows, power, serves
 from minivit.ops.dropout import drop_path, dropout
 
 _DROP = tile.Kernel("dropout", "drop")
 
 
 def _constants(x: Array, rows: Array, each: bool) -> dict[str, Any]:
-    width = min(128, 1 << max(rows.shape[1] - 1, 0).bit_length())  # of a tile
+    width = min(128, power(rows.shape[1]))  # of a tile
     samples = max(math.prod(x.shape[1:-1]), 1)  # rows for each
     return {"N": rows.shape[1], "T": samples, "each": each, "rows": sums.ROWS, "R": 2048 // width, "W": width}
 
@@ -21,9 +22,9 @@ def _constants(x: Array, rows: Array, each: bool) -> dict[str, Any]:
 def _dropped(x: Array, p: float, key: Key, each: bool) -> Any:
     """Return x with what the key says dropped, and what the gradient needs for the same."""
     fit = is_array(key.step) and 0.0 <= p < 1.0 and key.row < 1 << 31  # a step that is a number is no device's
-    if not sums.serves(x) or x.ndim < 2 or not fit:
+    if not serves(x) or x.ndim < 2 or not fit:
         return NotImplemented
-    xp, rows = array_module(x), sums.as_rows(x)  # (B, …, N) → (M, N)
+    xp, rows = array_module(x), as_rows(x)  # (B, …, N) → (M, N)
     out, base, constants = xp.empty(x.shape, x.dtype), key.base(), _constants(x, rows, each)
     step, like = key.step.reshape(1), tile.Like(x.dtype, rows.shape)
     numbers = *((base >> shift) & ((1 << 22) - 1) for shift in (0, 22, 44)), key.row, float(p), 1.0 / (1.0 - p)
