@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from minivit.autograd.tensor import Tensor
-from minivit.backend import available_memory, is_array, is_floating, to_device
-from minivit.errors import ConfigError, DataError, DTypeError
+from minivit.backend import array_module, available_memory, is_array, is_floating, to_device
+from minivit.errors import ConfigError, DataError, DTypeError, NonFiniteError
 from minivit.models.trace import Change, Trace
 from minivit.nn.module import mode
 from minivit.study.asking import class_indices, values
@@ -58,7 +58,15 @@ def traces(model: Any, images: Any, memory: int | None = None) -> Iterator[tuple
     size = 1 if count == 1 else batch_size(model, images, memory)
     for start in range(0, count, size):
         here = slice(start, min(start + size, count))
+        check_images(images[here], start)
         yield here, trace_model(model, images[here])
+
+
+def check_images(images: Any, start: int) -> None:
+    """Raise NonFiniteError if one of the images, numbered from ``start``, holds what is no number."""
+    for i, image in enumerate(images):
+        if is_floating(image.dtype) and not array_module(image).isfinite(image).all():
+            raise NonFiniteError(f"image {start + i} holds NaN or infinity", "look at where it comes from")
 
 
 def batch_size(model: Any, images: Any, memory: int | None = None) -> int:
