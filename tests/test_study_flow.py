@@ -213,6 +213,12 @@ def test_batches_of_any_size_give_the_same_statistics() -> None:
         np.testing.assert_allclose(found.entropy, study.entropy(whole).bits, rtol=1e-5)
         np.testing.assert_allclose(found.importance, study.head_importance(whole, gradient), rtol=1e-4)
         assert found.largest_entropy == study.entropy(whole).largest
+
+    def stop(n: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        study.head_statistics(model, images, after_batch=stop)
     labels = np.array([0, 1, 2, 3, 4, 0, 1])
     of_labels = study.head_statistics(model, images, labels, memory=1)
     gradient = study.attention_gradient(whole, labels)
