@@ -219,6 +219,7 @@ def test_batches_of_any_size_give_the_same_statistics() -> None:
 
     with pytest.raises(KeyboardInterrupt):
         study.head_statistics(model, images, after_batch=stop)
+    assert study.predicted(whole).tolist() == [max(range(5), key=list(row).__getitem__) for row in whole.logits.data]
     labels = np.array([0, 1, 2, 3, 4, 0, 1])
     of_labels = study.head_statistics(model, images, labels, memory=1)
     gradient = study.attention_gradient(whole, labels)
