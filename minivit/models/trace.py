@@ -62,11 +62,12 @@ def trace(model: Any, images: Any, mask: Any = None, change: Change | None = Non
     """
     x = watched(model.embed(images))
     mask = attention_mask(mask, x.shape[1], x.shape[0])
-    tokens, heads, attended, mlp = [x], [], [], []
+    tokens, parts = [x], []
     for i, block in enumerate(model.blocks):
-        x, *parts = block.traced(x, mask, None if change is None else partial(change, i))
-        for kept, part in zip((tokens, heads, attended, mlp), (x, *parts), strict=True):
-            kept.append(part)
+        x, *part = block.traced(x, mask, None if change is None else partial(change, i))
+        tokens.append(x)
+        parts.append(part)
+    heads, attended, mlp = ([part[i] for part in parts] for i in range(3))
     embed = model.patch_embed
     prefix = x.shape[1] - embed.num_patches
     return Trace(model, model.classify(model.norm(x)), tokens, heads, attended, mlp, embed.grid, prefix, mask)
