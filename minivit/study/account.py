@@ -1,4 +1,4 @@
-"""One image's way through a model and back, in numbers: what a page shows of it, and what a reader can check by hand."""
+"""One image's way through a model and back, in numbers: what a page shows, and what a reader can check by hand."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from minivit.models.trace import Trace
 from minivit.nn.module import mode
 from minivit.study.asking import values
 from minivit.study.attribution import direct_attribution
+from minivit.study.components import token_norms
 from minivit.study.flow import flows
 from minivit.study.lens import logit_lens
 from minivit.study.rollout import legrad, relevance, rollout
@@ -56,14 +57,16 @@ class Account:
 
 
 def account(model: Any, image: np.ndarray, label: int | None = None) -> Account:
-    """Return the :class:`Account` of an image (C, H, W), standardised as the model takes it, of class ``label`` or None.
+    """Return the :class:`Account` of an image (C, H, W), standardised for the model, and of class ``label`` or None.
 
     The classes that are followed are the likeliest, the label and the runners-up: five, or fewer where a large model
     makes much of each. Raises ConfigError for a model without attention, with logits for each patch (pool "none"), or
     too large to show, NonFiniteError where numbers are not finite.
     """
     check_model(model)
-    images = to_device(np.ascontiguousarray(image)[None], next(model.parameters()).device)
+    parameter = next(model.parameters())
+    image = image.astype(parameter.dtype)
+    images = to_device(image[None], parameter.device)
     with mode(False):
         with no_grad():
             logits = values(model(images), "the logits")[0]
@@ -79,9 +82,9 @@ def account(model: Any, image: np.ndarray, label: int | None = None) -> Account:
             "lens": lens[:, follow],
             "lens_probability": probability[:, follow],
             "lens_top": lens.argmax(axis=1),
+            "norms": token_norms(trace)[:, 0],
         }
         maps = {"P": forward["p"], "rollout": rollout(trace)[0]}
-        numbers["norms"] = np.stack([np.linalg.norm(values(x, "tokens")[0], axis=-1) for x in trace.tokens])
         terms: list[tuple[str, np.ndarray]] = []
         if getattr(model, "pre_logits", None) is None:
             terms = direct_attribution(trace, follow).terms()
@@ -175,9 +178,7 @@ def flowed(trace: Trace, follow: np.ndarray) -> tuple[dict[str, np.ndarray], np.
     return back, np.stack([np.linalg.norm(g, axis=-1) for g in found[len(asked) :]], axis=1)  # (F, T, D) → (F, L+1, T)
 
 
-def of_kept(
-    forward: dict[str, np.ndarray], back: dict[str, np.ndarray], kept: np.ndarray
-) -> dict[str, np.ndarray]:
+def of_kept(forward: dict[str, np.ndarray], back: dict[str, np.ndarray], kept: np.ndarray) -> dict[str, np.ndarray]:
     """Return the numbers of the kept tokens (L, H, K), and what all others add to the sums over tokens."""
     tokens, d = forward["q"].shape[-2:]
     rows = kept[..., None]  # (L, H, K, 1)

@@ -42,12 +42,13 @@ function fill(canvas, source, width, height) {
 
 /** The image as the model gets it, in its own pixels: in colour, and in grey to draw maps on. */
 function imageCanvas(grey) {
-  const {width, height} = about.image, rgb = numbers("pixels");
+  const {width, height, channels} = about.image, raw = numbers("raw"), size = width * height;
   const canvas = document.createElement("canvas");
   [canvas.width, canvas.height] = [width, height];
   const context = canvas.getContext("2d"), data = context.createImageData(width, height);
-  for (let i = 0; i < width * height; i++) {
-    const [r, g, b] = rgb.subarray(3 * i, 3 * i + 3), light = 0.299 * r + 0.587 * g + 0.114 * b;
+  for (let i = 0; i < size; i++) {
+    const [r, g, b] = channels >= 3 ? [raw[i], raw[size + i], raw[2 * size + i]] : [raw[i], raw[i], raw[i]];
+    const light = 0.299 * r + 0.587 * g + 0.114 * b;
     data.data.set(grey ? [light, light, light, 255] : [r, g, b, 255], 4 * i);
   }
   context.putImageData(data, 0, 0);
@@ -56,8 +57,8 @@ function imageCanvas(grey) {
 const plain = imageCanvas(false), grey = imageCanvas(true);
 const most = (values) => values.reduce((m, x) => Math.max(m, Math.abs(x)), 0);
 
-/** Draw the image under a map of its patches; the patch of `token` and those in `ringed` are marked. */
-function drawOver(canvas, row, signed, token, ringed = []) {
+/** Draw the image under a map of its patches; the patch of `token` and those in `dotted` are marked. */
+function drawOver(canvas, row, signed, token, dotted = []) {
   const patches = row.slice(PREFIX), {width, height} = about.image;
   const w = canvas.clientWidth || 320, h = (w * height) / width, sharp = window.devicePixelRatio || 1;
   const [wide, high] = [Math.round(w * sharp), Math.round(h * sharp)];
@@ -76,13 +77,14 @@ function drawOver(canvas, row, signed, token, ringed = []) {
   }
   context.stroke();
   const place = (i) => [((i - PREFIX) % COLUMNS) * x, Math.floor((i - PREFIX) / COLUMNS) * y];
-  for (const i of ringed) {
+  const dot = Math.max(1.5 * sharp, Math.min(x, y) / 16);
+  context.fillStyle = "rgb(255 255 255 / 0.8)";
+  for (const i of dotted) {
     if (i < PREFIX) continue;
     const [left, top] = place(i);
     context.beginPath();
-    context.arc(left + x / 2, top + y / 2, Math.min(x, y) / 7, 0, 7);
-    context.strokeStyle = "#fff";
-    context.stroke();
+    context.arc(left + 2.4 * dot, top + 2.4 * dot, dot, 0, 7);
+    context.fill();
   }
   if (token >= PREFIX) {
     const [left, top] = place(token), line = Math.max(2, 2.5 * sharp);
@@ -97,13 +99,43 @@ function drawOver(canvas, row, signed, token, ringed = []) {
 /** Return bars from 0 to the right, or both ways where some are negative, as a table that can be read aloud. */
 function bars(rows, unit = digits) {
   const low = Math.min(0, ...rows.map((row) => row.value)), high = Math.max(0, ...rows.map((row) => row.value));
-  const span = high - low || 1, body = make("table", {class: "bars"});
+  const span = high - low || 1, remarks = rows.some((row) => row.remark), body = make("table", {class: "bars"});
   for (const {name, value, remark, mark} of rows) {
     const bar = make("i", {class: value < 0 ? "below" : "above"});
     bar.style.left = `${(100 * (Math.min(value, 0) - low)) / span}%`;
     bar.style.width = `${(100 * Math.abs(value)) / span}%`;
     body.append(make("tr", mark ? {class: "marked"} : {}, make("th", {scope: "row", title: name}, short(name)),
-      make("td", {class: "bar"}, make("span", {}, bar)), make("td", {class: "number"}, unit(value)), make("td", {class: "remark"}, remark || "")));
+      make("td", {class: "bar"}, make("span", {}, bar)), make("td", {class: "number"}, unit(value)), ...(remarks ? [make("td", {class: "remark", title: remark || ""}, remark || "")] : [])));
   }
   return body;
+}
+
+/** Return a chart of signed columns in groups: [{name, bars: [{name, value, kind}]}]. */
+function columns(groups) {
+  const values = groups.flatMap((group) => group.bars.map((bar) => bar.value)), low = Math.min(0, ...values), high = Math.max(0, ...values);
+  const count = values.length + groups.length, width = 460, height = 230, top = 14, bottom = 20, left = 4, step = (width - left) / count;
+  const y = (value) => top + ((high - value) / (high - low || 1)) * (height - top - bottom);
+  const svg = (tag, attributes, ...children) => {
+    const made = document.createElementNS("http://www.w3.org/2000/svg", tag);
+    for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
+    made.append(...children);
+    return made;
+  };
+  const chart = svg("svg", {viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": "direct attribution: the same numbers are in the table below"});
+  let x = left;
+  groups.forEach(({name, bars: own}, n) => {
+    const wide = step * (own.length + 1);
+    if (n % 2) chart.append(svg("rect", {class: "band", x, y: 0, width: wide, height: height - 4}));
+    chart.append(svg("text", {x: x + wide / 2, y: height - 7, "text-anchor": "middle"}, name));
+    own.forEach((bar, i) => {
+      const at = y(Math.max(bar.value, 0)), tall = Math.max(0.8, Math.abs(y(bar.value) - y(0)));
+      chart.append(svg("rect", {class: `${bar.kind}-bar`, x: x + step * (i + 0.6), y: at, width: Math.max(1, step * 0.8), height: tall},
+        svg("title", {}, `${bar.name}: ${digits(bar.value)}`)));
+    });
+    x += wide;
+  });
+  chart.append(svg("line", {class: "zero", x1: left, x2: width, y1: y(0), y2: y(0)}));
+  const largest = high >= -low ? high : low;
+  chart.append(svg("text", {x: left + 2, y: 10}, `largest ${digits(largest)}`));
+  return chart;
 }

@@ -4,7 +4,9 @@ const cells = [];
 
 function makeMatrix() {
   const matrix = find("matrix");
-  matrix.style.gridTemplateColumns = `auto repeat(${H}, minmax(0, 1fr))`;
+  const ratio = about.image.width / about.image.height;  // a cell's picture is as the image is, the longer side about this long:
+  const wide = Math.round(Math.min(Math.max(640 / L, 44), 118, 560 / H) * Math.min(ratio < 1 ? ratio : 1 + (ratio - 1) / 2, 3));
+  matrix.style.gridTemplateColumns = `auto repeat(${H}, minmax(0, ${wide}px))`;
   matrix.classList.toggle("many", H > 6);
   for (let l = 0; l < L; l++) {
     const row = make("div", {role: "row", class: "row"}, make("span", {role: "rowheader"}, String(l + 1)));
@@ -20,14 +22,14 @@ function makeMatrix() {
 
 /** Draw every small map: each to its own largest value. */
 function drawMatrix() {
-  const kind = KINDS[state.kind], ratio = about.image.height / about.image.width;
+  const kind = KINDS[state.kind];
   cells.forEach(({cell, canvas}, at) => {
     const l = Math.floor(at / H), h = at % H;
     const row = kind.all ? kind.part(l, h) : rowOf((i) => kind.part(l, h, i), state.kept), patches = row.slice(PREFIX), largest = most(patches);
     const small = pixelsOf(patches, COLUMNS, largest, kind.signed);
     [canvas.width, canvas.height] = [COLUMNS, ROWS];
     canvas.getContext("2d").drawImage(small, 0, 0);
-    canvas.style.aspectRatio = `1 / ${ratio}`;
+    canvas.style.aspectRatio = `${about.image.width} / ${about.image.height}`;
     const where = patches.reduce((best, x, i) => (Math.abs(x) > Math.abs(patches[best]) ? i : best), 0);
     cell.setAttribute("aria-label", `layer ${l + 1}, head ${h + 1}: ${kind.name} of the ${tokenName(state.kept)}, largest at ${tokenName(where + PREFIX)}, ${digits(patches[where])}`);
     cell.title = `layer ${l + 1}, head ${h + 1}: largest ${digits(patches[where])}`;
@@ -92,9 +94,9 @@ function setToken(token, keep) {
   if (token === state.token && !keep) return;
   state.token = token;
   if (keep) state.kept = token;
-  wanted.stage = wanted.numbers = true;
+  drawStage();  // at once: what is under the pointer; the rest in the next frame
+  wanted.numbers = wanted.steps = true;
   wanted.matrix ||= keep;
-  wanted.steps = true;
   later();
 }
 

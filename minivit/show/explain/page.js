@@ -12,9 +12,9 @@ function later() {
 function draw() {
   waiting = false;
   const parts = {stage: drawStage, steps: followPatch, numbers: drawNumbers, matrix: drawMatrix, rest: drawRest};
-  for (const [part, make] of Object.entries(parts)) if (wanted[part]) {
+  for (const [part, drawPart] of Object.entries(parts)) if (wanted[part]) {
     wanted[part] = false;
-    make();
+    drawPart();
   }
 }
 
@@ -27,10 +27,27 @@ function drawRest() {
     remark: `${percent(numbers("lens_probability")[l * F + state.follow])}; first: ${short(className(numbers("lens_top")[l]), 12)}`,
     mark: l === L}))));
   find("lens-says").textContent = `The logit of ${name} if the head read the ${tokenName(READ)} after each layer already; its probability, and which class would come first. The head was trained for the last layer only.`;
-  const direct = numbers("direct"), terms = about.terms.length, values = about.terms.map((term, i) => ({name: term, value: direct[state.follow * terms + i]}));
-  find("direct").replaceChildren(bars(values));
-  find("direct-says").textContent = `The logit of ${name} as a sum over all that writes to the ${tokenName(READ)}: these add up to ${digits(values.reduce((s, t) => s + t.value, 0))}, the logit is ${digits(numbers("logits")[index])}. The last norm's scale is held as it is.`;
+  drawDirect(name, index);
   drawFlow(name);
+}
+
+function drawDirect(name, index) {
+  const direct = numbers("direct"), terms = about.terms.length;
+  if (!direct) {
+    find("direct-says").textContent = "The head of this model has a hidden layer with tanh: its logit is no sum of what the layers write.";
+    return;
+  }
+  const values = about.terms.map((term, i) => ({name: term, value: direct[state.follow * terms + i]}));
+  const kindOf = (term) => (/head \d+$/.test(term) ? "head" : /MLP$/.test(term) ? "mlp" : "other");
+  const groups = [];
+  for (const {name: term, value} of values) {
+    const group = /^layer (\d+)/.exec(term)?.[1] ?? (groups.length ? "out" : "in");
+    if (groups.at(-1)?.name !== group) groups.push({name: group, bars: []});
+    groups.at(-1).bars.push({name: term, value, kind: kindOf(term)});
+  }
+  const legend = [["head", "heads"], ["mlp", "MLPs"], ["other", "embedding, biases"]].flatMap(([kind, text]) => [make("i", {class: `key ${kind}-bar`}), text]);
+  find("direct").replaceChildren(columns(groups), make("p", {class: "small"}, ...legend), make("details", {}, make("summary", {}, `the ${terms} terms`), bars(values)));
+  find("direct-says").textContent = `The logit of ${name} as a sum of what embedding, heads and MLPs write to the ${tokenName(READ)}, layer by layer: they add up to ${digits(values.reduce((s, t) => s + t.value, 0))}, and the logit is ${digits(numbers("logits")[index])}. The last norm's scale is held as it is.`;
 }
 
 function drawFlow(name) {
@@ -73,6 +90,7 @@ function makeControls() {
   find("tokens").append(read);
   for (const id of ["big", "row-p", "row-dp"]) {
     const canvas = find(id);
+    canvas.style.maxWidth = `${((id === "big" ? 640 : 240) * about.image.width) / about.image.height}px`;  // of tall images
     canvas.addEventListener("pointermove", (event) => { if (event.pointerType === "mouse") point(event, canvas, false); });
     canvas.addEventListener("pointerleave", () => setToken(state.kept, false));
     canvas.addEventListener("click", (event) => point(event, canvas, true));

@@ -60,22 +60,24 @@ function makeSteps() {
   const [p, q] = about.patch, {channels, width, height} = about.image, has = (name) => name in about.arrays;
   const embedded = () => strip(numbers("embedded"), D, "the patches' tokens, a row of numbers for each"), read = tokenName(READ);
   const cut = make("canvas", {class: "cut", id: "cut", role: "img", "aria-label": `the image in ${ROWS} × ${COLUMNS} patches`});
+  cut.style.width = `${Math.min((126 * width) / height, 200)}px`;
   cut.addEventListener("pointermove", (event) => { if (event.pointerType === "mouse") point(event, cut, false); });
   cut.addEventListener("pointerleave", () => setToken(state.kept, false));
   cut.addEventListener("click", (event) => point(event, cut, true));
+  const similar = make("canvas", {id: "similar", class: "grid", role: "img", "aria-label": "similarity of positions"});
+  similar.style.width = `${Math.min(90, (120 * COLUMNS) / ROWS)}px`;
   const features = numbers("features"), logits = numbers("logits"), top = about.top;
   const wide = Math.ceil(features.length / Math.ceil(features.length / 32));
   find("steps").replaceChildren(
     card(1, "Patches", [cut], `${shape(channels, height, width)} → ${shape(N, channels * p * q)}`,
       `${ROWS} × ${COLUMNS} patches of ${shape(p, q)} pixels, each a row of numbers (pixel/255 − mean)/std.${about.image.remark}`, "patch-1"),
     card(2, "Patch embedding", [embedded()], `${shape(N, channels * p * q)} → ${shape(N, D)}`,
-      "A linear map makes a token of each patch x: E·x + b. Its first number, written out:", "patch-2"),
-    card(3, "Class token", PREFIX ? [strip(numbers("class_token"), D, "the class token's numbers"), embedded()] : [embedded()],
+      "A linear map makes a token of each patch x: E·x + b. The first of its numbers:", "patch-2"),
+    card(3, "Class token", [PREFIX ? make("div", {class: "stack"}, strip(numbers("class_token"), D, "the class token's numbers"), embedded()) : make("div", {class: "nothing"}, "none")],
       PREFIX ? `${shape(N, D)} → ${shape(T, D)}` : shape(T, D),
       PREFIX ? "A learned token, the same for every image, goes first. The class will be read from it." : "There is none here: the class will be read from the mean of all patches.",
       "patch-3"),
-    card(4, "Positions", [make("canvas", {id: "similar", class: "grid", role: "img", "aria-label": "similarity of positions"}),
-      strip(numbers("entering"), D, "the tokens that enter the encoder")], shape(T, D),
+    card(4, "Positions", [similar, strip(numbers("entering"), D, "the tokens that enter the encoder")], shape(T, D),
       has("positions") ? "A learned vector is added to each token: without, patches had no order. Left: how like this patch's position is to the others'." : "This model adds none: to it, patches have no order.", "patch-4"),
     card(5, "Encoder", [makeLayers()], `${L} × (attention of ${H} heads of ${D_HEAD}, MLP of ${about.mlp})`,
       `x + attention(norm(x)), then x + MLP(norm(x)), ${L} times. Drawn: where the ${read} looks in each layer, mean of the heads.`, "patch-5"),
@@ -85,9 +87,9 @@ function makeSteps() {
       `${features.length} → ${about.classes.length}`, "A linear map gives each class a logit; softmax makes probabilities of them.", "patch-7"));
   const weights = vector("head_weight", 0, features.length);
   say("patch-3", PREFIX ? some(numbers("class_token"), 3) : "");
-  say("patch-5", `‖x‖ of the ${tokenName(PREFIX ? 0 : PREFIX)}: ${[0, L].map((l) => digits(vector("norms", l, T)[0])).join(" → ")}`);
+  say("patch-5", `length of ${PREFIX ? "the class token" : tokenName(0)}: ${[0, L].map((l) => digits(vector("norms", l, T)[0])).join(" → ")}`);
   say("patch-6", some(features, 3));
-  say("patch-7", `${digits(weights[0])}·${digits(features[0])} + … + ${digits(numbers("head_bias")[0])} = ${digits(logits[top[0]])}`,
+  say("patch-7", `${digits(weights[0])}·${bracket(features[0])} + … + ${bracket(numbers("head_bias")[0])} = ${digits(logits[top[0]])}`,
     `e^${digits(logits[top[0]])} / ${digits(logits.reduce((s, z) => s + Math.exp(z), 0))} = ${percent(about.probabilities[top[0]])}`);
 }
 
@@ -95,11 +97,13 @@ const say = (id, ...texts) => find(id).replaceChildren(...texts.filter(Boolean).
 
 function makeLayers() {
   const layers = make("div", {class: "layers"});
+  layers.style.gridTemplateColumns = `repeat(${L < 6 ? L : L > 12 ? 8 : 6}, minmax(0, 1fr))`;
   for (let l = 0; l < L; l++) {
     const mean = new Float32Array(T);
     for (let h = 0; h < H; h++) rowOf((i) => attention(l, h, i), READ).forEach((a, i) => { mean[i] += a / H; });
     const small = pixelsOf(mean.slice(PREFIX), COLUMNS, most(mean.slice(PREFIX)), false);
     small.setAttribute("role", "img");
+    small.style.width = `${Math.min(56, (112 * COLUMNS) / ROWS)}px`;
     small.setAttribute("aria-label", `layer ${l + 1}: where the ${tokenName(READ)} looks`);
     layers.append(make("figure", {}, small, make("figcaption", {}, String(l + 1))));
   }
@@ -112,14 +116,23 @@ function followPatch() {
   const weight = numbers("weight"), bias = numbers("bias")[0], first = vector("embedded", n, D), entering = vector("entering", token, D);
   cutUp(find("cut"), n);
   say("patch-1", `${words}: ${some(x, 3)}`);
-  say("patch-2", `${digits(x[0])}·${digits(weight[0])} + … (${x.length} terms) + ${digits(bias)} = ${digits(x.reduce((s, a, i) => s + a * weight[i], bias))}`,
-    `the engine's: ${some(first, 3)}`);
+  say("patch-2", `${digits(x[0])}·${bracket(weight[0])} + … (${x.length} terms) + ${bracket(bias)} = ${digits(x.reduce((s, a, i) => s + a * weight[i], bias))}`,
+    `the token: ${some(first, 3)}`);
   const similar = "positions" in about.arrays;
   find("similar").hidden = !similar;
   if (similar) {
-    say("patch-4", `${words}: ${digits(first[0])} + ${digits(vector("positions", token, D)[0])} = ${digits(entering[0])}`);
+    say("patch-4", `${words}: ${digits(first[0])} + ${bracket(vector("positions", token, D)[0])} = ${digits(entering[0])}`);
     const small = pixelsOf(similarPositions(token).slice(PREFIX), COLUMNS, 1, true), canvas = find("similar");
     [canvas.width, canvas.height] = [COLUMNS, ROWS];
     canvas.getContext("2d").drawImage(small, 0, 0);
   } else say("patch-4", some(entering, 3));
+}
+
+/** Return a picture of a value for each patch. */
+function gridPicture(values, largest, signed, label) {
+  const canvas = pixelsOf(values, COLUMNS, largest, signed);
+  canvas.className = "grid";
+  canvas.setAttribute("role", "img");
+  canvas.setAttribute("aria-label", label);
+  return canvas;
 }
