@@ -13,8 +13,8 @@ from minivit.cli.main import OK, number
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.epilog = (
-        "The page is one file that needs no network: the seven steps from the image to its class, every head's\n"
-        "attention with its gradient, rollout, relevance and LeGrad, and numbers to check by hand."
+        "The page is one file that needs no network: the seven steps from the image to its class; every\n"
+        "head's attention with its gradient, rollout, relevance and LeGrad; and numbers to check by hand."
     )
     parser.add_argument(
         "checkpoint", metavar="CKPT|RUN", nargs="?",

@@ -10,7 +10,7 @@ import numpy as np
 
 from minivit import ops
 from minivit.autograd.graph import no_grad
-from minivit.backend import to_device
+from minivit.backend import blas_threads, to_device
 from minivit.errors import ConfigError
 from minivit.models.trace import Trace
 from minivit.nn.module import mode
@@ -67,7 +67,7 @@ def account(model: Any, image: np.ndarray, label: int | None = None) -> Account:
     parameter = next(model.parameters())
     image = image.astype(parameter.dtype)
     images = to_device(image[None], parameter.device)
-    with mode(False):
+    with mode(False), blas_threads(1):  # many small products: more threads would wait for each other
         with no_grad():
             logits = values(model(images), "the logits")[0]
         follow = followed(logits, label, most_followed(model))

@@ -128,6 +128,7 @@ setKind(0);
 follow(0);
 wanted.steps = true;
 find("made").textContent = about.made;
+if (K < T) find("dots").textContent = `Dots mark the ${K} tokens of a head whose numbers stand below.`;
 document.addEventListener("keydown", pressed);
 const again = () => {
   makeSteps();
