@@ -357,11 +357,11 @@ def test_the_page_in_a_browser(hostile_page):
         kept = arrays["kept"][-1, head].tolist()
         best = int(arrays["p"][-1, head, 0].argmax())
         assert f"layer 2, head {head + 1}" in text("#opened").lower()
-        assert text("#forward .line:nth-child(2) .value") == f"= {four_digits(arrays['p'][-1, head, 0, best])}"
+        assert text("#forward .line:nth-child(5) .value") == f"= {four_digits(arrays['p'][-1, head, 0, best])}"
         assert text("#back .line:nth-child(3) .value") == f"= {four_digits(arrays['dp'][0, -1, head, 0, best])}"
-        page.run("document.querySelector('#forward details').open = true")
+        page.run("document.querySelectorAll('#forward details').forEach((d) => { d.open = true; })")
         page.frame()
-        assert "as the engine's " + four_digits(arrays["s"][-1, head, 0, best]) in text("#forward .written")
+        assert "as the engine's " + four_digits(arrays["s"][-1, head, 0, best]) in text("#forward .line:nth-child(4)")
         # names are text
         assert page.run("window.injected === undefined && document.scripts.length") == 2 + len(arrays)
         assert any("<script>" in text(f"#follow button:nth-of-type({i + 1})") for i in range(4))

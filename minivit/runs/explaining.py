@@ -66,7 +66,8 @@ def image_of_file(trained: Trained, source: str, index: int) -> Chosen:
     count = 0
     for name, pixels in read(source, trained.image_shape, trained.data.get("fit", "stretch")):
         if count == index:
-            return Chosen(name.replace(source, Path(source).name, 1), pixels, path=source)
+            shown = "standard input" if source == "-" else name.replace(source, Path(source).name, 1)
+            return Chosen(shown, pixels, path=source)
         count += 1
     raise DataError(f"{source} has no image {index}: it has {count}", f"give --index 0 to {count - 1}")
 

@@ -67,7 +67,7 @@ const KINDS = [
   {name: "relevance", part: (l, h, i) => positive(product(l, h, i)), whole: (i) => mapRow("relevance", state.follow * T + i),
    says: "Rollout of the positive part of attention × gradient (Chefer et al. 2021). The large picture is of the whole model, a small map is a head's part."},
   {name: "LeGrad", part: gradientOfAll, whole: () => [...new Float32Array(PREFIX), ...mapRow("legrad", state.follow)], all: true,
-   says: "The positive part of the attention's gradient, averaged over queries, heads and layers (Bousselham et al. 2024). It is of all queries at once. The large picture is of the whole model, a small map is a head's part."},
+   says: "The positive part of the attention's gradient, averaged over queries, heads and layers (Bousselham et al. 2024), here of the model's own logit in every layer. It is of all queries at once. The large picture is of the whole model, a small map is a head's part."},
 ];
 
 /** Return a row of a map for a token; for READ, the row that the class is read from: the class token's, or the patches' mean. */

@@ -10,10 +10,15 @@ const ALL_KEPT = K === T;
 const rest = (of, name, l, h, a, e) => (ALL_KEPT ? 0 : of(name, l, h, a)[e]);
 
 /**
- * Each number: where it is (a query, a key, an entry of a vector), its formula, the engine's value, and the products that it
- * is the sum of, with what is beside them: `rest`, of tokens whose numbers are not in the file, and `of`, what is done last.
+ * Each number: its formula, the engine's value of it at {layer l, head h, query a, key b, entry e}, and the products that it is
+ * the sum of; `rest` is that of the tokens whose numbers are not in the file, `last` what is done to the sum. What needs numbers
+ * from outside the head is given: in words, and the whole vector.
  */
+const PROJECTED = "the token, after the first norm of the layer, times the layer's weight, plus its bias.";
 const FORWARD = [
+  {name: "q", entry: true, formula: "Q_i, the query", value: ({l, h, a, e}) => own("q", l, h, a)[e], given: ({l, h, a}) => [PROJECTED, own("q", l, h, a)]},
+  {name: "k", entry: true, formula: "K_j, the key", value: ({l, h, b, e}) => own("k", l, h, b)[e], given: ({l, h, b}) => [PROJECTED, own("k", l, h, b)]},
+  {name: "v", entry: true, formula: "V_j, the value", value: ({l, h, b, e}) => own("v", l, h, b)[e], given: ({l, h, b}) => [PROJECTED, own("v", l, h, b)]},
   {name: "score", formula: "S_ij = Q_i · K_j / √d", value: ({l, h, a, b}) => pair("s", l, h, a, b),
    terms: ({l, h, a, b}) => range(D_HEAD).map((e) => [own("q", l, h, a)[e], own("k", l, h, b)[e]]), last: {divide: Math.sqrt(D_HEAD), text: ` / √${D_HEAD}`}},
   {name: "attention", formula: "P_ij = e^ij / Σ_k e^ik", value: ({l, h, a, b}) => pair("p", l, h, a, b), softmax: true},
@@ -21,7 +26,8 @@ const FORWARD = [
    terms: ({l, h, a, e}) => range(K).map((k) => [pair("p", l, h, a, k), own("v", l, h, k)[e]]), rest: ({l, h, a, e}) => rest(own, "o_rest", l, h, a, e)},
 ];
 const BACK = [
-  {name: "dO", entry: true, formula: "dO_i, through the projection", value: ({l, h, a, e}) => followed("do", l, h, a)[e]},
+  {name: "dO", entry: true, formula: "dO_i, through the projection", value: ({l, h, a, e}) => followed("do", l, h, a)[e],
+   given: ({l, h, a}) => ["dY·W, with W the weight of the projection after the heads and dY the gradient of what it adds to the tokens.", followed("do", l, h, a)]},
   {name: "dV", entry: true, formula: "dV_j = Σ_k P_kj dO_k", value: ({l, h, b, e}) => followed("dv", l, h, b)[e],
    terms: ({l, h, b, e}) => range(K).map((k) => [pair("p", l, h, k, b), followed("do", l, h, k)[e]]), rest: ({l, h, b, e}) => rest(followed, "dv_rest", l, h, b, e)},
   {name: "dP", formula: "dP_ij = dO_i · V_j", value: ({l, h, a, b}) => pairFollowed("dp", l, h, a, b),
@@ -103,8 +109,9 @@ function chosenPlace() {
 function writeOut(number) {
   if (!number.box.open) return;
   const {where} = chosenPlace(), entry = number.entry ? `entry ${where.e + 1}: ` : "";
-  if (!number.terms && !number.softmax && !number.jacobian) {
-    number.body.textContent = `${entry}given by what comes after the heads: dO = dY·W, with W the weight of the projection and dY the gradient of what it adds to the tokens.`;
+  if (number.given) {
+    const [how, all] = number.given(where);
+    number.body.textContent = `${how} All ${D_HEAD}: ${Array.from(all, digits).join(", ")}.`;
     return;
   }
   const {result, size, text} = byHand(number, where, true), value = number.value(where);
@@ -145,7 +152,7 @@ function check() {
     state.follow = f;
     for (const l of range(L)) for (const h of range(H)) for (const a of range(K)) {
       for (const number of [...(f ? [] : FORWARD), ...BACK]) {
-        if (number.name === "dO") continue;
+        if (number.given) continue;
         // of a vector or a row: the largest difference, beside the largest size
         const all = (number.entry ? entries : range(K)).map((x) => (number.entry ? {l, h, a, b: a, e: x} : {l, h, a, b: x, e: 0})), hand = all.map((where) => byHand(number, where, false));
         const off = Math.max(...hand.map(({result}, i) => Math.abs(result - number.value(all[i])))) / (Math.max(...hand.map(({size}) => size)) || 1);
