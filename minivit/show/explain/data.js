@@ -101,6 +101,7 @@ function tokenName(i) {
   if (i < PREFIX) return PREFIX === 1 ? "class token" : `token ${i + 1} before the patches`;
   return `patch ${Math.floor((i - PREFIX) / COLUMNS) + 1}, ${((i - PREFIX) % COLUMNS) + 1}`;
 }
+const theToken = (i) => (i >= PREFIX ? tokenName(i) : `the ${tokenName(i)}`);
 
 /** Make an element; `children` are elements or texts, which are text whatever they say. */
 function make(tag, attributes = {}, ...children) {

@@ -31,10 +31,10 @@ function drawMatrix() {
     canvas.getContext("2d").drawImage(small, 0, 0);
     canvas.style.aspectRatio = `${about.image.width} / ${about.image.height}`;
     const where = patches.reduce((best, x, i) => (Math.abs(x) > Math.abs(patches[best]) ? i : best), 0);
-    cell.setAttribute("aria-label", `layer ${l + 1}, head ${h + 1}: ${kind.name} of the ${tokenName(state.kept)}, largest at ${tokenName(where + PREFIX)}, ${digits(patches[where])}`);
+    cell.setAttribute("aria-label", `layer ${l + 1}, head ${h + 1}: ${kind.name} of ${theToken(state.kept)}, largest at ${tokenName(where + PREFIX)}, ${digits(patches[where])}`);
     cell.title = `layer ${l + 1}, head ${h + 1}: largest ${digits(patches[where])}`;
   });
-  find("matrix-says").textContent = `Layers from top to bottom, heads from left to right; ${kind.all ? "of all queries" : `the row of the ${tokenName(state.kept)}`}. Each map to its own largest value.`;
+  find("matrix-says").textContent = `Layers from top to bottom, heads from left to right; ${kind.all ? "of all queries" : `the row of ${theToken(state.kept)}`}. Each map to its own largest value.`;
 }
 
 function markOpen() {
@@ -65,8 +65,8 @@ function drawStage() {
   find("readout").textContent = largest === 0 ? `${of}: all zero. ${zeroText(kind)}`
     : `${of}: ${name} ${tokenName(where + PREFIX)} (${digits(patches[where])})${own}${sums}.`;
   find("big").setAttribute("aria-label", `the image under ${kind.name}; ${find("readout").textContent} Arrows move from patch to patch.`);
-  find("row-p").setAttribute("aria-label", `attention of the ${tokenName(token)}`);
-  find("row-dp").setAttribute("aria-label", `gradient of the attention of the ${tokenName(token)}`);
+  find("row-p").setAttribute("aria-label", `attention of ${theToken(token)}`);
+  find("row-dp").setAttribute("aria-label", `gradient of the attention of ${theToken(token)}`);
   for (const [i, button] of [...find("tokens").children].entries()) button.setAttribute("aria-pressed", String(i === 0 ? token < PREFIX : false));
 }
 const capital = (text) => text[0].toUpperCase() + text.slice(1);

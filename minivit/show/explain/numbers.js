@@ -120,9 +120,9 @@ function writeOut(number) {
 }
 
 function drawNumbers() {
-  const {kept, known, where} = chosenPlace(), {l, h, a, b, e} = where, i = tokenName(kept[a]), j = tokenName(kept[b]);
+  const {kept, known, where} = chosenPlace(), {l, h, a, b, e} = where, i = theToken(kept[a]), j = theToken(kept[b]);
   const missing = known || state.token === READ ? "" : ` The numbers of ${tokenName(state.token)} are not in the file: it has those of ${K} tokens of each head (with a dot above).`;
-  find("numbers-says").textContent = `Layer ${l + 1}, head ${h + 1}; query i is the ${i}, key j the ${j}; what flows back comes from the logit of ${short(className(about.follow[state.follow].index))}. `
+  find("numbers-says").textContent = `Layer ${l + 1}, head ${h + 1}; query i is ${i}, key j ${j}; what flows back comes from the logit of ${short(className(about.follow[state.follow].index))}. `
     + `d is ${D_HEAD}. Open a line to see it written out: a pocket calculator gives the same.${missing}`;
   const options = kept.map((token) => [token, tokenName(token)]).sort((x, y) => x[0] - y[0]);
   for (const [id, token] of [["query", kept[a]], ["key", kept[b]]])
@@ -139,7 +139,7 @@ function drawNumbers() {
     row.addEventListener("click", () => { state.chosen.key = kept[k]; drawNumbers(); });
     return row;
   });
-  find("keys").replaceChildren(make("caption", {}, `All that is between the ${i} as query and its keys${ALL_KEPT ? "" : `, ${K} of ${T} tokens`}: score, attention, and their gradients`), make("thead", {}, head), make("tbody", {}, ...rows));
+  find("keys").replaceChildren(make("caption", {}, `All that is between ${i} as query and its keys${ALL_KEPT ? "" : `, ${K} of ${T} tokens`}: score, attention, and their gradients`), make("thead", {}, head), make("tbody", {}, ...rows));
 }
 
 /**
