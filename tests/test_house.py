@@ -24,6 +24,7 @@ BESIDE = {"data": "ops", "show": "ops", "__init__": "cli", "__main__": "cli"}  #
 SAME_NAMES = {
     "attention.py": "the operation, and the layer that holds its weights",
     "random.py": "the keys, and where a layer gets its key from",
+    "graph.py": "the nodes of a computation, and the command that draws them",
     "lr_find.py": "the search for a learning rate, and its command",
     "folder.py": "a folder of images, and a folder of a run",
 }
