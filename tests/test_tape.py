@@ -274,12 +274,12 @@ def test_the_command_says_where_the_gradients_come_from(tmp_path, monkeypatch, c
     mv.save(model, "without.npz")
     assert main(["graph", "with.npz", "-o", "x.html", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert "40 training images" in found["about"] and found["files"] == ["x.html"]
+    assert "40 training images" in found["images"] and found["why"] == "" and found["files"] == ["x.html"]
     assert found["tape"][-2]["gradient"] > 0 and found["tape"][0]["shape"] == [40, 4, 8]
     assert "gradient’s norm" in Path("x.html").read_text()
     assert main(["graph", "without.npz", "-o", "x.svg"]) == 0
-    assert "one image of standard-normal noise, labelled 0: " in capsys.readouterr().out
+    assert "one image of standard-normal noise, labelled 0: 1 × 1 × 8 × 8" in capsys.readouterr().out
     Path("toy.npz").unlink()
     assert main(["graph", "with.npz", "-o", "x.svg"]) == 0
-    assert "noise, labelled 0: " in capsys.readouterr().out
+    assert "toy.npz: no such file" in capsys.readouterr().out
     assert main(["graph", "nothing.npz", "-o", "x.svg"]) == 1

@@ -69,9 +69,8 @@ def run(args: argparse.Namespace) -> int:
         else:
             write_tape(file, tape, title, about)
     if args.json:
-        print(
-            json_text({"model": name, "about": batch.about, "files": [*map(str, files)], "tape": [*map(asdict, tape)]})
-        )
+        about_it = {"model": name, "images": batch.about, "why": batch.why, "files": [*map(str, files)]}
+        print(json_text(about_it | {"tape": [*map(asdict, tape)]}))
         return 0
     print("\n".join(map(printable, [title, *about])))
     print("\n".join(printable(f"written  {file}") for file in files))
@@ -119,4 +118,5 @@ def lines_about(tape: Sequence[Operation], batch: Batch, model: Model) -> list[s
     return [
         f"{sums[0].upper()}{sums[1:]}; kept for backward: {bytes_text(kept)}{each}.",
         f"In comes {batch.about}: {shape_text(batch.images.shape)} {batch.images.dtype}.",
+        *([f"Images that it was trained on are not to be had: {batch.why}."] if batch.why else []),
     ]

@@ -21,11 +21,15 @@ from minivit.weights.native import load_model
 
 @dataclass(frozen=True)
 class Batch:
-    """``images`` (B, C, H, W), standardised, ``labels`` int64 (B,) or None for all 0, and ``about``, what they are."""
+    """``images`` (B, C, H, W), standardised, ``labels`` int64 (B,) or None for all 0, and ``about``, what they are.
+
+    ``why`` says why they are none of the model's own, where one might expect those.
+    """
 
     images: np.ndarray
     labels: np.ndarray | None
     about: str
+    why: str = ""
 
 
 def image_outline(model: Model) -> Batch:
@@ -69,7 +73,7 @@ def _noise(model: Model, why: str) -> Batch:
     """Return one image of standard-normal numbers, labelled 0."""
     shape = (1, *model.settings.image_shape)
     noise = normal(Key(0), shape).astype(_dtype(model), copy=False)
-    return Batch(noise, None, f"one image of standard-normal noise, labelled 0: {why}")
+    return Batch(noise, None, "one image of standard-normal noise, labelled 0", why)
 
 
 def _dtype(model: Model) -> np.dtype:
