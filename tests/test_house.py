@@ -26,6 +26,7 @@ BESIDE = {  # whom they stand beside
 SAME_NAMES = {
     "attention.py": "the operation, and the layer that holds its weights",
     "random.py": "the keys, and where a layer gets its key from",
+    "graph.py": "the nodes of a computation, and the command that draws them",
     "lr_find.py": "the search for a learning rate, and its command",
     "folder.py": "a folder of images, and a folder of a run",
 }
