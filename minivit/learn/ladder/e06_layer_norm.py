@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -46,8 +47,10 @@ def composed(x: Any, weight: Any, bias: Any, eps: float, axis: Any = -1, hold: s
 
 def ways(g: Any, *args: Any) -> tuple[Any, Any, Any]:
     """Return what reaches x directly, through the mean, and through the root: they add up to dx."""
-    held = [backward_of(lambda *a, h=h: composed(*a, hold=h), 3)(g, *args)[0] for h in ("mean root", "root", "mean")]
-    return held[0], held[1] - held[0], held[2] - held[0]
+    both, root, mean = [
+        backward_of(partial(composed, hold=hold), 3)(g, *args)[0] for hold in ("mean root", "root", "mean")
+    ]
+    return both, root - both, mean - both
 
 
 def dx_from(combine: Callable[[Any, Any, Any], Any]) -> Callable[..., Any]:
@@ -166,7 +169,8 @@ BACKWARD_MISTAKES = (
     ),
     Mistake(
         "sign of the term through s",
-        "In dx, the term that goes through s has the wrong sign. x̂ has s in its denominator: which sign has δs in δx̂_j?",
+        "In dx, the term that goes through s has the wrong sign. x̂ has s in its denominator: with which sign does δs "
+        "stand in δx̂_j?",
         dx_from(lambda direct, by_mean, by_root: direct + by_mean - by_root),
     ),
     Mistake(
@@ -232,8 +236,8 @@ EXERCISE = Exercise(
         "For dx: put δx̂_j = (δx_j - δμ - x̂_j δs)/s into δL = Σ_j a_j δx̂_j and take the three parts for themselves. "
         "In the second, Σ_j a_j δμ, the number δμ = (1/D) Σ_i δx_i does not depend on j and can go before the sum. "
         "So can δs in the third.",
-        "The second part is then (1/D)(Σ_j a_j) Σ_i δx_i, and the third (1/D)(Σ_j a_j x̂_j) Σ_i x̂_i δx_i. Both brackets "
-        "with their 1/D are means over the row, of a and of a·x̂. What stands before δx_i in all three parts, with their "
-        "signs, divided by s, is dx_i.",
+        "The second part is then (1/D)(Σ_j a_j) Σ_i δx_i, and the third (1/D)(Σ_j a_j x̂_j) Σ_i x̂_i δx_i. The brackets "
+        "with their 1/D are means over the row, of a and of a·x̂. What stands before δx_i in all three parts, with "
+        "their signs, divided by s, is dx_i.",
     ),
 )

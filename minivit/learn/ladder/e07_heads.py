@@ -68,7 +68,7 @@ def merged_as(order: str) -> Callable[..., Any]:
 
     def merged(x: Any) -> Any:
         b, h, t, d = x.shape
-        return ops.reshape(cut(x, dict(b=b, h=h, t=t, d=d), "bhtd", order), (b, t, h * d))
+        return ops.reshape(cut(x, dict(zip("bhtd", x.shape, strict=True)), "bhtd", order), (b, t, h * d))
 
     return merged
 
@@ -81,8 +81,8 @@ def unmerged_as(order: str) -> Callable[..., Any]:
 SPLIT_MISTAKES = (
     Mistake(
         "reshape alone",
-        "The features are cut by one reshape to the final shape. It cannot exchange axes: each head has pieces of other "
-        "tokens. Cut the last axis first, then transpose.",
+        "The features are cut by one reshape to the final shape. It cannot exchange axes: each head has pieces of "
+        "other tokens. Cut the last axis first, then transpose.",
         split_as("pbhtd"),
     ),
     Mistake(
@@ -176,8 +176,8 @@ MERGE_BACKWARD_MISTAKES = (
     ),
     Mistake(
         "transposed before it is cut",
-        "g is transposed first and cut afterwards, so that its cut runs through the tokens. Undo the forward's steps in "
-        "the opposite order.",
+        "g is transposed first and cut afterwards, so that its cut runs through the tokens. Undo the forward's steps "
+        "in the opposite order.",
         lambda g, x: ops.reshape(ops.swapaxes(g, 1, 2), x.shape),
     ),
 )
@@ -202,10 +202,10 @@ EXERCISE = Exercise(
         "Each function is one reshape and one transpose. split cuts first and moves then; its backward moves first and "
         "joins then. With merge it is the other way round.",
         "split: write down the names of the axes after the cut, in the order in which the feature's number counts, "
-        "slowest first, with B and T before them. Below it write the names in the order asked. For each wanted name, at "
-        "which place does it stand in the upper line? Those places are the transpose's arguments.",
-        "Going back, do the same with the two lines exchanged: the axes of g in the order in which they come, and below "
-        "them those of the cut qkv. Then join what was cut. merge_backward: cut the last axis of g into two, slow one "
-        "first, and exchange two axes.",
+        "slowest first, with B and T before them. Below it write the names in the order asked. For each wanted name, "
+        "at which place does it stand in the upper line? Those places are the transpose's arguments.",
+        "Going back, do the same with the two lines exchanged: the axes of g in the order in which they come, and "
+        "below them those of the cut qkv. Then join what was cut. merge_backward: cut the last axis of g into two, "
+        "slow one first, and exchange two axes.",
     ),
 )  # fmt: skip

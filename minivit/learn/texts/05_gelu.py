@@ -42,7 +42,9 @@ Substitute t = √2 · s, so that dt = √2 ds and t²/2 = s²:
     ∫ φ(t) dt   from 0 to x    =    √2/√(2π) · ∫ e^(-s²) ds   from 0 to x/√2.
 
 Compare what is on the right with the definition of erf: a multiple of erf at some point. Which multiple, and at which
-point, is yours to write; `erf` is given below. Hold your Φ against these: Φ(-∞) = 0, Φ(0) = ½, Φ(1) = 0.8413447460685429.
+point, is yours to write; `erf` is given below. Hold your Φ against these:
+
+    Φ(-∞) = 0        Φ(0) = ½        Φ(1) = 0.8413447460685429
 
 GOING BACK
 
@@ -106,8 +108,8 @@ def backward(g, x):
 def erf(z):
     """Return the error function of every number of z: real ones to the last digit, complex ones to 1e-14.
 
-    Real numbers go to the C library. Complex ones, meant to lie near the real axis, are summed: 2/√π e^(-z²) Σ 2ⁿ z²ⁿ⁺¹ /
-    (2n+1)!! (Abramowitz and Stegun 7.1.6).
+    Real numbers go to the C library. Complex ones, meant to lie near the real axis, are summed:
+    2/√π e^(-z²) Σ 2ⁿ z²ⁿ⁺¹ / (2n+1)!! (Abramowitz and Stegun 7.1.6).
     """
     z = np.asarray(z)
     if z.dtype.kind != "c":

@@ -2,9 +2,9 @@
 
 WHAT IS GIVEN, WHAT IS ASKED
 
-One linear layer makes the queries, keys and values of all heads of attention at once. Its output is packed: each token
-has 3·H·d numbers (H heads, each of width d). Attention wants them apart, and wants a (T, d) matrix for each head of each
-image; afterwards the heads are put side by side again. You write four functions, all on float64:
+One linear layer makes the queries, keys and values of all heads of attention at once. Its output is packed: each
+token has 3·H·d numbers (H heads, each of width d). Attention wants them apart, and wants a (T, d) matrix for each
+head of each image; afterwards the heads are put side by side again. You write four functions, all on float64:
 
     split(qkv, heads)              qkv (B, T, 3·H·d) → (3, B, H, T, d): entry 0 the queries, 1 the keys, 2 the values
     split_backward(g, qkv, heads)  g (3, B, H, T, d) → dqkv (B, T, 3·H·d)
@@ -37,8 +37,8 @@ NumPy numbers the entries of an array row by row: the last axis runs fastest. (r
 however the array lies in memory.)
 
 - reshape keeps every number's place in that row and only cuts the row in another way. So it may cut one axis into
-  several, or join neighbouring axes into one. The sizes are given slowest first: an axis of 6 with entry 2·d + i, d = 3,
-  is cut into (2, 3) and not into (3, 2), which also fits and means something else.
+  several, or join neighbouring axes into one. The sizes are given slowest first: if entry h·3 + i of an axis of 6
+  belongs to h and i, the axis is cut into (2, 3), and not into (3, 2), which also fits and means something else.
 - reshape can never exchange two axes. transpose does, and only that: out = x.transpose(2, 0, 1) has as its axis 0 the
   old axis 2, as its axis 1 the old axis 0, as its axis 2 the old axis 1.
 
@@ -61,15 +61,16 @@ no number of g is changed, added to another, or lost. Two checks: split_backward
 g · out equals the sum of dx · x, for any g and x.
 
 If you undo a transpose by another transpose, mind that the order which undoes it is not the same order again, but its
-inverse: if axis 2 went to place 0, then place 0 must go back to axis 2. Only an exchange of two axes is its own inverse.
+inverse: if axis 2 went to place 0, then place 0 must go back to axis 2. Only an exchange of two axes is its own
+inverse.
 
 TRAPS
 
 - qkv.reshape(3, B, H, T, d) has the right shape and gives each head pieces of other tokens.
 - Features cut as (H, 3, d) or (3, d, H) also have the right size.
 - merge: x.reshape(B, T, H·d) has the right shape, too.
-- g.reshape(qkv.shape) as a gradient has the right shape as well. None of these raises an error; with T = 1 or H = 1 some
-  of them are even right. Test with B, T, H, d all different.
+- g.reshape(qkv.shape) as a gradient has the right shape as well. None of these raises an error; with T = 1 or H = 1
+  some of them are even right. Test with B, T, H, d all different.
 
 Check your work with:  minivit learn check . 7
 """

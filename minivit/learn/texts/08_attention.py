@@ -47,13 +47,13 @@ S leave room for errors that fit, as S is square. So write down the indices if i
 
 GOING BACK THROUGH THE SOFTMAX
 
-Rows do not mix. Take one row, s → p, p_k = e^(s_k) / Z with Z = Σ_l e^(s_l). Then ∂Z/∂s_j = e^(s_j), and by the quotient
-rule
+Rows do not mix. Take one row, s → p, p_k = e^(s_k) / Z with Z = Σ_l e^(s_l). Then ∂Z/∂s_j = e^(s_j), and by the
+quotient rule
 
     ∂p_k/∂s_j = p_k·[k = j] - p_k·p_j,        [k = j] being 1 if k = j, else 0.
 
-This is a full T × T matrix: raising one score lowers all other weights of its row. Its diagonal alone, p_j·(1 - p_j), is
-not the derivative. The chain rule sums over all that s_j acts on,
+This is a full T × T matrix: raising one score lowers all other weights of its row. Its diagonal alone, p_j·(1 - p_j),
+is not the derivative. The chain rule sums over all that s_j acts on,
 
     ds_j = Σ_k dp_k · ∂p_k/∂s_j.
 

@@ -25,13 +25,13 @@ FORWARD
 4. Heads: O = P·V, (B, H, T, d).
 5. Merge: → (B, T, H·d), heads side by side.
 
-How to mask. The sum "only over those allowed" is the softmax of scores in which the others have been replaced by minus
-infinity, as e^(-∞) = 0. It must be done before the softmax: zeros put into P afterwards leave rows that sum to less than
-1. Two things to mind:
+How to mask. The sum "only over those allowed" is the softmax of scores in which the others have been replaced by
+minus infinity, as e^(-∞) = 0. It must be done before the softmax: zeros put into P afterwards leave rows whose sum is
+less than 1. Two things to mind:
 
-- A row with nothing allowed becomes -∞ - (-∞) = NaN. Instead of -∞ a large finite number (-1e30) avoids the NaN, but then
-  all scores of that row are equal and P is 1/T everywhere, where it ought to be 0. So set P to 0 where mask is True once
-  more, after the softmax: it changes nothing in the other rows, and mends these.
+- A row with nothing allowed becomes -∞ - (-∞) = NaN. Instead of -∞ a large finite number (-1e30) avoids the NaN, but
+  then all scores of that row are equal and P is 1/T everywhere, where it ought to be 0. So set P to 0 where mask is
+  True once more, after the softmax: it changes nothing in the other rows, and mends these.
 - Adding -1e9 to the masked scores, as many do, comes to the same where something is allowed: e^(-1e9) is 0 exactly. In
   rows with nothing allowed it does not. One sample has such a row.
 
@@ -56,7 +56,7 @@ What your gradient must do:
 
     each row of dS sums to 0, and is 0 where mask is True
     a token j that nobody may attend to: the keys' and values' parts of dqkv[:, j] are 0
-    a token i that may attend to nothing: the queries' part of dqkv[:, i] is 0; its keys and values may well have a gradient
+    a token i that may attend to nothing: the queries' part of dqkv[:, i] is 0 (others may still attend to it)
 
 TRAPS
 
