@@ -104,6 +104,11 @@ BACKWARD_MISTAKES = (
         lambda g, x: g * (gate(x) + x * density(x) * math.sqrt(2.0 * math.pi)),
     ),
     Mistake(
+        "2π without its root",
+        "The density's constant is 1/(2π), that of two normal variables together. Look at the definition of φ.",
+        lambda g, x: g * (gate(x) + x * density(x) / math.sqrt(2.0 * math.pi)),
+    ),
+    Mistake(
         "inner derivative forgotten",
         "The second term is √2 too large. If you differentiate erf(x/√2), the chain rule wants the derivative of x/√2; "
         "or take Φ′ from its integral, without erf.",

@@ -26,8 +26,19 @@ def samples(key: Key) -> list[Sample]:
         ("a large eps", (r(4, 6), r(6), r(6), 0.5)),
         ("rows of one number", (r(3, 1), r(1), r(1), 1e-3)),
         ("rows of equal numbers", (equal, r(4), r(4), 1e-3)),
-        ("rows around 1000", (1000.0 + 3.0 * r(2, 1, 7), r(7), r(7), 1e-6)),
+        ("rows around two million", (far_from_zero(r(2, 1, 8)), r(8), r(8), 1e-6)),
     ]
+
+
+def far_from_zero(x: np.ndarray) -> np.ndarray:
+    """Return rows (…, 8) around 2²¹, in eighths.
+
+    Their means have no rounding, in whatever order they are added, nor have the means of their squares; the square of a
+    mean always has: in eighths the row adds up to an odd number, whose square has a bit more than float64.
+    """
+    eighths = np.round(8.0 * x)
+    eighths[..., 0] += (eighths.sum(axis=-1) + 1.0) % 2.0
+    return 2.0**21 + eighths / 8.0
 
 
 def forward(x: Any, weight: Any, bias: Any, eps: float) -> Any:
@@ -118,6 +129,17 @@ FORWARD_MISTAKES = (
         lambda x, weight, bias, eps: (x - ops.mean(x, -1, True)) / (ops.var(x, -1, True) + eps) * weight + bias,
     ),
     Mistake(
+        "variance by E[x²] - μ²",
+        "The variance is the difference of two large numbers that are almost equal: rows far from 0 lose its digits. "
+        "Take it of the centred numbers.",
+        lambda x, weight, bias, eps: (
+            (x - ops.mean(x, -1, True))
+            / ops.sqrt(ops.mean(x * x, -1, True) - ops.mean(x, -1, True) ** 2 + eps)
+            * weight
+            + bias
+        ),
+    ),
+    Mistake(
         "mean not taken off",
         "The row is divided by its standard deviation, but its mean is still in it. What is the numerator of x̂?",
         lambda x, weight, bias, eps: x / ops.sqrt(ops.var(x, -1, True) + eps) * weight + bias,
@@ -168,6 +190,24 @@ BACKWARD_MISTAKES = (
         dx_from(lambda direct, by_mean, by_root: direct + direct.shape[-1] * (by_mean + by_root)),
     ),
     Mistake(
+        "sum in the term through s",
+        "In dx, the term that goes through s is D times too large. Follow the 1/D in δs.",
+        dx_from(lambda direct, by_mean, by_root: direct + by_mean + direct.shape[-1] * by_root),
+    ),
+    Mistake(
+        "sum in the term through μ",
+        "In dx, the term that goes through μ is D times too large. Follow the 1/D in δμ.",
+        dx_from(lambda direct, by_mean, by_root: direct + direct.shape[-1] * by_mean + by_root),
+    ),
+    Mistake(
+        "not divided by s",
+        "dx is s times too large in each row. x̂ has s in its denominator, and every term of δx̂_j has it, too.",
+        lambda g, x, weight, bias, eps: (
+            right(g, x, weight, bias, eps)[0] * ops.sqrt(ops.var(x, -1, True) + eps),
+            *right(g, x, weight, bias, eps)[1:],
+        ),
+    ),
+    Mistake(
         "sign of the term through s",
         "In dx, the term that goes through s has the wrong sign. x̂ has s in its denominator: with which sign does δs "
         "stand in δx̂_j?",
@@ -208,6 +248,15 @@ BACKWARD_MISTAKES = (
         "dweight from the centred x",
         "dweight is made with x - μ, which is not yet divided by s. In the forward, weight multiplies x̂.",
         of_weight(lambda x, eps: x - ops.mean(x, -1, True)),
+    ),
+    Mistake(
+        "weight in dweight and dbias",
+        "dweight or dbias is made with g·weight, which is what reaches x̂. out is x̂·weight + bias: what is its "
+        "derivative in each of the two?",
+        lambda g, x, weight, bias, eps: (
+            right(g, x, weight, bias, eps)[0],
+            *right(g * weight, x, weight, bias, eps)[1:],
+        ),
     ),
     Mistake(
         "means over the rows",

@@ -17,6 +17,8 @@ from minivit.ops.samples import Draw
 def samples(key: Key) -> list[Sample]:
     """Draw queries and keys (…, T, d) and values (…, T, e)."""
     r = Draw(key)
+    far = large(r(2, 5, 4), 3200.0)
+    far[:, ::2] *= -1.0
     return [
         ("five tokens, no leading axis", (r(5, 3), r(5, 3), r(5, 3))),
         ("batch and heads", (r(2, 3, 4, 5), r(2, 3, 4, 5), r(2, 3, 4, 5))),
@@ -24,7 +26,7 @@ def samples(key: Key) -> list[Sample]:
         ("one token", (r(2, 1, 3), r(2, 1, 3), r(2, 1, 3))),
         ("width one", (r(1, 7, 1), r(1, 7, 1), r(1, 7, 2))),
         ("as many tokens as features", (r(4, 4), r(4, 4), r(4, 4))),
-        ("scores around 800, where e^s overflows", (large(r(2, 5, 4), 3200.0), large(r(2, 5, 4), 0.5), r(2, 5, 4))),
+        ("rows of scores around 800 and around -800", (far, large(r(2, 5, 4), 0.5), r(2, 5, 4))),
     ]
 
 
@@ -54,6 +56,12 @@ def scaled_by(scale: Callable[[Any, Any], float]) -> Callable[..., Any]:
 def weighed_by(softmax: Callable[[Any], Any]) -> Callable[..., Any]:
     """Return attention with other weights than the softmax of the scores over the keys."""
     return lambda q, k, v: ops.matmul(softmax(scores(q, k)), v)
+
+
+def unshifted(s: Any, mask: Any = False) -> Any:
+    """Return e^s / Σ e^s over what is not masked, as it stands."""
+    e = np.where(mask, 0.0, np.exp(s))
+    return e / e.sum(axis=-1, keepdims=True)
 
 
 def from_scores(wrong: Callable[[Any, Any], Any]) -> Callable[..., Any]:
@@ -136,9 +144,15 @@ FORWARD_MISTAKES = (
     ),
     Mistake(
         "overflow",
-        "e^s is infinite from s = 710 on, and the quotient then NaN. Take something off each row of S first: which "
-        "number makes sure that no exponent is above 0?",
-        weighed_by(lambda s: np.exp(s) / np.sum(np.exp(s), axis=-1, keepdims=True)),
+        "e^s is infinite from s = 710 on, and 0 below -745: the quotient is NaN. Take something off each row of S "
+        "first: which number makes sure that no exponent is above 0, and one is 0?",
+        weighed_by(unshifted),
+    ),
+    Mistake(
+        "one maximum for all rows",
+        "The largest score of all is taken off every row. In a row far below it every e^s is 0, and so is their sum. "
+        "Take off each row's own.",
+        weighed_by(lambda s: unshifted(s - s.max())),
     ),
     Mistake(
         "queries and keys exchanged",

@@ -13,7 +13,7 @@ from minivit import ops
 from minivit.backend import Key
 from minivit.learn.exercise import Asked, Exercise, Mistake, Sample, backward_of, with_cotangents
 from minivit.learn.ladder import e08_attention as one_head
-from minivit.learn.ladder.e08_attention import large, scores
+from minivit.learn.ladder.e08_attention import large, scores, unshifted
 from minivit.ops.attention import merge_heads, split_heads
 from minivit.ops.samples import Draw
 
@@ -21,7 +21,8 @@ from minivit.ops.samples import Draw
 def samples(key: Key) -> list[Sample]:
     """Draw packed features (B, T, 3·H·d), H, and a mask (T, T) or (B, 1, T, T)."""
     r = Draw(key)
-    crowded = np.concatenate([large(r(2, 4, 2, 4), 3200.0), large(r(2, 4, 2, 4), 0.5), r(2, 4, 2, 4)], axis=2)
+    far = np.concatenate([large(r(2, 4, 2, 4), 3200.0), large(r(2, 4, 2, 4), 0.5), r(2, 4, 2, 4)], axis=2)
+    far[:, ::2, :2] *= -1.0  # of every other token's queries
     return [
         ("each token sees itself and those before", (r(2, 5, 3 * 3 * 2), 3, later(5))),
         ("a mask for each image", (r(3, 4, 3 * 2 * 3), 2, r.mask(3, 1, 4, 4) & ~first_row(4))),
@@ -29,7 +30,7 @@ def samples(key: Key) -> list[Sample]:
         ("nothing masked, one image", (r(1, 3, 3 * 3 * 5), 3, np.zeros((3, 3), bool))),
         ("one token", (r(2, 1, 3 * 2 * 3), 2, np.zeros((1, 1), bool))),
         ("one head", (r(2, 3, 3 * 1 * 4), 1, later(3))),
-        ("scores around 800, where e^s overflows", (crowded.reshape(2, 4, 3 * 2 * 4), 2, later(4))),
+        ("rows of scores around 800 and around -800", (far.reshape(2, 4, 3 * 2 * 4), 2, later(4))),
     ]
 
 
@@ -109,12 +110,6 @@ def masked_afterwards(s: Any, mask: Any) -> Any:
     return ops.where(mask, 0.0, ops.softmax(s))
 
 
-def unshifted(s: Any, mask: Any) -> Any:
-    """Return e^s / Σ e^s over what is allowed, as it stands."""
-    e = np.where(mask, 0.0, np.exp(s))
-    return e / e.sum(axis=-1, keepdims=True)
-
-
 def packed_by_reshape(g: Any, qkv: Any, heads: int, mask: Any) -> Any:
     """Return (dq, dk, dv), each (B, H, T, d), reshaped to (B, T, H·d) as they lie and joined."""
     parts = split_heads(right(g, qkv, heads, mask), 3, heads)  # (3, B, H, T, d)
@@ -127,11 +122,36 @@ def cotangent_by_reshape(g: Any, qkv: Any, heads: int, mask: Any) -> Any:
     return right(merge_heads(ops.reshape(g, (1, b, heads, t, features // heads))), qkv, heads, mask)
 
 
+NOTHING_ALLOWED: dict[str, tuple[str, Callable[[Any, Any], Any]]] = {
+    "all attended where nothing is allowed": (
+        "A token that may attend to nothing attends to all tokens alike: its scores are all equal, however small they "
+        "are. Its weights should be 0.",
+        uniform_rows,
+    ),
+    "mask without effect where nothing is allowed": (
+        "Something finite is added to masked scores. A token that may attend to nothing has it added to all its "
+        "scores, where it cancels. Its weights should be 0.",
+        lambda s, mask: ops.softmax(s + np.where(mask, -1e9, 0.0)),
+    ),
+    "NaN where nothing is allowed": (
+        "A row of scores that are all minus infinity has no softmax: -∞ - (-∞) is NaN. Its weights should be 0.",
+        lambda s, mask: np.where(np.all(mask, -1, keepdims=True), np.nan, uniform_rows(s, mask)),
+    ),
+}
+"""What learners do with a row that is all masked: name → (what the learner reads, weights of scores and mask)."""
+
+WRONG_WAY_ROUND = "Tokens attend where they may not, and not where they may. True means: may not."
+
 FORWARD_MISTAKES = (
-    Mistake(
-        "mask the wrong way round",
-        "Tokens attend where they may not, and not where they may. True means: may not.",
-        lambda qkv, heads, mask: forward(qkv, heads, ~mask),
+    Mistake("mask the wrong way round", WRONG_WAY_ROUND, lambda qkv, heads, mask: forward(qkv, heads, ~mask)),
+    *(Mistake(name, says, weighed_by(weights)) for name, (says, weights) in NOTHING_ALLOWED.items()),
+    *(
+        Mistake(
+            f"mask the wrong way round, {name}",
+            f"{WRONG_WAY_ROUND} And once it is turned round: {says}",
+            lambda qkv, heads, mask, weights=weights: weighed_by(weights)(qkv, heads, ~mask),
+        )
+        for name, (says, weights) in NOTHING_ALLOWED.items()
     ),
     Mistake(
         "mask forgotten",
@@ -153,23 +173,6 @@ FORWARD_MISTAKES = (
         "masked scores set to 0",
         "The masked scores are 0 when the softmax is taken, but e^0 is 1. Which score has the weight 0?",
         weighed_by(lambda s, mask: ops.softmax(ops.where(mask, 0.0, s))),
-    ),
-    Mistake(
-        "nothing allowed, all attended",
-        "A token that may attend to nothing attends to all tokens alike: its scores are all equal, however small they "
-        "are. Its weights should be 0.",
-        weighed_by(uniform_rows),
-    ),
-    Mistake(
-        "nothing allowed, mask without effect",
-        "Something finite is added to masked scores. A token that may attend to nothing has it added to all its "
-        "scores, where it cancels. Its weights should be 0.",
-        weighed_by(lambda s, mask: ops.softmax(s + np.where(mask, -1e9, 0.0))),
-    ),
-    Mistake(
-        "NaN where nothing is allowed",
-        "A row of scores that are all minus infinity has no softmax: -∞ - (-∞) is NaN. Its weights should be 0.",
-        weighed_by(lambda s, mask: np.where(mask.all(-1, keepdims=True), np.nan, uniform_rows(s, mask))),
     ),
     Mistake(
         "scores not divided by √d",
@@ -194,8 +197,15 @@ FORWARD_MISTAKES = (
     ),
     Mistake(
         "overflow",
-        "e^s is infinite from s = 710 on, and the quotient then NaN. Take each row's largest score off first.",
+        "e^s is infinite from s = 710 on, and 0 below -745: the quotient is NaN. Take each row's largest score off "
+        "first.",
         weighed_by(lambda s, mask: np.where(mask, 0.0, unshifted(s, mask))),
+    ),
+    Mistake(
+        "one maximum for all rows",
+        "The largest score of all is taken off every row. In a row far below it every e^s is 0, and so is their sum. "
+        "Take off each row's own.",
+        weighed_by(lambda s, mask: np.where(mask, 0.0, unshifted(s - np.max(np.where(mask, -1e30, s)), mask))),
     ),
     Mistake(
         "overflow, and NaN where nothing is allowed",

@@ -19,9 +19,9 @@ variable Z comes out below it,
     gelu(x) = x · Φ(x),        Φ(x) = P(Z ≤ x).
 
 Far to the right the gate is open (gelu(x) ≈ x), far to the left it is shut (gelu(x) ≈ 0), at 0 it stands half open.
-Between, the curve dips below zero: its lowest point is about -0.17, at x ≈ -0.75. It is the activation of the ViT's
-MLP, of BERT and of GPT-2. A formula with tanh that is often used in its place is up to 5e-4 away; it is another
-function, and not what is asked.
+Between, the curve dips below zero: its lowest point is about -0.17, at x ≈ -0.75. It is the activation in the MLP of
+every block of a ViT. Some models have a formula with tanh in its place, which was cheaper once. That is another
+function, up to 5e-4 away, and not what is asked.
 
 FROM THE DISTRIBUTION TO THE ERROR FUNCTION
 
@@ -59,7 +59,7 @@ you need not differentiate erf at all. Write gelu′ as one sum of two terms, an
 
 What your gelu′ must do:
 
-    gelu′(0) = ½        gelu′(1) = 1.0833154705876864        gelu′(x) + gelu′(-x) = 1 for every x
+    gelu′(0) = ½        gelu′(1) = 1.0833154705876863        gelu′(x) + gelu′(-x) = 1 for every x
     → 1 far right, → 0 far left; it is larger than 1 between, most at x = √2, and negative left of -0.7518
 
 TRAPS

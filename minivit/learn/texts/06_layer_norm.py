@@ -20,8 +20,8 @@ Each row is treated by itself (Ba, Kiros and Hinton 2016, arXiv 1607.06450, sect
     x̂_j = (x_j - μ) / s               the row with mean 0 and (but for eps) variance 1
     out_j = x̂_j · weight_j + bias_j
 
-Take σ² of the centred numbers as it is written. The textbook's E[x²] - μ² is the same on paper, but subtracts two
-large numbers that are almost equal: with rows around 1000 it has lost six digits, and one sample has such rows.
+Take σ² of the centred numbers, as it is written. The textbook's E[x²] - μ² is the same on paper, but subtracts two
+large numbers that are almost equal: in rows around two million, as one sample has them, it loses 12 of 16 digits.
 
 GOING BACK: weight AND bias
 
@@ -71,8 +71,8 @@ TRAPS
 - np.var divides by D and np.std(ddof=1) by D - 1. eps goes under the root.
 - Means along the last axis must keep it (keepdims=True) to be subtracted from the rows they belong to.
 - a is not g. Look at what stands between x̂ and the output.
-- Rows of ones as g, and a weight of ones, hide everything: then Σ_i dx_i = 0 and Σ_i x̂_i dx_i = 0 leave nothing, and
-  dx = 0 is right. This is why gradients are checked with random cotangents, here and elsewhere.
+- A g of ones with a weight of ones hides every mistake: the row's outputs then add up to the same number whatever x
+  is, and dx = 0. This is why gradients are checked with random cotangents, here and elsewhere.
 - The sums for dweight and dbias run over every leading axis. x (D,) has none: then there is nothing to sum.
 
 Check your work with:  minivit learn check . 6

@@ -11,7 +11,8 @@ head of each image; afterwards the heads are put side by side again. You write f
     merge(x)                       x (B, H, T, d) → (B, T, H·d)
     merge_backward(g, x)           g (B, T, H·d) → dx (B, H, T, d)
 
-g is the cotangent, ∂L/∂out of a scalar loss L. Nothing is computed here, numbers only move. It is where most
+Each returns one array (split, too: the three parts along its first axis). g is the cotangent, ∂L/∂out of a scalar loss
+L. Nothing is computed here, numbers only move. It is where most
 hand-written attention goes wrong all the same, for whatever is moved wrongly has the right shape.
 
 WHERE WHICH NUMBER LIES

@@ -74,7 +74,7 @@ TRAPS
 - The factor 1/√d is missing in dQ and dK more often than in the forward.
 - dS as well as its transpose fits K and Q in both products. Only one of each pair is right.
 - .T turns round all axes. Of an array (B, H, T, d) you want the last two exchanged: np.swapaxes(x, -1, -2).
-- One sample has scores around 800.
+- One sample has rows of scores around 800 next to rows around -800: each row needs its own largest.
 
 Check your work with:  minivit learn check . 8
 """
