@@ -44,9 +44,7 @@ def run(args: argparse.Namespace) -> int:
     if words:
         raise ConfigError(f"minivit learn {verb!r}: unknown word", f"known: {', '.join(VERBS)}")
     if not Path(verb).is_dir():
-        raise ConfigError(
-            f"there is no folder {verb!r}", f"minivit learn start {verb} makes it; see minivit learn --help"
-        )
+        raise ConfigError(f"there is no folder {verb!r}", f"minivit learn start {verb} makes one")
     return list_all([verb], args.json)
 
 
@@ -132,9 +130,8 @@ def hint(words: Sequence[str], as_json: bool) -> int:
 
     steps = ["1", "2", "3"]
     if not 1 <= len(words) <= 2 or words[1:] not in ([], *([step] for step in steps)):
-        raise ConfigError(
-            f"hint: {' '.join(words) or 'of which exercise?'}", "minivit learn hint 3, then hint 3 2, hint 3 3"
-        )
+        what = f"hint {' '.join(words)}: there is none" if words else "hint: for which exercise?"
+        raise ConfigError(what, "minivit learn hint 3; then hint 3 2, and hint 3 3")
     [exercise] = exercises(words[:1])
     step = int(words[1]) if len(words) == 2 else 1
     text = exercise.hints[step - 1]
@@ -230,7 +227,7 @@ def _next(marks: Sequence[Mark], place: Path) -> str:
     if mark.state == "missing":
         return f"Write the file:  minivit learn start {folder} {mark.exercise.number}"
     stuck = f"Stuck?  minivit learn hint {mark.exercise.number}"
-    return f"Then:   {again}\n{stuck}" if mark.state != "untouched" else f"Then:   {again}"
+    return f"Then:   {again}" if mark.state == "untouched" else f"Again:  {again}\n{stuck}"
 
 
 def _wrapped(says: Sequence[str]) -> str:
