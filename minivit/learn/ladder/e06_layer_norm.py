@@ -58,10 +58,10 @@ def composed(x: Any, weight: Any, bias: Any, eps: float, axis: Any = -1, hold: s
 
 def ways(g: Any, *args: Any) -> tuple[Any, Any, Any]:
     """Return what reaches x directly, through the mean, and through the root: they add up to dx."""
-    both, root, mean = [
+    direct, and_mean, and_root = [
         backward_of(partial(composed, hold=hold), 3)(g, *args)[0] for hold in ("mean root", "root", "mean")
     ]
-    return both, root - both, mean - both
+    return direct, and_mean - direct, and_root - direct
 
 
 def dx_from(combine: Callable[[Any, Any, Any], Any]) -> Callable[..., Any]:

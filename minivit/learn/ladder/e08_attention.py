@@ -36,7 +36,7 @@ def large(x: np.ndarray, first: float) -> np.ndarray:
 
 
 def forward(q: Any, k: Any, v: Any, mask: Any = None) -> Any:
-    """Return softmax(q·kᵀ/√d)·v, where ``mask`` is True without those keys: the next exercise has one."""
+    """Return softmax(q·kᵀ/√d)·v; ``mask`` (True = may not attend) is for the next exercise."""
     return ops.attention(q, k, v, mask)
 
 

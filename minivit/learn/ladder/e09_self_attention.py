@@ -25,7 +25,7 @@ def samples(key: Key) -> list[Sample]:
     far[:, ::2, :2] *= -1.0  # of every other token's queries
     return [
         ("each token sees itself and those before", (r(2, 5, 3 * 3 * 2), 3, later(5))),
-        ("a mask for each image", (r(3, 4, 3 * 2 * 3), 2, r.mask(3, 1, 4, 4) & ~first_row(4))),
+        ("a mask for each image", (r(3, 4, 3 * 2 * 3), 2, r.mask(3, 1, 4, 4) & (np.arange(4) > 0)[:, None])),
         ("a token that may attend to nothing", (r(2, 5, 3 * 2 * 4), 2, r.mask(5, 5))),
         ("nothing masked, one image", (r(1, 3, 3 * 3 * 5), 3, np.zeros((3, 3), bool))),
         ("one token", (r(2, 1, 3 * 2 * 3), 2, np.zeros((1, 1), bool))),
@@ -37,11 +37,6 @@ def samples(key: Key) -> list[Sample]:
 def later(tokens: int) -> np.ndarray:
     """Return the causal mask: True for keys after the query."""
     return np.triu(np.ones((tokens, tokens), bool), 1)
-
-
-def first_row(tokens: int) -> np.ndarray:
-    """Return True for the first query and nowhere else."""
-    return np.broadcast_to(np.arange(tokens)[:, None] == 0, (tokens, tokens))
 
 
 def forward(qkv: Any, heads: int, mask: Any) -> Any:
@@ -69,14 +64,14 @@ def scaled_by(scale: Callable[[int, int], float]) -> Callable[..., Any]:
     )
 
 
-def interleaved(qkv: Any, heads: int) -> Any:
-    """Return features read as (H, 3, d), as those of (3, H, d)."""
+def read_by_head(qkv: Any, heads: int) -> Any:
+    """Return features that lie as (H, 3, d) so that they lie as (3, H, d)."""
     b, t, features = qkv.shape
     return ops.reshape(ops.swapaxes(ops.reshape(qkv, (b, t, heads, 3, -1)), 2, 3), (b, t, features))
 
 
-def interleaving(dqkv: Any, heads: int) -> Any:
-    """Return features (3, H, d) packed as (H, 3, d): the inverse of :func:`interleaved`."""
+def packed_by_head(dqkv: Any, heads: int) -> Any:
+    """Return features that lie as (3, H, d) so that they lie as (H, 3, d): the inverse of :func:`read_by_head`."""
     b, t, features = dqkv.shape
     return ops.reshape(ops.swapaxes(ops.reshape(dqkv, (b, t, 3, heads, -1)), 2, 3), (b, t, features))
 
@@ -188,7 +183,7 @@ FORWARD_MISTAKES = (
         "parts within heads",
         "The features are cut into (H, 3, d), as if queries, keys and values lay together for each head. First come "
         "all queries.",
-        lambda qkv, heads, mask: forward(interleaved(qkv, heads), heads, mask),
+        lambda qkv, heads, mask: forward(read_by_head(qkv, heads), heads, mask),
     ),
     Mistake(
         "heads merged by a reshape",
@@ -253,7 +248,7 @@ BACKWARD_MISTAKES = (
         "parts within heads",
         "The gradient is packed with queries, keys and values together for each head. They are packed as they came: "
         "first all queries.",
-        lambda g, qkv, heads, mask: interleaving(right(g, qkv, heads, mask), heads),
+        lambda g, qkv, heads, mask: packed_by_head(right(g, qkv, heads, mask), heads),
     ),
     Mistake(
         "packed by a reshape",
