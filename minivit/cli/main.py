@@ -31,6 +31,7 @@ COMMANDS = {
     "graph": "draw the tape of a training step: operations, shapes, what is kept, gradients",
     "gradcheck": "prove the gradients of all operations, or of a model",
     "bench": "measure the speed of a training step, and of its operations",
+    "learn": "learn backpropagation by exercises that mark themselves",
     "doctor": "show what minivit runs on, and test it",
 }
 """What there is, each in a module of ``minivit.cli``: ``add_arguments(parser)`` and ``run(args)`` → exit code."""
