@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import importlib.util
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from minivit.learn.calling import call
 from minivit.learn.comparing import named
 from minivit.learn.diagnosis import GENERAL
 from minivit.learn.exercise import Asked, Exercise
-from minivit.learn.ladder import ladder, text_of
+from minivit.learn.ladder import arguments_of, ladder, text_of
 from minivit.learn.marking import mark, mark_function
 
 SOLUTIONS = Path(__file__).parent / "solutions"
@@ -29,11 +28,6 @@ each_function = pytest.mark.parametrize(
 each_mistake = pytest.mark.parametrize(
     ("exercise", "asked", "mistake"), MISTAKES, ids=[f"{e.slug}-{a.name}-{m.name}" for e, a, m in MISTAKES]
 )
-
-
-def arguments_of(exercise: Exercise) -> dict[str, tuple[str, ...]]:
-    functions = [node for node in ast.parse(text_of(exercise)).body if isinstance(node, ast.FunctionDef)]
-    return {node.name: tuple(argument.arg for argument in node.args.args) for node in functions}
 
 
 def loaded(path: Path):

@@ -21,17 +21,22 @@ class OverTime(BaseException):
     """A call has taken too long; no ``except Exception`` catches it."""
 
 
+class Forbidden(ImportError):
+    """A learner's file imports what it may not."""
+
+
 @dataclass
 class Outcome:
-    """What came of one call: a ``value``, or the ``fault`` that stopped it, in words, and the learner's line.
+    """What came of one call: a ``value``, or the ``fault`` that stopped it, in words, its name, and the learner's line.
 
     ``unwritten`` says that it raised NotImplementedError. ``changed`` are the positions of arguments that the call
-    wrote into; ``overwritten`` says that a later call changed what this one had returned. ``peak`` is how many bytes NumPy
-    held at once, where that was measured.
+    wrote into; ``overwritten`` says that a later call changed what this one had returned. ``printed`` is the beginning
+    of what it printed. ``peak`` is how many bytes NumPy held at once, where that was measured.
     """
 
     value: Any = None
     fault: str = ""
+    name: str = ""
     line: str = ""
     unwritten: bool = False
     changed: tuple[int, ...] = ()
@@ -60,7 +65,8 @@ def call(function: Callable[..., Any], args: Sequence[Any], file: str, measured:
     except NotImplementedError as error:
         out.unwritten, out.line = True, line_of(error, file)
     except BaseException as error:  # SystemExit and KeyboardInterrupt, too
-        out.fault, out.line = words_for(error), line_of(error, file)
+        out.name, out.fault = words_for(error)
+        out.line = line_of(error, file)
     if tracemalloc.is_tracing():
         out.peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
@@ -101,20 +107,22 @@ def same(a: Any, b: Any) -> bool:
     return bool(a == b or (a != a and b != b))
 
 
-def words_for(error: BaseException) -> str:
-    """Return what stopped a call, as a learner reads it."""
+def words_for(error: BaseException) -> tuple[str, str]:
+    """Return (the name of what stopped a call, what the learner reads)."""
+    text, kind = _short(error), type(error).__name__
     if isinstance(error, OverTime):
-        return "it did not come to an end in time"
+        return "no end", "it had not come to an end when its time was over"
     if isinstance(error, RecursionError):
-        return "it calls itself without end (RecursionError)"
+        return "no end", "it calls itself without end (RecursionError)"
     if isinstance(error, MemoryError):
-        return f"it asks for more memory than there is for an exercise ({_short(error)})".replace(" ()", "")
+        return "too much memory", f"it asks for more memory than an exercise gets: {text}".removesuffix(": ")
+    if isinstance(error, Forbidden):
+        return "not plain NumPy", text
     if not isinstance(error, Exception):
-        return f"it ends the program ({type(error).__name__}): return a value instead"
+        return "ends the program", f"it ends the program ({kind}), and should return a value"
     if isinstance(error, SyntaxError):
-        return f"{type(error).__name__}: {error.msg}"
-    text = _short(error)
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+        return "no Python", f"this is no Python: {kind}: {error.msg}"
+    return "stopped", f"{kind}: {text}".removesuffix(": ")
 
 
 def _short(error: BaseException) -> str:

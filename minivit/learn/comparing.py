@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from minivit.learn.wire import Thing
+
 TOLERANCE = 1e-12
 """An entry may be off by this share of its output's scale."""
 
@@ -84,7 +86,7 @@ def _array(name: str, x: Any) -> np.ndarray | Unreadable:
 
 
 def _a(value: object) -> str:
-    kind = type(value).__name__
+    kind = value.kind if isinstance(value, Thing) else type(value).__name__
     return f"{'an' if kind[:1] in 'aeiou' else 'a'} {kind}"
 
 

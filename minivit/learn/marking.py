@@ -66,7 +66,12 @@ def wrong_values(attempt: Attempt) -> Finding | None:
             return Finding(function, "wrong", got.name, (f"{_sentence(got.says)}", _sample(attempt, i)))
     for i, outcome in enumerate(attempt.outcomes):
         if outcome.stopped:
-            return Finding(function, "wrong", "stopped", (*_stopped(outcome), _sample(attempt, i), *_printed(outcome)))
+            return Finding(
+                function,
+                "wrong",
+                outcome.name or "stopped",
+                (*stopped(outcome), _sample(attempt, i), *_printed(outcome)),
+            )
     if not wrong:
         return None
     if general := diagnose(attempt):
@@ -131,7 +136,7 @@ def _over_limit(asked: Asked, run: Run, key: Any) -> Finding | None:
     [outcome] = run(asked.name, [args], True)
     if outcome.stopped:
         return Finding(
-            asked.name, "wrong", asked.limit.name, (asked.limit.says, *_stopped(outcome), f"Sample: {label}.")
+            asked.name, "wrong", asked.limit.name, (asked.limit.says, *stopped(outcome), f"Sample: {label}.")
         )
     if outcome.peak <= asked.limit.peak:
         return None
@@ -146,9 +151,10 @@ def _sentence(text: str) -> str:
     return f"{text[0].upper()}{text[1:]}" + ("" if text.endswith((".", "?")) else ".")
 
 
-def _stopped(outcome: Outcome) -> tuple[str, ...]:
+def stopped(outcome: Outcome) -> tuple[str, ...]:
+    """Say what stopped a call, and where."""
     what = outcome.fault or "it raises NotImplementedError"
-    return (_sentence(what), f"At {outcome.line}") if outcome.line else (_sentence(what),)
+    return (_sentence(what), f"In {outcome.line}") if outcome.line else (_sentence(what),)
 
 
 def _printed(outcome: Outcome) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import pkgutil
 from functools import cache
 from importlib import import_module, resources
@@ -23,3 +24,9 @@ def ladder() -> tuple[Exercise, ...]:
 def text_of(exercise: Exercise) -> str:
     """Return the file that the learner gets."""
     return (resources.files("minivit.learn") / "texts" / exercise.file).read_text(encoding="utf-8")
+
+
+def arguments_of(exercise: Exercise) -> dict[str, tuple[str, ...]]:
+    """Return the names of the arguments of the functions in the learner's file."""
+    functions = [node for node in ast.parse(text_of(exercise)).body if isinstance(node, ast.FunctionDef)]
+    return {function.name: tuple(argument.arg for argument in function.args.args) for function in functions}
