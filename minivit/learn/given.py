@@ -1,8 +1,7 @@
 """The pieces that later exercises are given: what earlier ones asked for, each with its backward, on NumPy arrays.
 
-A piece and its backward work alike: ``out = piece(x, weight, …)`` and ``dx, dweight, … = piece_backward(g, x, weight, …)``
-with g the gradient in ``out``. They are minivit's operations and the engine's gradients, float64: a learner's own
-functions of the earlier exercises do as well in their place.
+``out = piece(x, weight, …)`` has a ``dx, dweight, … = piece_backward(g, x, weight, …)``, g the gradient in ``out``.
+They are minivit's operations and the engine's gradients, float64; a learner's own functions do as well in their place.
 """
 
 from __future__ import annotations
@@ -84,7 +83,7 @@ def embed_backward(g: Any, images: Any, weight: Any, bias: Any, cls: Any, positi
 
 
 def cross_entropy(logits: Any, labels: Any) -> Any:
-    """Return the mean over the rows of -log softmax(logits)[label], a number: logits (B, K), labels (B,) of integers."""
+    """Return the mean over rows of -log softmax(logits)[label], a number: logits (B, K), labels (B,) of integers."""
     return ops.cross_entropy(logits, labels)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from minivit import ops
 from minivit.backend import Key
 from minivit.learn.exercise import Asked, Exercise, Mistake, Sample, backward_of, with_cotangents
 from minivit.learn.given import block, gelu, layer_norm, linear, self_attention
@@ -144,8 +143,8 @@ FORWARD_MISTAKES = (
     ),
     Mistake(
         "attention added to the normed tokens",
-        "The attention's output is added to what norm1 gave. The norm stands in the branch only; the road has x as it is. "
-        "(Was x overwritten?)",
+        "The attention's output is added to what norm1 gave. The norm stands in the branch only; the road has x as it "
+        "is. (Was x overwritten?)",
         wired(first(lambda x, norm1, attention: norm1(x) + attention(norm1(x)))),
     ),
     Mistake(
@@ -155,7 +154,8 @@ FORWARD_MISTAKES = (
     ),
     Mistake(
         "MLP reads the block's input",
-        "norm2 is given x, as if the two branches stood side by side. Which tokens does the second line of the text norm?",
+        "norm2 is given x, as if the two branches stood side by side. Which tokens does the second line of the text "
+        "norm?",
         wired(then(lambda y, norm2, mlp, x: y + mlp(norm2(x)))),
     ),
     Mistake(
@@ -190,13 +190,14 @@ FORWARD_MISTAKES = (
 BACKWARD_MISTAKES = (
     Mistake(
         "attention's residual forgotten",
-        "x is read in two places: by norm1 and by the sum. dx has only what comes back through the branch of attention.",
+        "x is read in two places: by norm1 and by the sum. dx has only what comes back through the branch of "
+        "attention.",
         going_back(first(lambda x, norm1, attention: cut(x) + attention(norm1(x)))),
     ),
     Mistake(
         "MLP's residual forgotten",
-        "y is read in two places: by norm2 and by the sum. What goes on to the first half is only what comes back through "
-        "the MLP.",
+        "y is read in two places: by norm2 and by the sum. What goes on to the first half is only what comes back "
+        "through the MLP.",
         going_back(then(lambda y, norm2, mlp, x: cut(y) + mlp(norm2(y)))),
     ),
     Mistake(
@@ -211,8 +212,8 @@ BACKWARD_MISTAKES = (
     ),
     Mistake(
         "g into the attention's branch",
-        "The branch of attention is walked back from g. Attention's output was added into y, and y is read by norm2, too: "
-        "what is the gradient of the sum x + attention(…)?",
+        "The branch of attention is walked back from g. Attention's output was added into y, and y is read by norm2, "
+        "too: what is the gradient of the sum x + attention(…)?",
         going_back(g_for_dy),
     ),
     Mistake(
@@ -263,13 +264,14 @@ BACKWARD_MISTAKES = (
     ),
     Mistake(
         "bias not summed",
-        "dfc2_bias is (B, T, D), g itself. The bias was added to every token: one number of it collects from all of them.",
+        "dfc2_bias is (B, T, D), g itself. The bias was added to every token: one number of it collects from all of "
+        "them.",
         bias_not_summed,
     ),
     Mistake(
         "parameters averaged over the batch",
-        "The gradients of the parameters are divided by B. Every use of a parameter adds to its gradient; if the loss is "
-        "a mean, g has the division already.",
+        "The gradients of the parameters are divided by B. Every use of a parameter adds to its gradient; if the loss "
+        "is a mean, g has the division already.",
         mean_over_batch,
     ),
 )  # fmt: skip
@@ -291,8 +293,8 @@ EXERCISE = Exercise(
     hints=(
         "Forward in ten lines, one box a line, each result under a name of its own: nothing is overwritten. Backward "
         "runs the same lines first, then goes through them from the last to the first.",
-        "Do the second half alone: a function (g, y) → (∂loss/∂y, the six gradients of norm2 and the MLP). Test it: with "
-        "fc2's parameters zero it must give g. The first half is the same again with another branch.",
+        "Do the second half alone: a function (g, y) → (∂loss/∂y, the six gradients of norm2 and the MLP). Test it: "
+        "with fc2's parameters zero it must give g. The first half is the same again with another branch.",
         "In each half: keep g aside, walk the branch back to the half's input, and then add what you kept. The result "
         "of the second half's addition is the g of the first half, for its branch and for its road.",
     ),

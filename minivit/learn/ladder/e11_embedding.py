@@ -98,14 +98,14 @@ def patch_gradients(g: Any, images: Any, weight: Any) -> Any:
 FORWARD_MISTAKES = (
     Mistake(
         "pixels channels last",
-        "Within a patch the numbers stand in the order (row, column, channel). weight (D, C, P, Q) has them as (channel, "
-        "row, column): look at the last three axes of your transpose.",
+        "Within a patch the numbers stand in the order (row, column, channel). weight (D, C, P, Q) has them as "
+        "(channel, row, column): look at the last three axes of your transpose.",
         projected(CHANNELS_LAST),
     ),
     Mistake(
         "patches column by column",
-        "The patches are counted down the columns. They are read like a page, row by row: which of the two grid axes has "
-        "to come first when they are joined?",
+        "The patches are counted down the columns. They are read like a page, row by row: which of the two grid axes "
+        "has to come first when they are joined?",
         projected(COLUMN_BY_COLUMN),
     ),
     Mistake(
@@ -115,8 +115,8 @@ FORWARD_MISTAKES = (
     ),
     Mistake(
         "strided patches",
-        "A patch has every so-manieth pixel of the image instead of neighbours. When an axis of H is split by a reshape, "
-        "the faster of the two new axes, the last, walks over neighbours: which of H/P and P has to be last?",
+        "A patch has every so-manieth pixel of the image instead of neighbours. When an axis of H is split by a "
+        "reshape, the faster of the two new axes, the last, walks over neighbours: which of H/P and P has to be last?",
         projected(STRIDED),
     ),
     Mistake(
@@ -137,7 +137,8 @@ FORWARD_MISTAKES = (
     ),
     Mistake(
         "positions one too early",
-        "Patch n has positions[n], and the class token none. Positions are added when the class token is there already.",
+        "Patch n has positions[n], and the class token none. Positions are added when the class token is there "
+        "already.",
         put_together(lambda patches, cls, pos: joined(cls, patches + pos[:, :-1])),
     ),
     Mistake(
@@ -212,19 +213,20 @@ BACKWARD_MISTAKES = (
     ),
     Mistake(
         "rows off by one",
-        "The last row of g is taken for the class token's, and the first for a patch's. Which row did forward put cls in?",
+        "The last row of g is taken for the class token's, and the first for a patch's. Which row did forward put cls "
+        "in?",
         seen_from_one_row_early,
     ),
     Mistake(
         "images put together by one reshape",
-        "The gradients of the patches' pixels are reshaped into images in one step. Every step of cutting has to be undone: "
-        "split, move the axes back, join.",
+        "The gradients of the patches' pixels are reshaped into images in one step. Every step of cutting has to be "
+        "undone: split, move the axes back, join.",
         but(backward, 0, lambda d, g, images, weight, *args: patch_gradients(g, images, weight).reshape(d.shape)),
     ),
     Mistake(
         "the same transpose again",
-        "The axes are moved by the permutation of the forward pass once more. It is not its own inverse: write down where "
-        "each of the six axes is and where it has to go.",
+        "The axes are moved by the permutation of the forward pass once more. It is not its own inverse: write down "
+        "where each of the six axes is and where it has to go.",
         but(backward, 0, lambda d, g, images, weight, *args: ops.transpose(patch_gradients(g, images, weight),
                                                                        (0, 2, 4, 1, 3, 5)).reshape(d.shape)),
     ),
@@ -257,11 +259,11 @@ EXERCISE = Exercise(
     hints=(
         "Write a function that cuts (B, C, H, W) into (B, N, C·P·Q) and one that puts such patches back together; test "
         "that the second undoes the first on images of 0, 1, 2, … with H ≠ W, P ≠ Q and C > 1.",
-        "After the reshape into six axes, (B, C, H/P, P, W/Q, Q), the transpose brings the axes numbered 1, 3, 5 to the "
-        "end, in this order. Going back, start from (B, H/P, W/Q, C, P, Q) and ask of each axis of the result which one "
-        "of these it is.",
+        "After the reshape into six axes, (B, C, H/P, P, W/Q, Q), the transpose brings the axes numbered 1, 3, 5 to "
+        "the end, in this order. Going back, start from (B, H/P, W/Q, C, P, Q) and ask of each axis of the result "
+        "which one of these it is.",
         "Split g into its first row and the rest. The rest is the g of a linear layer whose input are the cut patches: "
-        "all of exercise 2. What was broadcast over the batch is summed over axis 0; g whole belongs to only one of the "
-        "five.",
+        "all of exercise 2. What was broadcast over the batch is summed over axis 0; g whole belongs to only one of "
+        "the five.",
     ),
 )

@@ -44,7 +44,7 @@ class Model:
     def __init__(self, images: Any, labels: Any, heads: int, *parameters: Any) -> None:
         self.images, self.labels, self.heads = images, labels, heads
         self.embedding, self.norm_of, self.head_of = parameters[:4], parameters[4:6], parameters[6:8]
-        self.blocks = [[p[i] for p in parameters[8:]] for i in range(len(parameters[8]))]
+        self.blocks: Any = [[p[i] for p in parameters[8:]] for i in range(len(parameters[8]))]
 
     def start(self) -> Any:
         """Return z0, (B, T, D)."""
@@ -193,7 +193,8 @@ FORWARD_MISTAKES = (
     ),
     Mistake(
         "mean over the wrong count",
-        "The loss is divided by the number of logits, B·K. It is one number for each image: how many of them are averaged?",
+        "The loss is divided by the number of logits, B·K. It is one number for each image: how many of them are "
+        "averaged?",
         with_(loss_of=lambda self, logits: cross_entropy(logits, self.labels) / logits.shape[1]),
     ),
     Mistake(
@@ -267,7 +268,8 @@ BACKWARD_MISTAKES = (
     ),
     Mistake(
         "gradients in the order met",
-        "The blocks' gradients stand in the order in which they were found. Which block does one meet first, going back?",
+        "The blocks' gradients stand in the order in which they were found. Which block does one meet first, going "
+        "back?",
         order_met,
     ),
     Mistake(
@@ -282,8 +284,8 @@ BACKWARD_MISTAKES = (
     ),
     Mistake(
         "only the class token's row goes back",
-        "Between blocks all rows but the class token's are set to zero. The head reads one row, but attention reads all: what "
-        "a block's backward gives for the patches' rows goes on into the block before.",
+        "Between blocks all rows but the class token's are set to zero. The head reads one row, but attention reads "
+        "all: what a block's backward gives for the patches' rows goes on into the block before.",
         back_with(step=class_token_only),
     ),
 )  # fmt: skip
@@ -307,8 +309,8 @@ EXERCISE = Exercise(
         "forward takes its last result, backward all of them.",
         "Make the blocks' gradients first, as zeros of the parameters' shapes, and write each block's twelve into "
         "place i. For ∂loss/∂u: zeros of u's shape, of which one row is filled.",
-        "Backward is eight calls: cross_entropy_backward with g; linear_backward at u's row; layer_norm_backward at the "
-        "last of the list; then for i from L-1 down to 0 block_backward at z_i, the first of what it returns being the g "
-        "of the next; and embed_backward, whose first result nobody wants.",
+        "Backward is eight calls: cross_entropy_backward with g; linear_backward at u's row; layer_norm_backward at "
+        "the last of the list; then for i from L-1 down to 0 block_backward at z_i, the first of what it returns being "
+        "the g of the next; and embed_backward, whose first result nobody wants.",
     ),
 )

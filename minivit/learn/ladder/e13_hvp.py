@@ -102,9 +102,7 @@ def hvp(g: Any, q: Any, k: Any, v: Any, *t: Any) -> Any:
     """Return the Hessian of Σ g ∘ attention times t: the gradient of its gradient's product with t."""
     leaves = [tensor(x, requires_grad=True) for x in (q, k, v)]
     first = grad_or_zeros(ops.sum(attention(*leaves) * g), leaves, create_graph=True)
-    return tuple(
-        x.numpy() for x in grad_or_zeros(sum(ops.sum(x * y) for x, y in zip(first, t, strict=True)), leaves)
-    )
+    return tuple(x.numpy() for x in grad_or_zeros(sum(ops.sum(x * y) for x, y in zip(first, t, strict=True)), leaves))
 
 
 def unscaled(q: Any, k: Any) -> Any:
@@ -150,7 +148,8 @@ SOFTMAX_MISTAKES = (
     ),
     (
         "plain mean for weighted mean",
-        "What is taken off Ṡ is its plain mean over the row. In the derivation, step 2, each term of the sum has a weight.",
+        "What is taken off Ṡ is its plain mean over the row. In the derivation, step 2, each term of the sum has a "
+        "weight.",
         plain_mean,
     ),
 )
@@ -253,7 +252,8 @@ HVP_MISTAKES = (
     ),
     Mistake(
         "Gauss-Newton",
-        "This is the backward pass of exercise 8 fed with the tangent: Jᵀ·J·t. It has first derivatives only, and no g.",
+        "This is the backward pass of exercise 8 fed with the tangent: Jᵀ·J·t. It has first derivatives only, and no "
+        "g.",
         gauss_newton,
     ),
 )
@@ -267,11 +267,11 @@ EXERCISE = Exercise(
         Asked("hvp", ("hq", "hk", "hv"), right=hvp, samples=with_g, mistakes=HVP_MISTAKES),
     ),
     hints=(
-        "Write S and P first, then under each line the same line with dots. Name the dotted ones alike (ts, tp, tdp, tr, "
-        "tds): every one of them has the shape of what it belongs to, so a forgotten transpose shows.",
-        "Softmax: Ṗ = P ∘ (Ṡ - w) with w the mean of Ṡ over the row, each key weighted by its probability. It is the same "
-        "function that the backward pass applies to dP.",
-        "Of the six lines of the backward pass, dV and dP have one term with dots each (g stands still); r, dS, dQ and dK "
-        "have two. In all there are ten terms; count yours.",
+        "Write S and P first, then under each line the same line with dots. Name the dotted ones alike (ts, tp, tdp, "
+        "tr, tds): every one of them has the shape of what it belongs to, so a forgotten transpose shows.",
+        "Softmax: Ṗ = P ∘ (Ṡ - w) with w the mean of Ṡ over the row, each key weighted by its probability. It is the "
+        "same function that the backward pass applies to dP.",
+        "Of the six lines of the backward pass, dV and dP have one term with dots each (g stands still); r, dS, dQ and "
+        "dK have two. In all there are ten terms; count yours.",
     ),
 )

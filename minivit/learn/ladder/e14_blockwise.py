@@ -94,8 +94,7 @@ Tops = Callable[[Array, int], Array]
 def shifted(of_values: Tops, of_sum: Tops, kept: Tops = last_top) -> Callable[..., Any]:
     """Return Σ e^(s - a)·v / Σ e^(s - b) and the logarithm of its denominator, where a and b differ from key to key.
 
-    Where a block's terms are not rescaled the maximum that was known at that time stays in them. ``kept`` is the maximum
-    at the end.
+    Where a block's terms are not rescaled the maximum that was known then stays in them; ``kept`` is that at the end.
     """
 
     def gives(q: Any, k: Any, v: Any, block: int) -> tuple[Any, Any]:
@@ -119,7 +118,7 @@ def each_normalised(share: Callable[[int], float]) -> Callable[..., Any]:
     """Return the sum of every block's own attention, times a share of the number of blocks."""
 
     def gives(q: Any, k: Any, v: Any, block: int) -> tuple[Any, Any]:
-        out, lse = forward(q, k, v, block)
+        lse = forward(q, k, v, block)[1]
         weights = in_blocks(ops.softmax, scores_of(q, k), block)
         return (weights @ v) * share(-(-len(k) // block)), lse
 
@@ -183,7 +182,7 @@ def some_keys(place: int, keep: Callable[[int, int], slice]) -> Callable[..., An
     """
 
     def gives(g: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, block: int) -> tuple[Any, ...]:
-        dq, dk, dv = backward(g, q, k, v, out, lse, block)
+        _, dk, dv = backward(g, q, k, v, out, lse, block)
         kept = np.zeros((len(k), 1))
         kept[keep(len(k), block)] = 1.0
         p = np.exp(scores_of(q, k) - lse[:, None])
@@ -196,8 +195,8 @@ def some_keys(place: int, keep: Callable[[int, int], slice]) -> Callable[..., An
 FORWARD_MISTAKES = (
     Mistake(
         "nothing rescaled",
-        "Each block's terms keep the maximum that was known when they came in. When the maximum rises, what was summed up "
-        "before has to be brought to the new one, the sum and the accumulator.",
+        "Each block's terms keep the maximum that was known when they came in. When the maximum rises, what was summed "
+        "up before has to be brought to the new one, the sum and the accumulator.",
         shifted(running_top, running_top),
     ),
     Mistake(
@@ -212,19 +211,21 @@ FORWARD_MISTAKES = (
     ),
     Mistake(
         "each block its own maximum",
-        "The maximum is that of the block alone, and not of what came before as well; and nothing is brought from one to "
-        "the other.",
+        "The maximum is that of the block alone, and not of what came before as well; and nothing is brought from one "
+        "to the other.",
         shifted(own_top, own_top, own_top),
     ),
     Mistake(
         "no maximum",
         "Nothing is subtracted from the scores before exp: e^1000 is infinite.",
-        shifted(lambda s, block: np.zeros_like(s), lambda s, block: np.zeros_like(s), lambda s, block: np.zeros_like(s)),
+        shifted(
+            lambda s, block: np.zeros_like(s), lambda s, block: np.zeros_like(s), lambda s, block: np.zeros_like(s)
+        ),
     ),
     Mistake(
         "one maximum for all queries",
-        "The maximum is taken over the whole block of scores. Rows may be far apart: every query needs its own, or all its "
-        "exponentials are 0. Look at axis= in the maximum.",
+        "The maximum is taken over the whole block of scores. Rows may be far apart: every query needs its own, or all "
+        "its exponentials are 0. Look at axis= in the maximum.",
         shifted(*[lambda s, block: np.broadcast_to(s.max(), s.shape)] * 3),
     ),
     Mistake(
@@ -234,14 +235,14 @@ FORWARD_MISTAKES = (
     ),
     Mistake(
         "blocks normalised and added",
-        "Each block's softmax is divided by its own sum, and the results are added. There is one sum, of all blocks, and one "
-        "division, at the end.",
+        "Each block's softmax is divided by its own sum, and the results are added. There is one sum, of all blocks, "
+        "and one division, at the end.",
         each_normalised(lambda blocks: 1.0),
     ),
     Mistake(
         "blocks normalised and averaged",
-        "Each block's softmax is divided by its own sum, and the results are averaged. Blocks weigh differently: there is "
-        "one sum, of all blocks, and one division, at the end.",
+        "Each block's softmax is divided by its own sum, and the results are averaged. Blocks weigh differently: there "
+        "is one sum, of all blocks, and one division, at the end.",
         each_normalised(lambda blocks: 1.0 / blocks),
     ),
     Mistake(
@@ -266,7 +267,8 @@ BACKWARD_MISTAKES = (
     ),
     Mistake(
         "D of each block alone",
-        "D is summed over the keys of the block at hand. It is a sum over all keys; step 6 has a way to get it at once.",
+        "D is summed over the keys of the block at hand. It is a sum over all keys; step 6 has a way to get it at "
+        "once.",
         from_lines(inner=inner_of_block),
     ),
     Mistake(
@@ -313,14 +315,15 @@ BACKWARD_MISTAKES = (
     ),
     Mistake(
         "scale forgotten in the scores",
-        "The scores that backward makes again lack the factor 1/√d, so the probabilities are not those of the forward pass.",
+        "The scores that backward makes again lack the factor 1/√d, so the probabilities are not those of the forward "
+        "pass.",
         from_lines(of_scores=lambda q: 1.0),
     ),
 )
 
 LIMIT = (
-    "The numbers are right, but somewhere an array of Tq x Tk is made: all scores, all probabilities, a mask of that shape. "
-    "Which line of yours has a product of all queries with all keys?"
+    "The numbers are right, but somewhere an array of Tq x Tk is made: all scores, all probabilities, a mask of that "
+    "shape. Which line of yours has a product of all queries with all keys?"
 )
 
 
@@ -359,12 +362,13 @@ EXERCISE = Exercise(
         ),
     ),
     hints=(
-        "Loop over the starts of the blocks, range(0, Tk, block), and take k[start : start + block]; queries need no loop. "
-        "Keep m (Tq, 1) at -∞, l (Tq, 1) and a (Tq, e) at zero before it.",
-        "In each turn: the block's scores; the new maximum of the old one and of theirs; one factor, (Tq, 1), by which l and "
-        "a are multiplied before the block's own sum and product with the values are added. Only then is m replaced.",
-        "Backward: D (Tq, 1) is the sum over e of g times out, before the loop. In the loop P of the block is exp of scores "
-        "minus lse; then the five lines of exercise 8 with these P and D, of which dk and dv fill their rows and dq is "
-        "added up.",
+        "Loop over the starts of the blocks, range(0, Tk, block), and take k[start : start + block]; queries need no "
+        "loop. Keep m (Tq, 1) at -∞, l (Tq, 1) and a (Tq, e) at zero before it.",
+        "In each turn: the block's scores; the new maximum of the old one and of theirs; one factor, (Tq, 1), by which "
+        "l and a are multiplied before the block's own sum and product with the values are added. Only then is m "
+        "replaced.",
+        "Backward: D (Tq, 1) is the sum over e of g times out, before the loop. In the loop P of the block is exp of "
+        "scores minus lse; then the five lines of exercise 8 with these P and D, of which dk and dv fill their rows "
+        "and dq is added up.",
     ),
 )

@@ -1,19 +1,19 @@
-"""Exercise 13: second order: the Hessian-vector product of attention
+"""Exercise 13: Hessian-vector product of attention
 
 Take a scalar made of one head's attention,
 
     f(Q, K, V) = Σ g ∘ attention(Q, K, V)        g fixed, of attention's shape;  ∘ entry by entry,  Σ over all entries
 
-Its gradient is what exercise 8 computes: ∇f = backward(g, Q, K, V). The Hessian ∇²f is the matrix of second derivatives:
-how ∇f changes when the inputs move. For T tokens it has (3·T·d)² entries, a hundred million for one small head of
-T = 50, d = 64: nobody builds it. What Newton's method, conjugate gradients, sharpness measures and influence
-functions need is only its product with a vector, and this costs no more than a few backward passes (Pearlmutter 1994,
-"Fast exact multiplication by the Hessian"):
+Its gradient is what exercise 8 computes: ∇f = backward(g, Q, K, V). The Hessian ∇²f is the matrix of second
+derivatives: how ∇f changes when the inputs move. For T tokens it has (3·T·d)² entries, a hundred million for one
+small head of T = 50, d = 64: nobody builds it. What Newton's method, conjugate gradients, sharpness measures and
+influence functions need is only its product with a vector, and this costs no more than a few backward passes
+(Pearlmutter 1994, "Fast exact multiplication by the Hessian"):
 
     (∇²f)·t  =  d/dε ∇f(inputs + ε·t)  at ε = 0        t = (tq, tk, tv), a direction in which all inputs move
 
-It is the derivative *along a direction* of the gradient. Nothing is approximated: a difference quotient with a small ε
-would be good to some 6 digits only, and 12 are asked for.
+It is the derivative *along a direction* of the gradient. Nothing is approximated: a difference quotient with a small
+ε would be good to some 6 digits only, and 12 are asked for.
 
 WHAT IS GIVEN
 
@@ -24,12 +24,13 @@ The leading axes "…" (heads, batch; or none) are the same everywhere: each hea
 
 The gradients of exercise 8, which you may want to have beside you:
 
-    dV = Pᵀ·g        dP = g·Vᵀ        r = Σ_keys P ∘ dP  (…, Tq, 1)        dS = P ∘ (dP - r)        dQ = c·dS·K        dK = c·dSᵀ·Q
+    dV = Pᵀ·g              dP = g·Vᵀ             r = Σ P ∘ dP, over the keys, (…, Tq, 1)
+    dS = P ∘ (dP - r)      dQ = c·dS·K           dK = c·dSᵀ·Q
 
 WHAT IS ASKED
 
-tangent: d/dε attention(q + ε·tq, k + ε·tk, v + ε·tv) at ε = 0, of shape (…, Tq, e). This is forward mode: "if the inputs
-    move that way, how does the output move?"
+tangent: d/dε attention(q + ε·tq, k + ε·tk, v + ε·tv) at ε = 0, of shape (…, Tq, e). This is forward mode: "if the
+    inputs move that way, how does the output move?"
 hvp: d/dε of the three gradients (dQ, dK, dV) along the same direction, g held fixed, of the shapes of q, k and v.
 
 THE DERIVATION
@@ -46,12 +47,14 @@ THE DERIVATION
 
        Ṗ / P = Ṡ - (Σ E ∘ Ṡ)/ΣE
 
-   and the last term can be written with P. The rows of P sum to 1 whatever S is, so the rows of Ṗ sum to 0: check yours.
-   Compare with dS above. The Jacobian of softmax is symmetric: the rule forwards looks like the rule backwards.
+   and the last term can be written with P. The rows of P sum to 1 whatever S is, so the rows of Ṗ sum to 0: check
+   yours. Compare with dS above. The Jacobian of softmax is symmetric: the rule forwards looks like the rule
+   backwards.
 
 3. The tangent of the output is the product rule on P·V with Ṗ from 2 and Ṡ from the product rule on c·Q·Kᵀ.
 
-4. hvp: take the lines of the backward pass one after the other, as they stand above, and put the dot on each. For the first,
+4. hvp: take the six lines of the backward pass one after the other, as they stand above, and put the dot on each. The
+   first:
 
        dV = Pᵀ·g      →      (dV)˙ = (Ṗ)ᵀ·g             one term, as g does not move
 
@@ -60,8 +63,8 @@ THE DERIVATION
 
 TRAPS
 
-- In f everything meets everything: although dV does not contain V, it moves when Q moves. Although out is linear in V, the
-  gradient dQ moves when V does.
+- In f everything meets everything: although dV does not contain V, it moves when Q moves. Although out is linear in
+  V, the gradient dQ moves when V does.
 - r is not a constant. It is a sum of products, and both factors move.
 - dQ = c·dS·K has two factors that move, dK too.
 - c is in Ṡ once, and once in the lines of dQ and dK.
@@ -70,7 +73,8 @@ TRY IT
 
 The Hessian is symmetric (Schwarz): for two directions t and s, Σ s ∘ hvp(t) = Σ t ∘ hvp(s). A forgotten term nearly
 always breaks this. hvp is linear in t. With one key (Tk = 1) P is 1 and stays 1: what is left of everything?
-And hvp is d/dε of a function that you have: (∇f(inputs + 1e-5·t) - ∇f(inputs - 1e-5·t))/2e-5 should agree to about 9 digits.
+And hvp is d/dε of a function that you have: (∇f(inputs + 1e-5·t) - ∇f(inputs - 1e-5·t))/2e-5 should agree to about 9
+digits.
 
 Check your work with:  minivit learn check . 13
 """
