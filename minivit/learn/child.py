@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import minivit
 from minivit.learn.calling import Outcome
 from minivit.learn.wire import LARGEST, packed, unpacked
 
@@ -37,7 +36,7 @@ class Child:
 
     def __enter__(self) -> Child:
         environment = os.environ | dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-        here = str(Path(minivit.__file__).parent.parent)
+        here = str(Path(__file__).parents[2])
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [here, environment.get("PYTHONPATH", "")]))
         # -P: no file beside the learner's may stand in for one of Python's
         command = [sys.executable, "-P", "-m", "minivit.learn.runner"]
@@ -64,9 +63,15 @@ class Child:
         return _outcome(reply["outcome"])
 
     def run(self, name: str, many: Sequence[tuple[Any, ...]], measured: bool = False) -> list[Outcome]:
-        """Call the function ``name`` with each of many arguments; after a call that ends the process, none is run."""
-        outcomes = []
+        """Call the function ``name`` with each of many arguments.
+
+        After a call that takes too long, or ends the process, none is made: the others have the same outcome.
+        """
+        outcomes: list[Outcome] = []
         for args in many:
+            if outcomes and (outcomes[-1].name == "no end" or self._ended is not None):
+                outcomes.append(outcomes[-1])
+                continue
             started, seconds = time.monotonic(), min(SECONDS, max(0.1, self._left))
             reply = self._ask({"do": "call", "name": name, "args": args, "measured": measured, "seconds": seconds})
             outcomes.append(reply if isinstance(reply, Outcome) else _outcome(reply))
@@ -84,7 +89,9 @@ class Child:
             try:
                 return unpacked(self._exchange(len(body).to_bytes(8, "big") + body, deadline))
             except TimeoutError:
-                self._ended = Outcome(name="no end", fault="it had not come to an end when its time was over")
+                self._ended = Outcome(
+                    name="no end", fault=f"it had not come to an end after {request.get('seconds', _GRACE):g} s"
+                )
             except (OSError, EOFError, ValueError):  # it closed its pipes, or wrote nonsense into them
                 self._ended = self._how_it_ended()
             self._end()
@@ -121,9 +128,9 @@ class Child:
             if status is not None and status.si_code in (os.CLD_KILLED, os.CLD_DUMPED):
                 return Outcome(name="crash", fault=f"it crashes Python ({signal.Signals(status.si_status).name})")
             if status is not None:
-                break
+                return Outcome(name="ends the program", fault="it ends the program, and should return a value")
             time.sleep(0.01)
-        return Outcome(name="ends the program", fault="it ends the program, and should return a value")
+        return Outcome(name="no answer", fault="it writes where its results are read, or closes that")
 
     def _end(self) -> None:
         with contextlib.suppress(ProcessLookupError, PermissionError):

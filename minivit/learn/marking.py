@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from minivit.backend import Key
+from minivit.errors import shortened
 from minivit.learn.attempt import Attempt
 from minivit.learn.calling import Outcome, same
 from minivit.learn.comparing import Unreadable, worst_entry
@@ -31,7 +33,7 @@ class Finding:
     says: tuple[str, ...] = ()
 
 
-def mark(exercise: Exercise, arguments: dict[str, tuple[str, ...]], run: Run, key: Any) -> list[Finding]:
+def mark(exercise: Exercise, arguments: dict[str, tuple[str, ...]], run: Run, key: Key) -> list[Finding]:
     """Mark the functions of an exercise in order, as far as the first that is not right.
 
     ``arguments`` has the names of each function's arguments, ``run`` calls the learner's, ``key`` draws the samples.
@@ -44,14 +46,19 @@ def mark(exercise: Exercise, arguments: dict[str, tuple[str, ...]], run: Run, ke
     return findings
 
 
-def mark_function(asked: Asked, arguments: tuple[str, ...], run: Run, key: Any) -> Finding:
+def mark_function(asked: Asked, arguments: tuple[str, ...], run: Run, key: Key) -> Finding:
     """Mark one function: its values on all samples, then its manners, then its memory."""
     samples = asked.samples(key)
     outcomes = run(asked.name, [args for _, args in samples], False)
     if any(outcome.unwritten for outcome in outcomes):
         return Finding(asked.name, "unwritten")
     attempt = Attempt(asked, arguments, samples, outcomes)
-    finding = wrong_values(attempt) or wrong_manners(attempt) or _repeated(attempt, run) or _over_limit(asked, run, key)
+    finding = (
+        wrong_values(attempt)
+        or _changed_arguments(attempt)
+        or _repeated(attempt, run, key)
+        or _over_limit(asked, run, key)
+    )
     return finding or Finding(asked.name, "right")
 
 
@@ -63,7 +70,7 @@ def wrong_values(attempt: Attempt) -> Finding | None:
         return _listed(attempt, found)
     for i, got in enumerate(attempt.got):
         if isinstance(got, Unreadable):
-            return Finding(function, "wrong", got.name, (f"{_sentence(got.says)}", _sample(attempt, i)))
+            return Finding(function, "wrong", got.name, (_sentence(got.says), _sample(attempt, i)))
     for i, outcome in enumerate(attempt.outcomes):
         if outcome.stopped:
             return Finding(
@@ -93,8 +100,8 @@ def _listed(attempt: Attempt, found: list[tuple[Any, list[str]]]) -> Finding:
     return Finding(attempt.asked.name, "wrong", name, (*says, *_entry(attempt, output)))
 
 
-def wrong_manners(attempt: Attempt) -> Finding | None:
-    """Find what is right in value and wrong all the same: arguments written into, results overwritten."""
+def _changed_arguments(attempt: Attempt) -> Finding | None:
+    """Find arguments that are written into, though the values are right."""
     for i, outcome in enumerate(attempt.outcomes):
         if outcome.changed:
             name = _argument(attempt, outcome.changed[0])
@@ -104,20 +111,22 @@ def wrong_manners(attempt: Attempt) -> Finding | None:
                 _sample(attempt, i),
             )
             return Finding(attempt.asked.name, "wrong", "an argument changed", says)
-        if outcome.overwritten:
+    return None
+
+
+def _repeated(attempt: Attempt, run: Run, key: Key) -> Finding | None:
+    """Find a function that gives something else when it is called again, in another order, or gives the same array."""
+    others = [args for _, args in attempt.asked.samples(key.child(1))]  # other numbers, mostly in the same shapes
+    repeated = [args for _, args in reversed(attempt.samples)]
+    again = run(attempt.asked.name, repeated + others, False)[: len(repeated)]
+    for i, (first, second) in enumerate(zip(attempt.outcomes, reversed(again), strict=True)):
+        if second.overwritten:
             says = (
                 "The values are right, but a later call overwrites what this one returned: an array that outlives the "
                 "call is returned. Make a new one in each call.",
                 _sample(attempt, i),
             )
             return Finding(attempt.asked.name, "wrong", "result overwritten", says)
-    return None
-
-
-def _repeated(attempt: Attempt, run: Run) -> Finding | None:
-    """Find a function that gives something else when it is called again, in another order."""
-    again = run(attempt.asked.name, [args for _, args in reversed(attempt.samples)], False)[::-1]
-    for i, (first, second) in enumerate(zip(attempt.outcomes, again, strict=True)):
         if second.stopped or not same(first.value, second.value):
             says = (
                 "It gives something else when it is called again with the same arguments: something is kept from one "
@@ -128,7 +137,7 @@ def _repeated(attempt: Attempt, run: Run) -> Finding | None:
     return None
 
 
-def _over_limit(asked: Asked, run: Run, key: Any) -> Finding | None:
+def _over_limit(asked: Asked, run: Run, key: Key) -> Finding | None:
     """Find a function that needs more memory than the exercise allows."""
     if asked.limit is None:
         return None
@@ -148,7 +157,8 @@ def _over_limit(asked: Asked, run: Run, key: Any) -> Finding | None:
 
 
 def _sentence(text: str) -> str:
-    return f"{text[0].upper()}{text[1:]}" + ("" if text.endswith((".", "?")) else ".")
+    text = f"{text[0].upper()}{text[1:]}" if text.startswith(("it ", "this ", "the ")) else text
+    return text if text.endswith((".", "?")) else f"{text}."
 
 
 def stopped(outcome: Outcome) -> tuple[str, ...]:
@@ -158,7 +168,8 @@ def stopped(outcome: Outcome) -> tuple[str, ...]:
 
 
 def _printed(outcome: Outcome) -> tuple[str, ...]:
-    return ("It printed:", *outcome.printed.rstrip().splitlines()[:12]) if outcome.printed.strip() else ()
+    lines = [shortened(line, 100) for line in outcome.printed.rstrip().splitlines()[:12]]
+    return ("It printed:", *(f"  {line}" for line in lines)) if lines else ()
 
 
 def _argument(attempt: Attempt, position: int) -> str:

@@ -111,7 +111,7 @@ def _ended_after(seconds: float) -> Any:
         return
 
     def ring(*_: Any) -> None:
-        raise OverTime
+        raise OverTime(f"{seconds:g}")
 
     signal.signal(signal.SIGALRM, ring)
     signal.setitimer(signal.ITIMER_REAL, seconds)
