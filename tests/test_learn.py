@@ -78,15 +78,21 @@ def test_a_backward_is_the_complex_step_of_its_forward(exercise, asked):
     if asked.name != "backward":
         pytest.skip("not a backward")
     forward = next(a for a in exercise.asked if a.name == "forward")
-    names = arguments_of(exercise)["forward"]
+    given, wanted = arguments_of(exercise)["backward"][1:], arguments_of(exercise)["forward"]
+    # what backward takes beside: what forward returned; after the named arguments those that *args stands for
+    of_forward = [given.index(name) for name in wanted]
     for seed in range(2):
         for label, (g, *args) in asked.samples(Key(seed)):
             gradients = named(asked.outputs, asked.right(g, *args))
+            rest = iter(range(len(given), len(args)))
             for output, gradient in gradients.items():
-                position = names.index(output.removeprefix("d"))
+                name = output.removeprefix("d")
+                position = given.index(name) if name in given else next(rest)
                 x, v = args[position], np.random.default_rng(seed).standard_normal(np.shape(args[position]))
-                moved = [*args[:position], x + 1e-30j * v, *args[position + 1 :]]
-                terms = np.imag(forward.right(*moved)) / 1e-30 * g
+                moved = [a.astype(complex) if isinstance(a, np.ndarray) and a.dtype.kind == "f" else a for a in args]
+                moved[position] = x + 1e-30j * v
+                out = forward.right(*(moved[i] for i in of_forward), *moved[len(given) :])
+                terms = np.imag(out[0] if isinstance(out, tuple) else out) / 1e-30 * g
                 scale = max(np.abs(terms).sum(), np.abs(gradient * v).sum(), 1e-3)
                 assert abs(terms.sum() - (gradient * v).sum()) <= 1e-12 * scale, (label, output)
 

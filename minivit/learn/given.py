@@ -6,10 +6,28 @@ They are minivit's operations and the engine's gradients, float64; a learner's o
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from minivit import ops
+from minivit.errors import ShapeError
 from minivit.learn.exercise import backward_of
+
+
+def with_backwards(*names: str) -> tuple[str, ...]:
+    """Return the names of pieces, and those of their backwards."""
+    return tuple(name for piece in names for name in (piece, f"{piece}_backward"))
+
+
+def _gradients(piece: Callable[..., Any], count: int, g: Any, *args: Any) -> Any:
+    """Return the gradients of the first ``count`` arguments; ShapeError for a g that is not of the output's shape."""
+    name, shape = piece.__name__, np.shape(piece(*args))
+    if np.shape(g) != shape:
+        what = f"{name}_backward: g has shape {np.shape(g)}, but {name} of these arguments returns {shape}"
+        raise ShapeError(what, f"g is the gradient of what {name} returned")
+    return backward_of(piece, count)(np.asarray(g, np.float64), *args)
 
 
 def linear(x: Any, weight: Any, bias: Any) -> Any:
@@ -19,7 +37,7 @@ def linear(x: Any, weight: Any, bias: Any) -> Any:
 
 def linear_backward(g: Any, x: Any, weight: Any, bias: Any) -> Any:
     """Return (dx, dweight, dbias) for g (…, out)."""
-    return backward_of(linear, 3)(g, x, weight, bias)
+    return _gradients(linear, 3, g, x, weight, bias)
 
 
 def gelu(x: Any) -> Any:
@@ -29,7 +47,7 @@ def gelu(x: Any) -> Any:
 
 def gelu_backward(g: Any, x: Any) -> Any:
     """Return dx for g of the shape of x."""
-    return backward_of(gelu, 1)(g, x)
+    return _gradients(gelu, 1, g, x)
 
 
 def layer_norm(x: Any, weight: Any, bias: Any) -> Any:
@@ -39,7 +57,7 @@ def layer_norm(x: Any, weight: Any, bias: Any) -> Any:
 
 def layer_norm_backward(g: Any, x: Any, weight: Any, bias: Any) -> Any:
     """Return (dx, dweight, dbias) for g (…, D)."""
-    return backward_of(layer_norm, 3)(g, x, weight, bias)
+    return _gradients(layer_norm, 3, g, x, weight, bias)
 
 
 def self_attention(qkv: Any, heads: int) -> Any:
@@ -49,7 +67,7 @@ def self_attention(qkv: Any, heads: int) -> Any:
 
 def self_attention_backward(g: Any, qkv: Any, heads: int) -> Any:
     """Return dqkv (B, T, 3D) for g (B, T, D)."""
-    return backward_of(self_attention, 1)(g, qkv, heads)
+    return _gradients(self_attention, 1, g, qkv, heads)
 
 
 def block(
@@ -65,7 +83,7 @@ def block(
 
 def block_backward(g: Any, x: Any, *parameters: Any) -> Any:
     """Return (dx, dnorm1_weight, …, dfc2_bias), thirteen, for g (B, T, D); arguments as those of :func:`block`."""
-    return backward_of(block, 13)(g, x, *parameters)
+    return _gradients(block, 13, g, x, *parameters)
 
 
 def embed(images: Any, weight: Any, bias: Any, cls: Any, positions: Any) -> Any:
@@ -79,7 +97,7 @@ def embed(images: Any, weight: Any, bias: Any, cls: Any, positions: Any) -> Any:
 
 def embed_backward(g: Any, images: Any, weight: Any, bias: Any, cls: Any, positions: Any) -> Any:
     """Return (dimages, dweight, dbias, dcls, dpositions) for g (B, T, D)."""
-    return backward_of(embed, 5)(g, images, weight, bias, cls, positions)
+    return _gradients(embed, 5, g, images, weight, bias, cls, positions)
 
 
 def cross_entropy(logits: Any, labels: Any) -> Any:
@@ -89,4 +107,4 @@ def cross_entropy(logits: Any, labels: Any) -> Any:
 
 def cross_entropy_backward(g: Any, logits: Any, labels: Any) -> Any:
     """Return dlogits (B, K) for g, a number."""
-    return backward_of(cross_entropy, 1)(g, logits, labels)
+    return _gradients(cross_entropy, 1, g, logits, labels)

@@ -7,7 +7,7 @@ from typing import Any
 
 from minivit.backend import Key
 from minivit.learn.exercise import Asked, Exercise, Mistake, Sample, backward_of, with_cotangents
-from minivit.learn.given import block, gelu, layer_norm, linear, self_attention
+from minivit.learn.given import block, gelu, layer_norm, linear, self_attention, with_backwards
 from minivit.learn.mutants import cut, misread
 from minivit.ops.samples import Draw
 
@@ -280,6 +280,7 @@ EXERCISE = Exercise(
     number=10,
     slug="block",
     title="the pre-norm block",
+    given=with_backwards("linear", "gelu", "layer_norm", "self_attention"),
     asked=(
         Asked("forward", ("out",), right=block, samples=samples, mistakes=FORWARD_MISTAKES),
         Asked(

@@ -10,7 +10,7 @@ import numpy as np
 from minivit import ops
 from minivit.backend import Key
 from minivit.learn.exercise import Asked, Exercise, Mistake, Sample, backward_of, with_cotangents
-from minivit.learn.given import block, cross_entropy, embed, layer_norm, linear
+from minivit.learn.given import block, cross_entropy, embed, layer_norm, linear, with_backwards
 from minivit.learn.ladder.e10_block import NAMES, parameters
 from minivit.learn.mutants import cut, misread
 from minivit.ops.samples import Draw
@@ -42,9 +42,9 @@ class Model:
     """The boxes of the chain, for some parameters; what a mistake changes is a method."""
 
     def __init__(self, images: Any, labels: Any, heads: int, *parameters: Any) -> None:
-        self.images, self.labels, self.heads = images, labels, heads
+        self.images, self.labels = images, labels
         self.embedding, self.norm_of, self.head_of = parameters[:4], parameters[4:6], parameters[6:8]
-        self.blocks: Any = [[p[i] for p in parameters[8:]] for i in range(len(parameters[8]))]
+        self.blocks = [[*(p[i] for p in parameters[8:]), heads] for i in range(len(parameters[8]))]
 
     def start(self) -> Any:
         """Return z0, (B, T, D)."""
@@ -52,7 +52,7 @@ class Model:
 
     def step(self, i: int, z: Any) -> Any:
         """Return the tokens after block i."""
-        return block(z, *self.blocks[i], self.heads)
+        return block(z, *self.blocks[i])
 
     def encode(self, z: Any) -> Any:
         """Return zL of z0."""
@@ -118,17 +118,17 @@ backward = back(forward)
 
 def every_block_the_first(self: Model, i: int, z: Any) -> Any:
     """Use block 0's parameters everywhere."""
-    return block(z, *self.blocks[0], self.heads)
+    return block(z, *self.blocks[0])
 
 
 def backwards(self: Model, i: int, z: Any) -> Any:
     """Use the blocks from the last to the first."""
-    return block(z, *self.blocks[-1 - i], self.heads)
+    return block(z, *self.blocks[-1 - i])
 
 
 def read_at(place: Callable[[Model, int], int]) -> Callable[..., Any]:
     """Return a step whose block is walked back at z_k, k = place(model, i), in the place of z_i."""
-    return lambda self, i, z: misread(block, z, self.before(place(self, i)), *self.blocks[i], self.heads)
+    return lambda self, i, z: misread(block, z, self.before(place(self, i)), *self.blocks[i])
 
 
 def all_rows(share: Callable[[Any], float]) -> Callable[..., Any]:
@@ -158,7 +158,7 @@ def blocks_walked_forwards(g: Any, images: Any, labels: Any, heads: int, *parame
     dz = backward_of(lambda z: model.loss_of(model.head(model.norm(z), z)), 1)(g, model.before(-1))
     rows = []
     for i, own in enumerate(model.blocks):
-        dz, *found = backward_of(block, 13)(dz, model.before(i), *own, heads)
+        dz, *found = backward_of(block, 13)(dz, model.before(i), *own)
         rows.append(found)
     _, *embedding = backward_of(embed, 5)(dz, images, *model.embedding)
     return *embedding, *backward(g, images, labels, heads, *parameters)[4:8], *map(np.stack, zip(*rows, strict=True))
@@ -294,6 +294,7 @@ EXERCISE = Exercise(
     number=12,
     slug="vit",
     title="a whole ViT",
+    given=with_backwards("embed", "block", "layer_norm", "linear", "cross_entropy"),
     asked=(
         Asked("forward", ("loss",), right=forward, samples=samples, mistakes=FORWARD_MISTAKES),
         Asked(

@@ -1,7 +1,4 @@
-"""Exercise 14: attention in blocks, with nothing of size T² kept.
-
-The mistakes are closed formulas: what a running maximum or sum that is handled wrongly comes to in the end.
-"""
+"""Exercise 14: attention in blocks, with nothing of size T² kept."""
 
 from __future__ import annotations
 
@@ -13,9 +10,10 @@ import numpy as np
 from minivit import ops
 from minivit.backend import Array, Key, normal
 from minivit.learn.exercise import Asked, Exercise, Limit, Mistake, Sample, backward_of
+from minivit.learn.streamed import in_blocks, last_top, no_top, own_top, running_top, scores_of, shifted
 from minivit.ops.samples import Draw
 
-LARGE = 1024
+LARGE = 768
 """Queries and keys of the sample in which memory is measured."""
 
 
@@ -42,17 +40,12 @@ def samples(key: Key) -> list[Sample]:
     ]
 
 
-def scores_of(q: Any, k: Any) -> Any:
-    """Return the scores (Tq, Tk)."""
-    return q @ ops.swapaxes(k, 0, 1) * q.shape[1] ** -0.5
-
-
 def forward(q: Any, k: Any, v: Any, block: int) -> tuple[Any, Any]:
     """Return attention and the logarithms of its softmax's sums."""
     return ops.attention(q, k, v), ops.logsumexp(scores_of(q, k), -1)
 
 
-def with_results(key: Key) -> list[Sample]:
+def with_results(key: Key, samples: Callable[[Key], list[Sample]] = samples) -> list[Sample]:
     """Draw g, and queries, keys, values, what forward returns of them, and the length of a block."""
     return [
         (label, (normal(key.child(1000 + i), (len(q), v.shape[1])), q, k, v, *forward(q, k, v, block), block))
@@ -66,44 +59,6 @@ def backward(g: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, block: int) -> 
 
 
 # ---- mistakes in the forward pass ------------------------------------------------------------------------------------
-
-
-def in_blocks(function: Callable[[Array], Array], x: Array, block: int) -> Array:
-    """Return ``function`` of every block of columns of x (…, Tk), joined."""
-    return np.concatenate([function(x[..., a : a + block]) for a in range(0, x.shape[-1], block)], axis=-1)
-
-
-def own_top(s: Array, block: int) -> Array:
-    """Return for every score the largest of its row in its block."""
-    return in_blocks(lambda x: np.broadcast_to(x.max(-1, keepdims=True), x.shape), s, block)
-
-
-def running_top(s: Array, block: int) -> Array:
-    """Return for every score the largest of its row in its block and those before."""
-    return np.maximum.accumulate(own_top(s, block), axis=-1)
-
-
-def last_top(s: Array, block: int) -> Array:
-    """Return the largest score of the row."""
-    return s.max(-1, keepdims=True)
-
-
-Tops = Callable[[Array, int], Array]
-
-
-def shifted(of_values: Tops, of_sum: Tops, kept: Tops = last_top) -> Callable[..., Any]:
-    """Return Σ e^(s - a)·v / Σ e^(s - b) and the logarithm of its denominator, where a and b differ from key to key.
-
-    Where a block's terms are not rescaled the maximum that was known then stays in them; ``kept`` is that at the end.
-    """
-
-    def gives(q: Any, k: Any, v: Any, block: int) -> tuple[Any, Any]:
-        s = scores_of(q, k)
-        total = ops.sum(np.exp(s - of_sum(s, block)), -1, True)
-        out = (np.exp(s - of_values(s, block)) @ v) / total
-        return out, (kept(s, block)[:, -1:] + np.log(total))[:, 0]
-
-    return gives
 
 
 def partial_dropped(q: Any, k: Any, v: Any, block: int) -> tuple[Any, Any]:
@@ -158,14 +113,15 @@ def from_lines(
     inner: Any = lambda p, dp, block: ops.sum(p * dp, -1, True),
     scale: Any = lambda q: q.shape[1] ** -0.5,
     of_scores: Any = lambda q: q.shape[1] ** -0.5,
+    keys: Any = lambda k, block: k,
 ) -> Callable[..., Any]:
-    """Return attention's gradients with one of the lines of its backward changed: P, D, or 1/√d in two places."""
+    """Return attention's gradients with a line of its backward changed: P, D, 1/√d in two places, the keys in dQ."""
 
     def gives(g: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, block: int) -> tuple[Any, ...]:
         p = probabilities(q @ k.T * of_scores(q), lse, block)
         dp = g @ v.T
         ds = p * (dp - inner(p, dp, block)) * scale(q)
-        return ds @ k, ds.T @ q, p.T @ g
+        return ds @ keys(k, block), ds.T @ q, p.T @ g
 
     return gives
 
@@ -175,21 +131,20 @@ def inner_of_block(p: Array, dp: Array, block: int) -> Array:
     return in_blocks(lambda x: np.broadcast_to(x.sum(-1, keepdims=True), x.shape), p * dp, block)
 
 
-def some_keys(place: int, keep: Callable[[int, int], slice]) -> Callable[..., Any]:
-    """Return the right gradients, but with what comes of the keys ``keep(Tk, block)`` only.
+def whole_blocks(x: Array, block: int) -> Array:
+    """Return x (Tk, …) with zeros after the last whole block."""
+    return x * (np.arange(len(x)) < len(x) // block * block)[:, None]
 
-    ``place`` 0: in dq; 1: in dq, dk and dv, of which the others are 0.
-    """
 
-    def gives(g: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, block: int) -> tuple[Any, ...]:
-        _, dk, dv = backward(g, q, k, v, out, lse, block)
-        kept = np.zeros((len(k), 1))
-        kept[keep(len(k), block)] = 1.0
-        p = np.exp(scores_of(q, k) - lse[:, None])
-        ds = p * (g @ v.T - ops.sum(g * out, -1, True)) * q.shape[1] ** -0.5
-        return ds @ (k * kept), dk * (kept if place else 1.0), dv * (kept if place else 1.0)
+def last_block(x: Array, block: int) -> Array:
+    """Return x (Tk, …) with zeros before the last block."""
+    return x * (np.arange(len(x)) >= (len(x) - 1) // block * block)[:, None]
 
-    return gives
+
+def last_dropped(*args: Any) -> tuple[Any, ...]:
+    """Return the gradients of the keys of whole blocks, and what those give to dq."""
+    dq, *of_keys = from_lines(keys=whole_blocks)(*args)
+    return dq, *(whole_blocks(x, args[-1]) for x in of_keys)
 
 
 FORWARD_MISTAKES = (
@@ -218,9 +173,7 @@ FORWARD_MISTAKES = (
     Mistake(
         "no maximum",
         "Nothing is subtracted from the scores before exp: e^1000 is infinite.",
-        shifted(
-            lambda s, block: np.zeros_like(s), lambda s, block: np.zeros_like(s), lambda s, block: np.zeros_like(s)
-        ),
+        shifted(no_top, no_top, no_top),
     ),
     Mistake(
         "one maximum for all queries",
@@ -272,13 +225,6 @@ BACKWARD_MISTAKES = (
         from_lines(inner=inner_of_block),
     ),
     Mistake(
-        "D averaged",
-        "D is a mean where it should be a sum.",
-        lambda g, q, k, v, *rest: from_lines(inner=lambda p, dp, block: ops.sum(p * dp, -1, True) / v.shape[1])(
-            g, q, k, v, *rest
-        ),
-    ),
-    Mistake(
         "softmax of each block",
         "Each block's probabilities are divided by the block's own sum. lse holds the sum over all keys.",
         from_lines(probabilities=lambda s, lse, block: in_blocks(ops.softmax, s, block)),
@@ -296,12 +242,12 @@ BACKWARD_MISTAKES = (
     Mistake(
         "dq overwritten",
         "dq has only the last block's part. Every block of keys adds to every query's gradient.",
-        some_keys(0, lambda keys, block: slice((keys - 1) // block * block, None)),
+        from_lines(keys=last_block),
     ),
     Mistake(
         "last block dropped",
         "The keys after the last whole block get no gradient, and give none to dq.",
-        some_keys(1, lambda keys, block: slice(0, keys // block * block)),
+        last_dropped,
     ),
     Mistake(
         "scale forgotten in dq and dk",
@@ -315,8 +261,7 @@ BACKWARD_MISTAKES = (
     ),
     Mistake(
         "scale forgotten in the scores",
-        "The scores that backward makes again lack the factor 1/√d, so the probabilities are not those of the forward "
-        "pass.",
+        "The scores that backward makes again lack the factor 1/√d, and give other probabilities than forward's.",
         from_lines(of_scores=lambda q: 1.0),
     ),
 )
@@ -335,8 +280,7 @@ def large(key: Key) -> Sample:
 
 def large_with_results(key: Key) -> Sample:
     """Draw the same for backward."""
-    label, (q, k, v, block) = large(key)
-    return label, (normal(key.child(1000), q.shape), q, k, v, *forward(q, k, v, block), block)
+    return with_results(key, lambda key: [large(key)])[0]
 
 
 EXERCISE = Exercise(
