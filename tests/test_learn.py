@@ -85,7 +85,8 @@ def test_a_backward_is_the_complex_step_of_its_forward(exercise, asked):
             for output, gradient in gradients.items():
                 position = names.index(output.removeprefix("d"))
                 x, v = args[position], np.random.default_rng(seed).standard_normal(np.shape(args[position]))
-                moved = [*args[:position], x + 1e-30j * v, *args[position + 1 :]]
+                moved = [a.astype(complex) if getattr(a, "dtype", None) == float else a for a in args]
+                moved[position] = x + 1e-30j * v
                 terms = np.imag(forward.right(*moved)) / 1e-30 * g
                 scale = max(np.abs(terms).sum(), np.abs(gradient * v).sum(), 1e-3)
                 assert abs(terms.sum() - (gradient * v).sum()) <= 1e-12 * scale, (label, output)
