@@ -104,12 +104,15 @@ def scales(rights: Sequence[Outputs]) -> list[dict[str, float]]:
 
 
 def agree(got: np.ndarray, wanted: np.ndarray, scale: float, tolerance: float = TOLERANCE) -> bool:
-    """Return whether shapes are equal, and values to ``tolerance`` of the scale; NaN equals NaN, for mistakes' sake."""
+    """Return whether shapes are equal, and values to ``tolerance`` of the scale.
+
+    For mistakes' sake NaN and infinity are alike: which of them an overflow leaves depends on the way of writing.
+    """
     if got.shape != wanted.shape:
         return False
     with np.errstate(all="ignore"):
         off = np.abs(got.astype(np.float64) - wanted)
-    return bool(np.all((off <= tolerance * scale) | (got == wanted) | (np.isnan(got) & np.isnan(wanted))))
+    return bool(np.all((off <= tolerance * scale) | (got == wanted) | ~(np.isfinite(got) | np.isfinite(wanted))))
 
 
 def worst_entry(got: np.ndarray, wanted: np.ndarray) -> tuple[int, ...]:
