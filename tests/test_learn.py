@@ -25,10 +25,10 @@ each_exercise = pytest.mark.parametrize("exercise", LADDER, ids=lambda e: e.slug
 each_function = pytest.mark.parametrize(
     ("exercise", "asked"), FUNCTIONS, ids=[f"{e.slug}-{a.name}" for e, a in FUNCTIONS]
 )
+BACKWARDS = [(exercise, asked) for exercise, asked in FUNCTIONS if asked.name.endswith("backward")]
 each_backward = pytest.mark.parametrize(
-    ("exercise", "asked"), [f for f in FUNCTIONS if f[1].name == "backward"],
-    ids=[e.slug for e, a in FUNCTIONS if a.name == "backward"],
-)  # fmt: skip
+    ("exercise", "asked"), BACKWARDS, ids=[f"{e.slug}-{a.name}" for e, a in BACKWARDS]
+)
 each_mistake = pytest.mark.parametrize(
     ("exercise", "asked", "mistake"), MISTAKES, ids=[f"{e.slug}-{a.name}-{m.name}" for e, a, m in MISTAKES]
 )
@@ -79,8 +79,11 @@ def test_a_listed_mistake_is_named(exercise, asked, mistake):
 @each_backward
 def test_a_backward_is_the_complex_step_of_its_forward(exercise, asked):
     """Im Σ g·forward(x + ih·v) / h = Σ backward(g, x)·v: what marks is itself proven to 1e-12."""
-    forward = next(a for a in exercise.asked if a.name == "forward")
-    given, wanted = arguments_of(exercise)["backward"][1:], arguments_of(exercise)["forward"]
+    called = asked.name.removesuffix("_backward").replace(
+        "backward", "forward"
+    )  # backward's is forward, f_backward's f
+    forward = next(a for a in exercise.asked if a.name == called)
+    given, wanted = arguments_of(exercise)[asked.name][1:], arguments_of(exercise)[called]
     # what backward takes beside: what forward returned; after the named arguments those that *args stands for
     of_forward = [given.index(name) for name in wanted]
     for seed in range(2):
