@@ -22,9 +22,6 @@ FUNCTIONS = [(exercise, asked) for exercise in LADDER for asked in exercise.aske
 MISTAKES = [(exercise, asked, mistake) for exercise, asked in FUNCTIONS for mistake in asked.mistakes]
 
 each_exercise = pytest.mark.parametrize("exercise", LADDER, ids=lambda e: e.slug)
-each_function = pytest.mark.parametrize(
-    ("exercise", "asked"), FUNCTIONS, ids=[f"{e.slug}-{a.name}" for e, a in FUNCTIONS]
-)
 BACKWARDS = [(exercise, asked) for exercise, asked in FUNCTIONS if asked.name.endswith("backward")]
 each_backward = pytest.mark.parametrize(
     ("exercise", "asked"), BACKWARDS, ids=[f"{e.slug}-{a.name}" for e, a in BACKWARDS]
