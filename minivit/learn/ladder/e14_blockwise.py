@@ -175,8 +175,8 @@ FORWARD_MISTAKES = (
     ),
     Mistake(
         "maximum of the block at hand",
-        "What was summed up is brought to the maximum of the new block alone. If that is far below the old one the factor "
-        "is infinite: the new maximum is the larger of the two.",
+        "What was summed up is brought to the maximum of the new block alone. If that is far below the old one, the "
+        "factor is infinite: the new maximum is the larger of the two.",
         shifted(newest_top, newest_top, own_top),
     ),
     Mistake(

@@ -128,7 +128,7 @@ def means_kept_corrected(p: Any, g: Any, m: Any, v: Any, t: int, *settings: floa
 
 def not_squared(p: Any, g: Any, m: Any, v: Any, t: int, *settings: float) -> tuple[Any, Any, Any]:
     """Make v of g in the place of g²: as m is made, with β₂."""
-    lr, beta1, beta2, eps, decay = settings
+    lr, _, beta2, eps, decay = settings
     moved, m1, v1 = step(p, g, m, v, t, *settings)
     wrong = step(p, g, v, v, t, lr, beta2, beta2, eps, decay)[1]
     rest = (1.0 - beta2**t) ** -1.0
