@@ -25,10 +25,10 @@ each_exercise = pytest.mark.parametrize("exercise", LADDER, ids=lambda e: e.slug
 each_function = pytest.mark.parametrize(
     ("exercise", "asked"), FUNCTIONS, ids=[f"{e.slug}-{a.name}" for e, a in FUNCTIONS]
 )
+BACKWARDS = [(exercise, asked) for exercise, asked in FUNCTIONS if asked.name.endswith("backward")]
 each_backward = pytest.mark.parametrize(
-    ("exercise", "asked"), [f for f in FUNCTIONS if f[1].name == "backward"],
-    ids=[e.slug for e, a in FUNCTIONS if a.name == "backward"],
-)  # fmt: skip
+    ("exercise", "asked"), BACKWARDS, ids=[f"{e.slug}-{a.name}" for e, a in BACKWARDS]
+)
 each_mistake = pytest.mark.parametrize(
     ("exercise", "asked", "mistake"), MISTAKES, ids=[f"{e.slug}-{a.name}-{m.name}" for e, a, m in MISTAKES]
 )
@@ -79,17 +79,23 @@ def test_a_listed_mistake_is_named(exercise, asked, mistake):
 @each_backward
 def test_a_backward_is_the_complex_step_of_its_forward(exercise, asked):
     """Im Σ g·forward(x + ih·v) / h = Σ backward(g, x)·v: what marks is itself proven to 1e-12."""
-    forward = next(a for a in exercise.asked if a.name == "forward")
-    names = arguments_of(exercise)["forward"]
+    name = asked.name.removesuffix("_backward").replace("backward", "forward")  # backward of forward, f_backward of f
+    forward = next(a for a in exercise.asked if a.name == name)
+    given, wanted = arguments_of(exercise)[asked.name][1:], arguments_of(exercise)[name]
+    # what backward takes beside: what forward returned; after the named arguments those that *args stands for
+    of_forward = [given.index(name) for name in wanted]
     for seed in range(2):
         for label, (g, *args) in asked.samples(Key(seed)):
             gradients = named(asked.outputs, asked.right(g, *args))
+            rest = iter(range(len(given), len(args)))
             for output, gradient in gradients.items():
-                position = names.index(output.removeprefix("d"))
+                name = output.removeprefix("d")
+                position = given.index(name) if name in given else next(rest)
                 x, v = args[position], np.random.default_rng(seed).standard_normal(np.shape(args[position]))
                 moved = [a.astype(complex) if isinstance(a, np.ndarray) and a.dtype.kind == "f" else a for a in args]
                 moved[position] = x + 1e-30j * v
-                terms = np.imag(forward.right(*moved)) / 1e-30 * g
+                out = forward.right(*(moved[i] for i in of_forward), *moved[len(given) :])
+                terms = np.imag(out[0] if isinstance(out, tuple) else out) / 1e-30 * g
                 scale = max(np.abs(terms).sum(), np.abs(gradient * v).sum(), 1e-3)
                 assert abs(terms.sum() - (gradient * v).sum()) <= 1e-12 * scale, (label, output)
 

@@ -67,13 +67,17 @@ class Asked:
 
 @dataclass(frozen=True)
 class Exercise:
-    """One step of the ladder; ``asked`` in the order of writing, ``hints`` from a nudge to the last step but one."""
+    """One step of the ladder; ``asked`` in the order of writing, ``hints`` from a nudge to the last step but one.
+
+    ``given`` names what of :mod:`minivit.learn.given` the learner's file may import.
+    """
 
     number: int
     slug: str
     title: str
     asked: tuple[Asked, ...]
     hints: tuple[str, str, str]
+    given: tuple[str, ...] = ()
 
     @property
     def file(self) -> str:
