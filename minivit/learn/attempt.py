@@ -94,9 +94,9 @@ class Attempt:
         got, right, scale = self.output(i, name), self.rights[i][name], self.scales[i][name]
         if agree(got, right, scale):
             return True
-        return agree(got, right, scale, MOST) and agree(
-            got, right, 1.0, TOLERANCE * scale + ROUNDINGS * self._noise(i, name)
-        )
+        if not agree(got, right, scale, MOST):
+            return False
+        return agree(got, right, 1.0, TOLERANCE * scale + ROUNDINGS * self._noise(i, name))
 
     def _noise(self, i: int, name: str) -> float:
         """Return how much the right output moves when every number among the arguments moves by a rounding.
