@@ -16,7 +16,7 @@ from minivit.ops.samples import Draw
 def samples(key: Key) -> list[Sample]:
     """Draw x, w and b, Python numbers."""
     r = Draw(key)
-    number = lambda: float(np.round(r(), 2)) or 0.5  # 0 would hide a factor
+    number = lambda: float(np.round(np.copysign(0.3 + np.abs(np.sin(r())), r()), 2))  # ±0.3 to ±1.3: 0 hides factors
     return [
         ("three numbers", (number(), number(), number())),
         ("three others", (number(), number(), number())),
