@@ -77,12 +77,12 @@ def remembering(asked: Asked) -> Asked:
     """Return a function that is asked for, with what is right and what mistakes give computed once for each sample."""
 
     def once(gives):
-        known: dict[tuple[int, ...], object] = {}
+        known: dict[tuple[int, ...], tuple[object, object]] = {}
 
         def value(*args):
             if (place := tuple(map(id, args))) not in known:
-                known[place] = gives(*args)
-            return known[place]
+                known[place] = args, gives(*args)  # args are kept, so that their ids stay theirs
+            return known[place][1]
 
         return value
 
