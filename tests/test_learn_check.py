@@ -77,18 +77,19 @@ HOSTILE = {
 }  # fmt: skip
 
 
-@pytest.fixture
-def impatient(monkeypatch):
+def be_impatient(monkeypatch):
     monkeypatch.setattr("minivit.learn.child.SECONDS", 0.3)
     monkeypatch.setattr("minivit.learn.child._GRACE", 0.5)
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_a_hostile_function_is_reported_in_words(name, tmp_path, impatient):
+def test_a_hostile_function_is_reported_in_words(name, tmp_path, monkeypatch):
     body, mistake, words = HOSTILE[name]
+    if "loop" in name:
+        be_impatient(monkeypatch)
     started = time.monotonic()
     mark = marked(tmp_path, FORWARD_ONLY.format(before="", body=body))
-    assert time.monotonic() - started < 8.0
+    assert time.monotonic() - started < 10.0
     assert (mark.state, mark.finding.function) == ("wrong", "forward")
     assert mistake in ("", mark.finding.mistake)
     assert words in "\n".join(mark.finding.says)
@@ -107,7 +108,9 @@ def test_a_hostile_function_is_reported_in_words(name, tmp_path, impatient):
         "os.closerange(3, 100)": "ends the program",
     }.items(),
 )
-def test_a_file_that_cannot_be_run_says_why(before, mistake, tmp_path, impatient):
+def test_a_file_that_cannot_be_run_says_why(before, mistake, tmp_path, monkeypatch):
+    if mistake == "no end":
+        be_impatient(monkeypatch)
     mark = marked(tmp_path, FORWARD_ONLY.format(before=before, body="return x"))
     assert (mark.state, mark.finding.function, mark.finding.mistake) == ("wrong", "", mistake)
     if mistake in ("no Python", "stopped", "not plain NumPy"):
@@ -145,7 +148,7 @@ def test_what_a_learner_starts_is_ended(tmp_path):
         ("    return e / ", "    return np.divide(e, 1.0, out=KEPT.setdefault(x.shape, e)) / "): None,
         (LAST, "    return np.divide(e, e.sum(-1, keepdims=True), out=KEPT.setdefault(x.shape, np.empty(x.shape)))"):
             "result overwritten",
-        ("    return e", "    KEPT.setdefault(0, []).append(0)\n    return (1 + len(KEPT[0]) // 9) * e"): "not repeatable",
+        ("    return e", "    KEPT[len(KEPT)] = 0\n    return (1 + len(KEPT) // 9) * e"): "not repeatable",
         ("    return e / e", "    return e.astype(np.float32) / e.astype(np.float32)"): "float32",
         ("    return e / e", "    return (e + 0j) / e"): "complex",
         (LAST, "    return (e / e.sum(axis=-1, keepdims=True)).tolist()"): "not an array",
@@ -214,7 +217,7 @@ def test_a_forged_reply_is_an_outcome_at_most():
     assert _outcome([1]) == Outcome()
 
 
-def test_a_child_that_never_loaded_does_not_hang(tmp_path, impatient):
+def test_a_child_that_never_loaded_does_not_hang(tmp_path):
     with Child(tmp_path / "none.py") as child:
         assert "No such file" in child.load().fault
         assert child.run("forward", [(1,)])[0].stopped
