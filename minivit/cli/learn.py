@@ -233,7 +233,7 @@ def _next(marks: Sequence[Mark], place: Path) -> str:
 def _wrapped(says: Sequence[str]) -> str:
     """Return lines, indented and wrapped; those that are indented, or of code, stay as they are."""
     lines = []
-    for text in says:
+    for text in "\n".join(says).split("\n"):
         kept = text.startswith(("  ", "In line "))
         lines.append(f"  {text}" if kept else textwrap.fill(text, WIDTH, initial_indent="  ", subsequent_indent="  "))
     return "\n".join(lines)

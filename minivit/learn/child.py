@@ -28,8 +28,8 @@ _GRACE = 1.5  # what a call gets to end by itself, before the process is ended
 class Child:
     """A process with a learner's file in it; a context that ends the process, and whatever it has started."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, given: Sequence[str] = ()) -> None:
+        self.path, self.given = path, given  # what of minivit.learn.given the file may import
         self.functions: list[str] = []
         self._ended: Outcome | None = None  # how the process came to its end
         self._left = TOTAL
@@ -39,7 +39,7 @@ class Child:
         here = str(Path(__file__).parents[2])
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [here, environment.get("PYTHONPATH", "")]))
         # -P: no file beside the learner's may stand in for one of Python's
-        command = [sys.executable, "-P", "-m", "minivit.learn.runner"]
+        command = [sys.executable, "-P", "-m", "minivit.learn.runner", *self.given]
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment,
             start_new_session=True,

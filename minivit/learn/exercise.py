@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from minivit.autograd.tensor import grad_or_zeros, tensor
+from minivit.autograd.tensor import Tensor, grad_or_zeros, tensor
 from minivit.backend import Key, normal
 from minivit.ops.reduce import sum as sum_of
 
@@ -67,13 +67,17 @@ class Asked:
 
 @dataclass(frozen=True)
 class Exercise:
-    """One step of the ladder; ``asked`` in the order of writing, ``hints`` from a nudge to the last step but one."""
+    """One step of the ladder; ``asked`` in the order of writing, ``hints`` from a nudge to the last step but one.
+
+    ``given`` names what of :mod:`minivit.learn.given` the learner's file may import.
+    """
 
     number: int
     slug: str
     title: str
     asked: tuple[Asked, ...]
     hints: tuple[str, str, str]
+    given: tuple[str, ...] = ()
 
     @property
     def file(self) -> str:
@@ -96,14 +100,22 @@ def backward_of(forward: Callable[..., Any], count: int) -> Callable[..., Any]:
     return backward
 
 
+def fixed(x: Any) -> Any:
+    """Return the value of ``x``, through which no gradient goes: what a learner forgets that x is used there gets."""
+    return x.detach() if isinstance(x, Tensor) else x
+
+
 def with_cotangents(
     samples: Callable[[Key], list[Sample]], forward: Callable[..., Any]
 ) -> Callable[[Key], list[Sample]]:
-    """Return samples for a backward: those of the forward, a random cotangent (standard normal) before each."""
+    """Return samples for a backward: those of the forward, a random cotangent before each.
+
+    Cotangents are standard normal, to two decimals: a learner may want to copy one.
+    """
 
     def drawn(key: Key) -> list[Sample]:
         return [
-            (label, (np.asarray(normal(key.child(1000 + i), np.shape(forward(*args)))), *args))
+            (label, (np.round(normal(key.child(1000 + i), np.shape(forward(*args))), 2), *args))
             for i, (label, args) in enumerate(samples(key))
         ]
 

@@ -19,6 +19,9 @@ from minivit.learn.exercise import Asked, Exercise
 Run = Callable[[str, Sequence[tuple[Any, ...]], bool], list[Outcome]]
 """Calls a learner's function, by its name, with each of some arguments; True asks for the peak of its memory."""
 
+SHOWN = 24
+"""Samples of so many numbers are shown whole, if these have two decimals."""
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -174,13 +177,26 @@ def _printed(outcome: Outcome) -> tuple[str, ...]:
 
 def _argument(attempt: Attempt, position: int) -> str:
     names = attempt.arguments
+    if names and names[-1].startswith("*") and position >= len(names) - 1:  # *blocks
+        return f"{names[-1][1:]}[{position - len(names) + 1}]"
     return names[position] if position < len(names) else f"number {position + 1}"
 
 
 def _sample(attempt: Attempt, i: int) -> str:
+    """Return the sample's label and its arguments' shapes; of a small one the arguments, to be copied."""
     label, args = attempt.samples[i]
     shown = [f"{_argument(attempt, k)} {_shape(x)}" for k, x in enumerate(args)]
-    return f"Sample: {label}; {', '.join(shown)}."
+    text = f"Sample: {label}; {', '.join(shown)}."
+    if all(isinstance(x, np.ndarray | float | int) for x in args) and sum(map(np.size, args)) <= SHOWN:
+        tidy = all(np.array_equal(np.round(x, 2), x) for x in args)
+        lines = [f"    {_argument(attempt, k)} = {_source(x)}" for k, x in enumerate(args)]
+        text = "\n".join([text, *lines]) if tidy else text
+    return text
+
+
+def _source(value: Any) -> str:
+    """Return Python for a number or a small array."""
+    return f"np.array({value.tolist()})" if isinstance(value, np.ndarray) else repr(value)
 
 
 def _shape(value: Any) -> str:

@@ -76,7 +76,7 @@ def mark_file(exercise: Exercise, path: Path) -> Mark:
     source = _read(path)
     if source == text_of(exercise).encode():
         return Mark(exercise, path, "untouched")
-    with Child(path.absolute()) as child:
+    with Child(path.absolute(), exercise.given) as child:
         loaded = child.load()
         if loaded.stopped:
             return Mark(exercise, path, "wrong", Finding("", "wrong", loaded.name or "stopped", stopped(loaded)))

@@ -16,7 +16,7 @@ def samples(key: Key) -> list[Sample]:
     """Draw rows of logits (…, K)."""
     r = Draw(key)
     return [
-        ("two rows of three", (r(2, 3),)),
+        ("two rows of three", (np.round(r(2, 3), 2),)),
         ("one row, no leading axis", (r(5),)),
         ("square", (r(4, 4),)),
         ("two leading axes", (r(2, 3, 5),)),
