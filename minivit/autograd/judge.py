@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from minivit.autograd.derivative import DOUBT, EPSILON, TOLERANCE, Derivative
-from minivit.autograd.orders import FirstOrder, alike, holding
+from minivit.autograd.derivative import DOUBT, EPSILON, Derivative, tolerance
+from minivit.autograd.orders import Scalar, alike, holding
 from minivit.backend import Key, normal, random_bits
 from minivit.errors import GradientError, UndecidedError
 
@@ -50,7 +50,7 @@ class Check:
         return self.error <= self.tolerance
 
 
-def parts_of(scalar: FirstOrder, name: str, direction: np.ndarray) -> list[Part]:
+def parts_of(scalar: Scalar, name: str, direction: np.ndarray) -> list[Part]:
     """Return the parts of one argument, each of entries of about one size, to be moved along ``direction``."""
     gradient = scalar.gradients[name]
     return [Part(scalar, name, direction * some, size, gradient) for some, size in alike(scalar.leaves[name].numpy())]
@@ -86,7 +86,7 @@ class Part(Derivative):
         With ``may_be_zero``, derivatives that are zero but for rounding are compared with what is usual here.
         """
         how = "central" if method == "central" else "complex"
-        allowed = TOLERANCE[how, self.scalar.order] if rtol is None else rtol
+        allowed = tolerance(how, self.scalar.order) if rtol is None else rtol
 
         def result(value: float, scale: float) -> Check:
             error = max(abs(self.analytic - value) - atol, 0.0)
@@ -118,7 +118,7 @@ class Part(Derivative):
         if method == "auto" and self.is_analytic is None:
             return self.judge("central", rtol, atol, whole, may_be_zero=False)  # the complex step alone proves no fault
         if how == "complex":
-            finest = TOLERANCE["central", self.scalar.order]
+            finest = tolerance("central", self.scalar.order)
             confirmed = self.agrees(finest)
             if confirmed and excess > 0.1 * scale:
                 return result(numeric, scale)  # wrong: rounding cannot do that where a difference confirms the step
@@ -246,7 +246,7 @@ class Part(Derivative):
         )
 
 
-def locate(scalar: FirstOrder, check: Check) -> str:
+def locate(scalar: Scalar, check: Check) -> str:
     """Name the entry of the gradient that is farthest off (of 256 entries, if there are more)."""
     leaf = scalar.leaves[check.name].numpy()
     some = np.arange(leaf.size)
