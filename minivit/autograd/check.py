@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from minivit.autograd.derivative import confirm_together
-from minivit.autograd.judge import Check, judged_parts, locate, parts_of
+from minivit.autograd.judge import Check, judged_parts, parts_of
+from minivit.autograd.locate import locate
 from minivit.autograd.orders import Derived, Scalar, check_finite
 from minivit.autograd.tensor import Tensor, tensor
 from minivit.backend import Key, is_array, is_floating, normal
@@ -63,9 +64,9 @@ class GradientReport:
             f"worst relative error {worst.error:.1e} ({worst.name}, order {worst.order}, {worst.method} step)"
         ]
         if self.unreached:
-            lines.append(f"  the output does not depend on {_listed(self.unreached)}")
+            lines.append(f"  the output does not depend on {_listed(self.unreached)}: nothing was checked there")
         if hidden := [c.name for c in first if c.analytic == c.numeric == 0.0 and c.name not in self.unreached]:
-            lines.append(f"  zero, and nothing else to be seen of it here: the gradient for {_listed(hidden)}")
+            lines.append(f"  the gradient for {_listed(hidden)} is 0 throughout: cut off, or hidden behind zeros?")
         return "\n".join(lines)
 
 
@@ -130,8 +131,9 @@ def check_grads(
     """
     settings = Settings(method, seed, rtol, atol)
     leaves: dict[str, Tensor] = {}
-    values, names = list(args), argument_names(fn, len(args))
-    for i, a in enumerate(args):
+    values = listed(args, "check_grads")
+    names = argument_names(fn, len(values))
+    for i, a in enumerate(values):
         if is_checked(a):
             values[i] = leaves[names[i]] = leaf_of(a)
     if not leaves:
@@ -196,6 +198,13 @@ def leaf_of(argument: Any) -> Tensor:
     return tensor(np.array(data, np.float64), requires_grad=True)
 
 
+def listed(args: Any, what: str) -> list[Any]:
+    """Return the arguments as a list; raise ConfigError for an array in the place of a list of arrays."""
+    if isinstance(args, np.ndarray | Tensor):
+        raise ConfigError(f"{what}: args is an array, whose rows would be the arguments", "pass a list: [x]")
+    return list(args)
+
+
 # ---- one check -------------------------------------------------------------------------------------------------------
 
 
@@ -218,18 +227,24 @@ def passed(scalars: Iterable[Scalar], settings: Settings) -> GradientReport:
     return report
 
 
-def _wrong(scalar: Scalar, wrong: Sequence[Check], right: Sequence[str]) -> GradientError:
-    """Return the error that tells of wrong gradients, the first of them in full."""
-    check = wrong[0]
+def _wrong(scalar: Scalar, wrong: list[Check], right: Sequence[str]) -> GradientError:
+    """Return the error that tells of wrong gradients, the first of them in full; raise if only kinks make them so."""
+    check, *others = wrong
+    try:
+        entry = locate(scalar, check)
+    except UndecidedError:
+        if not others:
+            raise
+        return _wrong(scalar, others, right)
     lines = [
         f"wrong gradient of order {check.order} for {check.name} {scalar.leaves[check.name].shape}: "
         f"relative error {check.error:.1e}, allowed {check.tolerance:.0e}",
         f"along a random direction it gives {check.analytic:.12g}, the {check.method} step {check.numeric:.12g}",
-        locate(scalar, check),
+        *([entry] if entry else []),
+        *scalar.hints(check.name),
     ]
-    lines += scalar.hints(check.name)
-    if wrong[1:]:
-        lines.append(f"also wrong: {_listed([f'{c.name} ({c.error:.1e})' for c in wrong[1:]])}")
+    if others:
+        lines.append(f"also wrong: {_listed([f'{c.name} ({c.error:.1e})' for c in others])}")
     if right:
         lines.append(f"right: {_listed(right)}")
     return GradientError("\n  ".join(lines), scalar.remedy)

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from minivit.autograd.orders import Scalar, holding
+from minivit.autograd.orders import BESIDE, Scalar, holding, nearby
 from minivit.autograd.tensor import Tensor
 from minivit.backend import Key, normal
 from minivit.errors import NonFiniteError
@@ -113,11 +113,11 @@ class Derivative:
         ``by`` is a share of their size. With ``scale`` 0 the arguments are standard normal instead. With
         ``contradicted`` it is asked whether a difference contradicts the complex step there.
         """
-        moved = {}
-        for i, x in enumerate(self.scalar.leaves.values()):
-            noise = normal(Key(i, stream=0x0FF), x.shape)
-            sizes = np.abs(x.data) + np.where(x.data == 0.0, np.abs(x.data).max(initial=0.0) or 1.0, 0.0)
-            moved[x] = np.asarray(scale * (x.data + by * sizes * noise) if scale else noise)
+        leaves = self.scalar.leaves.values()
+        if scale:
+            moved = {x: np.asarray(scale * data) for x, data in nearby(leaves, by).items()}
+        else:
+            moved = {x: np.asarray(normal(Key(i, stream=BESIDE), x.shape)) for i, x in enumerate(leaves)}
         size = self.size * scale if scale else 1.0
         with holding(moved):
             beside = Derivative(self.scalar, self.name, self.direction, size, self.scalar.gradients[self.name])

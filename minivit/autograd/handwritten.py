@@ -7,10 +7,20 @@ from typing import Any
 
 import numpy as np
 
-from minivit.autograd.check import STREAM, GradientReport, Settings, argument_names, finite, is_checked, leaf_of, passed
-from minivit.autograd.orders import Scalar, close, holding
+from minivit.autograd.check import (
+    STREAM,
+    GradientReport,
+    Settings,
+    argument_names,
+    finite,
+    is_checked,
+    leaf_of,
+    listed,
+    passed,
+)
+from minivit.autograd.orders import Scalar, close, holding, nearby
 from minivit.autograd.tensor import Tensor
-from minivit.backend import Key, normal
+from minivit.backend import Key
 from minivit.errors import ConfigError, DTypeError, GradientError, GraphError, MinivitError, UndecidedError
 
 __tracebackhide__ = True  # as in orders.py
@@ -78,7 +88,8 @@ class HandWritten(Scalar):
     The leaves are Tensors only to hold arrays; no engine runs. Both functions are called with copies.
     """
 
-    function = "forward"
+    function, backward_function = "forward", "backward"
+    steadier = "the same seed in every call"
     remedy = "mend it in backward; to narrow it down, check its parts alone"
 
     def __init__(
@@ -225,12 +236,12 @@ class HandWritten(Scalar):
                 f"return its gradient; or hold it constant in both functions: functools.partial(forward, {name}=…)",
             )
         gradient, shape = np.asarray(result.data if isinstance(result, Tensor) else result), self.leaves[name].shape
-        if gradient.shape != shape:
-            raise GradientError(
-                f"the gradient for {name} has shape {gradient.shape}, {name} {shape}", _refit(gradient, shape)
-            )
         if gradient.dtype.kind not in "fiub":
-            raise GradientError(f"the gradient for {name} is {gradient.dtype}", "return real numbers")
+            kind = gradient.dtype if isinstance(result, np.ndarray) else f"a {type(result).__name__}"
+            raise GradientError(f"the gradient for {name} is {kind}", "return an array of real numbers")
+        if gradient.shape != shape:
+            what = f"the gradient for {name} has shape {gradient.shape}, {name} {shape}"
+            raise GradientError(what, _refit(gradient, shape))
         if gradient.dtype.kind == "f" and gradient.dtype.itemsize < 8:
             self.rounded[name] = gradient.dtype
         return np.array(gradient, np.float64)
@@ -252,11 +263,7 @@ class HandWritten(Scalar):
 
     def call_elsewhere(self) -> None:
         """Call forward with other arguments."""
-        moved = {}
-        for i, x in enumerate(self.leaves.values()):
-            size = np.abs(x.data) + np.where(x.data == 0.0, np.abs(x.data).max(initial=0.0) or 1.0, 0.0)
-            moved[x] = np.asarray(x.data + 0.01 * size * normal(Key(i, stream=0x0FF), x.shape))
-        with holding(moved), np.errstate(all="ignore"):
+        with holding(nearby(self.leaves.values(), 0.01)), np.errstate(all="ignore"):
             try:
                 self.run(self.arguments())
             except MinivitError:
@@ -298,13 +305,6 @@ class HandWritten(Scalar):
         return found
 
 
-def listed(args: Any, what: str) -> list[Any]:
-    """Return the arguments as a list; raise ConfigError for an array in the place of a list of arrays."""
-    if isinstance(args, np.ndarray | Tensor):
-        raise ConfigError(f"{what}: args is an array, whose rows would be the arguments", "pass a list: [x]")
-    return list(args)
-
-
 def _number(x: Any, place: str) -> Any:
     """Return an output as an array, a number as NumPy's and None as None."""
     if x is None and place:
@@ -325,7 +325,9 @@ def _same(a: np.ndarray, b: np.ndarray) -> bool:
 
 
 def _described(g: Any) -> str:
-    return f"of shape {np.shape(g)}" if not isinstance(g, tuple) else f"a tuple of {len(g)}, one for each output"
+    if not isinstance(g, tuple):
+        return f"of shape {np.shape(g)}"
+    return f"a tuple of {len(g)}, one for each output (of a forward that returns (out, cache): pass cache=True)"
 
 
 def _digits(dtype: Any) -> str:

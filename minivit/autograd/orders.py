@@ -8,7 +8,7 @@ zero, and so are many wrong ones.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,9 @@ __tracebackhide__ = True  # pytest then ends its traceback at the line that call
 DECADES = 6
 """Entries of an argument whose sizes lie more decades apart are moved apart, each group by steps of its own size."""
 
+BESIDE = 0x0FF
+"""The stream of the keys by which other arguments are drawn."""
+
 SMALLEST = 1e-270  # of an argument: its complex step must be a number
 
 
@@ -31,7 +34,8 @@ class Scalar:
 
     order = 1
     least = 0.0  # of a higher order: the size that gradients usually have for such an output
-    function = "the function to check"
+    function = backward_function = "the function to check"  # what errors call the two
+    steadier = "module.eval(), or the same random key in every call"
     remedy = "mend the gradient under that operation's forward; to narrow it down, check its parts alone"
 
     def __init__(self, fn: Callable[[], Tensor], leaves: Mapping[str, Tensor], key: Key) -> None:
@@ -63,14 +67,15 @@ class Scalar:
 
     def check_repeats(self) -> None:
         """Raise unless the function, and its gradient if known, come out as before (but for the last bits)."""
-        again = self.values()
+        with np.errstate(all="ignore"):
+            again = self.values()
+            gradients = self.differentiate() if self.gradients else {}
         same = len(again) == len(self.found) and all(map(close, again, self.found))
-        gradients = self.differentiate() if self.gradients else {}
         if not (same and all(close(g, self.gradients[n]) for n, g in gradients.items())):
             raise ConfigError(
-                f"{self.function} gives another result each time it is called with the same arguments",
-                "take the randomness out: module.eval(), or the same random key in every call; and let it keep no "
-                "state from call to call",
+                f"{self.backward_function if same else self.function} gives another result each time it is called with "
+                "the same arguments",
+                f"take the randomness out: {self.steadier}; and let it keep no state from call to call",
             )
 
     def values(self) -> Sequence[np.ndarray]:
@@ -158,6 +163,15 @@ def alike(x: np.ndarray) -> list[tuple[np.ndarray, float]]:
     groups = (logs.max() - logs) // DECADES
     parts = [groups == g for g in np.unique(groups)]
     return [(part, max(float(sizes[part & some].mean()), SMALLEST)) for part in parts]
+
+
+def nearby(leaves: Iterable[Tensor], by: float) -> dict[Tensor, np.ndarray]:
+    """Return other arrays for these leaves, each entry changed by about ``by`` of its size (a zero: of the largest)."""
+    moved = {}
+    for i, x in enumerate(leaves):
+        sizes = np.abs(x.data) + np.where(x.data == 0.0, np.abs(x.data).max(initial=0.0) or 1.0, 0.0)
+        moved[x] = np.asarray(x.data + by * sizes * normal(Key(i, stream=BESIDE), x.shape))
+    return moved
 
 
 @contextlib.contextmanager
