@@ -112,7 +112,7 @@ class HandWritten(Scalar):
         self.weighed = [i for i, x in enumerate(self.outputs) if x is not None and x.dtype.kind == "f"]
         if not self.weighed:
             raise GraphError("check_vjp: forward returns no floating numbers", "return an array of floats")
-        found = [np.asarray(self.outputs[i], np.float64) for i in self.weighed]
+        found = [np.array(self.outputs[i], np.float64) for i in self.weighed]
         self.begin(found, [key.child(1).child(i) for i in self.weighed])
 
     # ---- calling the two ----
