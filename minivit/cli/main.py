@@ -29,6 +29,7 @@ COMMANDS = {
     "summary": "show a model's layers, sizes, FLOPs and memory",
     "gradcheck": "prove the gradients of all operations, or of a model",
     "bench": "measure the speed of a training step, and of its operations",
+    "learn": "learn backpropagation by exercises that mark themselves",
     "doctor": "show what minivit runs on, and test it",
 }
 """What there is, each in a module of ``minivit.cli``: ``add_arguments(parser)`` and ``run(args)`` → exit code."""

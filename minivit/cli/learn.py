@@ -1,0 +1,239 @@
+"""``minivit learn``: exercises in backpropagation that mark themselves, and name the mistake."""
+
+from __future__ import annotations
+
+import argparse
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from minivit.cli.bars import reading_bar
+from minivit.cli.main import FAILURE, OK
+
+if TYPE_CHECKING:
+    from minivit.learn.exercise import Exercise
+    from minivit.learn.workbook import Mark
+
+WIDTH = 100
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    parser.usage = (
+        "minivit learn [DIR]                  the exercises, and what is solved in DIR\n"
+        "       minivit learn start DIR [N …]        write their files into DIR; none is ever overwritten\n"
+        "       minivit learn check DIR|FILE [N …]   mark them; exit code 1 unless all are solved; --json\n"
+        "       minivit learn hint N [1|2|3]         a nudge, a step, the last step but one"
+    )
+    parser.epilog = (
+        "Each file explains what is asked and is solved in plain NumPy. It is run to be marked, in a process of its\n"
+        "own with bounds on time and memory, but as you: do not run files of people whom you do not trust."
+    )
+    parser.add_argument("words", metavar="…", nargs="*", help=argparse.SUPPRESS)
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do what the first word says; without one that is known, list the exercises."""
+    from minivit.errors import ConfigError
+
+    verb, *words = args.words or ["list", "."]
+    if verb in VERBS:
+        return VERBS[verb](words, args.json)
+    if words:
+        raise ConfigError(f"minivit learn {verb!r}: unknown word", f"known: {', '.join(VERBS)}")
+    if not Path(verb).is_dir():
+        raise ConfigError(f"there is no folder {verb!r}", f"minivit learn start {verb} makes one")
+    return list_all([verb], args.json)
+
+
+def list_all(words: Sequence[str], as_json: bool) -> int:
+    """Print the ladder, and the state of the files in a folder."""
+    from minivit.learn.ladder import ladder
+    from minivit.learn.workbook import find
+    from minivit.show.text import text_table
+
+    folder = Path(words[0] if words else ".")
+    marks = {mark.exercise: mark for mark in _marked(folder, find(folder))}
+    if as_json:
+        return _print_json(list(marks.values()))
+    rows = [
+        [str(exercise.number), exercise.title, _state(marks[exercise]) if exercise in marks else ""]
+        for exercise in ladder()
+    ]
+    print(text_table(["", "exercise", "state" if marks else ""], rows, right=(0,)))
+    solved = sum(mark.passed for mark in marks.values())
+    print(f"\n{solved} of {len(rows)} solved in {folder}" if marks else "\nBegin with:  minivit learn start learn")
+    return OK
+
+
+def start(words: Sequence[str], as_json: bool) -> int:
+    """Write the files of some exercises, or of all, into a folder."""
+    from minivit.errors import ConfigError
+    from minivit.learn.workbook import exercises, start
+    from minivit.show.text import json_text, plural
+
+    if not words:
+        raise ConfigError("start: into which folder?", "minivit learn start learn")
+    folder = Path(words[0])
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder} is a file, not a folder", "give a folder: minivit learn start learn")
+    written, there = start(folder, exercises(words[1:]))
+    if as_json:
+        print(json_text({"written": [str(path) for path in written], "there": [str(path) for path in there]}))
+        return OK
+    if written:
+        print(f"{plural(len(written), 'file')} in {folder}: {_names(written)}")
+    if there:
+        print(f"Already there, and left as they are: {_names(there)} (remove a file to begin it anew)")
+    first = (written or there)[0]
+    print(f"\nOpen {first} and read it from the top; write what is missing; then:  minivit learn check {folder}")
+    return OK
+
+
+def _names(paths: Sequence[Path]) -> str:
+    return paths[0].name if len(paths) == 1 else f"{paths[0].name} … {paths[-1].name}"
+
+
+def check(words: Sequence[str], as_json: bool) -> int:
+    """Mark files: those of a folder, those of some numbers in it, or one."""
+    from minivit.errors import ConfigError
+    from minivit.learn.workbook import exercises, find
+
+    place, numbers = Path(words[0] if words else "."), words[1:]
+    if words and words[0].isdigit() and not place.exists():  # in the folder itself: minivit learn check 3
+        place, numbers = Path("."), words
+    if not place.exists():
+        raise ConfigError(f"there is no {place}", f"minivit learn start {place} makes a folder of exercises")
+    chosen = exercises(numbers) if numbers else find(place)
+    if not chosen:
+        what = f"{place} is no exercise's file" if place.is_file() else f"there are no exercises in {place}"
+        raise ConfigError(what, "say which it is: check FILE 3" if place.is_file() else f"minivit learn start {place}")
+    if place.is_file() and len(chosen) > 1:
+        raise ConfigError(f"{place} is one file, for one exercise", "minivit learn check FILE 3")
+    marks = _marked(place, chosen)
+    if as_json:
+        _print_json(marks)
+    else:
+        for mark in marks:
+            print(_report(mark, place, brief=len(marks) > 1))
+        print(_next(marks, place))
+    return OK if all(mark.passed for mark in marks) else FAILURE
+
+
+def hint(words: Sequence[str], as_json: bool) -> int:
+    """Print one of an exercise's three hints."""
+    from minivit.errors import ConfigError
+    from minivit.learn.workbook import exercises
+    from minivit.show.text import json_text
+
+    steps = ["1", "2", "3"]
+    if not 1 <= len(words) <= 2 or words[1:] not in ([], *([step] for step in steps)):
+        what = f"hint {' '.join(words)}: there is none" if words else "hint: for which exercise?"
+        raise ConfigError(what, "minivit learn hint 3; then hint 3 2, and hint 3 3")
+    [exercise] = exercises(words[:1])
+    step = int(words[1]) if len(words) == 2 else 1
+    text = exercise.hints[step - 1]
+    if as_json:
+        print(json_text({"exercise": exercise.number, "hint": step, "text": text}))
+        return OK
+    print(f"Exercise {exercise.number}, {exercise.title}: hint {step} of 3\n\n{_wrapped([text])}")
+    if step < 3:
+        print(f"\nThe next one:  minivit learn hint {exercise.number} {step + 1}")
+    return OK
+
+
+VERBS = {"list": list_all, "start": start, "check": check, "hint": hint}
+
+
+# ---- marking and words -----------------------------------------------------------------------------------------------
+
+
+def _marked(place: Path, chosen: Sequence[Exercise]) -> list[Mark]:
+    from minivit.learn.workbook import mark_file
+
+    marks = []
+    bar: Any = reading_bar(len(chosen), "marking")
+    for exercise in chosen:
+        marks.append(mark_file(exercise, place if place.is_file() else place / exercise.file))
+        bar.update()
+    bar.close()
+    return marks
+
+
+def _print_json(marks: Sequence[Mark]) -> int:
+    from minivit.show.text import json_text
+
+    rows = [
+        {
+            "exercise": mark.exercise.number,
+            "title": mark.exercise.title,
+            "file": str(mark.path),
+            "passed": mark.passed,
+            "state": mark.state,
+            "function": mark.finding.function if mark.finding else None,
+            "mistake": mark.finding.mistake if mark.finding else None,
+            "message": "\n".join(mark.finding.says) if mark.finding else "",
+        }
+        for mark in marks
+    ]
+    print(json_text({"exercises": rows, "solved": sum(mark.passed for mark in marks)}))
+    return OK
+
+
+def _state(mark: Mark) -> str:
+    """Return the state in a few words."""
+    right = f"{' and '.join(mark.solved)} {'are' if len(mark.solved) > 1 else 'is'} right; " if mark.solved else ""
+    if mark.state == "unwritten" and mark.finding:
+        return f"{right}{mark.finding.function} is not written yet"
+    if mark.state == "wrong" and mark.finding:
+        what = f"{mark.finding.function} is wrong" if mark.finding.function else "the file cannot be run"
+        return right + what + (f": {mark.finding.mistake}" if mark.finding.mistake else "")
+    return {"untouched": "not begun", "missing": "no file"}.get(mark.state, mark.state)
+
+
+def _report(mark: Mark, place: Path, brief: bool) -> str:
+    """Return what is to be said of one file; ``brief`` leaves out what to do with one that is not begun."""
+    lines = [f"{mark.path.name}: {_state(mark)}"]
+    if mark.finding and mark.finding.says:
+        lines += ["", _wrapped(mark.finding.says), ""]
+    first, *others = (asked.name for asked in mark.exercise.asked)
+    if mark.state == "untouched" and not brief:
+        then = f", and {' and '.join(others)} once that is right" if others else ""
+        says = (
+            f"Read it from the top: what is given, what is asked, and the derivation up to its last step. Take that "
+            f"step on paper. Then write {first}{then}, in place of the lines that raise NotImplementedError."
+        )
+        lines += ["", _wrapped([says]), ""]
+    return "\n".join(lines)
+
+
+def _next(marks: Sequence[Mark], place: Path) -> str:
+    """Return what to do next."""
+    from minivit.learn.ladder import ladder
+
+    open_ones = [mark for mark in marks if not mark.passed]
+    folder = place if place.is_dir() else place.parent
+    if not open_ones:
+        later = [exercise for exercise in ladder() if exercise.number > marks[-1].exercise.number]
+        if not later:
+            return "That was the last one." if len(marks) == 1 else "All of them are solved."
+        there = (folder / later[0].file).exists()
+        step = f"open {folder / later[0].file}" if there else f"minivit learn start {folder} {later[0].number}"
+        return f"Next, exercise {later[0].number}, {later[0].title}:  {step}"
+    mark = open_ones[0]
+    again = f"minivit learn check {mark.path}"
+    if mark.state == "missing":
+        return f"Write the file:  minivit learn start {folder} {mark.exercise.number}"
+    stuck = f"Stuck?  minivit learn hint {mark.exercise.number}"
+    return f"Then:   {again}" if mark.state == "untouched" else f"Again:  {again}\n{stuck}"
+
+
+def _wrapped(says: Sequence[str]) -> str:
+    """Return lines, indented and wrapped; those that are indented, or of code, stay as they are."""
+    lines = []
+    for text in "\n".join(says).split("\n"):
+        kept = text.startswith(("  ", "In line "))
+        lines.append(f"  {text}" if kept else textwrap.fill(text, WIDTH, initial_indent="  ", subsequent_indent="  "))
+    return "\n".join(lines)
