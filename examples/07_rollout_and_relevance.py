@@ -29,7 +29,7 @@ maps = {
     f"relevance for {second}": shares(mv.study.relevance(trace, mv.study.attention_gradient(trace, of=second))),
 }
 
-print(f"test image {i} is a {test.labels[i]}; the model says {first} ({logits[i, first]:.2f}), ")
+print(f"test image {i} is a {test.labels[i]}; the model says {first} ({logits[i, first]:.2f}),")
 print(f"and nearly {second} ({logits[i, second]:.2f}). Of each patch, its share in percent:\n")
 for row in test.images[i, 0]:  # (8, 8), from 0 to 255
     print("  " + "".join(" ░▒▓█"[int(pixel) * 5 // 256] * 2 for pixel in row))

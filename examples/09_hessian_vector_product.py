@@ -34,7 +34,9 @@ def dot(a: list[np.ndarray], b: list[np.ndarray]) -> float:
 
 v, w = directions
 hv = hessian_times(v)
-print(f"{model.num_parameters():,} parameters: H would have {model.num_parameters() ** 2:,} entries; H·v has as many as v")
+print(
+    f"{model.num_parameters():,} parameters: H would have {model.num_parameters() ** 2:,} entries; H·v has as many as v"
+)
 
 # ---- by differences of gradients: two more gradients, and half of the digits lost ----
 h, here = 1e-6, [p.data.copy() for p in parameters]
