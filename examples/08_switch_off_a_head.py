@@ -45,9 +45,7 @@ for layer, head in np.ndindex(layers, heads):
 
 fell, wrote_first = lost[0].sum(0).mean(), wrote[0].sum(0).mean()  # of all heads of the first layer together
 print(f"\nIn the last layer both tell the same images apart (mean correlation {alike[-1].mean():.2f}).")
-print(
-    f"Without the first layer's heads the logit loses {fell:.2f}, of which they wrote only {wrote_first:.2f} into it:"
-)
-print("the rest is what later layers made of them, and attribution counts as theirs.")
+print(f"The first layer's heads, off one at a time, cost the logit {fell:.2f} together; they wrote {wrote_first:.2f}")
+print("into it: the rest is what later layers made of them, and attribution counts as theirs.")
 assert alike[-1].mean() > 0.4
 assert fell > wrote_first

@@ -106,6 +106,12 @@ RIGHT: dict[str, tuple[Any, ...]] = {
     "three arguments": (linear, linear_back, [X, W, B]),
     "float32 arguments are checked as float64": (linear, linear_back, [a.astype(np.float32) for a in (X, W, B)]),
     "arrays that may not be written": (linear, linear_back, [np.broadcast_to(X[0], (3, 4)), W[::-1], B[::-1]]),
+    "a number that cannot be complex": (
+        lambda x, f: x * math.exp(f), lambda g, x, f: (g * math.exp(f), (g * x).sum() * math.exp(f)), [X, 0.3]
+    ),
+    "two outputs of other sizes": (
+        lambda x: (1e9 * x, 1e-9 * x * x), lambda g, x: 1e9 * g[0] + 2e-9 * g[1] * x, [X]
+    ),
     "a Tensor among the arguments": (linear, linear_back, [mv.tensor(X), W, B]),
     "a forward of minivit's": (ops.softmax, softmax_back, [X]),
     "views": (lambda x: x.reshape(-1), lambda g, x: g.reshape(3, 4), [X]),
@@ -209,6 +215,10 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "an output forgotten": (
         lambda x: (x * x, x.sum()), lambda g, x: 2 * g[0] * x, [X], GradientError, "wrong gradient",
     ),
+    "a small output forgotten": (
+        lambda x: (1e9 * x, 1e-9 * x * x), lambda g, x: 1e9 * g[0], [X], GradientError, "wrong gradient",
+    ),
+    "a masked array": (np.tanh, lambda g, x: g, [np.ma.masked_less(X, 0)], DTypeError, "a MaskedArray, .* of its own"),
     "clipped": (np.tanh, lambda g, x: np.clip(g * (1 - np.tanh(x) ** 2), -9, 9), [X], GradientError, "linear in g"),
     "float32 in backward": (
         np.tanh, lambda g, x: (g * (1 - np.tanh(x) ** 2)).astype(np.float32), [X],
@@ -252,6 +262,11 @@ def test_each_fault_has_its_error(what):
     forward, backward, args, error, said = WRONG[what]
     with pytest.raises(error, match=said):
         mv.check_vjp(forward, backward, args)
+
+
+def test_what_takes_complex_numbers_has_a_complex_step_though_another_argument_does_not():
+    report = mv.check_vjp(*RIGHT["a number that cannot be complex"])
+    assert [(c.name, c.method) for c in report.checks] == [("x", "complex"), ("f", "central")]
 
 
 def test_what_depends_on_earlier_calls():

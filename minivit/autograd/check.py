@@ -195,6 +195,8 @@ def is_checked(argument: Any) -> bool:
 def leaf_of(argument: Any) -> Tensor:
     """Return a leaf of an argument's numbers, as float64."""
     data = argument.data if isinstance(argument, Tensor) else argument
+    if isinstance(data, np.matrix | np.ma.MaskedArray):
+        raise DTypeError(f"an argument is a {type(data).__name__}, with arithmetic of its own", "pass a plain array")
     return tensor(np.array(data, np.float64), requires_grad=True)
 
 

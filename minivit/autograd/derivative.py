@@ -76,15 +76,18 @@ class Derivative:
     def stepped(self) -> float | None:
         """ds/dh by a complex step, or None if the function cannot run on complex numbers."""
         h = COMPLEX_STEP * self.size
-        moved = {x: x.data.astype(np.complex128) for x in self.scalar.leaves.values()}
-        moved[self.leaf] = np.asarray(moved[self.leaf] + 1j * h * self.direction)
-        with holding(moved), np.errstate(all="ignore"), warnings.catch_warnings():
-            warnings.simplefilter("error", np.exceptions.ComplexWarning)  # an imaginary part thrown away
-            try:
-                value = float(np.imag(self.scalar.terms()).sum() / h)
-            except Exception:  # whatever it says of complex numbers
-                return None
-        return value if math.isfinite(value) else None
+        whole = [x for x in self.scalar.leaves.values() if x is not self.leaf]
+        for others in (whole, []):  # some functions want all complex, some the others as they are
+            moved = {x: x.data.astype(np.complex128) for x in others}
+            moved[self.leaf] = np.asarray(self.leaf.data + 1j * h * self.direction)
+            with holding(moved), np.errstate(all="ignore"), warnings.catch_warnings():
+                warnings.simplefilter("error", np.exceptions.ComplexWarning)  # an imaginary part thrown away
+                try:
+                    value = float(np.imag(self.scalar.terms()).sum() / h)
+                except Exception:  # whatever it says of complex numbers
+                    continue
+            return value if math.isfinite(value) else None
+        return None
 
     @functools.cached_property
     def is_analytic(self) -> bool | None:

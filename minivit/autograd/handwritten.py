@@ -19,8 +19,9 @@ from minivit.autograd.check import (
     passed,
 )
 from minivit.autograd.orders import Scalar, close, holding, nearby
+from minivit.autograd.returned import gradients_of, output_of
 from minivit.autograd.tensor import Tensor
-from minivit.backend import Key
+from minivit.backend import Key, normal
 from minivit.errors import ConfigError, DTypeError, GradientError, GraphError, MinivitError, UndecidedError
 
 __tracebackhide__ = True  # as in orders.py
@@ -108,12 +109,19 @@ class HandWritten(Scalar):
         with np.errstate(all="ignore"):  # what is not finite is said later
             out = self.run(self.arguments())[0]
         self.several = isinstance(out, tuple | list)
-        self.outputs = [_number(x, f" in place {i}") for i, x in enumerate(out)] if self.several else [_number(out, "")]
+        self.outputs = (
+            [output_of(x, f" in place {i}") for i, x in enumerate(out)] if self.several else [output_of(out, "")]
+        )
         self.weighed = [i for i, x in enumerate(self.outputs) if x is not None and x.dtype.kind == "f"]
         if not self.weighed:
             raise GraphError("check_vjp: forward returns no floating numbers", "return an array of floats")
         found = [np.array(self.outputs[i], np.float64) for i in self.weighed]
         self.begin(found, [key.child(1).child(i) for i in self.weighed])
+
+    def weight(self, key: Key, values: np.ndarray) -> np.ndarray:
+        """Draw a cotangent; of several outputs so that each counts, however small it is beside another."""
+        size = float(np.abs(values).mean()) if self.several and values.size else 1.0
+        return normal(key, values.shape) / (size or 1.0)
 
     # ---- calling the two ----
 
@@ -184,7 +192,10 @@ class HandWritten(Scalar):
                 "check_vjp: backward changes g in place: it may be the gradient of something else as well",
                 "work on a copy (g = g.copy()), or without +=, out= and g[...] =",
             )
-        return self.gradients_of(result)
+        found = gradients_of(result, self.names, {name: x.shape for name, x in self.leaves.items()})
+        narrow = {name: x.dtype for name, x in found.items() if x.dtype.kind == "f" and x.dtype.itemsize < 8}
+        self.rounded.update(narrow)
+        return {name: np.array(x, np.float64) for name, x in found.items()}
 
     def moved(self, steps: Mapping[Tensor, np.ndarray]) -> np.ndarray:
         """Return the terms of s with some leaves moved; raise ArithmeticError if forward refuses them."""
@@ -202,49 +213,6 @@ class HandWritten(Scalar):
         """Return the cotangents as backward takes them: a number for a number, a tuple for a tuple."""
         out = [w if w is None or isinstance(x, np.ndarray) else w[()] for w, x in zip(g, self.outputs, strict=True)]
         return (tuple(out) if self.several else out[0],)
-
-    # ---- what backward returned ----
-
-    def gradients_of(self, result: Any) -> dict[str, np.ndarray]:
-        """Return the gradient for every leaf; raise GradientError unless there is just one of its shape for each."""
-        if not isinstance(result, tuple | list):
-            result = [result]
-        if len(result) != len(self.names):
-            constant = [name for name in self.names if name not in self.leaves]
-            raise GradientError(
-                f"backward returns {len(result)} gradient{'' if len(result) == 1 else 's'} for {len(self.names)} "
-                f"arguments ({', '.join(self.names)})",
-                "return a tuple with one for each, in their order"
-                + (f", and None for {', '.join(constant)}" if constant else ""),
-            )
-        return {
-            name: g for name, x in zip(self.names, result, strict=True) if (g := self.gradient_of(name, x)) is not None
-        }
-
-    def gradient_of(self, name: str, result: Any) -> np.ndarray | None:
-        """Return one gradient as float64, None of what has none."""
-        if name not in self.leaves:
-            if result is not None:
-                raise GradientError(
-                    f"backward returns a gradient for {name}, which holds no floating numbers",
-                    f"return None for it; if {name} is to be differentiated, pass it as a float array",
-                )
-            return None
-        if result is None:
-            raise GradientError(
-                f"backward returns None for {name}, which holds floating numbers",
-                f"return its gradient; or hold it constant in both functions: functools.partial(forward, {name}=…)",
-            )
-        gradient, shape = np.asarray(result.data if isinstance(result, Tensor) else result), self.leaves[name].shape
-        if gradient.dtype.kind not in "fiub":
-            kind = gradient.dtype if isinstance(result, np.ndarray) else f"a {type(result).__name__}"
-            raise GradientError(f"the gradient for {name} is {kind}", "return an array of real numbers")
-        if gradient.shape != shape:
-            what = f"the gradient for {name} has shape {gradient.shape}, {name} {shape}"
-            raise GradientError(what, _refit(gradient, shape))
-        if gradient.dtype.kind == "f" and gradient.dtype.itemsize < 8:
-            self.rounded[name] = gradient.dtype
-        return np.array(gradient, np.float64)
 
     # ---- what a right gradient does besides ----
 
@@ -305,21 +273,6 @@ class HandWritten(Scalar):
         return found
 
 
-def _number(x: Any, place: str) -> Any:
-    """Return an output as an array, a number as NumPy's and None as None."""
-    if x is None and place:
-        return None
-    array = np.asarray(x.data if isinstance(x, Tensor) else x)
-    if isinstance(x, tuple | list | dict) or array.dtype.kind not in "fiubc":
-        raise ConfigError(
-            f"check_vjp: forward returns a {type(x).__name__}{place}",
-            "return an array, or a tuple of arrays; if it is for backward, return (out, cache), and pass cache=True",
-        )
-    if array.dtype.kind == "c":
-        raise DTypeError("check_vjp: forward returns complex numbers for real ones", "return real numbers")
-    return array if array.ndim or isinstance(x, np.ndarray) else array[()]
-
-
 def _same(a: np.ndarray, b: np.ndarray) -> bool:
     return a.shape == b.shape and bool(np.all((a == b) | (a != a)))
 
@@ -332,16 +285,3 @@ def _described(g: Any) -> str:
 
 def _digits(dtype: Any) -> str:
     return f"{np.finfo(dtype).precision} digits"
-
-
-def _refit(gradient: np.ndarray, shape: tuple[int, ...]) -> str:
-    """Return what to do with a gradient that is not of the shape of its argument."""
-    extra = gradient.ndim - len(shape)
-    if extra >= 0:
-        rest = gradient.shape[extra:]
-        axes = [*range(extra), *(extra + i for i, n in enumerate(shape) if n == 1 != rest[i])]
-        if all(n in (1, m) for n, m in zip(shape, rest, strict=True)):
-            return f"sum it over the axes along which the argument was broadcast: {', '.join(map(str, axes))}"
-    if gradient.shape == shape[::-1]:
-        return "transpose it"
-    return "return a gradient of the argument's shape"

@@ -53,7 +53,7 @@ class Scalar:
         self.found = found
         self.gradients: dict[str, np.ndarray] = {}
         self.check_repeats()
-        self.weights = [normal(key, values.shape) for key, values in zip(keys, found, strict=True)]
+        self.weights = [self.weight(key, values) for key, values in zip(keys, found, strict=True)]
         with np.errstate(all="ignore"):
             self.gradients = self.differentiate()
         for name, g in self.gradients.items():
@@ -64,6 +64,10 @@ class Scalar:
             )
         self.here = self.terms()
         self.size = max(float(np.abs(self.here).sum()), self.least)  # the size that s has
+
+    def weight(self, key: Key, values: np.ndarray) -> np.ndarray:
+        """Draw the weights of such values."""
+        return normal(key, values.shape)
 
     def check_repeats(self) -> None:
         """Raise unless the function, and its gradient if known, come out as before (but for the last bits)."""
