@@ -358,7 +358,9 @@ def test_the_wrong_entry_is_found_among_many_and_kinks_are_not_blamed(entries):
 def test_a_frozen_parameter_is_left_out():
     layer = mv.nn.Linear(3, 2).to(np.float64)
     layer.bias.requires_grad = False
-    assert [c.name for c in mv.check_module(layer, np.ones((2, 3))).checks] == ["weight"]
+    report = mv.check_module(layer, np.ones((2, 3)))
+    assert [c.name for c in report.checks] == ["weight"] and report.frozen == ["bias"]
+    assert str(report).endswith("\n  frozen, and not checked: bias")
     layer.weight.requires_grad = False
     with pytest.raises(GraphError, match="no parameter requires"):
         mv.check_module(layer, np.ones((2, 3)))

@@ -2,7 +2,8 @@
 
 Every argument is moved along a random direction, and the change of the output is held against the gradient:
 :mod:`minivit.autograd.orders` has what is differentiated, :mod:`minivit.autograd.derivative` how the change is found,
-:mod:`minivit.autograd.judge` the verdict.
+:mod:`minivit.autograd.judge` the verdict, :mod:`minivit.autograd.locate` the worst entry. Gradients written by hand in
+NumPy are checked in the same way: :mod:`minivit.autograd.handwritten`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -39,6 +41,8 @@ class GradientReport:
     checks: list[Check] = field(default_factory=list)
     unreached: list[str] = field(default_factory=list)
     """Names of the arguments to which no graph leads from the output, which does not depend on them."""
+    frozen: list[str] = field(default_factory=list)
+    """Names of a module's parameters that require no gradient, and have none to check."""
 
     @property
     def worst(self) -> Check:
@@ -65,6 +69,8 @@ class GradientReport:
         ]
         if self.unreached:
             lines.append(f"  the output does not depend on {_listed(self.unreached)}: nothing was checked there")
+        if self.frozen:
+            lines.append(f"  frozen, and not checked: {_listed(self.frozen)}")
         if hidden := [c.name for c in first if c.analytic == c.numeric == 0.0 and c.name not in self.unreached]:
             lines.append(f"  the gradient for {_listed(hidden)} is 0 throughout: cut off, or hidden behind zeros?")
         return "\n".join(lines)
@@ -158,13 +164,15 @@ def check_module(
     parameters that the output does not depend on, which no training would ever change.
     """
     settings = Settings(method, seed, rtol, atol)
-    leaves = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    parameters = dict(module.named_parameters())
+    leaves = {name: p for name, p in parameters.items() if p.requires_grad}
     if not leaves:
         raise GraphError("check_module: no parameter requires a gradient", "unfreeze one: p.requires_grad = True")
     for name, p in leaves.items():
         if p.dtype != np.float64:
             raise DTypeError(f"check_module: {name} is {p.dtype}", "check in float64: module.to(np.float64)")
     report = passed(scalars(lambda: module(*inputs), leaves, order, seed), settings)
+    report.frozen = [name for name in parameters if name not in leaves]
     if report.unreached:
         raise GraphError(
             f"check_module: the output does not depend on {len(report.unreached)} of {len(leaves)} parameters: "
@@ -260,7 +268,7 @@ def judged(fn: Callable[[], Tensor], leaves: Mapping[str, Tensor], order: int = 
 
 def scalars(fn: Callable[[], Tensor], leaves: Mapping[str, Tensor], order: int, seed: int) -> Iterator[Scalar]:
     """Yield what is differentiated at each order up to ``order``."""
-    if isinstance(order, bool) or not isinstance(order, int) or order < 1:
+    if isinstance(order, bool) or not isinstance(order, Integral) or order < 1:
         raise ConfigError(f"order={order!r}", "the order of a gradient is a whole number from 1 up")
     finite(leaves)
     scalar = Scalar(fn, leaves, Key(seed, STREAM))

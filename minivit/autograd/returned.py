@@ -49,7 +49,7 @@ def gradients_of(result: Any, names: Sequence[str], shapes: Mapping[str, tuple[i
         elif x is not None:
             raise GradientError(
                 f"backward returns a gradient for {name}, which holds no floating numbers",
-                f"return None for it; if {name} is to be differentiated, pass it as a float array",
+                "return None for it; what is to be differentiated is a float array, an argument of its own",
             )
     return found
 
