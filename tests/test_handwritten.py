@@ -136,6 +136,12 @@ RIGHT: dict[str, tuple[Any, ...]] = {
     "a list of gradients": (linear, lambda *a: list(linear_back(*a)), [X, W, B]),
     "float64 and positive only": (root, lambda g, x: g / 2 / np.sqrt(x), [np.abs(X)]),
     "an argument not used": (lambda x, y: x * 2, lambda g, x, y: (g * 2, np.zeros_like(y)), [X, W]),
+    "NaN that is not taken": (
+        lambda x: np.where(x > 0, np.log(x), 0), lambda g, x: np.where(x > 0, g / (x * (x > 0)), 0), [X]
+    ),
+    "sorted": (
+        lambda x: np.sort(x, -1), lambda g, x: np.take_along_axis(g, x.argsort(-1).argsort(-1), -1), [X]
+    ),
     "steps": (np.floor, lambda g, x: g * 0, [X + 0.3]),
 }  # fmt: skip
 
@@ -222,7 +228,7 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "clipped": (np.tanh, lambda g, x: np.clip(g * (1 - np.tanh(x) ** 2), -9, 9), [X], GradientError, "linear in g"),
     "float32 in backward": (
         np.tanh, lambda g, x: (g * (1 - np.tanh(x) ** 2)).astype(np.float32), [X],
-        GradientError, "backward returns float32, rounded to 6 digits",
+        GradientError, "backward returns float32, rounded to 6 digits: rtol=1e-5 allows",
     ),
     "float32 in forward": (
         lambda x: np.tanh(x.astype(np.float32)), lambda g, x: g * (1 - np.tanh(x) ** 2), [X],

@@ -56,13 +56,13 @@ class Scalar:
         self.weights = [self.weight(key, values) for key, values in zip(keys, found, strict=True)]
         with np.errstate(all="ignore"):
             self.gradients = self.differentiate()
+            self.here = self.terms()
         for name, g in self.gradients.items():
             check_finite(
                 g,
                 f"the function is finite, but its gradient of order {self.order} for {name}",
                 "keep away from points where there is no derivative (√x at 0), or mend the gradient",
             )
-        self.here = self.terms()
         self.size = max(float(np.abs(self.here).sum()), self.least)  # the size that s has
 
     def weight(self, key: Key, values: np.ndarray) -> np.ndarray:
