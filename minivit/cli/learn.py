@@ -116,8 +116,7 @@ def check(words: Sequence[str], as_json: bool) -> int:
     if as_json:
         _print_json(marks)
     else:
-        for mark in marks:
-            print(_report(mark, place, brief=len(marks) > 1))
+        print(_report(marks[0]) if len(marks) == 1 else _reports(marks))
         print(_next(marks, place))
     return OK if all(mark.passed for mark in marks) else FAILURE
 
@@ -193,13 +192,24 @@ def _state(mark: Mark) -> str:
     return {"untouched": "not begun", "missing": "no file"}.get(mark.state, mark.state)
 
 
-def _report(mark: Mark, place: Path, brief: bool) -> str:
-    """Return what is to be said of one file; ``brief`` leaves out what to do with one that is not begun."""
+def _reports(marks: Sequence[Mark]) -> str:
+    """Return what is to be said of several files: most of those that are begun and not solved."""
+    lines = []
+    for state, title in {"solved": "solved", "": "", "untouched": "not begun", "missing": "no file"}.items():
+        if not state:
+            lines += [_report(mark) for mark in marks if mark.state in ("wrong", "unwritten")]
+        elif numbers := [str(mark.exercise.number) for mark in marks if mark.state == state]:
+            lines.append(f"{title}: {', '.join(numbers)}")
+    return "\n".join([*lines, ""])
+
+
+def _report(mark: Mark) -> str:
+    """Return what is to be said of one file."""
     lines = [f"{mark.path.name}: {_state(mark)}"]
     if mark.finding and mark.finding.says:
         lines += ["", _wrapped(mark.finding.says), ""]
     first, *others = (asked.name for asked in mark.exercise.asked)
-    if mark.state == "untouched" and not brief:
+    if mark.state == "untouched":
         then = f", and {' and '.join(others)} once that is right" if others else ""
         says = (
             f"Read it from the top: what is given, what is asked, and the derivation up to its last step. Take that "
