@@ -181,6 +181,8 @@ def _printed(outcome: Outcome) -> tuple[str, ...]:
 
 def _argument(attempt: Attempt, position: int) -> str:
     names = attempt.arguments
+    if names and names[-1].startswith("*") and position >= len(names) - 1:  # *blocks
+        return f"{names[-1][1:]}[{position - len(names) + 1}]"
     return names[position] if position < len(names) else f"number {position + 1}"
 
 
