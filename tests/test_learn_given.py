@@ -88,3 +88,69 @@ def test_adamw_is_its_closed_form():
         np.testing.assert_allclose(v1, beta2 * v + (1 - beta2) * g**2, rtol=1e-12)
         moved = lr * (m1 / (1 - beta1**t)) / (np.sqrt(v1 / (1 - beta2**t)) + eps)
         np.testing.assert_allclose(new, p - lr * decay * p - moved, rtol=0, atol=1e-14)
+
+
+# ---- what the texts tell the learner is true ------------------------------------------------------------------------
+
+
+def asked_of(number, name):
+    exercise = next(exercise for exercise in ladder() if exercise.number == number)
+    return next(asked for asked in exercise.asked if asked.name == name)
+
+
+def right(number, name):
+    return asked_of(number, name).right
+
+
+def samples_of(number, name):
+    return [list(args) for _, args in asked_of(number, name).samples(Key(2))]
+
+
+def test_a_block_without_branches_is_the_identity():
+    g, x, *p = samples_of(10, "backward")[0]
+    for place in (4, 5, 10, 11):  # proj's and fc2's parameters
+        p[place] = 0.0 * p[place]
+    dx, *_ = right(10, "backward")(g, x, *p)
+    assert np.array_equal(right(10, "forward")(x, *p), x) and np.array_equal(dx, g)
+
+
+def test_the_patches_of_two_rows_of_four_pixels():
+    images, eye = np.arange(8.0).reshape(1, 1, 2, 4), np.eye(4).reshape(4, 1, 2, 2)
+    tokens = right(11, "forward")(images, eye, np.zeros(4), np.ones(4), np.zeros((3, 4)))
+    assert tokens.tolist() == [[[1, 1, 1, 1], [0, 1, 4, 5], [2, 3, 6, 7]]]
+
+
+def test_what_must_hold_of_a_whole_vits_gradients():
+    for args in samples_of(12, "backward"):
+        _, _, dcls, dpositions, _, _, _, dhead_bias, *_ = right(12, "backward")(*args)
+        assert np.allclose(dcls, dpositions[0], rtol=0, atol=1e-14) and abs(dhead_bias.sum()) < 1e-14
+
+
+def test_a_vit_learns_by_what_the_exercises_have_made():
+    """The gradients of exercise 12 and the steps of exercise 15: a model that tells two images apart."""
+    images, labels, heads, *parameters = samples_of(12, "forward")[0]
+    labels, states = np.array([0, 1]), [(np.zeros_like(p), np.zeros_like(p)) for p in parameters]
+    before = right(12, "forward")(images, labels, heads, *parameters)
+    for t in range(1, 11):
+        found = right(12, "backward")(1.0, images, labels, heads, *parameters)
+        steps = [right(15, "step")(p, g, m, v, t, 0.02, 0.9, 0.999, 1e-8, 0.05)
+                 for p, g, (m, v) in zip(parameters, found, states, strict=True)]  # fmt: skip
+        parameters, states = [p for p, _, _ in steps], [(m, v) for _, m, v in steps]
+    assert right(12, "forward")(images, labels, heads, *parameters) < 0.3 * before
+
+
+def test_the_hessian_is_symmetric():
+    for g, q, k, v, *t in samples_of(13, "hvp"):
+        s = [x[::-1] for x in t] if q.ndim == 2 else [x**2 for x in t]
+        ht, hs = right(13, "hvp")(g, q, k, v, *t), right(13, "hvp")(g, q, k, v, *s)
+        one, other = (sum((a * b).sum() for a, b in zip(*pair, strict=True)) for pair in ((s, ht), (t, hs)))
+        assert abs(one - other) <= 1e-11 * max(1.0, abs(one))
+
+
+def test_a_first_step_of_adam_is_lr_long():
+    p, g = np.array([1.0, 2.0, 3.0]), np.array([1e-3, -5.0, 7e4])
+    zero = np.zeros(3)
+    for beta1, beta2 in ((0.9, 0.999), (0.5, 0.7)):
+        moved, _, _ = right(15, "step")(p, g, zero, zero, 1, 0.25, beta1, beta2, 1e-300, 0.0)
+        assert np.allclose(moved, p - 0.25 * np.sign(g), rtol=1e-13)
+    assert np.allclose(right(15, "step")(p, zero, zero, zero, 1, 0.25, 0.9, 0.999, 1e-8, 0.1)[0], p * (1 - 0.025))

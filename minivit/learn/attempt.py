@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
+from minivit.backend import Key
 from minivit.learn.calling import Outcome
-from minivit.learn.comparing import TOLERANCE, Outputs, Unreadable, agree, named, read, scales
+from minivit.learn.comparing import TOLERANCE, Outputs, Unreadable, agree, named, nudged, read, scales
 from minivit.learn.exercise import Asked, Mistake, Sample
+
+NAMING = 1e-10
+"""A wrong answer is that of a mistake if they differ by no more than this share of the scale."""
+
+ROUNDINGS, MOST = 16.0, 1e-10
+"""An entry may be off by so many times what a rounding of the arguments makes of it, up to a share of the scale."""
 
 
 @dataclass
@@ -22,6 +29,7 @@ class Attempt:
     arguments: tuple[str, ...]
     samples: Sequence[Sample]
     outcomes: Sequence[Outcome]
+    _moved: dict[int, list[Outputs]] = field(default_factory=dict)
 
     @cached_property
     def rights(self) -> list[Outputs]:
@@ -58,11 +66,11 @@ class Attempt:
 
     @cached_property
     def tolerance(self) -> float:
-        """The share of the scale by which an entry may be off when answers are told apart: more in single precision."""
+        """The share of the scale within which two wrong answers are the same one: more in single precision."""
         least = min(
             (self.output(i, name).dtype.itemsize for i in self.readable for name in self.asked.outputs), default=8
         )
-        return {2: 2e-2, 4: 3e-5}.get(least, TOLERANCE)
+        return {2: 2e-2, 4: 3e-5}.get(least, NAMING)
 
     def fits(self, name: str, wanted: Sequence[np.ndarray | None], tolerance: float = 0.0) -> bool:
         """Return whether output ``name`` equals ``wanted``, an array for each sample, in all samples that can be read.
@@ -83,7 +91,22 @@ class Attempt:
 
     def right_in(self, i: int, name: str) -> bool:
         """Return whether output ``name`` is right in sample ``i``, which can be read."""
-        return agree(self.output(i, name), self.rights[i][name], self.scales[i][name])
+        got, right, scale = self.output(i, name), self.rights[i][name], self.scales[i][name]
+        if agree(got, right, scale):
+            return True
+        if not agree(got, right, scale, MOST):
+            return False
+        return agree(got, right, 1.0, TOLERANCE * scale + ROUNDINGS * self._noise(i, name))
+
+    def _noise(self, i: int, name: str) -> float:
+        """Return how much the right output moves when every number among the arguments moves by a rounding.
+
+        Where scores are large, or tokens far from 0, that is more than 1e-12: no way of computing is more exact.
+        """
+        if i not in self._moved:
+            args = [nudged(self.samples[i][1], Key(0, 0xE95, step)) for step in range(3)]
+            self._moved[i] = [named(self.asked.outputs, self.asked.right(*some)) for some in args]
+        return max(float(np.abs(moved[name] - self.rights[i][name]).max(initial=0.0)) for moved in self._moved[i])
 
     @cached_property
     def wrong(self) -> dict[str, list[int]]:
@@ -102,12 +125,13 @@ class Attempt:
             except (ArithmeticError, ValueError, IndexError):  # a mistake that fits some shapes only
                 return None
 
-    def mistakes(self) -> Iterator[tuple[Mistake, list[str]]]:
-        """Yield the listed mistakes that fit what came back: (mistake, the wrong outputs that it explains).
+    def mistakes(self) -> list[tuple[Mistake, list[str], bool]]:
+        """Return the listed mistakes that fit: (mistake, the wrong outputs that it explains, whether it is whole).
 
-        Those that give every output, right ones too, come alone; else those that give some of the wrong ones.
+        One that gives every output, right ones too, is whole, and comes alone; else those come that give some of the
+        wrong outputs.
         """
-        explained: list[tuple[Mistake, list[str], bool]] = []
+        found: list[tuple[Mistake, list[str], bool]] = []
         for mistake in self.asked.mistakes:
             values = self.values_of(mistake.gives)
             fitting = {
@@ -115,6 +139,5 @@ class Attempt:
                 if self.fits(name, [None if one is None else one[name] for one in values])
             }  # fmt: skip
             if names := [name for name in self.wrong if name in fitting]:
-                explained.append((mistake, names, len(fitting) == len(self.asked.outputs)))
-        whole = [one for one in explained if one[2]]
-        yield from ((mistake, names) for mistake, names, _ in whole or explained)
+                found.append((mistake, names, len(fitting) == len(self.asked.outputs)))
+        return [one for one in found if one[2]] or found

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from minivit.backend import Key, random_bits
 from minivit.learn.wire import Thing
 
 TOLERANCE = 1e-12
@@ -121,3 +122,15 @@ def worst_entry(got: np.ndarray, wanted: np.ndarray) -> tuple[int, ...]:
         off = np.abs(got.astype(np.float64) - wanted)
     off = np.where(np.isnan(off), np.inf, off)
     return tuple(int(i) for i in np.unravel_index(int(off.argmax()), off.shape))
+
+
+def nudged(value: Any, key: Key) -> Any:
+    """Return arrays of floating numbers, or tuples, lists and dicts of them, each number moved by a rounding."""
+    if isinstance(value, np.ndarray) and value.dtype.kind == "f":
+        up = random_bits(key, value.shape) % 2
+        return value * (1.0 + np.finfo(np.float64).eps * (2.0 * up - 1.0))
+    if isinstance(value, tuple | list):
+        return type(value)(nudged(x, key.child(i)) for i, x in enumerate(value))
+    if isinstance(value, dict):
+        return {name: nudged(x, key.child(i)) for i, (name, x) in enumerate(value.items())}
+    return value

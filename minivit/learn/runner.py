@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import importlib.machinery
 import importlib.util
-import inspect
 import os
 import signal
 import sys
@@ -24,12 +23,16 @@ MEMORY = 1 << 30
 
 
 class OnlyNumPy:
-    """Refuses, on sys.meta_path, to import what is neither NumPy nor Python's own."""
+    """Refuses, on sys.meta_path, to import what is neither NumPy nor Python's own; ``given`` are pieces that it has."""
 
-    @staticmethod
-    def find_spec(name: str, path: Any = None, target: Any = None) -> None:
+    def __init__(self, given: Sequence[str] = ()) -> None:
+        self.given = given
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
         """Raise Forbidden, or leave it to the others."""
         root = name.partition(".")[0]
+        if root == "minivit" and self.given:
+            raise Forbidden(f"of minivit there is only: from minivit.learn.given import {', '.join(self.given)}")
         if root != "numpy" and root not in sys.stdlib_module_names:
             raise Forbidden(f"{root} may not be imported: exercises are solved in plain NumPy, each file by itself")
 
@@ -41,12 +44,13 @@ def serve() -> None:
     nothing = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):  # what the file prints past sys.stdout goes nowhere
         os.dup2(nothing, stream)
-    given = pieces(sys.argv[1:])
+    names = sys.argv[1:]
+    given = pieces(names)
     _bound_memory()
     for name in [name for name in sys.modules if name.partition(".")[0] == "minivit"]:
         del sys.modules[name]  # or `import minivit` would find it there
     sys.modules |= given
-    sys.meta_path.insert(0, OnlyNumPy)
+    sys.meta_path.insert(0, OnlyNumPy(names))
     sys.dont_write_bytecode = True
     work = Work()
     while size := requests.read(8):
@@ -86,7 +90,7 @@ class Work:
         self.returned: list[tuple[Any, Any]] = []  # with a copy made at once
 
     def load(self, path: str, seconds: float) -> dict[str, Any]:
-        """Run the file; reply with what stopped it, and the arguments' names of its functions."""
+        """Run the file; reply with what stopped it, and the names of its functions."""
         self.file = path
         loader = importlib.machinery.SourceFileLoader("exercise", path)
         spec = importlib.util.spec_from_loader("exercise", loader)
@@ -94,7 +98,7 @@ class Work:
         self.module = importlib.util.module_from_spec(spec)
         with _ended_after(seconds):
             outcome = call(lambda: loader.exec_module(self.module), (), path)  # type: ignore[arg-type]
-        functions = {name: _arguments(value) for name, value in vars(self.module).items() if inspect.isfunction(value)}
+        functions = [name for name, value in vars(self.module).items() if callable(value)]
         return {"outcome": vars(outcome), "functions": functions}
 
     def call(self, name: str, args: Sequence[Any], measured: bool, seconds: float) -> dict[str, Any]:
@@ -109,10 +113,6 @@ class Work:
         found = [i for i, (value, before) in enumerate(self.returned) if not same(value, before)]
         self.returned = []
         return found
-
-
-def _arguments(function: Any) -> list[str]:
-    return [name[:60] for name in inspect.signature(function).parameters][:60]
 
 
 @contextlib.contextmanager

@@ -39,6 +39,11 @@ def last_top(s: Array, block: int) -> Array:
     return s.max(-1, keepdims=True)
 
 
+def newest_top(s: Array, block: int) -> Array:
+    """Return the largest score of the row in the last block."""
+    return own_top(s, block)[:, -1:]
+
+
 def no_top(s: Array, block: int) -> Array:
     """Return 0."""
     return 0.0 * s

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import pkgutil
+from collections.abc import Iterator
 from functools import cache
 from importlib import import_module, resources
 
@@ -27,6 +28,12 @@ def text_of(exercise: Exercise) -> str:
 
 
 def arguments_of(exercise: Exercise) -> dict[str, tuple[str, ...]]:
-    """Return the names of the arguments of the functions in the learner's file."""
+    """Return the names of the arguments of the functions in the learner's file; ``*names`` keep their star."""
     functions = [node for node in ast.parse(text_of(exercise)).body if isinstance(node, ast.FunctionDef)]
-    return {function.name: tuple(argument.arg for argument in function.args.args) for function in functions}
+    return {function.name: tuple(_names(function.args)) for function in functions}
+
+
+def _names(arguments: ast.arguments) -> Iterator[str]:
+    yield from (argument.arg for argument in arguments.args)
+    if arguments.vararg:
+        yield f"*{arguments.vararg.arg}"

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from minivit import ops
 from minivit.backend import Key
 from minivit.learn.exercise import Asked, Exercise, Mistake, Sample, backward_of, with_cotangents
-from minivit.learn.given import block, gelu, layer_norm, linear, self_attention, with_backwards
+from minivit.learn.given import block, gelu, layer_norm, linear, with_backwards
 from minivit.learn.mutants import cut, misread
 from minivit.ops.samples import Draw
 
@@ -34,7 +35,7 @@ def samples(key: Key) -> list[Sample]:
         ("a batch of one, odd sizes", (r(1, 5, 9), *parameters(r, 9, 5), 3)),
         ("one token", (r(3, 1, 4), *parameters(r, 4, 6), 2)),
         ("one head, as many tokens as numbers", (r(4, 4, 4), *parameters(r, 4, 4), 1)),
-        ("tokens far from zero, large scores", (50.0 + 9.0 * r(2, 4, 6), *parameters(r, 6, 8, scale=9.0), 2)),
+        ("tokens far from zero, large scores", (9.0 + 3.0 * r(2, 4, 6), *parameters(r, 6, 8, scale=4.0), 2)),
     ]
 
 
@@ -56,8 +57,9 @@ def parts(
     def norm2(x: Any, read: Any = None) -> Any:
         return misread(layer_norm, x, read, norm2_weight, norm2_bias)
 
-    def attention(u: Any, read: Any = None, heads: int = heads) -> Any:
-        return linear(self_attention(misread(linear, u, read, qkv_weight, qkv_bias), heads), proj_weight, proj_bias)
+    def attention(u: Any, read: Any = None, heads: int = heads, scale: float | None = None) -> Any:
+        qkv = misread(linear, u, read, qkv_weight, qkv_bias)
+        return linear(ops.self_attention(qkv, heads, None, None, scale), proj_weight, proj_bias)
 
     def mlp(u: Any, read: Any = None, activation: Any = gelu, last: Any = None) -> Any:
         hidden = misread(linear, u, read, fc1_weight, fc1_bias)
@@ -179,6 +181,11 @@ FORWARD_MISTAKES = (
         "activation forgotten",
         "There is nothing between the MLP's two linear layers: two of them without a bend between are one.",
         wired(then(lambda y, norm2, mlp, x: y + mlp(norm2(y), activation=lambda h: h))),
+    ),
+    Mistake(
+        "scale forgotten",
+        "The scores of attention lack the factor 1/√d, d the length of a head's queries.",
+        wired(first(lambda x, norm1, attention: x + attention(norm1(x), scale=1.0))),
     ),
     Mistake(
         "one head for all",

@@ -40,13 +40,12 @@ def projected(cut: Callable[[Any, int, int], Any]) -> Callable[..., Any]:
     return forward
 
 
-def cut_as(split: tuple[int, ...], order: tuple[int, ...]) -> Callable[[Any, int, int], Any]:
-    """Return a way of cutting: axes of height and width split as (count, size), ``split`` 0, or (size, count), 1; then
-    the six axes in ``order``, joined."""
+def cut_as(order: tuple[int, ...], strided: bool = False) -> Callable[[Any, int, int], Any]:
+    """Return a way of cutting: H and W split as (count, size), or (size, count) if strided; the axes in an order."""
 
     def cut(images: Any, p: int, q: int) -> Any:
         b, c, h, w = images.shape
-        rows, columns = ((h // p, p), (w // q, q)) if split == (0,) else ((p, h // p), (q, w // q))
+        rows, columns = ((p, h // p), (q, w // q)) if strided else ((h // p, p), (w // q, q))
         six = ops.transpose(ops.reshape(images, (b, c, *rows, *columns)), order)
         return ops.reshape(six, (b, (h // p) * (w // q), c * p * q))
 
@@ -54,10 +53,10 @@ def cut_as(split: tuple[int, ...], order: tuple[int, ...]) -> Callable[[Any, int
 
 
 # the six axes are (image, channel, patch's row, row, patch's column, column); the right order is 0 2 4 1 3 5
-CHANNELS_LAST = cut_as((0,), (0, 2, 4, 3, 5, 1))
-COLUMN_BY_COLUMN = cut_as((0,), (0, 4, 2, 1, 3, 5))
-PIXELS_TRANSPOSED = cut_as((0,), (0, 2, 4, 1, 5, 3))
-STRIDED = cut_as((1,), (0, 3, 5, 1, 2, 4))
+CHANNELS_LAST = cut_as((0, 2, 4, 3, 5, 1))
+COLUMN_BY_COLUMN = cut_as((0, 4, 2, 1, 3, 5))
+PIXELS_TRANSPOSED = cut_as((0, 2, 4, 1, 5, 3))
+STRIDED = cut_as((0, 3, 5, 1, 2, 4), strided=True)
 
 
 def one_reshape(images: Any, p: int, q: int) -> Any:
@@ -115,8 +114,8 @@ FORWARD_MISTAKES = (
     ),
     Mistake(
         "strided patches",
-        "A patch has every so-manieth pixel of the image instead of neighbours. When an axis of H is split by a "
-        "reshape, the faster of the two new axes, the last, walks over neighbours: which of H/P and P has to be last?",
+        "The pixels of a patch lie H/P rows and W/Q columns apart instead of beside each other. When an axis of H is "
+        "split by a reshape the last of the two new axes walks over neighbours: which of H/P and P has to be last?",
         projected(STRIDED),
     ),
     Mistake(
@@ -143,7 +142,7 @@ FORWARD_MISTAKES = (
     ),
     Mistake(
         "class token forgotten",
-        "There are only the patches' tokens.",
+        "There are only the patches' tokens: N of them, and not T = N + 1.",
         put_together(lambda patches, cls, pos: patches + pos[:, 1:]),
     ),
     Mistake("positions forgotten", "Nothing says where a patch was: the positions are not added.",

@@ -188,7 +188,7 @@ FORWARD_MISTAKES = (
     ),
     Mistake(
         "loss summed",
-        "The loss is the sum over the images. It should be the mean: what else would the gradient's size depend on?",
+        "The loss is the sum over the images. It should be the mean, whose size does not depend on how many they are.",
         with_(loss_of=lambda self, logits: cross_entropy(logits, self.labels) * len(self.labels)),
     ),
     Mistake(
@@ -310,7 +310,7 @@ EXERCISE = Exercise(
         "forward takes its last result, backward all of them.",
         "Make the blocks' gradients first, as zeros of the parameters' shapes, and write each block's twelve into "
         "place i. For ∂loss/∂u: zeros of u's shape, of which one row is filled.",
-        "Backward is eight calls: cross_entropy_backward with g; linear_backward at u's row; layer_norm_backward at "
+        "Backward, in this order: cross_entropy_backward with g; linear_backward at u's row; layer_norm_backward at "
         "the last of the list; then for i from L-1 down to 0 block_backward at z_i, the first of what it returns being "
         "the g of the next; and embed_backward, whose first result nobody wants.",
     ),

@@ -30,7 +30,7 @@ def samples(key: Key) -> list[Sample]:
         ("two images, three heads", drawn(3, 3, 5, 2, 2, 3)),
         ("one query", drawn(1, 5, 3, 3, 1)),
         ("one key: nothing to choose from", drawn(3, 1, 2, 2)),
-        ("scores of some tens", drawn(3, 5, 4, 3, 2, scale=12.0)),
+        ("scores up to twenty", drawn(3, 5, 4, 3, 2, scale=5.0)),
     ]
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from minivit import ops
 from minivit.backend import Array, Key, normal
 from minivit.learn.exercise import Asked, Exercise, Limit, Mistake, Sample, backward_of
-from minivit.learn.streamed import in_blocks, last_top, no_top, own_top, running_top, scores_of, shifted
+from minivit.learn.streamed import in_blocks, last_top, newest_top, no_top, own_top, running_top, scores_of, shifted
 from minivit.ops.samples import Draw
 
 LARGE = 768
@@ -27,6 +27,8 @@ def samples(key: Key) -> list[Sample]:
     # eighths, so that these scores are exact in whatever order they are summed: an ulp of 800 is 1e-13
     far, keys = np.round(8.0 * r(3, 4)) / 8.0, np.round(8.0 * r(7, 4)) / 8.0
     far[:, 0], keys[:, 0] = (320.0, -320.0, 1.0), 5.0  # scores near 800, near -800 and near 2
+    falling = np.round(8.0 * r(7, 4)) / 8.0
+    falling[:, 0] = np.where(np.arange(7) < 4, 4.0, -4.0)  # scores near 640, then near -640
     rising = np.sort(np.abs(r(7, 1)), axis=0)
     return [
         ("three blocks, the last one shorter", drawn(5, 7, 4, 3, 3)),
@@ -36,6 +38,7 @@ def samples(key: Key) -> list[Sample]:
         ("one query", drawn(1, 8, 2, 2, 3)),
         ("one key", drawn(4, 1, 3, 2, 1)),
         ("rows of scores near 800, -800 and 2", (far, keys, r(7, 3), 2)),
+        ("scores that fall by more than a thousand, and rise by it", (far, falling, r(7, 3), 2)),
         ("each block's scores above the last's", (np.abs(r(3, 1)) + 1.0, 3.0 * rising, r(7, 2), 2)),
     ]
 
@@ -171,6 +174,12 @@ FORWARD_MISTAKES = (
         shifted(own_top, own_top, own_top),
     ),
     Mistake(
+        "maximum of the block at hand",
+        "What was summed up is brought to the maximum of the new block alone. If that is far below the old one, the "
+        "factor is infinite: the new maximum is the larger of the two.",
+        shifted(newest_top, newest_top, own_top),
+    ),
+    Mistake(
         "no maximum",
         "Nothing is subtracted from the scores before exp: e^1000 is infinite.",
         shifted(no_top, no_top, no_top),
@@ -223,6 +232,11 @@ BACKWARD_MISTAKES = (
         "D is summed over the keys of the block at hand. It is a sum over all keys; step 6 has a way to get it at "
         "once.",
         from_lines(inner=inner_of_block),
+    ),
+    Mistake(
+        "D averaged",
+        "D is a mean where it should be a sum.",
+        lambda g, *args: from_lines(inner=lambda p, dp, block: ops.sum(p * dp, -1, True) / g.shape[1])(g, *args),
     ),
     Mistake(
         "softmax of each block",

@@ -126,6 +126,16 @@ def means_kept_corrected(p: Any, g: Any, m: Any, v: Any, t: int, *settings: floa
     return p, m / first, v / root**2
 
 
+def not_squared(p: Any, g: Any, m: Any, v: Any, t: int, *settings: float) -> tuple[Any, Any, Any]:
+    """Make v of g in the place of g²: as m is made, with β₂."""
+    lr, _, beta2, eps, decay = settings
+    moved, m1, v1 = step(p, g, m, v, t, *settings)
+    wrong = step(p, g, v, v, t, lr, beta2, beta2, eps, decay)[1]
+    rest = (1.0 - beta2**t) ** -1.0
+    shrunk, factor = (1.0 - lr * decay) * p, (np.sqrt(v1 * rest) + eps) / (np.sqrt(wrong * rest) + eps)
+    return shrunk - (shrunk - moved) * factor, m1, wrong
+
+
 STEP_MISTAKES = (
     Mistake(
         "decay in the gradient",
@@ -206,6 +216,11 @@ STEP_MISTAKES = (
         "shares of the new forgotten",
         "g and g² are added whole: these are sums that fade, and not means. Look at the factor of the new in step 1.",
         shares_forgotten,
+    ),
+    Mistake(
+        "gradient not squared",
+        "v is made of g as it is. It is the mean of its squares: what should the root of a negative number be?",
+        not_squared,
     ),
     Mistake(
         "uphill",

@@ -71,8 +71,8 @@ TRAPS
 - np.var divides by D and np.std(ddof=1) by D - 1. eps goes under the root.
 - Means along the last axis must keep it (keepdims=True) to be subtracted from the rows they belong to.
 - a is not g. Look at what stands between x̂ and the output.
-- A g of ones with a weight of ones hides every mistake: the row's outputs then add up to the same number whatever x
-  is, and dx = 0. This is why gradients are checked with random cotangents, here and elsewhere.
+- A g of ones with a weight of ones hides most mistakes in dx: the row's outputs then add up to the same number,
+  whatever x is, and dx = 0. This is why gradients are checked with random cotangents, here and elsewhere.
 - The sums for dweight and dbias run over every leading axis. x (D,) has none: then there is nothing to sum.
 
 Check your work with:  minivit learn check . 6

@@ -22,7 +22,8 @@ WHAT IS GIVEN
     heads, an int that divides D. A weight is (out, in), as in PyTorch. The layer norms' eps is 1e-6.
 
 You have made every piece already: linear in exercise 2, gelu in 5, layer norm in 6, self-attention from a packed qkv
-in 9. Paste your own in here, or take minivit's, which are imported below. Each is a pair, and all pairs work alike:
+in 9. Paste your own in here (they have an eps and a mask more), or take minivit's, which are imported below; nothing
+else of minivit can be imported where the file is marked. Each is a pair, and all pairs work alike:
 
     out = layer_norm(x, weight, bias)                                       (…, D) → (…, D)
     dx, dweight, dbias = layer_norm_backward(g, x, weight, bias)
@@ -72,10 +73,10 @@ THE DERIVATION
 
 TRAPS
 
-- Both roads: leaving one of the two "g +" out gives a gradient of the right shape and a plausible size.
+- Two roads: a gradient in which one of the two "g +" is left out has the right shape and a plausible size.
 - What does norm2 read? What is added to the MLP's output? y both times, and neither x nor norm2(y).
 - gelu_backward wants what went into gelu.
-- The bias of a linear layer was added to B·T tokens: (1) to (3) say what its gradient is. (linear_backward knows.)
+- The bias of a linear layer is a fork with B·T prongs: by 3 its gradient is a sum over all tokens of all images.
 
 TRY IT
 
@@ -84,6 +85,8 @@ exactly. With only fc2_weight and fc2_bias zero, ∂loss/∂y is g.
 
 Check your work with:  minivit learn check . 10
 """
+
+import numpy as np
 
 from minivit.learn.given import (
     gelu,

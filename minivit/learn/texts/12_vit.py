@@ -24,10 +24,11 @@ WHAT IS GIVEN
         norm1_weight  norm1_bias  qkv_weight  qkv_bias  proj_weight  proj_bias
         norm2_weight  norm2_bias  fc1_weight  fc1_bias  fc2_weight   fc2_bias
 
-The parameters of block i alone, in order, are ``[p[i] for p in blocks]``, and L is ``len(blocks[0])``.
+L is ``len(blocks[0])``. The parameters of block i alone, in order, are ``[p[i] for p in blocks]``: they, and then
+heads, are what follows x in a call of ``block``.
 
-The pieces are yours from before, or minivit's, imported below. They work alike (g: the gradient of what the forward
-returned; then the arguments that the forward had):
+The pieces are yours from before, or minivit's, imported below (nothing else of minivit can be imported where the file
+is marked). They work alike; g is the gradient of what the forward returned, and after it come the forward's arguments:
 
     tokens = embed(images, weight, bias, cls, positions)
     dimages, dweight, dbias, dcls, dpositions = embed_backward(g, images, weight, bias, cls, positions)

@@ -22,7 +22,7 @@ The leading axes "…" (heads, batch; or none) are the same everywhere: each hea
 
     S = c·Q·Kᵀ, c = 1/√d       P = softmax(S) over the last axis       out = P·V
 
-The gradients of exercise 8, which you may want to have beside you:
+The gradients of exercise 8 (solve that first; its answer stands here):
 
     dV = Pᵀ·g              dP = g·Vᵀ             r = Σ P ∘ dP, over the keys, (…, Tq, 1)
     dS = P ∘ (dP - r)      dQ = c·dS·K           dK = c·dSᵀ·Q

@@ -32,8 +32,8 @@ THE DERIVATION: FORWARD
 
 3. A new block of scores s comes. The new largest score is m' = max(m, max of s). The new block's terms are written
    with m'. But l and a were written with m. From e^(s - m') = e^(s - m)·e^(m - m') follows what the old l and a have
-   to be multiplied with: a number at most 1, the same for all old keys; l and a both. Before the first
-   key m = -∞, l = 0 and a = 0, and e^(-∞ - m') = 0 does the right thing by itself.
+   to be multiplied with: a number at most 1, the same for all old keys; l and a both. Before the first key m = -∞,
+   l = 0 and a = 0, and e^(-∞ - m') = 0 does the right thing by itself.
 
 4. lse from m and l at the end: log Σ e^(s_j) = log Σ e^(s_j - m)·e^m.
 
@@ -67,7 +67,7 @@ TRAPS
 TRY IT
 
 With block ≥ Tk there is one block and you have exercise 8. The result must not depend on block, but for rounding.
-Measure: ``tracemalloc.start(); forward(...); tracemalloc.get_traced_memory()[1]`` is the peak in bytes.
+To measure memory: ``tracemalloc.start(); forward(...); tracemalloc.get_traced_memory()[1]`` is the peak in bytes.
 
 Check your work with:  minivit learn check . 14
 """

@@ -50,7 +50,7 @@ THE DERIVATION
 
 TRAPS
 
-- t begins at 1. With 0 the first step divides by zero; with t + 1 all steps are a little short.
+- t begins at 1. With 0 the first step divides by zero; with t + 1 it is a quarter too short.
 - β1 belongs to m, β2 to v: in the means and in the corrections.
 - ``m *= beta1`` changes the caller's array. So does ``p -= …``.
 - In run: m and v live as long as the run does, and so does t.
