@@ -136,6 +136,19 @@ def test_an_exercise_is_whole(exercise):
 
 
 @each_exercise
+def test_no_line_of_a_solution_is_told(exercise):
+    told = "\n".join([text_of(exercise), *exercise.hints, *(m.says for a in exercise.asked for m in a.mistakes)])
+    for written in ("", "_other"):
+        source = (SOLUTIONS / exercise.file.replace(".py", f"{written}.py")).read_text()
+        body = [line.strip() for line in source.splitlines() if line.startswith("    ")]
+        # how a given piece is called, the text may well say
+        lines = [
+            line.removeprefix("return ") for line in body if not any(f"{name}(" in line for name in exercise.given)
+        ]
+        assert [line for line in lines if len(line) > 15 and set(line) & set("=*@+") and line in told] == []
+
+
+@each_exercise
 def test_an_untouched_file_is_unwritten(exercise, tmp_path):
     path = tmp_path / exercise.file
     path.write_text(text_of(exercise))

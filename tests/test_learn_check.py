@@ -299,7 +299,7 @@ def test_an_entry_is_shown_with_what_it_should_be_and_the_sample():
     finding = spoiled("softmax", lambda d, g, x: d + np.sin(7.0 * x))
     first, sample = finding.says[:2]
     assert first.startswith("dx[") and ", and should be " in first
-    assert "two rows of three; g (2, 3), x (2, 3)." in sample
+    assert sample.startswith("Sample: two rows of three.\n")
     g, x = (np.array(json.loads(line.partition("np.array(")[2][:-1])) for line in sample.splitlines()[1:])
     place = tuple(int(i) for i in first[first.index("[") + 1 : first.index("]")].split(", "))
     right = SOFTMAX.asked[1].right(g, x)[place]
@@ -356,7 +356,7 @@ def test_all_are_solved_by_the_reference_solutions(here, capsys):
     for exercise in ladder():
         shutil.copy(SOLUTIONS / exercise.file, Path("all"))
     code, text = said(capsys, "check", "all")
-    assert (code, text.count(": solved\n")) == (0, len(ladder()))
+    assert (code, text.splitlines()[0]) == (0, f"solved: {', '.join(str(e.number) for e in ladder())}")
 
 
 def test_hints_come_one_at_a_time(capsys):

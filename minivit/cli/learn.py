@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -64,7 +65,8 @@ def list_all(words: Sequence[str], as_json: bool) -> int:
     ]
     print(text_table(["", "exercise", "state" if marks else ""], rows, right=(0,)))
     solved = sum(mark.passed for mark in marks.values())
-    print(f"\n{solved} of {len(rows)} solved in {folder}" if marks else "\nBegin with:  minivit learn start learn")
+    where = f"{solved} of {len(rows)} solved in {_shown(folder)}"
+    print(f"\n{where}" if marks else "\nBegin with:  minivit learn start learn")
     return OK
 
 
@@ -84,11 +86,12 @@ def start(words: Sequence[str], as_json: bool) -> int:
         print(json_text({"written": [str(path) for path in written], "there": [str(path) for path in there]}))
         return OK
     if written:
-        print(f"{plural(len(written), 'file')} in {folder}: {_names(written)}")
+        print(f"{plural(len(written), 'file')} in {_shown(folder)}: {_names(written)}")
     if there:
         print(f"Already there, and left as they are: {_names(there)} (remove a file to begin it anew)")
     first = (written or there)[0]
-    print(f"\nOpen {first} and read it from the top; write what is missing; then:  minivit learn check {folder}")
+    print(f"\nOpen {_shown(first)} and read it from the top; write what is missing; then:")
+    print(f"  minivit learn check {_shown(folder)}")
     return OK
 
 
@@ -116,8 +119,7 @@ def check(words: Sequence[str], as_json: bool) -> int:
     if as_json:
         _print_json(marks)
     else:
-        for mark in marks:
-            print(_report(mark, place, brief=len(marks) > 1))
+        print(_report(marks[0]) if len(marks) == 1 else _reports(marks))
         print(_next(marks, place))
     return OK if all(mark.passed for mark in marks) else FAILURE
 
@@ -193,13 +195,24 @@ def _state(mark: Mark) -> str:
     return {"untouched": "not begun", "missing": "no file"}.get(mark.state, mark.state)
 
 
-def _report(mark: Mark, place: Path, brief: bool) -> str:
-    """Return what is to be said of one file; ``brief`` leaves out what to do with one that is not begun."""
-    lines = [f"{mark.path.name}: {_state(mark)}"]
+def _reports(marks: Sequence[Mark]) -> str:
+    """Return what is to be said of several files: most of those that are begun and not solved."""
+    lines = []
+    for state, title in {"solved": "solved", "": "", "untouched": "not begun", "missing": "no file"}.items():
+        if not state:
+            lines += [_report(mark) for mark in marks if mark.state in ("wrong", "unwritten")]
+        elif numbers := [str(mark.exercise.number) for mark in marks if mark.state == state]:
+            lines.append(f"{title}: {', '.join(numbers)}")
+    return "\n".join([*lines, ""])
+
+
+def _report(mark: Mark) -> str:
+    """Return what is to be said of one file."""
+    lines = [f"{_shown(mark.path.name)}: {_state(mark)}"]
     if mark.finding and mark.finding.says:
         lines += ["", _wrapped(mark.finding.says), ""]
     first, *others = (asked.name for asked in mark.exercise.asked)
-    if mark.state == "untouched" and not brief:
+    if mark.state == "untouched":
         then = f", and {' and '.join(others)} once that is right" if others else ""
         says = (
             f"Read it from the top: what is given, what is asked, and the derivation up to its last step. Take that "
@@ -220,14 +233,22 @@ def _next(marks: Sequence[Mark], place: Path) -> str:
         if not later:
             return "That was the last one." if len(marks) == 1 else "All of them are solved."
         there = (folder / later[0].file).exists()
-        step = f"open {folder / later[0].file}" if there else f"minivit learn start {folder} {later[0].number}"
+        file, number = _shown(folder / later[0].file), later[0].number
+        step = f"open {file}" if there else f"minivit learn start {_shown(folder)} {number}"
         return f"Next, exercise {later[0].number}, {later[0].title}:  {step}"
     mark = open_ones[0]
-    again = f"minivit learn check {mark.path}"
+    again = f"minivit learn check {_shown(mark.path)}"
     if mark.state == "missing":
-        return f"Write the file:  minivit learn start {folder} {mark.exercise.number}"
+        return f"Write the file:  minivit learn start {_shown(folder)} {mark.exercise.number}"
     stuck = f"Stuck?  minivit learn hint {mark.exercise.number}"
     return f"Then:   {again}" if mark.state == "untouched" else f"Again:  {again}\n{stuck}"
+
+
+def _shown(path: object) -> str:
+    """Return a path as a shell takes it, and on one line."""
+    from minivit.errors import printable
+
+    return printable(shlex.quote(str(path)))
 
 
 def _wrapped(says: Sequence[str]) -> str:

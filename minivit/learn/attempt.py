@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -125,12 +125,13 @@ class Attempt:
             except (ArithmeticError, ValueError, IndexError):  # a mistake that fits some shapes only
                 return None
 
-    def mistakes(self) -> Iterator[tuple[Mistake, list[str]]]:
-        """Yield the listed mistakes that fit what came back: (mistake, the wrong outputs that it explains).
+    def mistakes(self) -> list[tuple[Mistake, list[str], bool]]:
+        """Return the listed mistakes that fit: (mistake, the wrong outputs that it explains, whether it is whole).
 
-        Those that give every output, right ones too, come alone; else those that give some of the wrong ones.
+        One that gives every output, right ones too, is whole, and comes alone; else those come that give some of the
+        wrong outputs.
         """
-        explained: list[tuple[Mistake, list[str], bool]] = []
+        found: list[tuple[Mistake, list[str], bool]] = []
         for mistake in self.asked.mistakes:
             values = self.values_of(mistake.gives)
             fitting = {
@@ -138,6 +139,5 @@ class Attempt:
                 if self.fits(name, [None if one is None else one[name] for one in values])
             }  # fmt: skip
             if names := [name for name in self.wrong if name in fitting]:
-                explained.append((mistake, names, len(fitting) == len(self.asked.outputs)))
-        whole = [one for one in explained if one[2]]
-        yield from ((mistake, names) for mistake, names, _ in whole or explained)
+                found.append((mistake, names, len(fitting) == len(self.asked.outputs)))
+        return [one for one in found if one[2]] or found

@@ -59,8 +59,10 @@ class Child:
         reply = self._ask({"do": "load", "path": str(self.path), "seconds": SECONDS}, 10.0)  # with Python's own start
         if isinstance(reply, Outcome):
             return reply
-        self.functions = list(reply["functions"])
-        return _outcome(reply["outcome"])
+        reply = reply if isinstance(reply, dict) else {}
+        functions = reply.get("functions")
+        self.functions = functions if isinstance(functions, list) else []
+        return _outcome(reply.get("outcome"))
 
     def run(self, name: str, many: Sequence[tuple[Any, ...]], measured: bool = False) -> list[Outcome]:
         """Call the function ``name`` with each of many arguments.

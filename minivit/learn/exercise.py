@@ -115,7 +115,7 @@ def with_cotangents(
 
     def drawn(key: Key) -> list[Sample]:
         return [
-            (label, (np.round(normal(key.child(1000 + i), np.shape(forward(*args))), 2), *args))
+            (label, (np.asarray(np.round(normal(key.child(1000 + i), np.shape(forward(*args))), 2)), *args))
             for i, (label, args) in enumerate(samples(key))
         ]
 

@@ -14,7 +14,7 @@ from minivit.learn.attempt import Attempt
 from minivit.learn.calling import Outcome, same
 from minivit.learn.comparing import Unreadable, worst_entry
 from minivit.learn.diagnosis import diagnose
-from minivit.learn.exercise import Asked, Exercise
+from minivit.learn.exercise import Asked, Exercise, Mistake
 
 Run = Callable[[str, Sequence[tuple[Any, ...]], bool], list[Outcome]]
 """Calls a learner's function, by its name, with each of some arguments; True asks for the peak of its memory."""
@@ -68,7 +68,7 @@ def mark_function(asked: Asked, arguments: tuple[str, ...], run: Run, key: Key) 
 def wrong_values(attempt: Attempt) -> Finding | None:
     """Find the mistake: a listed one, what cannot be read, what stopped a call, a general one, or just an entry."""
     function, wrong = attempt.asked.name, bool(attempt.wrong)
-    found = list(attempt.mistakes()) if wrong else []
+    found = attempt.mistakes() if wrong else []
     if found:
         return _listed(attempt, found)
     for i, got in enumerate(attempt.got):
@@ -92,14 +92,18 @@ def wrong_values(attempt: Attempt) -> Finding | None:
     return Finding(function, "wrong", None, (*_entry(attempt, output), *_where_right(attempt, output)))
 
 
-def _listed(attempt: Attempt, found: list[tuple[Any, list[str]]]) -> Finding:
-    """Name the listed mistakes: the first output's, and of several that give the same there, all."""
-    output = next(name for name in attempt.wrong if any(name in names for _, names in found))
-    those = [mistake for mistake, names in found if output in names]
-    says = [mistake.says for mistake in those[:1]]
+def _listed(attempt: Attempt, found: list[tuple[Mistake, list[str], bool]]) -> Finding:
+    """Name the listed mistakes: the first output's, and of several that give the same there, all.
+
+    If a mistake spoils other outputs, too, which are not as it makes them, the output is named with it.
+    """
+    output = next(name for name in attempt.wrong if any(name in names for _, names, _ in found))
+    most = max(len(names) for _, names, _ in found if output in names)  # what explains more comes first
+    those = [(mistake, whole) for mistake, names, whole in found if output in names and len(names) == most]
+    says = [mistake.says if whole else f"In {output}: {mistake.says}" for mistake, whole in those]
     if len(those) > 1:
-        says = [f"Either: {those[0].says}", *(f"Or: {mistake.says}" for mistake in those[1:])]
-    name = " or ".join(mistake.name for mistake in those)
+        says = [f"Either: {says[0]}", *(f"Or: {text}" for text in says[1:])]
+    name = " or ".join(mistake.name for mistake, _ in those)
     return Finding(attempt.asked.name, "wrong", name, (*says, *_entry(attempt, output)))
 
 
@@ -185,23 +189,29 @@ def _argument(attempt: Attempt, position: int) -> str:
 def _sample(attempt: Attempt, i: int) -> str:
     """Return the sample's label and its arguments' shapes; of a small one the arguments, to be copied."""
     label, args = attempt.samples[i]
+    if (
+        all(isinstance(x, np.ndarray | float | int) for x in args)
+        and sum(map(np.size, args)) <= SHOWN
+        and all(np.array_equal(np.round(x, 2), x) for x in args)
+    ):
+        values = [f"    {_argument(attempt, k)} = {_source(x)}" for k, x in enumerate(args)]
+        return "\n".join([f"Sample: {label}.", *values])
     shown = [f"{_argument(attempt, k)} {_shape(x)}" for k, x in enumerate(args)]
-    text = f"Sample: {label}; {', '.join(shown)}."
-    if all(isinstance(x, np.ndarray | float | int) for x in args) and sum(map(np.size, args)) <= SHOWN:
-        tidy = all(np.array_equal(np.round(x, 2), x) for x in args)
-        lines = [f"    {_argument(attempt, k)} = {_source(x)}" for k, x in enumerate(args)]
-        text = "\n".join([text, *lines]) if tidy else text
-    return text
+    return f"Sample: {label}; {', '.join(shown)}."
 
 
 def _source(value: Any) -> str:
     """Return Python for a number or a small array."""
-    return f"np.array({value.tolist()})" if isinstance(value, np.ndarray) else repr(value)
+    if isinstance(value, np.ndarray):
+        return f"np.array({value.tolist()})" if value.ndim else repr(value.item())
+    return repr(value)
 
 
 def _shape(value: Any) -> str:
-    if isinstance(value, np.ndarray):
+    if isinstance(value, np.ndarray) and (value.ndim or value.dtype.kind not in "fiu"):
         return str(value.shape)
+    if isinstance(value, np.ndarray):
+        return f"= {value.item():.6g}"
     if isinstance(value, dict | list | tuple):
         return f"({type(value).__name__} of {len(value)})"
     return f"= {value!r}"

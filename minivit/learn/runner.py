@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import importlib.machinery
 import importlib.util
-import inspect
 import os
 import signal
 import sys
@@ -91,7 +90,7 @@ class Work:
         self.returned: list[tuple[Any, Any]] = []  # with a copy made at once
 
     def load(self, path: str, seconds: float) -> dict[str, Any]:
-        """Run the file; reply with what stopped it, and the arguments' names of its functions."""
+        """Run the file; reply with what stopped it, and the names of its functions."""
         self.file = path
         loader = importlib.machinery.SourceFileLoader("exercise", path)
         spec = importlib.util.spec_from_loader("exercise", loader)
@@ -99,7 +98,7 @@ class Work:
         self.module = importlib.util.module_from_spec(spec)
         with _ended_after(seconds):
             outcome = call(lambda: loader.exec_module(self.module), (), path)  # type: ignore[arg-type]
-        functions = {name: _arguments(value) for name, value in vars(self.module).items() if inspect.isfunction(value)}
+        functions = [name for name, value in vars(self.module).items() if callable(value)]
         return {"outcome": vars(outcome), "functions": functions}
 
     def call(self, name: str, args: Sequence[Any], measured: bool, seconds: float) -> dict[str, Any]:
@@ -114,10 +113,6 @@ class Work:
         found = [i for i, (value, before) in enumerate(self.returned) if not same(value, before)]
         self.returned = []
         return found
-
-
-def _arguments(function: Any) -> list[str]:
-    return [name[:60] for name in inspect.signature(function).parameters][:60]
 
 
 @contextlib.contextmanager

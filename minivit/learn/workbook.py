@@ -45,7 +45,7 @@ def exercises(words: Sequence[str]) -> list[Exercise]:
         if word.lstrip("0") not in known:
             what = f"there is no exercise {shortened(word, 40)!r}"
             raise ConfigError(what, f"minivit learn lists them: {min(map(int, known))} to {max(map(int, known))}")
-    return [known[word.lstrip("0")] for word in dict.fromkeys(words)] if words else list(ladder())
+    return [known[number] for number in dict.fromkeys(word.lstrip("0") for word in words)] if words else list(ladder())
 
 
 def start(folder: Path, chosen: Sequence[Exercise]) -> tuple[list[Path], list[Path]]:

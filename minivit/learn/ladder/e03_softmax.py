@@ -23,6 +23,7 @@ def samples(key: Key) -> list[Sample]:
         ("rows of one number", (r(3, 1),)),
         ("logits near 800, where e^x overflows", (800.0 + r(2, 5),)),
         ("logits near -800, where e^x is 0", (-800.0 + r(3, 4),)),
+        ("one row near 800, the next near -800", (np.array([[800.0], [-800.0]]) + r(2, 3),)),
     ]
 
 
@@ -71,6 +72,12 @@ def sign_of_the_sum(g: Any, x: Any) -> Any:
     return p * (g + ops.sum(g * p, -1, True))
 
 
+def one_maximum(x: Any) -> Any:
+    """Return the softmax with the largest of all rows taken off each: 0/0 in a row far below."""
+    e = np.exp(x - x.max())
+    return e / e.sum(axis=-1, keepdims=True)
+
+
 def no_shift(x: Any) -> Any:
     """Return e^x / Σ e^x as it stands: NaN where e^x overflows or all of a row is 0."""
     e = np.exp(x)
@@ -93,6 +100,12 @@ EXERCISE = Exercise(
                     "e^x is infinite from x = 710 on, and 0 below -745. Adding one number to a whole row changes "
                     "nothing in the softmax: choose that number so that no exponent is above 0.",
                     no_shift,
+                ),
+                Mistake(
+                    "one maximum for all rows",
+                    "The maximum of all rows together is taken off. A row that lies far below it is 0 everywhere then, "
+                    "and so is its sum: each row needs a number of its own.",
+                    one_maximum,
                 ),
                 Mistake(
                     "wrong axis",

@@ -24,6 +24,7 @@ def samples(key: Key) -> list[Sample]:
         ("a row of each class", (r(4, 4), np.arange(4), 0.0)),
         ("one class alone", (r(3, 1), np.zeros(3, np.int64), 0.0)),
         ("logits near 900 and near -900", (900.0 * np.sign(r(3, 4)) + r(3, 4), r.integers(4, 3), 0.1)),
+        ("one row near 900, the next near -900", (np.array([[900.0], [-900.0]]) + r(2, 3), r.integers(3, 2), 0.0)),
         ("surely wrong: the label's logit is 900 below", (r(2, 3) - 900.0 * np.eye(3)[:2], np.arange(2), 0.0)),
     ]
 
@@ -80,6 +81,14 @@ def overflowing(logits: Any, labels: Any, smoothing: float) -> Any:
     return (logs * target).sum() / -rows(logits)
 
 
+def one_maximum(logits: Any, labels: Any, smoothing: float) -> Any:
+    """Return the loss with the largest of all rows taken off each: log 0 in a row far below."""
+    target = held_against(logits, labels, 1.0 - smoothing, 0.0) + smoothing / logits.shape[-1]
+    shifted = logits - logits.max()
+    logs = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    return (logs * target).sum() / -rows(logits)
+
+
 def first_axis(logits: Any) -> float:
     """Return the rows for each entry of the first axis, by which a mean over that axis alone is too large."""
     return rows(logits) / logits.shape[0] if logits.ndim > 1 else 1.0
@@ -120,6 +129,12 @@ EXERCISE = Exercise(
                     "e^900 is infinite, so the loss is not a number. Shift each row before exp, as in exercise 3; what "
                     "does the shift do to log Σ e^x?",
                     overflowing,
+                ),
+                Mistake(
+                    "one maximum for all rows",
+                    "The maximum of all rows together is taken off, so that the sum of a row far below it is 0, and "
+                    "its logarithm infinite. Each row needs a number of its own.",
+                    one_maximum,
                 ),
                 Mistake(
                     "logarithm of 0",
