@@ -100,7 +100,8 @@ def _listed(attempt: Attempt, found: list[tuple[Mistake, list[str], bool]]) -> F
     output = next(name for name in attempt.wrong if any(name in names for _, names, _ in found))
     most = max(len(names) for _, names, _ in found if output in names)  # what explains more comes first
     those = [(mistake, whole) for mistake, names, whole in found if output in names and len(names) == most]
-    says = [mistake.says if whole else f"In {output}: {mistake.says}" for mistake, whole in those]
+    said = lambda text, whole: text if whole or text.startswith(output) else f"In {output}: {text}"
+    says = [said(mistake.says, whole) for mistake, whole in those]
     if len(those) > 1:
         says = [f"Either: {says[0]}", *(f"Or: {text}" for text in says[1:])]
     name = " or ".join(mistake.name for mistake, _ in those)
