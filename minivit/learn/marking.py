@@ -87,9 +87,10 @@ def wrong_values(attempt: Attempt) -> Finding | None:
     if general := diagnose(attempt):
         name, says = general
         output = next(iter(attempt.wrong))
-        return Finding(function, "wrong", name, (says, *_entry(attempt, output)))
+        return Finding(function, "wrong", name, (says, *_entry(attempt, output), *_other_outputs(attempt, output)))
     output = next(iter(attempt.wrong))
-    return Finding(function, "wrong", None, (*_entry(attempt, output), *_where_right(attempt, output)))
+    others = (*_where_right(attempt, output), *_other_outputs(attempt, output))
+    return Finding(function, "wrong", None, (*_entry(attempt, output), *others))
 
 
 def _listed(attempt: Attempt, found: list[tuple[Mistake, list[str], bool]]) -> Finding:
@@ -105,7 +106,9 @@ def _listed(attempt: Attempt, found: list[tuple[Mistake, list[str], bool]]) -> F
     if len(those) > 1:
         says = [f"Either: {says[0]}", *(f"Or: {text}" for text in says[1:])]
     name = " or ".join(mistake.name for mistake, _ in those)
-    return Finding(attempt.asked.name, "wrong", name, (*says, *_entry(attempt, output)))
+    return Finding(
+        attempt.asked.name, "wrong", name, (*says, *_entry(attempt, output), *_other_outputs(attempt, output))
+    )
 
 
 def _changed_arguments(attempt: Attempt) -> Finding | None:
@@ -234,3 +237,12 @@ def _where_right(attempt: Attempt, output: str) -> tuple[str, ...]:
     """Say in which samples the output is right, if there are any."""
     right = [attempt.samples[i][0] for i in attempt.readable if i not in attempt.wrong[output]]
     return (f"{output} is right in: {'; '.join(right)}.",) if right else ()
+
+
+def _other_outputs(attempt: Attempt, output: str) -> tuple[str, ...]:
+    """Say which of the other outputs are wrong, too, and which are right: that tells how far back to look."""
+    others = [name for name in attempt.asked.outputs if name != output]
+    wrong = [name for name in others if name in attempt.wrong]
+    right = [name for name in others if name not in attempt.wrong]
+    lines = {"Wrong, too": wrong, "Right": right}
+    return tuple(f"{title}: {', '.join(names)}." for title, names in lines.items() if names)
