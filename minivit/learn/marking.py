@@ -113,15 +113,12 @@ def _listed(attempt: Attempt, found: list[tuple[Mistake, list[str], bool]]) -> F
 
 def _changed_arguments(attempt: Attempt) -> Finding | None:
     """Find arguments that are written into, though the values are right."""
-    for i, outcome in enumerate(attempt.outcomes):
-        if outcome.changed:
-            name = _argument(attempt, outcome.changed[0])
-            says = (
-                f"The values are right, but the call changes its argument {name}: whoever calls it needs {name} again. "
-                f"Look for {name} +=, -=, *=, /=, [...] = and out=.",
-                _sample(attempt, i),
-            )
-            return Finding(attempt.asked.name, "wrong", "an argument changed", says)
+    for name in _changed(attempt):
+        says = (
+            f"The values are right, but the call changes its argument {name}: whoever calls it needs {name} again. "
+            f"Look for {name} +=, -=, *=, /=, [...] = and out=, and for names that stand for {name} or a part of it."
+        )
+        return Finding(attempt.asked.name, "wrong", "an argument changed", (says,))
     return None
 
 
@@ -240,9 +237,14 @@ def _where_right(attempt: Attempt, output: str) -> tuple[str, ...]:
 
 
 def _other_outputs(attempt: Attempt, output: str) -> tuple[str, ...]:
-    """Say which of the other outputs are wrong, too, and which are right: that tells how far back to look."""
+    """Say which other outputs are wrong, and which right: how far back to look; and which arguments are changed."""
     others = [name for name in attempt.asked.outputs if name != output]
     wrong = [name for name in others if name in attempt.wrong]
     right = [name for name in others if name not in attempt.wrong]
-    lines = {"Wrong, too": wrong, "Right": right}
+    lines = {"Wrong, too": wrong, "Right": right, "The call changes, too, its argument": _changed(attempt)}
     return tuple(f"{title}: {', '.join(names)}." for title, names in lines.items() if names)
+
+
+def _changed(attempt: Attempt) -> list[str]:
+    """Return the names of arguments that calls have written into."""
+    return [_argument(attempt, i) for i in sorted({i for outcome in attempt.outcomes for i in outcome.changed})]
