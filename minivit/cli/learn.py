@@ -29,9 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "       minivit learn hint N [1|2|3]         a nudge, a step, the last step but one"
     )
     parser.epilog = (
-        "Each file explains what is asked, and is solved in plain NumPy. What is solved is found by marking the\n"
-        "files: nothing else is remembered. A file is run to be marked, in a process of its own with bounds on time\n"
-        "and memory, but with your rights: do not mark files of people whom you do not trust."
+        "Each file explains what is asked, and is solved in plain NumPy. What is solved is found by marking\n"
+        "the files: nothing else is remembered. A file is run to be marked, in a process of its own with\n"
+        "bounds on time and memory, but with your rights: mark no files of people whom you do not trust."
     )
     parser.add_argument("words", metavar="…", nargs="*", help=argparse.SUPPRESS)
     parser.add_argument("--json", action="store_true", help="print JSON")
