@@ -339,7 +339,7 @@ def test_a_learners_way_through_the_commands(here, capsys):
     assert "forward is right; backward is not written yet" in said(capsys, "check", "learn", "3")[1]
     Path("learn/03_softmax.py").write_text(RIGHT)
     assert said(capsys, "check", "learn", "3") == (
-        0, "03_softmax.py: solved\nNext, exercise 4, cross-entropy from logits, with label smoothing:  "
+        0, "03_softmax.py: solved\n\nNext, exercise 4, cross-entropy from logits, with label smoothing:  "
         "open learn/04_cross_entropy.py\n",
     )  # fmt: skip
     code, text = said(capsys, "learn")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import shlex
 import textwrap
 from collections.abc import Sequence
@@ -28,8 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "       minivit learn hint N [1|2|3]         a nudge, a step, the last step but one"
     )
     parser.epilog = (
-        "Each file explains what is asked and is solved in plain NumPy. It is run to be marked, in a process of its\n"
-        "own with bounds on time and memory, but as you: do not run files of people whom you do not trust."
+        "Each file explains what is asked, and is solved in plain NumPy. What is solved is found by marking\n"
+        "the files: nothing else is remembered. A file is run to be marked, in a process of its own with\n"
+        "bounds on time and memory, but with your rights: mark no files of people whom you do not trust."
     )
     parser.add_argument("words", metavar="…", nargs="*", help=argparse.SUPPRESS)
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -120,7 +122,7 @@ def check(words: Sequence[str], as_json: bool) -> int:
         _print_json(marks)
     else:
         print(_report(marks[0]) if len(marks) == 1 else _reports(marks))
-        print(_next(marks, place))
+        print(f"\n{_next(marks, place)}")
     return OK if all(mark.passed for mark in marks) else FAILURE
 
 
@@ -197,29 +199,26 @@ def _state(mark: Mark) -> str:
 
 def _reports(marks: Sequence[Mark]) -> str:
     """Return what is to be said of several files: most of those that are begun and not solved."""
-    lines = []
-    for state, title in {"solved": "solved", "": "", "untouched": "not begun", "missing": "no file"}.items():
-        if not state:
-            lines += [_report(mark) for mark in marks if mark.state in ("wrong", "unwritten")]
-        elif numbers := [str(mark.exercise.number) for mark in marks if mark.state == state]:
-            lines.append(f"{title}: {', '.join(numbers)}")
-    return "\n".join([*lines, ""])
+    numbers = lambda state: ", ".join(str(mark.exercise.number) for mark in marks if mark.state == state)
+    parts = [f"solved: {numbers('solved')}"] if numbers("solved") else []
+    parts += [_report(mark) for mark in marks if mark.state in ("wrong", "unwritten")]
+    parts += [f"not begun: {numbers('untouched')}"] if numbers("untouched") else []
+    parts += [f"no file: {numbers('missing')}"] if numbers("missing") else []
+    return "\n\n".join(parts)
 
 
 def _report(mark: Mark) -> str:
     """Return what is to be said of one file."""
-    lines = [f"{_shown(mark.path.name)}: {_state(mark)}"]
-    if mark.finding and mark.finding.says:
-        lines += ["", _wrapped(mark.finding.says), ""]
-    first, *others = (asked.name for asked in mark.exercise.asked)
+    says = list(mark.finding.says) if mark.finding else []
     if mark.state == "untouched":
+        first, *others = (asked.name for asked in mark.exercise.asked)
         then = f", and {' and '.join(others)} once that is right" if others else ""
-        says = (
-            f"Read it from the top: what is given, what is asked, and the derivation up to its last step. Take that "
+        says = [
+            "Read it from the top: what is given, what is asked, and the derivation up to its last step. Take that "
             f"step on paper. Then write {first}{then}, in place of the lines that raise NotImplementedError."
-        )
-        lines += ["", _wrapped([says]), ""]
-    return "\n".join(lines)
+        ]
+    head = f"{_shown(mark.path.name)}: {_state(mark)}"
+    return f"{head}\n\n{_wrapped(says)}" if says else head
 
 
 def _next(marks: Sequence[Mark], place: Path) -> str:
@@ -237,7 +236,8 @@ def _next(marks: Sequence[Mark], place: Path) -> str:
         step = f"open {file}" if there else f"minivit learn start {_shown(folder)} {number}"
         return f"Next, exercise {later[0].number}, {later[0].title}:  {step}"
     mark = open_ones[0]
-    again = f"minivit learn check {_shown(mark.path)}"
+    which = "" if mark.path.name == mark.exercise.file else f" {mark.exercise.number}"
+    again = f"minivit learn check {_shown(mark.path)}{which}"
     if mark.state == "missing":
         return f"Write the file:  minivit learn start {_shown(folder)} {mark.exercise.number}"
     stuck = f"Stuck?  minivit learn hint {mark.exercise.number}"
@@ -252,9 +252,11 @@ def _shown(path: object) -> str:
 
 
 def _wrapped(says: Sequence[str]) -> str:
-    """Return lines, indented and wrapped; those that are indented, or of code, stay as they are."""
+    """Return lines, indented and wrapped, but not within shapes; those that are indented, or of code, stay whole."""
     lines = []
     for text in "\n".join(says).split("\n"):
         kept = text.startswith(("  ", "In line "))
-        lines.append(f"  {text}" if kept else textwrap.fill(text, WIDTH, initial_indent="  ", subsequent_indent="  "))
+        joined = re.sub(r"\(\d[\d, ]*\)", lambda shape: shape[0].replace(" ", "\xa0"), text)
+        wrapped = textwrap.fill(joined, WIDTH, initial_indent="  ", subsequent_indent="  ").replace("\xa0", " ")
+        lines.append(f"  {text}" if kept else wrapped)
     return "\n".join(lines)

@@ -33,6 +33,7 @@ class Child:
         self.functions: list[str] = []
         self._ended: Outcome | None = None  # how the process came to its end
         self._left = TOTAL
+        self._running = False
 
     def __enter__(self) -> Child:
         environment = os.environ | dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
@@ -44,6 +45,7 @@ class Child:
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment,
             start_new_session=True,
         )  # fmt: skip
+        self._running = True
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -123,20 +125,20 @@ class Child:
         return bytes(got[8 : 8 + size])
 
     def _how_it_ended(self) -> Outcome:
-        for _ in range(
-            100
-        ):  # until it has ended, for a second; it is left to be waited for, so that its number stays its
-            status = os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-            if status is not None and status.si_code in (os.CLD_KILLED, os.CLD_DUMPED):
-                return Outcome(name="crash", fault=f"it crashes Python ({signal.Signals(status.si_status).name})")
-            if status is not None:
-                return Outcome(name="ends the program", fault="it ends the program, and should return a value")
-            time.sleep(0.01)
-        return Outcome(name="no answer", fault="it writes where its results are read, or closes that")
+        try:
+            code = self._process.wait(1.0)
+        except subprocess.TimeoutExpired:
+            return Outcome(name="no answer", fault="it writes where its results are read, or closes that")
+        if code < 0:
+            return Outcome(name="crash", fault=f"it crashes Python ({signal.Signals(-code).name})")
+        return Outcome(name="ends the program", fault="it ends the program, and should return a value")
 
     def _end(self) -> None:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._process.pid, signal.SIGKILL)
+        """End the process and those that it has started, once: later its number may be another's."""
+        if self._running:
+            self._running = False
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._process.pid, signal.SIGKILL)
 
 
 def _outcome(reply: Any) -> Outcome:

@@ -87,9 +87,10 @@ def wrong_values(attempt: Attempt) -> Finding | None:
     if general := diagnose(attempt):
         name, says = general
         output = next(iter(attempt.wrong))
-        return Finding(function, "wrong", name, (says, *_entry(attempt, output)))
+        return Finding(function, "wrong", name, (says, *_entry(attempt, output), *_other_outputs(attempt, output)))
     output = next(iter(attempt.wrong))
-    return Finding(function, "wrong", None, (*_entry(attempt, output), *_where_right(attempt, output)))
+    others = (*_where_right(attempt, output), *_other_outputs(attempt, output))
+    return Finding(function, "wrong", None, (*_entry(attempt, output), *others))
 
 
 def _listed(attempt: Attempt, found: list[tuple[Mistake, list[str], bool]]) -> Finding:
@@ -100,24 +101,24 @@ def _listed(attempt: Attempt, found: list[tuple[Mistake, list[str], bool]]) -> F
     output = next(name for name in attempt.wrong if any(name in names for _, names, _ in found))
     most = max(len(names) for _, names, _ in found if output in names)  # what explains more comes first
     those = [(mistake, whole) for mistake, names, whole in found if output in names and len(names) == most]
-    says = [mistake.says if whole else f"In {output}: {mistake.says}" for mistake, whole in those]
+    said = lambda text, whole: text if whole or text.startswith(output) else f"In {output}: {text}"
+    says = [said(mistake.says, whole) for mistake, whole in those]
     if len(those) > 1:
         says = [f"Either: {says[0]}", *(f"Or: {text}" for text in says[1:])]
     name = " or ".join(mistake.name for mistake, _ in those)
-    return Finding(attempt.asked.name, "wrong", name, (*says, *_entry(attempt, output)))
+    return Finding(
+        attempt.asked.name, "wrong", name, (*says, *_entry(attempt, output), *_other_outputs(attempt, output))
+    )
 
 
 def _changed_arguments(attempt: Attempt) -> Finding | None:
     """Find arguments that are written into, though the values are right."""
-    for i, outcome in enumerate(attempt.outcomes):
-        if outcome.changed:
-            name = _argument(attempt, outcome.changed[0])
-            says = (
-                f"The values are right, but the call changes its argument {name}: whoever calls it needs {name} again. "
-                f"Look for {name} +=, -=, *=, /=, [...] = and out=.",
-                _sample(attempt, i),
-            )
-            return Finding(attempt.asked.name, "wrong", "an argument changed", says)
+    for name in _changed(attempt):
+        says = (
+            f"The values are right, but the call changes its argument {name}: whoever calls it needs {name} again. "
+            f"Look for {name} +=, -=, *=, /=, [...] = and out=, and for names that stand for {name} or a part of it."
+        )
+        return Finding(attempt.asked.name, "wrong", "an argument changed", (says,))
     return None
 
 
@@ -233,3 +234,17 @@ def _where_right(attempt: Attempt, output: str) -> tuple[str, ...]:
     """Say in which samples the output is right, if there are any."""
     right = [attempt.samples[i][0] for i in attempt.readable if i not in attempt.wrong[output]]
     return (f"{output} is right in: {'; '.join(right)}.",) if right else ()
+
+
+def _other_outputs(attempt: Attempt, output: str) -> tuple[str, ...]:
+    """Say which other outputs are wrong, and which right: how far back to look; and which arguments are changed."""
+    others = [name for name in attempt.asked.outputs if name != output]
+    wrong = [name for name in others if name in attempt.wrong]
+    right = [name for name in others if name not in attempt.wrong]
+    lines = {"Wrong, too": wrong, "Right": right, "The call changes, too, its argument": _changed(attempt)}
+    return tuple(f"{title}: {', '.join(names)}." for title, names in lines.items() if names)
+
+
+def _changed(attempt: Attempt) -> list[str]:
+    """Return the names of arguments that calls have written into."""
+    return [_argument(attempt, i) for i in sorted({i for outcome in attempt.outcomes for i in outcome.changed})]

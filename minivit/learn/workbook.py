@@ -73,7 +73,10 @@ def mark_file(exercise: Exercise, path: Path) -> Mark:
     """Mark one file, in a process of its own."""
     if not os.path.lexists(path):
         return Mark(exercise, path, "missing")
-    source = _read(path)
+    try:
+        source = _read(path)
+    except (OSError, DataError) as error:
+        return Mark(exercise, path, "wrong", Finding("", "wrong", "cannot be read", (str(error),)))
     if source == text_of(exercise).encode():
         return Mark(exercise, path, "untouched")
     with Child(path.absolute(), exercise.given) as child:
