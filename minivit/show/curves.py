@@ -26,7 +26,10 @@ STYLE = """\
 .chart text { fill: var(--quiet); }
 .chart .title { fill: var(--ink); font-weight: 600; font-size: 14px; }
 .chart .end { text-anchor: end; }
-.chart .mid { text-anchor: middle; }
+.chart .mid, .chart .cell { text-anchor: middle; }
+.chart .cell { font-size: 10px; }
+.chart .on-dark { fill: #ffffff; }
+.chart .on-light { fill: #000000; }
 .chart polyline { fill: none; stroke-width: 2; stroke-linejoin: round; }
 .chart .grid { stroke: var(--faint); stroke-width: 1; }
 .chart .mark { stroke: var(--quiet); stroke-dasharray: 4 3; }
@@ -50,6 +53,7 @@ def chart(
     marks: Mapping[str, float] | None = None,
     *,
     dots: Sequence[tuple[float, float, str]] = (),
+    dots_are: str = "",
     levels: Mapping[str, float] | None = None,
     reach: Sequence[float] = (),
     log_y: bool = False,
@@ -57,8 +61,8 @@ def chart(
     """Return a chart of up to two named ``lines`` of points (x, y), or "" if no point is finite.
 
     ``form`` writes a y. ``marks`` are one or two places x to point out, by what to call them, ``levels`` heights y.
-    ``dots`` are single points (x, y, what it is). The y axis goes as far as ``reach``, so that two charts can be
-    compared. On a logarithmic axis what is not above 0 is left out.
+    ``dots`` are single points (x, y, what it is), called ``dots_are`` in the legend. The y axis goes as far as
+    ``reach``, so that two charts can be compared. On a logarithmic axis what is not above 0 is left out.
     """
 
     def fits(x: float, y: float) -> bool:
@@ -76,7 +80,8 @@ def chart(
 
     parts = [f'<text class="title" x="0" y="16">{escape(title)}</text>']
     if len(lines) > 1 or (lines and dots):
-        names = [f'<tspan class="name{i}" dx="12">● {escape(name)}</tspan>' for i, name in enumerate(lines, 1)]
+        kinds = [("", dots_are)] * bool(dots) + [(f' class="name{i}"', name) for i, name in enumerate(lines, 1)]
+        names = [f'<tspan{kind} dx="12">● {escape(name)}</tspan>' for kind, name in kinds]
         parts.append(f'<text class="end" x="{WIDTH - RIGHT}" y="16">{"".join(names)}</text>')
     parts += axes.drawn(x_label, form)
     parts += _pointed_out(axes, marks or {}, levels)
@@ -126,7 +131,9 @@ def write_svg(path: str | Path, svg: str) -> None:
     style = STYLE
     for name, (light, _) in COLOURS.items():
         style = style.replace(f"var(--{name})", light)
-    view = f"-12 -8 {WIDTH + 24} {HEIGHT + 16}"  # with a margin
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" class="chart" viewBox="{view}" width="{2 * WIDTH}">'
+    start, _, rest = svg.partition(">")
+    width, height = (int(number) for number in start.partition('viewBox="0 0 ')[2].partition('"')[0].split())
+    view = f"-12 -8 {width + 24} {height + 16}"  # with a margin
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" class="chart" viewBox="{view}" width="{2 * width}">'
     paper = '<rect x="-12" y="-8" width="100%" height="100%" fill="white"/>'
-    write_text(Path(path), f"{head}<style>{style}</style>{paper}{svg.partition('>')[2]}")
+    write_text(Path(path), f"{head}<style>{style}</style>{paper}{rest}")

@@ -50,7 +50,7 @@ def gallery(
 
 
 def _picture(image: np.ndarray) -> str:
-    picture = enlarged(image[:3] if len(image) >= 3 else image[:1], scale=1)  # (C, H, W), drawn without alpha
+    picture = enlarged(image, scale=1)
     small = max(picture.size) <= SHARP
     return f'<img alt=""{" class=sharp" if small else ""} src="{embedded(picture, 0 if small else 2 * SHARP)}">'
 

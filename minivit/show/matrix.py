@@ -1,0 +1,157 @@
+"""Tables of numbers as colours, and pictures of small maps, as SVG that stands in a page or in a file of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from minivit.show.axes import BOTTOM, LEFT, RIGHT, TOP, WIDTH
+from minivit.show.colours import heat, signed
+from minivit.show.embedded import embedded
+from minivit.show.markup import escape
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+MOST_WRITTEN = 14  # columns whose numbers can be read in their cells
+TALLEST = 24  # pixels of a row
+HIGHEST = 400  # pixels of all rows
+BAR, STEPS = 90, 30  # pixels and steps of a legend's colours
+SIDE = 480  # pixels: as large as a picture of small maps is made at least
+
+
+def matrix(
+    title: str,
+    values: np.ndarray,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    labels: tuple[str, str],
+    most: float,
+    form: Callable[[float], str] = "{:.2g}".format,
+    two_signs: bool = False,
+) -> str:
+    """Return ``values`` (R, C) as a table of colours from 0, or with ``two_signs`` from -``most``, to ``most``.
+
+    ``rows`` and ``columns`` are the R and C names at the edges, ``labels`` what both of them are. A value that is NaN
+    has no cell. ``form`` writes a value, in its cell where there is room, else to hover over.
+    """
+    scaled = values / (most or 1.0)  # (R, C)
+    colours = signed(scaled) if two_signs else heat(scaled)  # (R, C, 3)
+    wide, high = (WIDTH - LEFT - RIGHT) / len(columns), min(TALLEST, HIGHEST / len(rows))
+    bottom = TOP + high * len(rows)
+    parts = _head(title, (form(-most) if two_signs else "0", form(most)), two_signs)
+    for (i, j), value in np.ndenumerate(values):
+        if not np.isfinite(value):
+            continue
+        x, y, colour = LEFT + wide * j, TOP + high * i, colours[i, j]
+        what = f"{labels[0]} {rows[i]}, {labels[1]} {columns[j]}: {form(value)}"
+        parts.append(
+            f'<rect x="{x:.1f}" y="{y:.1f}" width="{wide - 1:.1f}" height="{high - 1:.1f}" '
+            f'fill="{_hex(colour)}"><title>{escape(what)}</title></rect>'
+        )
+        if len(columns) <= MOST_WRITTEN and high >= 14:
+            ink = "on-light" if _light(colour) else "on-dark"
+            place = f'x="{x + wide / 2:.1f}" y="{y + high / 2 + 3.5:.1f}"'
+            parts.append(f'<text class="cell {ink}" {place}>{escape(form(value))}</text>')
+    for i in range(0, len(rows), -(-len(rows) // int(HIGHEST / 14))):
+        parts.append(f'<text class="end" x="{LEFT - 6}" y="{TOP + high * (i + 0.5) + 4:.1f}">{escape(rows[i])}</text>')
+    for j in range(0, len(columns), -(-len(columns) // MOST_WRITTEN)):
+        parts.append(
+            f'<text class="mid" x="{LEFT + wide * (j + 0.5):.1f}" y="{bottom + 16}">{escape(columns[j])}</text>'
+        )
+    return _svg(title, [*parts, *_labels(labels, TOP, bottom)], bottom + BOTTOM)
+
+
+def maps_of_maps(title: str, values: np.ndarray, labels: tuple[str, str], most: float) -> str:
+    """Return ``values`` (R, C, r, c) as R × C maps of r × c cells, coloured from -``most`` over 0 to ``most``.
+
+    Of very many maps, evenly spaced ones are drawn: at most sixteen a row and sixteen a column.
+    """
+    down, across = (np.unique(np.linspace(0, n - 1, min(n, 16)).round().astype(int)) for n in values.shape[:2])
+    tiles = signed(values[np.ix_(down, across)] / (most or 1.0))  # (R, C, r, c, 3)
+    picture = sheet_of(tiles)
+    room = WIDTH - LEFT - RIGHT
+    high = min(room * picture.height / picture.width, 1.5 * room)
+    wide = high * picture.width / picture.height
+    parts = _head(title, (f"{-most:.2g}", f"{most:.2g}"), True)
+    parts.append(_image(picture, LEFT, TOP, wide, high))
+    for i in range(0, len(down), -(-len(down) // 8)):
+        y = TOP + high * (i + 0.5) / len(down) + 4
+        parts.append(f'<text class="end" x="{LEFT - 6}" y="{y:.1f}">{down[i] + 1}</text>')
+    for j in range(0, len(across), -(-len(across) // 8)):
+        x = LEFT + wide * (j + 0.5) / len(across)
+        parts.append(f'<text class="mid" x="{x:.1f}" y="{TOP + high + 16:.1f}">{across[j] + 1}</text>')
+    return _svg(title, [*parts, *_labels(labels, TOP, TOP + high)], TOP + high + BOTTOM)
+
+
+def sheet(title: str, tiles: np.ndarray, note: str) -> str:
+    """Return small pictures ``tiles``, uint8 (R, C, h, w, 3), in R rows and C columns, over a ``note``."""
+    picture = sheet_of(tiles)
+    wide = WIDTH - 2 * RIGHT
+    high = min(wide * picture.height / picture.width, wide)
+    parts = [f'<text class="title" x="0" y="16">{escape(title)}</text>']
+    parts.append(_image(picture, 0, TOP - 8, high * picture.width / picture.height, high))
+    parts.append(f'<text x="0" y="{TOP + high + 12:.1f}">{escape(note)}</text>')
+    return _svg(title, parts, TOP + high + 24)
+
+
+def sheet_of(tiles: np.ndarray, paper: int = 128) -> Image.Image:
+    """Return ``tiles``, uint8 (R, C, h, w, 3), as one picture of sharp pixels, a grey gap between two of them."""
+    from PIL import Image
+
+    rows, columns, height, width, _ = tiles.shape
+    scale = max(1, round(SIDE / (max(rows * height, columns * width))))
+    tiles = tiles.repeat(scale, axis=2).repeat(scale, axis=3)
+    gap = max(1, round(0.06 * min(tiles.shape[2:4])))
+    height, width = tiles.shape[2] + gap, tiles.shape[3] + gap
+    whole = np.full((rows * height - gap, columns * width - gap, 3), paper, np.uint8)
+    for i, j in np.ndindex(rows, columns):
+        whole[i * height : i * height + height - gap, j * width : j * width + width - gap] = tiles[i, j]
+    return Image.fromarray(whole)
+
+
+# ---- parts of an SVG -------------------------------------------------------------------------------------------------
+
+
+def _svg(title: str, parts: Sequence[str], height: float) -> str:
+    inside = "\n".join(parts)
+    view = f"0 0 {WIDTH} {height:.0f}"
+    return f'<svg class="chart" viewBox="{view}" role="img" aria-label="{escape(title)}">\n{inside}\n</svg>\n'
+
+
+def _head(title: str, ends: tuple[str, str], two_signs: bool) -> list[str]:
+    """Return the title, and the legend: a bar of the colours between its two ends."""
+    x = WIDTH - RIGHT - 8 * max(map(len, ends)) - BAR
+    steps = np.linspace(-1 if two_signs else 0, 1, STEPS)
+    parts = [f'<text class="title" x="0" y="16">{escape(title)}</text>']
+    for k, colour in enumerate((signed if two_signs else heat)(steps)):
+        place = f'x="{x + k * BAR / STEPS:.1f}" y="8" width="{BAR / STEPS + 0.3:.1f}" height="9"'
+        parts.append(f'<rect {place} fill="{_hex(colour)}"/>')
+    parts.append(f'<text class="end" x="{x - 5}" y="16">{escape(ends[0])}</text>')
+    parts.append(f'<text x="{x + BAR + 5}" y="16">{escape(ends[1])}</text>')
+    return parts
+
+
+def _labels(labels: tuple[str, str], top: float, bottom: float) -> list[str]:
+    """Return what the rows and what the columns are."""
+    middle, centre = (top + bottom) / 2, (LEFT + WIDTH - RIGHT) / 2
+    return [
+        f'<text class="mid" transform="rotate(-90 12 {middle:.1f})" x="12" y="{middle:.1f}">{escape(labels[0])}</text>',
+        f'<text class="mid" x="{centre}" y="{bottom + 36:.1f}">{escape(labels[1])}</text>',
+    ]
+
+
+def _image(picture: Image.Image, x: float, y: float, width: float, height: float) -> str:
+    place = f'x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}"'
+    return f'<image {place} image-rendering="pixelated" preserveAspectRatio="none" href="{embedded(picture, 0)}"/>'
+
+
+def _hex(colour: Any) -> str:
+    return "#" + "".join(f"{int(c):02x}" for c in colour)
+
+
+def _light(colour: np.ndarray) -> bool:
+    """Tell whether black can be read on a colour better than white."""
+    return float(colour @ np.array([0.299, 0.587, 0.114])) > 140
