@@ -9,7 +9,7 @@ TYPE_CHECKING = False  # as typing.TYPE_CHECKING, which type checkers know by it
 if TYPE_CHECKING:
     from typing import Any
 
-    from minivit import data, nn, ops, runs, train
+    from minivit import data, nn, ops, runs, study, train
     from minivit.autograd.check import GradientReport, check_grads, check_module
     from minivit.autograd.graph import first_order, no_grad
     from minivit.autograd.op import op
@@ -54,7 +54,15 @@ _HOMES = {
 }
 """The module, under minivit, that a public name comes from."""
 
-_MODULES = {"data": "data", "nn": "nn", "ops": "ops", "optim": "train.optim", "runs": "runs", "train": "train"}
+_MODULES = {
+    "data": "data",
+    "nn": "nn",
+    "ops": "ops",
+    "optim": "train.optim",
+    "runs": "runs",
+    "study": "study",
+    "train": "train",
+}
 """Public modules, by the name they go by here."""
 
 __all__ = [
@@ -86,6 +94,7 @@ __all__ = [
     "random_key",
     "runs",
     "save",
+    "study",
     "tensor",
     "train",
 ]

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from minivit import ops
 from minivit.autograd.graph import recording
+from minivit.autograd.tensor import Tensor
+from minivit.backend import is_floating
 from minivit.errors import ConfigError, ShapeError
 from minivit.nn import init
 from minivit.nn.layers import MLP, Dropout, DropPath, LayerNorm, Linear, added
@@ -14,7 +17,25 @@ from minivit.nn.module import Module
 from minivit.nn.random import next_key
 from minivit.nn.recompute import recompute
 from minivit.nn.rules import count, optional, rate
-from minivit.ops.attention import bool_mask, merge_heads, split_heads
+from minivit.ops.attention import attention_scores, bool_mask, masked_softmax, merge_heads, split_heads
+from minivit.ops.reduce import narrow
+
+
+@dataclass(frozen=True)
+class Heads:
+    """What passes through the heads of one attention, Tensors on the path to what comes after.
+
+    Queries ``q``, keys ``k`` and values ``v``, (B, H, T, d); ``scores`` = q·kᵀ/√d, (B, H, T, T), before a mask;
+    ``weights`` = P, their softmax over the keys: row i is what token i attends to, and sums to 1 (that of a token that
+    may attend to nothing is zero); ``out`` = P·v, (B, H, T, d).
+    """
+
+    q: Any
+    k: Any
+    v: Any
+    scores: Any
+    weights: Any
+    out: Any
 
 
 class MultiHeadAttention(Module):
@@ -72,21 +93,19 @@ class MultiHeadAttention(Module):
         heads = ops.self_attention(self.qkv(x), self.heads, queries, mask, None, p, key)
         return added(self.proj, self.drop, heads, onto)  # → (B, T or queries, dim)
 
-    def traced(self, x: Any, mask: Any = None, change: Callable[[Any], Any] | None = None) -> tuple[Any, Any]:
-        """Return the attended tokens (B, T, dim), and the attention probabilities (B, heads, T, T) they came by.
+    def traced(self, x: Any, mask: Any = None, change: Callable[[Any], Any] | None = None) -> tuple[Any, Heads]:
+        """Return the attended tokens (B, T, dim), and what passed through the heads.
 
-        Row i is what token i attends to, and sums to 1; that of a token that may attend to nothing is zero.
-        ``change(p)`` returns what is used in the place of the probabilities.
+        ``change(p)`` returns what is used in the place of the probabilities p (B, H, T, T), a Tensor or an array.
         """
         q, k, v = split_heads(self.qkv(x), 3, self.heads)  # (B, T, 3·H·d) → (3, B, H, T, d)
-        p = ops.attention_weights(q, k, mask)  # (B, H, T, T)
-        if p.node is None and recording.enabled:
-            p.requires_grad = True  # of a model that is frozen
-        p = p if change is None else change(p)
+        scores = attention_scores(q, k)  # (B, H, T, d) → (B, H, T, T)
+        p = narrow(masked_softmax(scores, mask), q)
+        p = p if change is None else watched(change(p))
         rate = self.attention_dropout if self.training else 0.0
-        dropped = ops.dropout(p, rate, next_key()) if rate > 0 else p
-        heads = merge_heads((dropped @ v)[None])  # (B, H, T, d) → (B, T, H·d)
-        return self.drop(self.proj(heads)), p  # → (B, T, dim)
+        out = (ops.dropout(p, rate, next_key()) if rate > 0 else p) @ v  # (B, H, T, T) → (B, H, T, d)
+        heads = merge_heads(out[None])  # → (B, T, H·d)
+        return self.drop(self.proj(heads)), Heads(q, k, v, scores, p, out)  # → (B, T, dim)
 
 
 class EncoderBlock(Module):
@@ -133,11 +152,27 @@ class EncoderBlock(Module):
             return x + self.drop_path(branch(None))
         return self.drop_path(branch(x))
 
-    def traced(self, x: Any, mask: Any = None, change: Callable[[Any], Any] | None = None) -> tuple[Any, Any]:
-        """Return the tokens after the block, (B, T, dim), and its attention: see :meth:`MultiHeadAttention.traced`."""
-        attended, p = self.attn.traced(self.norm1(x), mask, change)
-        x = x + self.drop_path(attended)
-        return self._onto(x, lambda onto: self.mlp(self.norm2(x), onto)), p
+    def traced(
+        self, x: Any, mask: Any = None, change: Callable[[Any], Any] | None = None
+    ) -> tuple[Any, Heads, Any, Any]:
+        """Return the tokens after the block, what passed through its heads, and what attention and the MLP added to x.
+
+        All but the heads are (B, T, dim); see :meth:`MultiHeadAttention.traced`.
+        """
+        attended, heads = self.attn.traced(self.norm1(x), mask, change)
+        attended = self.drop_path(attended)
+        x = x + attended
+        mlp = self.drop_path(self.mlp(self.norm2(x)))
+        return x + mlp, heads, attended, mlp
+
+
+def watched(x: Any) -> Any:
+    """Return x, an array or a Tensor, as a Tensor that gradients reach, though nothing that it came from needs one."""
+    x = x if isinstance(x, Tensor) else Tensor(x)
+    if x.node is None and recording.enabled and is_floating(x.dtype):
+        x = x.detach()  # another: the caller's own stays as it is
+        x.requires_grad = True
+    return x
 
 
 def attention_mask(mask: Any, tokens: int, batch: int) -> Any:
