@@ -23,6 +23,7 @@ COMMANDS = {
     "train": "train a model; without arguments, a Vision Transformer on handwritten digits",
     "eval": "measure a checkpoint on a data set",
     "predict": "classify images with a checkpoint",
+    "study": "draw what a model has learned: attention, filters, heads, layers",
     "data": "look a data set over before training on it, or download one",
     "lr-find": "find a learning rate to begin with",
     "compare": "compare runs: settings, accuracy and time",

@@ -79,9 +79,11 @@ def chart(
     axes = Axes(min(xs), max(xs), (log_ticks if log_y else ticks)(min(ys), max(ys)), log_x, log_y)
 
     parts = [f'<text class="title" x="0" y="16">{escape(title)}</text>']
-    if len(lines) > 1 or (lines and dots):
-        kinds = [("", dots_are)] * bool(dots) + [(f' class="name{i}"', name) for i, name in enumerate(lines, 1)]
-        names = [f'<tspan{kind} dx="12">● {escape(name)}</tspan>' for kind, name in kinds]
+    if len(lines) > 1 or dots or levels:
+        kinds = [("", f"● {dots_are}")] * bool(dots)
+        kinds += [(f' class="name{i}"', f"● {name}") for i, name in enumerate(lines, 1)]
+        kinds += [("", f"┄ {name}") for name in levels]
+        names = [f'<tspan{kind} dx="12">{escape(name)}</tspan>' for kind, name in kinds]
         parts.append(f'<text class="end" x="{WIDTH - RIGHT}" y="16">{"".join(names)}</text>')
     parts += axes.drawn(x_label, form)
     parts += _pointed_out(axes, marks or {}, levels)
@@ -98,7 +100,7 @@ def chart(
 
 
 def _pointed_out(axes: Axes, marks: Mapping[str, float], levels: Mapping[str, float]) -> list[str]:
-    """Return dashed lines at places along the x axis and at heights, with what to call them."""
+    """Return dashed lines at places along the x axis, with what to call them, and at heights."""
     parts, bottom = [], HEIGHT - BOTTOM
     rising = sorted(marks.items(), key=lambda mark: mark[1])
     for name, x in rising:
@@ -106,10 +108,9 @@ def _pointed_out(axes: Axes, marks: Mapping[str, float], levels: Mapping[str, fl
         side, gap = ("start", 4) if name == rising[-1][0] and px < WIDTH - 140 else ("end", -4)
         parts.append(f'<line class="mark" x1="{px:.1f}" x2="{px:.1f}" y1="{TOP - 14}" y2="{bottom}"/>')
         parts.append(f'<text class="{side}" x="{px + gap:.1f}" y="{TOP - 6}">{escape(name)}</text>')
-    for name, y in levels.items():
+    for y in levels.values():
         _, py = axes.place(axes.x_low, y)
         parts.append(f'<line class="mark" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{py:.1f}" y2="{py:.1f}"/>')
-        parts.append(f'<text class="end" x="{WIDTH - RIGHT}" y="{py - 4:.1f}">{escape(name)}</text>')
     return parts
 
 

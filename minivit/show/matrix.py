@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,14 +30,15 @@ def matrix(
     columns: Sequence[str],
     labels: tuple[str, str],
     most: float,
-    form: Callable[[float], str] = "{:.2g}".format,
     two_signs: bool = False,
 ) -> str:
     """Return ``values`` (R, C) as a table of colours from 0, or with ``two_signs`` from -``most``, to ``most``.
 
     ``rows`` and ``columns`` are the R and C names at the edges, ``labels`` what both of them are. A value that is NaN
-    has no cell. ``form`` writes a value, in its cell where there is room, else to hover over.
+    has no cell. Numbers, in their cells where there is room, else to hover over, have two digits of the largest.
     """
+    digits = max(0, 1 - math.floor(math.log10(most))) if most > 0 else 1
+    form = f"{{:{'+' if two_signs else ''}.{digits}f}}".format
     scaled = values / (most or 1.0)  # (R, C)
     colours = signed(scaled) if two_signs else heat(scaled)  # (R, C, 3)
     wide, high = (WIDTH - LEFT - RIGHT) / len(columns), min(TALLEST, HIGHEST / len(rows))
@@ -97,18 +99,19 @@ def sheet(title: str, tiles: np.ndarray, note: str) -> str:
     return _svg(title, parts, TOP + high + 24)
 
 
-def sheet_of(tiles: np.ndarray, paper: int = 128) -> Image.Image:
-    """Return ``tiles``, uint8 (R, C, h, w, 3), as one picture of sharp pixels, a grey gap between two of them."""
+def sheet_of(tiles: np.ndarray) -> Image.Image:
+    """Return ``tiles``, uint8 (R, C, h, w, 3), as one picture of sharp pixels, with transparent gaps between them."""
     from PIL import Image
 
     rows, columns, height, width, _ = tiles.shape
     scale = max(1, round(SIDE / (max(rows * height, columns * width))))
     tiles = tiles.repeat(scale, axis=2).repeat(scale, axis=3)
-    gap = max(1, round(0.06 * min(tiles.shape[2:4])))
+    gap = max(1, round(0.08 * min(tiles.shape[2:4])))
     height, width = tiles.shape[2] + gap, tiles.shape[3] + gap
-    whole = np.full((rows * height - gap, columns * width - gap, 3), paper, np.uint8)
+    whole = np.zeros((rows * height - gap, columns * width - gap, 4), np.uint8)
     for i, j in np.ndindex(rows, columns):
-        whole[i * height : i * height + height - gap, j * width : j * width + width - gap] = tiles[i, j]
+        place = whole[i * height : (i + 1) * height - gap, j * width : (j + 1) * width - gap]
+        place[..., :3], place[..., 3] = tiles[i, j], 255
     return Image.fromarray(whole)
 
 
@@ -124,14 +127,22 @@ def _svg(title: str, parts: Sequence[str], height: float) -> str:
 def _head(title: str, ends: tuple[str, str], two_signs: bool) -> list[str]:
     """Return the title, and the legend: a bar of the colours between its two ends."""
     x = WIDTH - RIGHT - 8 * max(map(len, ends)) - BAR
-    steps = np.linspace(-1 if two_signs else 0, 1, STEPS)
-    parts = [f'<text class="title" x="0" y="16">{escape(title)}</text>']
-    for k, colour in enumerate((signed if two_signs else heat)(steps)):
-        place = f'x="{x + k * BAR / STEPS:.1f}" y="8" width="{BAR / STEPS + 0.3:.1f}" height="9"'
-        parts.append(f'<rect {place} fill="{_hex(colour)}"/>')
+    parts = [f'<text class="title" x="0" y="16">{escape(title)}</text>', *_bar(x, 8, two_signs)]
     parts.append(f'<text class="end" x="{x - 5}" y="16">{escape(ends[0])}</text>')
     parts.append(f'<text x="{x + BAR + 5}" y="16">{escape(ends[1])}</text>')
     return parts
+
+
+def _bar(x: float, y: float, two_signs: bool) -> list[str]:
+    """Return a bar of the colours."""
+    places = (f'x="{x + k * BAR / STEPS:.1f}" y="{y}" width="{BAR / STEPS + 0.3:.1f}" height="9"' for k in range(STEPS))
+    colours = (signed if two_signs else heat)(np.linspace(-1 if two_signs else 0, 1, STEPS))
+    return [f'<rect {place} fill="{_hex(colour)}"/>' for place, colour in zip(places, colours, strict=True)]
+
+
+def heat_legend() -> str:
+    """Return the colours of :func:`heat` as a bar that stands in a line of text."""
+    return f'<svg class="legend" viewBox="0 0 {BAR} 9" aria-hidden="true">{"".join(_bar(0, 0, False))}</svg>'
 
 
 def _labels(labels: tuple[str, str], top: float, bottom: float) -> list[str]:

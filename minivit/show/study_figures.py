@@ -157,7 +157,7 @@ def distance(trained: Found, untrained: Found, shown: Shown) -> Drawn:
 
 def entropy(trained: Found, untrained: Found, shown: Shown) -> Drawn:
     """Draw ``bits`` (L, H), with ``most``, the largest possible."""
-    return _by_head(trained, untrained, "entropy", "bits", trained["most"], f"evenly over {shown.tokens} tokens")
+    return _by_head(trained, untrained, "entropy", "bits", trained["most"], "largest possible")
 
 
 def _by_head(trained: Found, untrained: Found, figure: str, unit: str, level: float, level_name: str) -> Drawn:
@@ -178,7 +178,7 @@ def _by_head(trained: Found, untrained: Found, figure: str, unit: str, level: fl
         )  # fmt: skip
         span = f"heads from {values.min():.3g} to {values.max():.3g} {unit}"
         said.append(f"{name}: {span}, {means[0]:.3g} in the first layer and {means[-1]:.3g} in the last on average")
-    return Drawn(svgs, said=f"{'; '.join(said).capitalize()}; {level_name}: {level:.3g}.")
+    return Drawn(svgs, said=f"{sentence(said)}; {level_name}: {level:.3g}.")
 
 
 def importance(trained: Found, untrained: Found, shown: Shown) -> Drawn:
@@ -205,13 +205,13 @@ def attribution(trained: Found, untrained: Found, shown: Shown) -> Drawn:
         columns = [*numbered(found["heads"].shape[1]), "bias", "MLP"]
         svgs[f"attribution_{name}"] = matrix(
             f"Logit, {name}", values, numbered(len(values)), columns, ("layer", "head"), float(np.abs(values).max()),
-            "{:+.2g}".format, two_signs=True,
+            two_signs=True,
         )  # fmt: skip
         parts = {"heads": found["heads"].sum(), "MLPs": found["mlp"].sum(), "embedding": found["embedding"]}
         parts["biases"] = found["attention_bias"].sum() + found["bias"]
         terms = ", ".join(f"{what} {value:+.2f}" for what, value in parts.items())
         said.append(f"{name}: logit {found['logit']:.2f} = {terms}")
-    return Drawn(svgs, said=f"{'; '.join(said).capitalize()} (means over the images).")
+    return Drawn(svgs, said=f"{sentence(said)} (means over the images).")
 
 
 # ---- by layer --------------------------------------------------------------------------------------------------------
@@ -231,21 +231,22 @@ def lens(trained: Found, untrained: Found, shown: Shown) -> Drawn:
 
 
 def norms(trained: Found, untrained: Found, shown: Shown) -> Drawn:
-    """Draw ``median`` and ``longest`` (L+1,) of the patches, ``token`` (L+1,) or None, ``maps`` (n, rows, columns)."""
+    """Draw ``mean`` and ``longest`` (L+1,) of the patches, ``token`` (L+1,) or None, ``maps`` (n, rows, columns)."""
     svgs, colours, said = {}, [], []
+    reach = [0.0, *trained["longest"], *untrained["longest"]]  # both on one scale
     for name, found in both(trained, untrained):
-        lines = {"median patch": [*enumerate(found["median"])], "longest": [*enumerate(found["longest"])]}
+        lines = {"mean patch": [*enumerate(found["mean"])], "longest": [*enumerate(found["longest"])]}
         token = found["token"]
         dots = [] if token is None else [(i, y, f"class token, layer {i}: {y:.3g}") for i, y in enumerate(token)]
         svgs[f"norms_{name}"] = chart(
-            f"Length, {name}", lines, "layers (0: embedding)", dots=dots, dots_are="class token", reach=(0.0,)
+            f"Length, {name}", lines, "layers (0: embedding)", dots=dots, dots_are="class token", reach=reach
         )
         colours.append(heat(found["maps"] / found["maps"].max()))
-        said.append(f"{name}: the longest patch is {found['longest'][-1] / found['median'][-1]:.2f} times the median")
+        said.append(f"{name}: the longest patch is {found['longest'][-1] / found['mean'][-1]:.2f} times the mean")
     few = list(shown.singly)
-    html = map_tiles([shown.images[i] for i in few], (colours[0], colours[1]), shown.captions(few))
-    remark = "<p>Lengths after the last layer, from black, for 0, to pale yellow, for each model's longest here.</p>\n"
-    return Drawn(svgs, remark + html, f"{'; '.join(said).capitalize()}, after the last layer.")
+    ends = "length 0", "the model's longest patch here"
+    html = map_tiles([shown.images[i] for i in few], (colours[0], colours[1]), shown.captions(few), ends)
+    return Drawn(svgs, html, f"{sentence(said)}, after the last layer.")
 
 
 def flow(trained: Found, untrained: Found, shown: Shown) -> Drawn:
@@ -281,6 +282,12 @@ def both(trained: Found, untrained: Found) -> Sequence[tuple[str, Found]]:
 def numbered(count: int) -> list[str]:
     """Return "1", "2", …: layers and heads are counted from 1 here."""
     return [str(i) for i in range(1, count + 1)]
+
+
+def sentence(parts: Sequence[str]) -> str:
+    """Return parts as one sentence, without its full stop."""
+    whole = "; ".join(parts)
+    return whole[0].upper() + whole[1:]
 
 
 def percent(y: float) -> str:

@@ -28,30 +28,29 @@ def write_study(
     facts: Sequence[tuple[str, str, str]],
     shown: Shown,
     found: Mapping[str, tuple[Found, Found]],
-) -> list[str]:
-    """Write ``study.html`` and the figures' files into ``folder``; return the files' names, the page first.
+) -> dict[str, str]:
+    """Write ``study.html`` and the figures' files into ``folder``; return what can be read off each figure.
 
     ``found`` has, for each figure to draw, what was found of the trained and of the untrained model: see
     :data:`~minivit.show.study_figures.DRAW`. Of one that the model cannot have that is {"why_not": a sentence}.
     ``about`` is a line under the title, ``facts`` are (what, value, remark). The page, whole or not there, is written
     last. It loads nothing and runs nothing.
     """
-    sections, files = {}, []
+    sections, said = {}, {}
     for name, pair in found.items():
         drawn = Drawn({}, said=pair[0]["why_not"]) if "why_not" in pair[0] else DRAW[name](*pair, shown)
-        sections[CAPTIONS[name].title] = _section(name, drawn, shown.reader)
+        sections[CAPTIONS[name].title], said[name] = _section(name, drawn, shown.reader), drawn.said
         for file, svg in drawn.svgs.items():
             write_svg(folder / f"{file}.svg", svg)
-            files.append(f"{file}.svg")
-        if name in SHEETS and "maps" in pair[0]:
-            files += _sheets(folder, name, pair, shown)
+        if name in SHEETS:
+            _write_sheets(folder, name, pair, shown)
     tiles = [
         f"<div><span>{escape(what)}</span><b>{escape(value)}</b><small>{escape(remark)}</small></div>"
         for what, value, remark in facts
     ]
     head = f'<p>{escape(about)}</p>\n<div class="figures">{"".join(tiles)}</div>\n<p>{escape(UNTRAINED)}</p>\n'
     write_text(folder / PAGE, document(title, head + all_sections(sections), STYLE))
-    return [PAGE, *files]
+    return said
 
 
 def _section(name: str, drawn: Drawn, reader: str) -> str:
@@ -66,16 +65,12 @@ def _section(name: str, drawn: Drawn, reader: str) -> str:
     return "\n".join(part for part in parts if part)
 
 
-def _sheets(folder: Path, name: str, pair: tuple[Found, Found], shown: Shown) -> list[str]:
-    """Write the images under the attention of each model as a picture each; return the files' names."""
+def _write_sheets(folder: Path, name: str, pair: tuple[Found, Found], shown: Shown) -> None:
+    """Write the images under the attention of each model, as a picture each."""
     places = list(shown.singly) if name == "attention" else [*range(len(shown.images))]
-    pictures = [np.asarray(fitted(shown.images[i], SMALL)).transpose(2, 0, 1) for i in places]  # (3, h, w) each
+    images = np.stack([np.asarray(fitted(shown.images[i], SMALL)).transpose(2, 0, 1) for i in places])  # (n, 3, h, w)
     names = drawable_names(shown.classes)
     labels, predictions = ([names[numbers[i]] for i in places] for numbers in (shown.labels, shown.predictions))
-    files = []
     for model, found in both(*pair):
-        files.append(f"{name}_{model}.png")
-        title = f"Attention rolled out, {model}"
-        images, maps = np.stack(pictures), found["maps"][places]
-        attention_overlay(images, maps, labels, predictions, folder / files[-1], SHEETS[name], title)
-    return files
+        file, title = folder / f"{name}_{model}.png", f"Attention rolled out, {model}"
+        attention_overlay(images, found["maps"][places], labels, predictions, file, SHEETS[name], title)

@@ -9,12 +9,13 @@ import numpy as np
 
 from minivit.show.embedded import embedded
 from minivit.show.markup import escape, short
+from minivit.show.matrix import heat_legend
 from minivit.show.pictures import enlarged, under_heat
 
 if TYPE_CHECKING:
     from PIL import Image
 
-SHARP = 64  # pixels: up to here pictures are PNGs, every pixel as it is
+UNFOLDED = 44  # images that are in sight, the others behind a click
 LARGE, SMALL = 168, 88  # pixels a side of pictures that are shown singly, and of those of many
 
 STYLE = """
@@ -25,7 +26,7 @@ STYLE = """
 .tiles .three img { width: 100%; height: auto; }
 .many { grid-template-columns: repeat(auto-fill, minmax(76px, 1fr)); gap: 14px 8px; }
 .many .three { grid-template-columns: 1fr; gap: 2px; }
-.legend { width: 200px; height: 14px; vertical-align: middle; }
+.legend { width: 90px; height: 9px; }
 """
 """What the page needs besides the style of all pages."""
 
@@ -57,15 +58,18 @@ def heat_tiles(
             first, second = (under_heat(picture, weights) for weights in both)
             yield picture, first, second
 
-    return _tiles(drawn(), captions, many)
+    return _tiles(drawn(), captions, many, f"Colours: {_scale('nothing', 'the most in the image')}.")
 
 
 def map_tiles(
-    images: Sequence[np.ndarray], colours: tuple[np.ndarray, np.ndarray], captions: Sequence[tuple[str, str]]
+    images: Sequence[np.ndarray],
+    colours: tuple[np.ndarray, np.ndarray],
+    captions: Sequence[tuple[str, str]],
+    ends: tuple[str, str] | None = None,
 ) -> str:
     """Return ``images``, uint8 (C, H, W), each with the two models' ``colours`` of its patches, (n, rows, columns, 3).
 
-    The colours are uint8; a patch is a sharp square.
+    The colours are uint8; a patch is a sharp square. If they are heat, ``ends`` are what its least and most stand for.
     """
     from PIL import Image
 
@@ -75,10 +79,14 @@ def map_tiles(
             first, second = (Image.fromarray(c).resize(picture.size, Image.Resampling.NEAREST) for c in both)
             yield picture, first, second
 
-    return _tiles(drawn(), captions, False)
+    return _tiles(drawn(), captions, False, f"Colours: {_scale(*ends)}." if ends else "")
 
 
-def _tiles(pictures: Triples, captions: Sequence[tuple[str, str]], many: bool) -> str:
+def _scale(least: str, most: str) -> str:
+    return f"{escape(least)} {heat_legend()} {escape(most)}"
+
+
+def _tiles(pictures: Triples, captions: Sequence[tuple[str, str]], many: bool, scale: str) -> str:
     figures = []
     for three, (label, prediction) in zip(pictures, captions, strict=True):
         texts = (label, "by the trained model", "by the untrained model")
@@ -91,7 +99,11 @@ def _tiles(pictures: Triples, captions: Sequence[tuple[str, str]], many: bool) -
         )
     order = "below it" if many else "beside it"
     remark = f"Image; {order} the trained model's, then the untrained one's; label and the trained model's prediction."
-    return f'<p>{remark}</p>\n<div class="tiles{" many" if many else ""}">{"".join(figures)}</div>'
+    kind = "tiles many" if many else "tiles"
+    found = f'<p>{remark} {scale}</p>\n<div class="{kind}">{"".join(figures[:UNFOLDED])}</div>'
+    if rest := figures[UNFOLDED:]:
+        found += f'\n<details><summary>{len(rest):,} more</summary><div class="{kind}">{"".join(rest)}</div></details>'
+    return found
 
 
 def _source(picture: Image.Image) -> str:
