@@ -26,6 +26,7 @@ from minivit.study.heads import Entropy, entropy, head_importance
 from minivit.study.lens import lens_gradient, logit_lens
 from minivit.study.maps import class_attention, gradient_attention, patch_map
 from minivit.study.rollout import legrad, relevance, rollout
+from minivit.study.untrained import untrained_like
 
 __all__ = [
     "Attribution",
@@ -55,5 +56,6 @@ __all__ = [
     "token_norms",
     "trace_model",
     "traces",
+    "untrained_like",
     "update_ratios",
 ]

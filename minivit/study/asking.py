@@ -33,9 +33,9 @@ def values(x: Any, what: str) -> np.ndarray:
     if array.dtype.kind != "f":
         raise DTypeError(f"{what}: {array.dtype} numbers", "give float32 or float64")
     if not np.isfinite(array).all():
-        count = int(array.size - np.isfinite(array).sum())
+        where = np.argwhere(~np.isfinite(array))
         raise NonFiniteError(
-            f"{what}: {count:,} of {array.size:,} numbers are NaN or infinite",
+            f"{what}: {len(where):,} of {array.size:,} numbers are NaN or infinite, the first at {where[0].tolist()}",
             "look at the images and at the model's parameters: something there is no number",
         )
     return array
@@ -61,27 +61,29 @@ def gradient_of(trace: Trace, gradient: Sequence[Any]) -> list[np.ndarray]:
     return [values(g, f"the gradient of block {i}'s attention") for i, g in enumerate(gradient)]
 
 
-def class_indices(trace: Trace, classes: Any) -> np.ndarray:
-    """Return the class of each image, (B,) integers, of one class or as many as there are images.
+def class_indices(classes: Any, batch: int, count: int) -> np.ndarray:
+    """Return the class of each of ``batch`` images, (B,) integers, of one class or as many as there are images.
 
-    Raises ConfigError for a class that the model has not, ShapeError for another number of them.
+    Raises ConfigError for one that a model of ``count`` classes has not, ShapeError for another number of them,
+    DTypeError for what is no integer.
     """
-    count, batch = trace.logits.shape[-1], trace.logits.shape[0]
-    given = to_numpy(classes.data if isinstance(classes, Tensor) else classes) if not is_number(classes) else classes
-    given = np.asarray(given)
-    if given.dtype.kind not in "iu" or given.dtype == bool:
+    given = classes.data if isinstance(classes, Tensor) else classes
+    try:
+        given = to_numpy(given) if is_array(given) else np.asarray(given)
+    except ValueError:  # lists of unequal length
+        given = np.asarray(None)
+    if given.dtype.kind not in "iu":
         raise DTypeError(f"a class is an integer, got {value_text(classes)}", f"give one of 0 to {count - 1}")
     if given.shape not in ((), (batch,)):
         raise ShapeError(f"classes of shape {given.shape} for {batch} images", f"give one class, or ({batch},) of them")
-    if given.size and not (given.min() >= 0 and given.max() < count):
-        wrong = int(given.min() if given.min() < 0 else given.max())
-        raise ConfigError(f"there is no class {wrong}: the model has {count}", f"give 0 to {count - 1}")
+    if wrong := [int(c) for c in given.ravel() if not 0 <= c < count]:
+        raise ConfigError(f"there is no class {wrong[0]}: the model has {count}", f"give 0 to {count - 1}")
     return np.broadcast_to(given.astype(np.int64), (batch,))
 
 
-def is_number(x: Any) -> bool:
-    """Tell whether x is a plain number or a list, not an array or a Tensor."""
-    return not (isinstance(x, Tensor) or is_array(x))
+def followed(trace: Trace, classes: Any) -> np.ndarray:
+    """Return :func:`class_indices` of a trace's images."""
+    return class_indices(classes, trace.logits.shape[0], trace.logits.shape[-1])
 
 
 def patch_embed(model: Any) -> PatchEmbed:

@@ -10,7 +10,7 @@ import numpy as np
 from minivit.errors import ConfigError, NonFiniteError
 from minivit.models.trace import Trace
 from minivit.nn.layers import LayerNorm, Linear
-from minivit.study.asking import check_trace, class_indices, values
+from minivit.study.asking import check_trace, followed, values
 
 SLACK = {np.dtype(np.float64): 1e-10, np.dtype(np.float32): 1e-4}
 """By how much, of the sum of their sizes, the terms may miss the logit; of half precision by a twentieth."""
@@ -60,7 +60,7 @@ def direct_attribution(trace: Trace, classes: Any) -> Attribution:
     """
     check_trace(trace)
     parts = layers_of(trace.model)
-    classes = class_indices(trace, classes)
+    classes = followed(trace, classes)
     numbers = lambda x: values(x, "a trace's or a model's numbers").astype(np.float64)
     # what one unit of each number of a read token adds to the logit
     norm, head = trace.model.norm, trace.model.head

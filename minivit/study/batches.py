@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 
 from minivit.autograd.tensor import Tensor
-from minivit.backend import available_memory, is_array, is_floating, to_device
-from minivit.errors import ConfigError, DataError, ShapeError
+from minivit.backend import array_module, available_memory, is_array, is_floating, to_device
+from minivit.errors import ConfigError, DataError, DTypeError, NonFiniteError
 from minivit.models.trace import Change, Trace
 from minivit.nn.module import mode
 from minivit.study.asking import class_indices, values
@@ -18,9 +18,9 @@ from minivit.study.distance import distance_sums, over_counts
 from minivit.study.flow import flows
 from minivit.study.heads import entropy_sums, importance_sums, largest_entropy
 
-MOST_BYTES = 2**30  # that the traces of a batch may take, unless less is free
-MOST_IMAGES = 16  # of a batch: more are not faster
-OVERHEAD = 1.5  # of a trace: the gradient on its way back, and its own attention
+MOST_BYTES = 2**28  # that a batch's trace may take unless told otherwise: more is slower, for want of caches
+MOST_IMAGES = 64  # of a batch
+OVERHEAD = 1.25  # of a trace: the gradient on its way back
 
 
 def trace_model(model: Any, images: Any, mask: Any = None, change: Change | None = None) -> Trace:
@@ -47,15 +47,26 @@ def traces(model: Any, images: Any, memory: int | None = None) -> Iterator[tuple
     """Yield (which images, their trace) for batch after batch of images (N, C, H, W), an array or a memory map.
 
     A batch is as large as ``memory`` bytes allow, at least one image: a first trace of one image tells what one keeps.
-    Unless given that is 1 GiB, or a quarter of what is free if that is less. Let go of one trace before the next.
+    Unless given that is 256 MiB, or a quarter of what is free if that is less. A gradient that is asked for without
+    giving up the graph takes twice as much again. Let go of one trace (``del trace``) before the next.
     """
+    if not is_array(images):
+        raise DTypeError(f"images are an array (N, C, H, W), got a {type(images).__name__}", "np.asarray(images)")
     count = len(images)
     if count == 0:
         raise DataError("there is no image to study", "give at least one")
     size = 1 if count == 1 else batch_size(model, images, memory)
     for start in range(0, count, size):
         here = slice(start, min(start + size, count))
+        check_images(images[here], start)
         yield here, trace_model(model, images[here])
+
+
+def check_images(images: Any, start: int) -> None:
+    """Raise NonFiniteError if one of the images, numbered from ``start``, holds what is no number."""
+    for i, image in enumerate(images):
+        if is_floating(image.dtype) and not array_module(image).isfinite(image).all():
+            raise NonFiniteError(f"image {start + i} holds NaN or infinity", "look at where it comes from")
 
 
 def batch_size(model: Any, images: Any, memory: int | None = None) -> int:
@@ -66,19 +77,19 @@ def batch_size(model: Any, images: Any, memory: int | None = None) -> int:
 
 
 def kept_bytes(trace: Trace) -> int:
-    """Return the bytes of all arrays that the graph of a trace holds, those of the model's parameters left out."""
-    known = {id(base_of(p.data)) for p in trace.model.parameters()}
-    held: dict[int, int] = {}
-    nodes, seen = [trace.logits.node], {trace.logits.node, None}
+    """Return the bytes of all arrays that a trace and its graph hold, those of the model's parameters left out."""
+    arrays = [x.data for x in (*trace.tokens, *trace.attended, *trace.mlp)]
+    arrays += [getattr(heads, field.name).data for heads in trace.heads for field in fields(heads)]
+    nodes = {trace.logits.node} - {None}
+    seen = set(nodes)
     while nodes:
         node = nodes.pop()
-        for x in (*(node.args or ()), node.out):
-            base = base_of(x) if is_array(x) else None
-            if base is not None and id(base) not in known:
-                held[id(base)] = base.nbytes
-        new = set(node.parents) - seen
-        nodes += new
+        arrays += [x for x in (*(node.args or ()), node.out) if is_array(x)]
+        nodes |= (new := set(node.parents) - seen - {None})
         seen |= new
+    held = {id(base): base.nbytes for base in map(base_of, arrays)}
+    for p in trace.model.parameters():
+        held.pop(id(base_of(p.data)), None)
     return sum(held.values())
 
 
@@ -116,15 +127,16 @@ def head_statistics(
     ``classes``, one or (N,) of them, are those whose logit the importance follows: of each image the predicted one
     unless given. ``memory`` as :func:`traces` has it. ``after_batch(n)`` is called after each batch, of n images.
     """
-    if classes is not None and np.shape(classes) not in ((), (len(images),)):
-        raise ShapeError(f"classes of shape {np.shape(classes)} for {len(images)} images", "give one for each")
     parts: list[list[np.ndarray]] = []
     largest = 0.0
     for here, trace in traces(model, images, memory):
-        follow = predicted(trace) if classes is None else classes if np.ndim(classes) == 0 else classes[here]
-        gradient = flows(trace, class_indices(trace, follow), trace.attention, keep=False)
+        if classes is not None and not parts:  # all of them, before any work
+            classes = class_indices(classes, len(images), trace.logits.shape[-1])
+        follow = predicted(trace) if classes is None else classes[here]
+        gradient = flows(trace, follow, trace.attention, keep=False)
         parts.append([*distance_sums(trace), *entropy_sums(trace), importance_sums(trace, gradient)])
         largest = largest_entropy(trace)
+        del trace, gradient  # before the next is there
         if after_batch is not None:
             after_batch(here.stop - here.start)
     distance, queries, bits, rows, importance = (np.sum(column, axis=0) for column in zip(*parts, strict=True))

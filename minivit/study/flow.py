@@ -11,7 +11,7 @@ from minivit.autograd.tensor import Tensor, grad
 from minivit.backend import to_device
 from minivit.errors import GraphError, ShapeError
 from minivit.models.trace import Trace
-from minivit.study.asking import check_trace, class_indices, values
+from minivit.study.asking import check_trace, followed, values
 
 
 def attention_gradient(trace: Trace, of: Any) -> list[np.ndarray]:
@@ -49,7 +49,7 @@ def flows(trace: Trace, of: Any, inputs: Sequence[Any], keep: bool = True) -> li
         if of.size != 1:
             raise ShapeError(f"the gradient of one number is asked for, got a Tensor of shape {of.shape}", "of.sum()")
         return [g.data for g in grad(of, inputs, create_graph=keep)]
-    chosen = one_hot(trace, class_indices(trace, of))
+    chosen = one_hot(trace, followed(trace, of))
     return [g.data for g in grad(trace.logits, inputs, chosen, create_graph=keep)]
 
 

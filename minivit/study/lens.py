@@ -10,7 +10,7 @@ from minivit.autograd.graph import no_grad
 from minivit.autograd.tensor import grad
 from minivit.errors import ConfigError, GraphError
 from minivit.models.trace import Trace
-from minivit.study.asking import check_trace, class_indices, values
+from minivit.study.asking import check_trace, followed, values
 from minivit.study.flow import one_hot
 
 
@@ -35,7 +35,7 @@ def lens_gradient(trace: Trace, classes: Any) -> list[np.ndarray]:
     check_trace(trace)
     if trace.logits.node is None:
         raise GraphError("the trace has no graph: it was taken under no_grad", "take it outside of no_grad")
-    chosen = one_hot(trace, class_indices(trace, classes))
+    chosen = one_hot(trace, followed(trace, classes))
     found = []
     for i, (x, p) in enumerate(zip(trace.tokens[1:], trace.attention, strict=True)):
         (g,) = grad(lens(trace, x), [p], chosen, create_graph=True)

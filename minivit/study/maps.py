@@ -27,8 +27,9 @@ def patch_map(trace: Trace, matrix: np.ndarray) -> np.ndarray:
 def class_attention(trace: Trace) -> list[np.ndarray]:
     """Return what is attended to in every block by every head, as the model reads it: (B, H, rows, columns) each.
 
-    The class token's row of P without its own column, so that a map's sum is what goes to the patches (Dosovitskiy et
-    al. 2020, 2010.11929, figures 6 and 14); without a class token the mean over the patches' rows.
+    The class token's row of P without its own column, so that a map's sum is what goes to the patches; without a class
+    token the mean over the patches' rows. (The figures 6 and 14 of Dosovitskiy et al. 2020, 2010.11929, are no single
+    layer's attention: by appendix D.8 they show :func:`rollout`.)
     """
     return [patch_map(trace, p) for p in attention_of(trace)]
 
@@ -36,6 +37,7 @@ def class_attention(trace: Trace) -> list[np.ndarray]:
 def gradient_attention(trace: Trace, gradient: Sequence[Any]) -> list[np.ndarray]:
     """Return dP ∘ P of every block, signed, (B, H, T, T): what P contributes to s, to first order.
 
-    Were P_ij 0, s would be lower by about that much. ``gradient`` is dP, of :func:`attention_gradient`.
+    Were P_ij 0, and nothing else of P another, s would be lower by about that much. ``gradient`` is dP, of
+    :func:`attention_gradient`.
     """
     return [g * p for g, p in zip(gradient_of(trace, gradient), attention_of(trace), strict=True)]

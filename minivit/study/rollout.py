@@ -21,7 +21,8 @@ def rollout(trace: Trace, fuse: str = "mean") -> np.ndarray:
 
     R starts as I, and from the first layer to the last R ← A·R, where A is the mean (``fuse``: or max, or min) of P
     over the heads, plus I for the residual connection, with each row divided by its sum (Abnar and Zuidema 2020,
-    2005.00928, section 3; max and min as vit-explain has them). Rows of R sum to 1.
+    2005.00928, section 3; max and min are variants of others). Rows of R sum to 1. With the mean, figures 6 and
+    14 of Dosovitskiy et al. 2020, 2010.11929, show its class token's row (appendix D.8).
     """
     if fuse not in FUSES:
         raise unknown_name("way to fuse heads", fuse, FUSES)
