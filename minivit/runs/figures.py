@@ -14,13 +14,14 @@ import numpy as np
 
 from minivit import study
 from minivit.autograd.tensor import Tensor
-from minivit.backend import Key, normal, to_device, to_numpy
+from minivit.backend import Key, to_device, to_numpy
 from minivit.data import Dataset, Loader
 from minivit.errors import ConfigError
-from minivit.models import Model, build
+from minivit.models import Model
 from minivit.models.trace import Trace
 from minivit.study.asking import values
 from minivit.study.distance import distance_sums, over_counts, patch_distances
+from minivit.study.flow import flows
 from minivit.study.heads import entropy_sums, importance_sums, largest_entropy
 
 Found = dict[str, Any]
@@ -29,25 +30,6 @@ CHUNK = 64
 DRAWN = 128
 """So many images at most are drawn, and SINGLY of them one by one."""
 SINGLY = 8
-
-HEAD_STREAM = 1 << 32
-"""The child of a seed's key that the untrained head is drawn from: no layer gets so far."""
-
-
-def untrained_twin(model: Model) -> Model:
-    """Return a model of the same settings as they draw it before training, in eval mode, as ``model`` lies.
-
-    A head that starts at zero would let no gradient through: it is drawn, normal, with the deviation of ``model``'s
-    head (or, if that is zero, too, of 1/√dim), so that the logits of both are of one scale.
-    """
-    first = next(model.parameters())
-    twin = build(model.kind, model.config).to(to_numpy(first.data[:1]).dtype)
-    head = getattr(twin, "head", None)
-    if head is not None and not to_numpy(head.weight.data).any():
-        deviation = float(values(model.head.weight, "the head").std()) or head.weight.shape[1] ** -0.5
-        drawn = normal(Key(model.settings.seed).child(HEAD_STREAM), head.weight.shape) * deviation
-        head.weight.data[...] = drawn.astype(head.weight.dtype)
-    return twin.to(first.device).eval()
 
 
 def spread(count: int, most: int) -> np.ndarray:
@@ -122,12 +104,8 @@ class Observer:
             self._keep("norms", norms[-1][singly][:, first:].reshape(-1, *trace.grid))
         if "features" in self.wanted:
             self._keep("features", to_numpy(trace.tokens[-1].data)[singly])
-        if "flow" in self.wanted:
-            flow = study.gradient_flow(trace, predicted)  # (L+1, B, T)
-            whole = np.sqrt(np.square(flow).sum(axis=-1)).sum(axis=1)
-            self._add(flow=by_token(flow, trace.prefix), whole=whole)
-        if "importance" in self.wanted:
-            self._add(importance=importance_sums(trace, study.attention_gradient(trace, predicted)))
+        if self.wanted & {"importance", "flow"}:
+            self._follow_back(trace, predicted)
         self._last = replace(trace, logits=None, tokens=[], heads=[], attended=[], mlp=[])  # its graph is let go
 
     def _add(self, **parts: Any) -> None:
@@ -136,6 +114,17 @@ class Observer:
 
     def _keep(self, name: str, part: np.ndarray) -> None:
         self._kept.setdefault(name, []).append(part)
+
+    def _follow_back(self, trace: Trace, predicted: np.ndarray) -> None:
+        """Take in the gradients of the predicted class's logit, all in one walk, which frees the trace's graph."""
+        layers = len(trace.attention)
+        back = flows(trace, predicted, [*trace.attention, *trace.tokens], keep=False)
+        self._add(importance=importance_sums(trace, back[:layers]))
+        sizes = np.stack(
+            [np.sqrt(np.square(values(g, "a gradient"), dtype=np.float64).sum(axis=-1)) for g in back[layers:]]
+        )
+        whole = np.sqrt(np.square(sizes).sum(axis=-1)).sum(axis=1)  # (L+1, B, T) → (L+1,)
+        self._add(flow=by_token(sizes, trace.prefix), whole=whole)
 
     def _attribute(self, trace: Trace, predicted: np.ndarray) -> None:
         try:

@@ -107,8 +107,8 @@ CAPTIONS = {
 UNTRAINED = (
     "On the right, or last, stands the same picture of an untrained model: the same settings, with the weights that "
     "their seed draws, as a training run from scratch starts. Its head, which starts at zero and would let no gradient "
-    "through, is drawn with the deviation of the trained one's, so that both answer on one scale. What looks the same "
-    "in both was not learned: it comes from the architecture, from the image or from the method (Adebayo et al. 2018, "
-    "“Sanity checks for saliency maps”)."
+    "through, is drawn, too, with a deviation of one over the root of a token's length. What looks the same in both "
+    "was not learned: it comes from the architecture, from the image or from the method (Adebayo et al. 2018, “Sanity "
+    "checks for saliency maps”)."
 )
 """How to read the two beside each other."""

@@ -20,6 +20,7 @@ MOST_WRITTEN = 14  # columns whose numbers can be read in their cells
 TALLEST = 24  # pixels of a row
 HIGHEST = 400  # pixels of all rows
 BAR, STEPS = 90, 30  # pixels and steps of a legend's colours
+SHADES = 32  # of each sign, in a picture of small maps
 SIDE = 480  # pixels: as large as a picture of small maps is made at least
 
 
@@ -38,7 +39,7 @@ def matrix(
     has no cell. Numbers, in their cells where there is room, else to hover over, have two digits of the largest.
     """
     digits = max(0, 1 - math.floor(math.log10(most))) if most > 0 else 1
-    form = f"{{:{'+' if two_signs else ''}.{digits}f}}".format
+    form = f"{{:{'+' if two_signs else ''}z.{digits}f}}".format
     scaled = values / (most or 1.0)  # (R, C)
     colours = signed(scaled) if two_signs else heat(scaled)  # (R, C, 3)
     wide, high = (WIDTH - LEFT - RIGHT) / len(columns), min(TALLEST, HIGHEST / len(rows))
@@ -72,7 +73,8 @@ def maps_of_maps(title: str, values: np.ndarray, labels: tuple[str, str], most: 
     Of very many maps, evenly spaced ones are drawn: at most sixteen a row and sixteen a column.
     """
     down, across = (np.unique(np.linspace(0, n - 1, min(n, 16)).round().astype(int)) for n in values.shape[:2])
-    tiles = signed(values[np.ix_(down, across)] / (most or 1.0))  # (R, C, r, c, 3)
+    shades = np.round(values[np.ix_(down, across)] / (most or 1.0) * SHADES) / SHADES  # few, so that the file is small
+    tiles = signed(shades)  # (R, C, r, c, 3)
     picture = sheet_of(tiles)
     room = WIDTH - LEFT - RIGHT
     high = min(room * picture.height / picture.width, 1.5 * room)

@@ -26,7 +26,7 @@ class Shown:
     """What was looked at: ``images`` uint8 (N, C, H, W), and the class that each is and was taken for, N integers each.
 
     ``classes`` are the names of all of them, ``singly`` the places of the images that are drawn one by one. ``reader``
-    is the token, or tokens, that the model's answer is read from, in words; ``tokens`` how many there are of them all.
+    is the token, or tokens, that the model's answer is read from, in words.
     """
 
     images: np.ndarray
@@ -35,7 +35,6 @@ class Shown:
     classes: Sequence[str]
     singly: Sequence[int]
     reader: str
-    tokens: int
 
     def captions(self, places: Iterable[int]) -> list[tuple[str, str]]:
         """Return the names of label and prediction of some of the images."""
@@ -133,8 +132,10 @@ def positions(trained: Found, untrained: Found, shown: Shown) -> Drawn:
         for name, found in both(trained, untrained)
     }
     near = [neighbours(found["similarity"]) for found in (trained, untrained)]
-    said = "" if near[0] is None else f"Neighbouring positions have a mean cosine of {near[0]:.2f}, "
-    return Drawn(svgs, said=f"{said}in the untrained model of {near[1]:.2f}." if said else "")
+    if near[0] is None:
+        return Drawn(svgs, said="There is one patch only.")
+    said = f"Neighbouring positions have a mean cosine of {near[0]:.2f}, in the untrained model of {near[1]:.2f}."
+    return Drawn(svgs, said=said)
 
 
 def neighbours(similarity: np.ndarray) -> float | None:
@@ -152,15 +153,19 @@ def neighbours(similarity: np.ndarray) -> float | None:
 
 def distance(trained: Found, untrained: Found, shown: Shown) -> Drawn:
     """Draw ``pixels`` (L, H), with ``even``, what attention to all patches alike has."""
-    return _by_head(trained, untrained, "distance", "pixels", trained["even"], "even attention")
+    return _by_head(trained, untrained, "distance", ("pixels", "px"), trained["even"], "even attention")
 
 
 def entropy(trained: Found, untrained: Found, shown: Shown) -> Drawn:
     """Draw ``bits`` (L, H), with ``most``, the largest possible."""
-    return _by_head(trained, untrained, "entropy", "bits", trained["most"], "largest possible")
+    return _by_head(trained, untrained, "entropy", ("bits", "bits"), trained["most"], "largest possible")
 
 
-def _by_head(trained: Found, untrained: Found, figure: str, unit: str, level: float, level_name: str) -> Drawn:
+def _by_head(
+    trained: Found, untrained: Found, figure: str, units: tuple[str, str], level: float, level_name: str
+) -> Drawn:
+    """Draw the values (L, H) called as the first of ``units``, which stands in sentences; the other stands at axes."""
+    unit, short = units
     everything = [*trained[unit].ravel(), *untrained[unit].ravel(), 0.0, level]  # both on one scale
     svgs, said = {}, []
     for name, found in both(trained, untrained):
@@ -171,9 +176,9 @@ def _by_head(trained: Found, untrained: Found, figure: str, unit: str, level: fl
             for layer, row in enumerate(values, 1)
             for head, value in enumerate(row, 1)
         ]
-        title = f"{figure.capitalize()} in {unit}, {name}"
+        title, form = f"{figure.capitalize()}, {name}", f"{{:g}} {short}".format
         svgs[f"{figure}_{name}"] = chart(
-            title, {"mean": [*enumerate(means, 1)]}, "layer", dots=dots, dots_are="a head",
+            title, {"mean": [*enumerate(means, 1)]}, "layer", form, dots=dots, dots_are="a head",
             levels={level_name: level}, reach=everything,
         )  # fmt: skip
         span = f"heads from {values.min():.3g} to {values.max():.3g} {unit}"
@@ -191,8 +196,10 @@ def importance(trained: Found, untrained: Found, shown: Shown) -> Drawn:
             float(values.max()),
         )  # fmt: skip
     values = trained["logits"]
+    if not values.any():
+        return Drawn(svgs, said="The logit does not answer to the attention of any head.")
     layer, head = np.unravel_index(values.argmax(), values.shape)
-    share = values.max() / values.sum() if values.sum() > 0 else 0.0
+    share = values.max() / values.sum()
     said = f"Most important: head {head + 1} of layer {layer + 1}, with {share:.0%} of the sum over all "
     return Drawn(svgs, said=f"{said}{values.size:,} heads. Numbers in logits; each scale ends at its own largest.")
 
@@ -209,7 +216,7 @@ def attribution(trained: Found, untrained: Found, shown: Shown) -> Drawn:
         )  # fmt: skip
         parts = {"heads": found["heads"].sum(), "MLPs": found["mlp"].sum(), "embedding": found["embedding"]}
         parts["biases"] = found["attention_bias"].sum() + found["bias"]
-        terms = ", ".join(f"{what} {value:+.2f}" for what, value in parts.items())
+        terms = ", ".join(f"{what} {value:+z.2f}" for what, value in parts.items())
         said.append(f"{name}: logit {found['logit']:.2f} = {terms}")
     return Drawn(svgs, said=f"{sentence(said)} (means over the images).")
 
@@ -244,7 +251,7 @@ def norms(trained: Found, untrained: Found, shown: Shown) -> Drawn:
         colours.append(heat(found["maps"] / found["maps"].max()))
         said.append(f"{name}: the longest patch is {found['longest'][-1] / found['mean'][-1]:.2f} times the mean")
     few = list(shown.singly)
-    ends = "length 0", "the model's longest patch here"
+    ends = "0", "longest"
     html = map_tiles([shown.images[i] for i in few], (colours[0], colours[1]), shown.captions(few), ends)
     return Drawn(svgs, html, f"{sentence(said)}, after the last layer.")
 
@@ -256,7 +263,9 @@ def flow(trained: Found, untrained: Found, shown: Shown) -> Drawn:
     for name, found in both(trained, untrained):
         title = f"Gradient, {name}"
         svgs[f"flow_{name}"] = chart(title, _flows(found), "layers (0: embedding)", log_y=True, reach=everything)
-    whole = [_whole(found) for found in (trained, untrained)]
+    whole = [found["all"][0] / (found["all"][-1] or math.nan) for found in (trained, untrained)]
+    if not np.isfinite(whole).all():
+        return Drawn(svgs, said="No gradient goes back from the logits: the head lets none through.")
     said = "From the last layer to the embedding the gradient of all tokens together changes by a factor of "
     return Drawn(svgs, said=f"{said}{whole[0]:.2g}, in the untrained model of {whole[1]:.2g}.")
 
@@ -264,11 +273,6 @@ def flow(trained: Found, untrained: Found, shown: Shown) -> Drawn:
 def _flows(found: Found) -> dict[str, list[tuple[int, float]]]:
     lines = {"mean of the patches": found["patch"], "class token": found["token"]}
     return {name: [*enumerate(line.tolist())] for name, line in lines.items() if line is not None}
-
-
-def _whole(found: Found) -> float:
-    """Return how many times as large the gradient of all tokens is at the embedding as after the last layer."""
-    return float(found["all"][0] / found["all"][-1]) if found["all"][-1] > 0 else math.nan
 
 
 # ---- what the drawings share -----------------------------------------------------------------------------------------

@@ -41,7 +41,8 @@ def write_study(
         drawn = Drawn({}, said=pair[0]["why_not"]) if "why_not" in pair[0] else DRAW[name](*pair, shown)
         sections[CAPTIONS[name].title], said[name] = _section(name, drawn, shown.reader), drawn.said
         for file, svg in drawn.svgs.items():
-            write_svg(folder / f"{file}.svg", svg)
+            if svg:  # there is none of nothing but zeros on a logarithmic axis
+                write_svg(folder / f"{file}.svg", svg)
         if name in SHEETS:
             _write_sheets(folder, name, pair, shown)
     tiles = [

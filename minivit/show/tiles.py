@@ -26,6 +26,7 @@ STYLE = """
 .tiles .three img { width: 100%; height: auto; }
 .many { grid-template-columns: repeat(auto-fill, minmax(76px, 1fr)); gap: 14px 8px; }
 .many .three { grid-template-columns: 1fr; gap: 2px; }
+.scale { white-space: nowrap; }
 .legend { width: 90px; height: 9px; }
 """
 """What the page needs besides the style of all pages."""
@@ -58,7 +59,7 @@ def heat_tiles(
             first, second = (under_heat(picture, weights) for weights in both)
             yield picture, first, second
 
-    return _tiles(drawn(), captions, many, f"Colours: {_scale('nothing', 'the most in the image')}.")
+    return _tiles(drawn(), captions, many, f"Colours: {_scale('nothing', 'most of its image')}.")
 
 
 def map_tiles(
@@ -83,7 +84,7 @@ def map_tiles(
 
 
 def _scale(least: str, most: str) -> str:
-    return f"{escape(least)} {heat_legend()} {escape(most)}"
+    return f'<span class="scale">{escape(least)} {heat_legend()} {escape(most)}</span>'
 
 
 def _tiles(pictures: Triples, captions: Sequence[tuple[str, str]], many: bool, scale: str) -> str:
