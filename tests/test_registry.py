@@ -16,7 +16,7 @@ import minivit as mv
 from minivit.backend import normal, uniform
 from minivit.backend.outline import Outline, outline
 from minivit.cli.main import main
-from minivit.errors import CheckpointError, ConfigError, MisfitError
+from minivit.errors import CheckpointError, ConfigError, DTypeError, MisfitError, ShapeError
 from minivit.measure.costs import layer_costs, model_costs, training_memory
 from minivit.models import (
     KINDS,
@@ -404,6 +404,11 @@ def test_a_trace_of_a_frozen_model_and_one_in_training() -> None:
     with mv.no_grad():
         assert model.trace(images).logits.node is None
     without = model.trace(images, change=lambda block, p: p * 0.0 if block == 1 else p)
+    for wrong, words in ((lambda block, p: p[:1], "keep its shape"), (lambda block, p: None, "cannot hold object")):
+        with pytest.raises((ShapeError, DTypeError), match=words):
+            model.trace(images, change=wrong)
+    constant = model.trace(images, change=lambda block, p: np.full(p.shape, 1 / 7))  # what is put there is on the path
+    assert all(g.data.any() for g in mv.grad(constant.logits[0, 1], constant.attention))
     assert not without.attention[1].data.any() and np.abs(without.logits.data - trace.logits.data).max() > 1e-6
 
 

@@ -213,6 +213,13 @@ def test_batches_of_any_size_give_the_same_statistics() -> None:
         np.testing.assert_allclose(found.entropy, study.entropy(whole).bits, rtol=1e-5)
         np.testing.assert_allclose(found.importance, study.head_importance(whole, gradient), rtol=1e-4)
         assert found.largest_entropy == study.entropy(whole).largest
+
+    def stop(n: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        study.head_statistics(model, images, after_batch=stop)
+    assert study.predicted(whole).tolist() == [max(range(5), key=list(row).__getitem__) for row in whole.logits.data]
     labels = np.array([0, 1, 2, 3, 4, 0, 1])
     of_labels = study.head_statistics(model, images, labels, memory=1)
     gradient = study.attention_gradient(whole, labels)
@@ -222,10 +229,12 @@ def test_batches_of_any_size_give_the_same_statistics() -> None:
 def test_a_batch_takes_the_memory_that_was_told() -> None:
     model = mv.ViT(32, 4, 3, dim=32, depth=2, heads=4)
     images = normal(mv.Key(2), (16, 3, 32, 32)).astype(np.float32)
-    assert batch_size(model, images, 1) == 1
+    first = study.trace_model(model, images[:1])
+    assert batch_size(first, 1) == 1
     study.head_statistics(model, images[:2])  # so that nothing is made for the first time
     memory = 4 * 2**20
-    assert 2 < batch_size(model, images, memory) < 10
+    assert 2 < batch_size(first, memory) < 10
+    del first
     tracemalloc.start()
     try:
         study.head_statistics(model, images, memory=memory)
@@ -321,6 +330,8 @@ def test_numbers_that_are_none_are_refused() -> None:
             study.filter_components(small(), n)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="other parameters: b"):
         study.update_ratios({"a": np.ones(1)}, {"a": np.ones(1), "b": np.ones(1)})
+    with pytest.raises(ConfigError, match="are no states"):
+        study.update_ratios(small(), small())  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="before"):
         study.update_ratios({"a": np.ones(1)}, {"a": np.ones(2)})
 
@@ -331,6 +342,13 @@ def test_images_that_cannot_be_studied_are_refused() -> None:
         study.head_statistics(model, IMAGES[:0])
     with pytest.raises(DTypeError, match="a list"):
         study.head_statistics(model, IMAGES.tolist())
+    with pytest.raises(DTypeError, match="an array"):
+        study.head_statistics(model, np.array(1.0))
+    for memory in (0, -1, "1 GB", 1.5):
+        with pytest.raises(ConfigError, match="memory is"):
+            study.head_statistics(model, IMAGES, memory=memory)  # type: ignore[arg-type]
+    with pytest.raises(ShapeError, match=r"\(3, 3\) over 7 tokens"):
+        study.patch_map(study.trace_model(model, IMAGES), np.ones((3, 3)))
     with pytest.raises(ConfigError, match="no class 5"):
         study.head_statistics(model, IMAGES, 5)
     with pytest.raises(ShapeError, match="for 3 images"):

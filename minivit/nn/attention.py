@@ -8,7 +8,7 @@ from typing import Any
 
 from minivit import ops
 from minivit.autograd.graph import recording
-from minivit.autograd.tensor import Tensor
+from minivit.autograd.tensor import Tensor, tensor
 from minivit.backend import is_floating
 from minivit.errors import ConfigError, ShapeError
 from minivit.nn import init
@@ -101,7 +101,10 @@ class MultiHeadAttention(Module):
         q, k, v = split_heads(self.qkv(x), 3, self.heads)  # (B, T, 3·H·d) → (3, B, H, T, d)
         scores = attention_scores(q, k)  # (B, H, T, d) → (B, H, T, T)
         p = narrow(masked_softmax(scores, mask), q)
-        p = p if change is None else watched(change(p))
+        if change is not None:
+            before, p = p.shape, watched(change(p))
+            if p.shape != before:
+                raise ShapeError(f"change was given attention {before}, and returned {p.shape}", "keep its shape")
         rate = self.attention_dropout if self.training else 0.0
         out = (ops.dropout(p, rate, next_key()) if rate > 0 else p) @ v  # (B, H, T, T) → (B, H, T, d)
         heads = merge_heads(out[None])  # → (B, T, H·d)
@@ -168,7 +171,7 @@ class EncoderBlock(Module):
 
 def watched(x: Any) -> Any:
     """Return x, an array or a Tensor, as a Tensor that gradients reach, though nothing that it came from needs one."""
-    x = x if isinstance(x, Tensor) else Tensor(x)
+    x = x if isinstance(x, Tensor) else tensor(x)
     if x.node is None and recording.enabled and is_floating(x.dtype):
         x = x.detach()  # another: the caller's own stays as it is
         x.requires_grad = True

@@ -21,7 +21,7 @@ from minivit.study.components import (
     update_ratios,
 )
 from minivit.study.distance import attention_distance
-from minivit.study.flow import attention_gradient, gradient_flow
+from minivit.study.flow import attention_gradient, flows, gradient_flow
 from minivit.study.heads import Entropy, entropy, head_importance
 from minivit.study.lens import lens_gradient, logit_lens
 from minivit.study.maps import class_attention, gradient_attention, patch_map
@@ -40,6 +40,7 @@ __all__ = [
     "entropy",
     "feature_components",
     "filter_components",
+    "flows",
     "gradient_attention",
     "gradient_flow",
     "head_importance",

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
+from numbers import Integral
 from typing import Any
 
 import numpy as np
 
 from minivit.autograd.tensor import Tensor
-from minivit.backend import array_module, available_memory, is_array, is_floating, to_device
-from minivit.errors import ConfigError, DataError, DTypeError, NonFiniteError
+from minivit.backend import Team, array_module, available_memory, cpu_cores, is_array, is_floating, to_device
+from minivit.errors import ConfigError, DataError, DTypeError, NonFiniteError, value_text
 from minivit.models.trace import Change, Trace
 from minivit.nn.module import mode
 from minivit.study.asking import class_indices, values
@@ -50,28 +52,34 @@ def traces(model: Any, images: Any, memory: int | None = None) -> Iterator[tuple
     Unless given that is 256 MiB, or a quarter of what is free if that is less. A gradient that is asked for without
     giving up the graph takes twice as much again. Let go of one trace (``del trace``) before the next.
     """
-    if not is_array(images):
+    size = batch_size(first_trace(model, images), memory)
+    for start in range(0, len(images), size):
+        here = slice(start, min(start + size, len(images)))
+        yield here, batch_trace(model, images, here)
+
+
+def first_trace(model: Any, images: Any) -> Trace:
+    """Return the trace of the first of images (N, C, H, W); raise DTypeError or DataError if they are none."""
+    if not is_array(images) or not images.ndim:
         raise DTypeError(f"images are an array (N, C, H, W), got a {type(images).__name__}", "np.asarray(images)")
-    count = len(images)
-    if count == 0:
+    if not len(images):
         raise DataError("there is no image to study", "give at least one")
-    size = 1 if count == 1 else batch_size(model, images, memory)
-    for start in range(0, count, size):
-        here = slice(start, min(start + size, count))
-        check_images(images[here], start)
-        yield here, trace_model(model, images[here])
+    return trace_model(model, images[:1])
 
 
-def check_images(images: Any, start: int) -> None:
-    """Raise NonFiniteError if one of the images, numbered from ``start``, holds what is no number."""
-    for i, image in enumerate(images):
+def batch_trace(model: Any, images: Any, here: slice) -> Trace:
+    """Return the trace of the images ``here``; raise NonFiniteError with the number of one that is none."""
+    batch = images[here]
+    for i, image in enumerate(batch):
         if is_floating(image.dtype) and not array_module(image).isfinite(image).all():
-            raise NonFiniteError(f"image {start + i} holds NaN or infinity", "look at where it comes from")
+            raise NonFiniteError(f"image {here.start + i} holds NaN or infinity", "look at where it comes from")
+    return trace_model(model, batch)
 
 
-def batch_size(model: Any, images: Any, memory: int | None = None) -> int:
-    """Return how many of the images may be traced at once."""
-    first = trace_model(model, images[:1])
+def batch_size(first: Trace, memory: int | None = None) -> int:
+    """Return how many images may be traced at once, by the trace of one of them."""
+    if memory is not None and not (isinstance(memory, Integral) and memory > 0):
+        raise ConfigError(f"memory is {value_text(memory)}", "give a number of bytes, or None")
     budget = min(MOST_BYTES, available_memory(first.logits.device) // 4) if memory is None else memory
     return int(np.clip(budget / (OVERHEAD * kept_bytes(first)), 1, MOST_IMAGES))
 
@@ -122,25 +130,32 @@ def head_statistics(
     memory: int | None = None,
     after_batch: Callable[[int], None] | None = None,
 ) -> HeadStatistics:
-    """Return distance, entropy and importance of every head over images (N, C, H, W), batch by batch.
+    """Return distance, entropy and importance of every head over images (N, C, H, W), batch by batch, on all cores.
 
     ``classes``, one or (N,) of them, are those whose logit the importance follows: of each image the predicted one
-    unless given. ``memory`` as :func:`traces` has it. ``after_batch(n)`` is called after each batch, of n images.
+    unless given. ``memory`` as :func:`traces` has it, of all threads together. ``after_batch(n)`` is called after each
+    batch, of n images, by one thread at a time.
     """
-    parts: list[list[np.ndarray]] = []
-    largest = 0.0
-    for here, trace in traces(model, images, memory):
-        if classes is not None and not parts:  # all of them, before any work
-            classes = class_indices(classes, len(images), trace.logits.shape[-1])
-        follow = predicted(trace) if classes is None else classes[here]
+    first = first_trace(model, images)
+    size, count, device = batch_size(first, memory), len(images), first.logits.device
+    if classes is not None:
+        classes = class_indices(classes, count, first.logits.shape[-1])
+    largest = largest_entropy(first)
+    del first
+    threads, telling = min(cpu_cores(), size), threading.Lock()
+
+    def work(thread: int, start: int, stop: int) -> list[np.ndarray]:
+        trace = batch_trace(model, images, slice(start, stop))
+        follow = predicted(trace) if classes is None else classes[start:stop]
         gradient = flows(trace, follow, trace.attention, keep=False)
-        parts.append([*distance_sums(trace), *entropy_sums(trace), importance_sums(trace, gradient)])
-        largest = largest_entropy(trace)
-        del trace, gradient  # before the next is there
-        if after_batch is not None:
-            after_batch(here.stop - here.start)
+        sums = [*distance_sums(trace), *entropy_sums(trace), importance_sums(trace, gradient)]
+        with telling:
+            if after_batch is not None:
+                after_batch(stop - start)
+        return sums
+
+    parts = Team(threads, size // threads, device).run(work, count)
     distance, queries, bits, rows, importance = (np.sum(column, axis=0) for column in zip(*parts, strict=True))
-    count = len(images)
     return HeadStatistics(count, over_counts(distance, queries), over_counts(bits, rows), largest, importance / count)
 
 

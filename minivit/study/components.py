@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from minivit.autograd.graph import no_grad
-from minivit.errors import ConfigError
+from minivit.errors import ConfigError, ShapeError
 from minivit.models.trace import Trace
 from minivit.study.asking import check_trace, patch_embed, values
 
@@ -91,6 +91,8 @@ def outlying_tokens(norms: np.ndarray, times: float = 3.0) -> np.ndarray:
 
     ``norms`` are :func:`token_norms`. The median is over all images and tokens.
     """
+    if np.ndim(norms) != 3:
+        raise ShapeError(f"norms of shape {np.shape(norms)}", "give token_norms(trace), (L+1, B, T)")
     return norms > times * np.median(norms, axis=(1, 2), keepdims=True)
 
 
@@ -100,6 +102,8 @@ def update_ratios(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[s
     ``before`` and ``after`` are a model's ``state_dict()``, before and after a step. About 1e-3 is usual; much less
     learns nothing, much more is unstable. Infinite for a parameter that was 0 and is not, 0 for one that did not move.
     """
+    if not (isinstance(before, Mapping) and isinstance(after, Mapping)):
+        raise ConfigError(f"a {type(before).__name__} and a {type(after).__name__} are no states", "model.state_dict()")
     if before.keys() != after.keys():
         differ = ", ".join(sorted(before.keys() ^ after.keys())[:3])
         raise ConfigError(f"two states with other parameters: {differ}", "give two of one model")

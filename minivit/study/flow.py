@@ -42,7 +42,11 @@ def gradient_flow(trace: Trace, of: Any) -> np.ndarray:
 
 
 def flows(trace: Trace, of: Any, inputs: Sequence[Any], keep: bool = True) -> list[Any]:
-    """Return ∂s/∂x for each of ``inputs``, Tensors of the trace; without ``keep`` the graph is freed."""
+    """Return ∂s/∂x for each of ``inputs``, Tensors of the trace, as arrays on its device.
+
+    s as in :func:`attention_gradient`. Without ``keep`` the graph is freed: quicker, and a third of the memory, but
+    nothing else can be asked of the trace's gradients then.
+    """
     if trace.logits.node is None:
         raise GraphError("the trace has no graph: it was taken under no_grad", "take it outside of no_grad")
     if isinstance(of, Tensor) and of.dtype.kind not in "iu":

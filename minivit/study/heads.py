@@ -36,7 +36,7 @@ def entropy_sums(trace: Trace) -> tuple[np.ndarray, np.ndarray]:
     for layer, p in enumerate(attention):
         p = p.astype(np.float64)
         bits = p * np.log2(p, out=np.zeros_like(p), where=p > 0)  # 0·log 0 is 0
-        sums[layer] = -bits.sum(axis=(0, 2, 3))  # (B, H, T, T) → (H,)
+        sums[layer] = 0.0 - bits.sum(axis=(0, 2, 3))  # (B, H, T, T) → (H,)
         counts[layer] = (p.sum(axis=-1) > 0).sum(axis=(0, 2))
     return sums, counts
 

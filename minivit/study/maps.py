@@ -7,17 +7,21 @@ from typing import Any
 
 import numpy as np
 
+from minivit.errors import ShapeError
 from minivit.models.trace import Trace
-from minivit.study.asking import attention_of, check_trace, gradient_of
+from minivit.study.asking import attention_of, check_trace, gradient_of, values
 
 
-def patch_map(trace: Trace, matrix: np.ndarray) -> np.ndarray:
+def patch_map(trace: Trace, matrix: Any) -> np.ndarray:
     """Return what the model reads of a matrix over tokens (…, T, T), as a map over the image: (…, rows, columns).
 
     Of a model that reads its class token that is the class token's row, of one that reads all patches the mean of
     their rows; in either the patches' columns. This is the one place that says so.
     """
     check_trace(trace)
+    matrix, tokens = values(matrix, "a matrix over the tokens"), trace.tokens[0].shape[1]
+    if matrix.shape[-2:] != (tokens, tokens):
+        raise ShapeError(f"a matrix of shape {matrix.shape} over {tokens} tokens", f"give (…, {tokens}, {tokens})")
     first = trace.prefix
     reads_token = first > 0 and getattr(trace.model, "pool", "cls") == "cls"
     rows = matrix[..., :1, first:] if reads_token else matrix[..., first:, first:]

@@ -24,7 +24,7 @@ def rollout(trace: Trace, fuse: str = "mean") -> np.ndarray:
     2005.00928, section 3; max and min are variants of others). Rows of R sum to 1. With the mean, figures 6 and
     14 of Dosovitskiy et al. 2020, 2010.11929, show its class token's row (appendix D.8).
     """
-    if fuse not in FUSES:
+    if fuse not in list(FUSES):
         raise unknown_name("way to fuse heads", fuse, FUSES)
     rolled: Any = None
     for p in attention_of(trace):
