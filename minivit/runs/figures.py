@@ -8,20 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
+from threading import Lock
 from typing import Any
 
 import numpy as np
 
 from minivit import study
 from minivit.autograd.tensor import Tensor
-from minivit.backend import Key, to_device, to_numpy
+from minivit.backend import Key, Team, cpu_cores, to_device, to_numpy
 from minivit.data import Dataset, Loader
 from minivit.errors import ConfigError
 from minivit.models import Model
 from minivit.models.trace import Trace
 from minivit.study.asking import values
+from minivit.study.batches import batch_size
 from minivit.study.distance import distance_sums, over_counts, patch_distances
-from minivit.study.flow import flows
 from minivit.study.heads import entropy_sums, importance_sums, largest_entropy
 
 Found = dict[str, Any]
@@ -51,25 +52,37 @@ def observe(
     ``labels`` (N,) are numbers of the model's classes, or others for images of classes that it does not know.
     ``after_batch(n)`` is called after each batch, of n images.
     """
-    count = len(labels)
-    seen = Observer(wanted, spread(count, DRAWN))
-    done = 0
+    drawn, done = spread(len(labels), DRAWN), 0
+    first = study.trace_model(model, np.zeros((1, *model.settings.image_shape), np.float32))
+    size, threads = batch_size(first), cpu_cores()
+    team = Team(threads, max(1, size // threads), next(model.parameters()).device)
+    whole, telling = Observer(wanted, drawn, first), Lock()
+    del first
     for dataset in datasets:
-        loader = Loader(dataset, CHUNK, Key(0), mean=standard[0], std=standard[1], shuffle=False)
-        for images, _ in loader.batches(0):
-            for here, trace in study.traces(model, to_numpy(images)):
-                size = here.stop - here.start
-                seen.batch(trace, labels[done : done + size], np.arange(done, done + size))
-                done += size
-                del trace  # before the next is made
-                after_batch(size)
-    return seen.found(model), np.concatenate(seen.predictions)
+        for images, _ in Loader(dataset, CHUNK, Key(0), mean=standard[0], std=standard[1], shuffle=False).batches(0):
+            chunk = to_numpy(images)
+
+            def work(thread: int, start: int, stop: int, chunk: Any = chunk, done: int = done) -> Observer:
+                trace = study.trace_model(model, chunk[start:stop])
+                seen = Observer(wanted, drawn, trace)
+                seen.batch(trace, labels[done + start : done + stop], np.arange(done + start, done + stop))
+                with telling:
+                    after_batch(stop - start)
+                return seen
+
+            for part in team.run(work, len(chunk)):
+                whole.add(part)
+            done += len(chunk)
+    return whole.found(), np.concatenate(whole.predictions)
 
 
 class Observer:
-    """Sums and maps of one trace after another; ``drawn`` are the places of the images that are drawn."""
+    """Sums and maps of one trace after another; ``drawn`` are the places of the images that are drawn.
 
-    def __init__(self, wanted: Collection[str], drawn: np.ndarray) -> None:
+    ``first`` is a trace of the same model, of any image.
+    """
+
+    def __init__(self, wanted: Collection[str], drawn: np.ndarray, first: Trace) -> None:
         self.wanted, self.drawn = set(wanted), drawn
         self.singly = drawn[spread(len(drawn), SINGLY)]
         self.predictions: list[np.ndarray] = []
@@ -77,11 +90,20 @@ class Observer:
         self._sums: dict[str, Any] = {}
         self._kept: dict[str, list[np.ndarray]] = {}
         self._why_not: dict[str, str] = {}
-        self._last: Trace | None = None
-        self._most = self._even = 0.0
+        self._bare = replace(first, logits=None, tokens=[], heads=[], attended=[], mlp=[])  # its graph is let go
+        self._most = largest_entropy(first)
+
+    def add(self, other: Observer) -> None:
+        """Take in what another one has seen of the images that follow."""
+        self.images += other.images
+        self.predictions += other.predictions
+        self._add(**other._sums)
+        self._why_not |= other._why_not
+        for name, parts in other._kept.items():
+            self._kept.setdefault(name, []).extend(parts)
 
     def batch(self, trace: Trace, labels: np.ndarray, places: np.ndarray) -> None:
-        """Take in the trace of images whose places among all are ``places`` (B,)."""
+        """Take in the trace of images whose places among all are ``places`` (B,); its graph is used up."""
         predicted = study.predicted(trace)
         self.predictions.append(predicted)
         self.images += len(predicted)
@@ -90,23 +112,20 @@ class Observer:
             self._keep("maps", study.patch_map(trace, study.rollout(trace))[drawn])
         if "distance" in self.wanted:
             self._add(distance=distance_sums(trace))
-            self._even = float(patch_distances(trace.grid, trace.model.patch_embed.patch_size).mean())
         if "entropy" in self.wanted:
             self._add(entropy=entropy_sums(trace))
-            self._most = largest_entropy(trace)
         if "lens" in self.wanted:
             self._add(lens=lens_sums(trace, labels))
-        if "attribution" in self.wanted and "attribution" not in self._why_not:
+        if "attribution" in self.wanted:
             self._attribute(trace, predicted)
         if "norms" in self.wanted:
-            norms, first = study.token_norms(trace), trace.prefix  # (L+1, B, T)
-            self._add(norms=by_token(norms, first), longest=norms[..., first:].max(axis=-1).sum(axis=1))
-            self._keep("norms", norms[-1][singly][:, first:].reshape(-1, *trace.grid))
+            norms, prefix = study.token_norms(trace), trace.prefix  # (L+1, B, T)
+            self._add(norms=by_token(norms, prefix), longest=norms[..., prefix:].max(axis=-1).sum(axis=1))
+            self._keep("norms", norms[-1][singly][:, prefix:].reshape(-1, *trace.grid))
         if "features" in self.wanted:
             self._keep("features", to_numpy(trace.tokens[-1].data)[singly])
         if self.wanted & {"importance", "flow"}:
             self._follow_back(trace, predicted)
-        self._last = replace(trace, logits=None, tokens=[], heads=[], attended=[], mlp=[])  # its graph is let go
 
     def _add(self, **parts: Any) -> None:
         for name, part in parts.items():
@@ -118,7 +137,7 @@ class Observer:
     def _follow_back(self, trace: Trace, predicted: np.ndarray) -> None:
         """Take in the gradients of the predicted class's logit, all in one walk, which frees the trace's graph."""
         layers = len(trace.attention)
-        back = flows(trace, predicted, [*trace.attention, *trace.tokens], keep=False)
+        back = study.flows(trace, predicted, [*trace.attention, *trace.tokens], keep=False)
         self._add(importance=importance_sums(trace, back[:layers]))
         sizes = np.stack(
             [np.sqrt(np.square(values(g, "a gradient"), dtype=np.float64).sum(axis=-1)) for g in back[layers:]]
@@ -137,14 +156,15 @@ class Observer:
 
     # ---- what came of it ---------------------------------------------------------------------------------------------
 
-    def found(self, model: Model) -> dict[str, Found]:
+    def found(self) -> dict[str, Found]:
         """Return the arrays of each figure, or why the model cannot have it."""
+        model = self._bare.model
         makers: dict[str, Callable[[], Found]] = {
             "attention": lambda: {"maps": self._whole("maps")},
             "gallery": lambda: {"maps": self._whole("maps")},
             "filters": lambda: dict(zip(("components", "share"), study.filter_components(model), strict=True)),
             "positions": lambda: {"similarity": study.position_similarity(model)},
-            "distance": lambda: {"pixels": over_counts(*self._sums["distance"]), "even": self._even},
+            "distance": lambda: {"pixels": over_counts(*self._sums["distance"]), "even": self._even()},
             "entropy": lambda: {"bits": over_counts(*self._sums["entropy"]), "most": self._most},
             "importance": lambda: {"logits": self._sums["importance"] / self.images},
             "attribution": self._attribution,
@@ -172,6 +192,10 @@ class Observer:
         sums = {key.removeprefix(prefix): x for key, x in self._sums.items() if key.startswith(prefix)}
         return {name: x / self.images for name, x in sums.items()}
 
+    def _even(self) -> float:
+        """Return the distance of attention that is even over all patches."""
+        return float(patch_distances(self._bare.grid, self._bare.model.patch_embed.patch_size).mean())
+
     def _lens(self) -> Found:
         known, probability, first = self._sums["lens"]
         if not known.any():
@@ -179,9 +203,8 @@ class Observer:
         return {"probability": probability / known, "first": first / known}
 
     def _features(self) -> Found:
-        assert self._last is not None
-        last = to_device(self._whole("features"), next(self._last.model.parameters()).device)
-        found = study.feature_components(replace(self._last, tokens=[Tensor(last)]), 3)
+        last = to_device(self._whole("features"), next(self._bare.model.parameters()).device)
+        found = study.feature_components(replace(self._bare, tokens=[Tensor(last)]), 3)
         low, high = np.percentile(found.values, (1, 99), axis=(0, 1, 2))  # (3,) each
         colours = ((found.values - low) / np.maximum(high - low, np.finfo(float).tiny)).clip(0, 1)
         missing = [(0, 0)] * 3 + [(0, 3 - colours.shape[-1])]  # of a model with fewer numbers than three
@@ -196,8 +219,8 @@ class Observer:
         patch, token = self._sums["flow"] / self.images
         return {"patch": patch, "token": self._of_token(token), "all": self._sums["whole"] / self.images}
 
-    def _of_token(self, values: np.ndarray) -> np.ndarray | None:
-        return values if self._last is not None and self._last.prefix else None
+    def _of_token(self, sizes: np.ndarray) -> np.ndarray | None:
+        return sizes if self._bare.prefix else None
 
 
 def by_token(sizes: np.ndarray, prefix: int) -> np.ndarray:

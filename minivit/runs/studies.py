@@ -58,8 +58,9 @@ def make_study(
 
     ``name`` None is what it was trained on; ``split`` and ``by_position`` are as for :func:`load_split` and
     :func:`match_classes`. ``only`` names the figures, of :data:`CAPTIONS`; none are all. The folder is ``output``, or a
-    new one in the run's folder or beside the checkpoint. It holds ``study.html``, the figures as files, ``figures.json``
-    with their numbers, and ``figures.npz`` with all arrays that they are drawn from, FIGURE/MODEL/NAME.
+    new one in the run's folder or beside the checkpoint. In it are ``study.html``, the figures as files,
+    ``figures.json`` with their numbers, and ``figures.npz`` with all arrays that they are drawn from, as
+    FIGURE/MODEL/NAME.
 
     Returns what figures.json holds, and ``folder``, ``page`` and ``said``, what can be read off each figure. Raises
     ConfigError for a model that cannot be traced and for a folder that is there already, and what finding the data
@@ -95,7 +96,7 @@ def make_study(
     }  # fmt: skip
     write_text(folder / "figures.json", json_text(numbers) + "\n")
     with replacing(folder / "figures.npz") as f:
-        np.savez_compressed(f, **all_arrays(found))
+        np.savez_compressed(f, **all_arrays(found))  # type: ignore[arg-type]
     return numbers | {"said": said, "folder": str(folder), "page": str(folder / PAGE)}
 
 
