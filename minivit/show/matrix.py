@@ -40,7 +40,7 @@ def matrix(
     """
     digits = max(0, 1 - math.floor(math.log10(most))) if most > 0 else 1
     form = f"{{:{'+' if two_signs else ''}z.{digits}f}}".format
-    scaled = values / (most or 1.0)  # (R, C)
+    scaled = np.nan_to_num(values) / (most or 1.0)  # (R, C)
     colours = signed(scaled) if two_signs else heat(scaled)  # (R, C, 3)
     wide, high = (WIDTH - LEFT - RIGHT) / len(columns), min(TALLEST, HIGHEST / len(rows))
     bottom = TOP + high * len(rows)

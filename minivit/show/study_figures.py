@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from minivit.show.beside import heat_tiles, map_tiles
 from minivit.show.colours import heat
 from minivit.show.curves import chart
 from minivit.show.matrix import maps_of_maps, matrix, sheet
-from minivit.show.tiles import heat_tiles, map_tiles
 
 Found = Mapping[str, Any]
 """The arrays of a figure, of one of the two models."""
@@ -67,7 +67,7 @@ def gallery(trained: Found, untrained: Found, shown: Shown) -> Drawn:
     """Draw ``maps`` (N, rows, columns) over all images."""
     every = range(len(shown.images))
     html = heat_tiles([*shown.images], (trained["maps"], untrained["maps"]), shown.captions(every), many=True)
-    alike = [f"{agreement(found['maps']):.2f}" for found in (trained, untrained)]
+    alike = [f"{agreement(found['maps']):z.2f}" for found in (trained, untrained)]
     said = f"Two images' maps correlate at {alike[0]} on average, in the untrained model at {alike[1]}: at 1 the maps "
     return Drawn({}, html, f"{said}would be the same whatever the image.")
 
@@ -134,7 +134,7 @@ def positions(trained: Found, untrained: Found, shown: Shown) -> Drawn:
     near = [neighbours(found["similarity"]) for found in (trained, untrained)]
     if near[0] is None:
         return Drawn(svgs, said="There is one patch only.")
-    said = f"Neighbouring positions have a mean cosine of {near[0]:.2f}, in the untrained model of {near[1]:.2f}."
+    said = f"Neighbouring positions have a mean cosine of {near[0]:z.2f}, in the untrained model of {near[1]:z.2f}."
     return Drawn(svgs, said=said)
 
 
@@ -169,8 +169,9 @@ def _by_head(
     everything = [*trained[unit].ravel(), *untrained[unit].ravel(), 0.0, level]  # both on one scale
     svgs, said = {}, []
     for name, found in both(trained, untrained):
-        values = found[unit]  # (L, H)
-        means = values.mean(axis=1)
+        values = found[unit]  # (L, H), NaN for a head that looks at no patch
+        means = [mean_of_finite(row) for row in values]
+        least, most = np.nanmin(values, initial=np.inf), np.nanmax(values, initial=0.0)
         dots = [
             (layer, value, f"layer {layer}, head {head}: {value:.3g} {unit}")
             for layer, row in enumerate(values, 1)
@@ -181,7 +182,7 @@ def _by_head(
             title, {"mean": [*enumerate(means, 1)]}, "layer", form, dots=dots, dots_are="a head",
             levels={level_name: level}, reach=everything,
         )  # fmt: skip
-        span = f"heads from {values.min():.3g} to {values.max():.3g} {unit}"
+        span = f"heads from {least:.3g} to {most:.3g} {unit}"
         said.append(f"{name}: {span}, {means[0]:.3g} in the first layer and {means[-1]:.3g} in the last on average")
     return Drawn(svgs, said=f"{sentence(said)}; {level_name}: {level:.3g}.")
 
@@ -281,6 +282,12 @@ def _flows(found: Found) -> dict[str, list[tuple[int, float]]]:
 def both(trained: Found, untrained: Found) -> Sequence[tuple[str, Found]]:
     """Return the two models by what they are called."""
     return (("trained", trained), ("untrained", untrained))
+
+
+def mean_of_finite(values: np.ndarray) -> float:
+    """Return the mean of those of the values that are finite, NaN if none is."""
+    finite = values[np.isfinite(values)]
+    return float(finite.mean()) if len(finite) else math.nan
 
 
 def numbered(count: int) -> list[str]:

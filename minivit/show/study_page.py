@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from minivit.files import write_text
+from minivit.show.beside import SMALL, STYLE, fitted
 from minivit.show.captions import CAPTIONS, UNTRAINED
 from minivit.show.curves import write_svg
 from minivit.show.document import all_sections, document
@@ -15,7 +16,6 @@ from minivit.show.lettering import drawable_names
 from minivit.show.markup import escape
 from minivit.show.pictures import attention_overlay
 from minivit.show.study_figures import DRAW, Drawn, Found, Shown, both
-from minivit.show.tiles import SMALL, STYLE, fitted
 
 PAGE = "study.html"
 SHEETS = {"attention": 4, "gallery": 16}  # figures that are written as one picture, and how many images stand in a row
