@@ -142,7 +142,7 @@ def head_statistics(
         classes = class_indices(classes, count, first.logits.shape[-1])
     largest = largest_entropy(first)
     del first
-    threads, telling = min(cpu_cores(), size), threading.Lock()
+    threads, telling = min(cpu_cores(), size) if device == "cpu" else 1, threading.Lock()
 
     def work(thread: int, start: int, stop: int) -> list[np.ndarray]:
         trace = batch_trace(model, images, slice(start, stop))
