@@ -362,7 +362,7 @@ def test_two_charts_can_share_a_scale_and_show_levels() -> None:
 def test_a_matrix_writes_numbers_in_readable_ink() -> None:
     svg = matrix("T", np.array([[0.0, 1.0], [np.nan, -1.0]]), ["1", "2"], ["a", "b"], ("row", "column"), 1.0, True)
     cells = re.findall(r'class="cell ([a-z-]+)"[^>]*>([^<]*)', svg)
-    assert cells == [("on-light", "+0.0"), ("on-dark", "+1.0"), ("on-dark", "-1.0")]  # none for NaN
+    assert cells == [("on-light", "+0.00"), ("on-dark", "+1.00"), ("on-dark", "-1.00")]  # none for NaN
     many = matrix("T", np.ones((40, 20)), [*map(str, range(40))], [*map(str, range(20))], ("r", "c"), 1.0)
     assert 'class="cell' not in many
     assert many.count("<title>") == 800
@@ -375,15 +375,28 @@ def test_signs_have_colours_of_their_own() -> None:
 
 
 def test_small_maps_are_drawn_sharp_with_gaps() -> None:
-    tiles = (random_bits(Key(0), (2, 3, 4, 5, 3)) >> 24).astype(np.uint8)
-    picture = np.asarray(sheet_of(tiles))
+    tiles = (random_bits(Key(0), (5, 4, 5, 3)) >> 24).astype(np.uint8)
+    picture = np.asarray(sheet_of([*tiles], 3))
     scale = 32  # 480 pixels for 3 · 5
-    gap = picture.shape[1] - 3 * 5 * scale
+    gap = (picture.shape[1] - 3 * 5 * scale) // 2
     assert gap > 0
-    assert np.array_equal(picture[::scale, ::scale][:4, :5, :3], tiles[0, 0])
-    assert (picture[..., 3] == 0).any()
-    svg = maps_of_maps("T", np.ones((20, 3, 20, 3)), ("row", "column"), 1.0)
+    for k, tile in enumerate(tiles):
+        y, x = k // 3 * (4 * scale + gap), k % 3 * (5 * scale + gap)
+        drawn = picture[y : y + 4 * scale, x : x + 5 * scale]
+        assert np.array_equal(drawn[::scale, ::scale, :3], tile)
+    assert int((picture[..., 3] > 0).sum()) == 5 * 4 * 5 * scale**2  # gaps and the sixth place are transparent
+    svg = maps_of_maps("T", np.ones((20, 3, 20, 3)), ("row", "column"), -0.5)
     assert len(re.findall(r'class="end" x="46"', svg)) == 8  # sixteen of the twenty rows, every second one numbered
+
+
+def test_positions_that_are_all_alike_have_a_scale_of_their_own() -> None:
+    near = {"similarity": np.full((1, 2, 1, 2), 0.83)}
+    said = [
+        re.findall(r'class="end" x="[^"]*" y="16">([^<]*)', svg)[0]
+        for far in (0.95, -0.4)
+        for svg in DRAW["positions"](near, {"similarity": near["similarity"] * 0 + far}, None).svgs.values()  # type: ignore[arg-type]
+    ]
+    assert said == ["0.8", "0.8", "-1", "-1"]  # both models on one scale
 
 
 def test_the_untrained_model_is_another(done: tuple[Path, Path, Dataset]) -> None:

@@ -105,7 +105,7 @@ CAPTIONS = {
 }
 
 UNTRAINED = (
-    "On the right, or last, stands the same picture of an untrained model: the same settings, with the weights that "
+    "After each picture comes the same picture of an untrained model: the same settings, with the weights that "
     "their seed draws, as a training run from scratch starts. Its head, which starts at zero and would let no gradient "
     "through, is drawn, too, with a deviation of one over the root of a token's length. What looks the same in both "
     "was not learned: it comes from the architecture, from the image or from the method (Adebayo et al. 2018, “Sanity "

@@ -16,7 +16,8 @@ from minivit.show.markup import escape
 if TYPE_CHECKING:
     from PIL import Image
 
-MOST_WRITTEN = 14  # columns whose numbers can be read in their cells
+LETTER = 6  # pixels: a digit in a cell is about as wide
+NAMES = 14  # of columns that have room under them
 TALLEST = 24  # pixels of a row
 HIGHEST = 400  # pixels of all rows
 BAR, STEPS = 90, 30  # pixels and steps of a legend's colours
@@ -36,14 +37,14 @@ def matrix(
     """Return ``values`` (R, C) as a table of colours from 0, or with ``two_signs`` from -``most``, to ``most``.
 
     ``rows`` and ``columns`` are the R and C names at the edges, ``labels`` what both of them are. A value that is NaN
-    has no cell. Numbers, in their cells where there is room, else to hover over, have two digits of the largest.
+    has no cell. Numbers, in their cells where there is room, else to hover over, show a hundredth of the largest.
     """
-    digits = max(0, 1 - math.floor(math.log10(most))) if most > 0 else 1
+    digits = max(0, 1 - math.floor(math.log10(most)) + (most >= 1)) if most > 0 else 1
     form = f"{{:{'+' if two_signs else ''}z.{digits}f}}".format
     scaled = np.nan_to_num(values) / (most or 1.0)  # (R, C)
     colours = signed(scaled) if two_signs else heat(scaled)  # (R, C, 3)
     wide, high = (WIDTH - LEFT - RIGHT) / len(columns), min(TALLEST, HIGHEST / len(rows))
-    bottom = TOP + high * len(rows)
+    bottom, written = TOP + high * len(rows), high >= 14 and LETTER * len(form(most)) + 2 <= wide
     parts = _head(title, (form(-most) if two_signs else "0", form(most)), two_signs)
     for (i, j), value in np.ndenumerate(values):
         if not np.isfinite(value):
@@ -54,32 +55,35 @@ def matrix(
             f'<rect x="{x:.1f}" y="{y:.1f}" width="{wide - 1:.1f}" height="{high - 1:.1f}" '
             f'fill="{_hex(colour)}"><title>{escape(what)}</title></rect>'
         )
-        if len(columns) <= MOST_WRITTEN and high >= 14:
+        if written:
             ink = "on-light" if _light(colour) else "on-dark"
             place = f'x="{x + wide / 2:.1f}" y="{y + high / 2 + 3.5:.1f}"'
             parts.append(f'<text class="cell {ink}" {place}>{escape(form(value))}</text>')
     for i in range(0, len(rows), -(-len(rows) // int(HIGHEST / 14))):
         parts.append(f'<text class="end" x="{LEFT - 6}" y="{TOP + high * (i + 0.5) + 4:.1f}">{escape(rows[i])}</text>')
-    for j in range(0, len(columns), -(-len(columns) // MOST_WRITTEN)):
+    for j in range(0, len(columns), -(-len(columns) // NAMES)):
         parts.append(
             f'<text class="mid" x="{LEFT + wide * (j + 0.5):.1f}" y="{bottom + 16}">{escape(columns[j])}</text>'
         )
     return _svg(title, [*parts, *_labels(labels, TOP, bottom)], bottom + BOTTOM)
 
 
-def maps_of_maps(title: str, values: np.ndarray, labels: tuple[str, str], most: float) -> str:
-    """Return ``values`` (R, C, r, c) as R × C maps of r × c cells, coloured from -``most`` over 0 to ``most``.
+def maps_of_maps(title: str, values: np.ndarray, labels: tuple[str, str], least: float) -> str:
+    """Return ``values`` (R, C, r, c) of at most 1 as R × C maps of r × c cells, coloured from ``least`` to 1.
 
-    Of very many maps, evenly spaced ones are drawn: at most sixteen a row and sixteen a column.
+    If ``least`` is below 0 the colours are of two signs, from -1 to 1. Of very many maps, evenly spaced ones are drawn:
+    at most sixteen a row and sixteen a column.
     """
+    two_signs = least < 0
     down, across = (np.unique(np.linspace(0, n - 1, min(n, 16)).round().astype(int)) for n in values.shape[:2])
-    shades = np.round(values[np.ix_(down, across)] / (most or 1.0) * SHADES) / SHADES  # few, so that the file is small
-    tiles = signed(shades)  # (R, C, r, c, 3)
-    picture = sheet_of(tiles)
+    shown = values[np.ix_(down, across)]  # (R, C, r, c)
+    shown = shown if two_signs else (shown - least) / ((1 - least) or 1.0)
+    shown = np.round(shown * SHADES) / SHADES  # few, so that the file is small
+    picture = sheet_of([*(signed if two_signs else heat)(shown).reshape(-1, *shown.shape[2:], 3)], len(across))
     room = WIDTH - LEFT - RIGHT
     high = min(room * picture.height / picture.width, 1.5 * room)
     wide = high * picture.width / picture.height
-    parts = _head(title, (f"{-most:.2g}", f"{most:.2g}"), True)
+    parts = _head(title, ("-1" if two_signs else f"{least:.2g}", "1"), two_signs)
     parts.append(_image(picture, LEFT, TOP, wide, high))
     for i in range(0, len(down), -(-len(down) // 8)):
         y = TOP + high * (i + 0.5) / len(down) + 4
@@ -90,9 +94,9 @@ def maps_of_maps(title: str, values: np.ndarray, labels: tuple[str, str], most: 
     return _svg(title, [*parts, *_labels(labels, TOP, TOP + high)], TOP + high + BOTTOM)
 
 
-def sheet(title: str, tiles: np.ndarray, note: str) -> str:
-    """Return small pictures ``tiles``, uint8 (R, C, h, w, 3), in R rows and C columns, over a ``note``."""
-    picture = sheet_of(tiles)
+def sheet(title: str, tiles: Sequence[np.ndarray], columns: int, note: str) -> str:
+    """Return small pictures ``tiles``, uint8 (h, w, 3), in rows of ``columns``, over a ``note``."""
+    picture = sheet_of(tiles, columns)
     wide = WIDTH - 2 * RIGHT
     high = min(wide * picture.height / picture.width, wide)
     parts = [f'<text class="title" x="0" y="16">{escape(title)}</text>']
@@ -101,19 +105,20 @@ def sheet(title: str, tiles: np.ndarray, note: str) -> str:
     return _svg(title, parts, TOP + high + 24)
 
 
-def sheet_of(tiles: np.ndarray) -> Image.Image:
-    """Return ``tiles``, uint8 (R, C, h, w, 3), as one picture of sharp pixels, with transparent gaps between them."""
+def sheet_of(tiles: Sequence[np.ndarray], columns: int) -> Image.Image:
+    """Return ``tiles``, uint8 (h, w, 3), in rows of ``columns``, enlarged by sharp pixels, between transparent gaps."""
     from PIL import Image
 
-    rows, columns, height, width, _ = tiles.shape
-    scale = max(1, round(SIDE / (max(rows * height, columns * width))))
-    tiles = tiles.repeat(scale, axis=2).repeat(scale, axis=3)
-    gap = max(1, round(0.08 * min(tiles.shape[2:4])))
-    height, width = tiles.shape[2] + gap, tiles.shape[3] + gap
-    whole = np.zeros((rows * height - gap, columns * width - gap, 4), np.uint8)
-    for i, j in np.ndindex(rows, columns):
-        place = whole[i * height : (i + 1) * height - gap, j * width : (j + 1) * width - gap]
-        place[..., :3], place[..., 3] = tiles[i, j], 255
+    rows, columns = -(-len(tiles) // columns), min(columns, len(tiles))
+    height, width, _ = tiles[0].shape
+    scale = max(1, round(SIDE / max(rows * height, columns * width)))
+    height, width = height * scale, width * scale
+    gap = max(1, round(0.08 * min(height, width)))
+    whole = np.zeros((rows * (height + gap) - gap, columns * (width + gap) - gap, 4), np.uint8)
+    for k, tile in enumerate(tiles):
+        y, x = k // columns * (height + gap), k % columns * (width + gap)
+        place = whole[y : y + height, x : x + width]
+        place[..., :3], place[..., 3] = tile.repeat(scale, axis=0).repeat(scale, axis=1), 255
     return Image.fromarray(whole)
 
 

@@ -105,30 +105,26 @@ def filters(trained: Found, untrained: Found, shown: Shown) -> Drawn:
     svgs = {}
     for name, found in both(trained, untrained):
         note = f"{len(found['components'])} components, {found['share'].sum():.0%} of the filters' variance"
-        svgs[f"filters_{name}"] = sheet(f"Filters, {name}", _tiles_of(found["components"]), f"{note}; grey is 0")
+        svgs[f"filters_{name}"] = sheet(f"Filters, {name}", _pictures(found["components"]), 7, f"{note}; grey is 0")
     half = [int(np.searchsorted(np.cumsum(found["share"]), 0.5)) + 1 for found in (trained, untrained)]
     said = f"Half of the filters' variance is in the first {half[0]}, in the untrained model in the first {half[1]}."
     return Drawn(svgs, said=said)
 
 
-def _tiles_of(components: np.ndarray) -> np.ndarray:
-    """Return components (n, C, p, q) as pictures, uint8 (R, columns, p, q, 3), seven in a row."""
-    count, channels = components.shape[:2]
+def _pictures(components: np.ndarray) -> list[np.ndarray]:
+    """Return components (n, C, p, q) as n pictures, uint8 (p, q, 3), each on a scale of its own."""
+    channels = components.shape[1]
     some = components[:, : 3 if channels >= 3 else 1]
     most = np.abs(some).max(axis=(1, 2, 3), keepdims=True)
     pixels = 127.5 + 127.5 * some / np.where(most > 0, most, 1)  # (n, 1 or 3, p, q)
-    pixels = np.broadcast_to(pixels.transpose(0, 2, 3, 1), (count, *some.shape[2:], 3)).round().astype(np.uint8)
-    columns = min(7, count)
-    rows = -(-count // columns)
-    whole = np.full((rows * columns, *pixels.shape[1:]), 128, np.uint8)
-    whole[:count] = pixels
-    return whole.reshape(rows, columns, *pixels.shape[1:])
+    return [np.broadcast_to(one.transpose(1, 2, 0), (*one.shape[1:], 3)).round().astype(np.uint8) for one in pixels]
 
 
 def positions(trained: Found, untrained: Found, shown: Shown) -> Drawn:
     """Draw ``similarity`` (rows, columns, rows, columns), cosines."""
+    least = math.floor(10 * min(float(found["similarity"].min()) for found in (trained, untrained))) / 10
     svgs = {
-        f"positions_{name}": maps_of_maps(f"Positions, {name}", found["similarity"], ("row", "column"), 1.0)
+        f"positions_{name}": maps_of_maps(f"Positions, {name}", found["similarity"], ("row", "column"), least)
         for name, found in both(trained, untrained)
     }
     near = [neighbours(found["similarity"]) for found in (trained, untrained)]
