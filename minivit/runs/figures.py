@@ -54,17 +54,18 @@ def observe(
     """
     drawn, done = spread(len(labels), DRAWN), 0
     first = study.trace_model(model, np.zeros((1, *model.settings.image_shape), np.float32))
-    size, threads = batch_size(first), cpu_cores()
-    team = Team(threads, max(1, size // threads), next(model.parameters()).device)
-    whole, telling = Observer(wanted, drawn, first), Lock()
+    size, device = batch_size(first), next(model.parameters()).device
+    threads = min(cpu_cores(), size) if device == "cpu" else 1
+    team = Team(threads, size // threads, device)
+    whole, telling = Seen(wanted, drawn, first), Lock()
     del first
     for dataset in datasets:
         for images, _ in Loader(dataset, CHUNK, Key(0), mean=standard[0], std=standard[1], shuffle=False).batches(0):
             chunk = to_numpy(images)
 
-            def work(thread: int, start: int, stop: int, chunk: Any = chunk, done: int = done) -> Observer:
+            def work(thread: int, start: int, stop: int, chunk: Any = chunk, done: int = done) -> Seen:
                 trace = study.trace_model(model, chunk[start:stop])
-                seen = Observer(wanted, drawn, trace)
+                seen = Seen(wanted, drawn, trace)
                 seen.batch(trace, labels[done + start : done + stop], np.arange(done + start, done + stop))
                 with telling:
                     after_batch(stop - start)
@@ -76,7 +77,7 @@ def observe(
     return whole.found(), np.concatenate(whole.predictions)
 
 
-class Observer:
+class Seen:
     """Sums and maps of one trace after another; ``drawn`` are the places of the images that are drawn.
 
     ``first`` is a trace of the same model, of any image.
@@ -93,7 +94,7 @@ class Observer:
         self._bare = replace(first, logits=None, tokens=[], heads=[], attended=[], mlp=[])  # its graph is let go
         self._most = largest_entropy(first)
 
-    def add(self, other: Observer) -> None:
+    def add(self, other: Seen) -> None:
         """Take in what another one has seen of the images that follow."""
         self.images += other.images
         self.predictions += other.predictions

@@ -50,7 +50,8 @@ def matrix(
         if not np.isfinite(value):
             continue
         x, y, colour = LEFT + wide * j, TOP + high * i, colours[i, j]
-        what = f"{labels[0]} {rows[i]}, {labels[1]} {columns[j]}: {form(value)}"
+        column = f"{labels[1]} {columns[j]}" if columns[j].isdigit() else columns[j]
+        what = f"{labels[0]} {rows[i]}, {column}: {form(value)}"
         parts.append(
             f'<rect x="{x:.1f}" y="{y:.1f}" width="{wide - 1:.1f}" height="{high - 1:.1f}" '
             f'fill="{_hex(colour)}"><title>{escape(what)}</title></rect>'

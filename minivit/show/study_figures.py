@@ -173,7 +173,7 @@ def _by_head(
             for layer, row in enumerate(values, 1)
             for head, value in enumerate(row, 1)
         ]
-        title, form = f"{figure.capitalize()}, {name}", f"{{:g}} {short}".format
+        title, form = f"{figure.capitalize()}, {name}", f"{{:.4g}} {short}".format
         svgs[f"{figure}_{name}"] = chart(
             title, {"mean": [*enumerate(means, 1)]}, "layer", form, dots=dots, dots_are="a head",
             levels={level_name: level}, reach=everything,
@@ -227,7 +227,7 @@ def lens(trained: Found, untrained: Found, shown: Shown) -> Drawn:
     for name, found in both(trained, untrained):
         lines = {"label first": [*enumerate(found["first"])], "probability": [*enumerate(found["probability"])]}
         title = f"Lens, {name}"
-        svgs[f"lens_{name}"] = chart(title, lines, "layers read (0: embedding)", percent, reach=(0.0, 1.0))
+        svgs[f"lens_{name}"] = chart(title, lines, "layer (0: embedding)", percent, reach=(0.0, 1.0))
     first = trained["first"]
     enough = int(np.argmax(first >= 0.9 * first[-1]))
     said = f"After {enough} of {len(first) - 1} layers the label comes first in {first[enough]:.0%} of the images, "
@@ -243,7 +243,7 @@ def norms(trained: Found, untrained: Found, shown: Shown) -> Drawn:
         token = found["token"]
         dots = [] if token is None else [(i, y, f"class token, layer {i}: {y:.3g}") for i, y in enumerate(token)]
         svgs[f"norms_{name}"] = chart(
-            f"Length, {name}", lines, "layers (0: embedding)", dots=dots, dots_are="class token", reach=reach
+            f"Length, {name}", lines, "layer (0: embedding)", dots=dots, dots_are="class token", reach=reach
         )
         colours.append(heat(found["maps"] / found["maps"].max()))
         said.append(f"{name}: the longest patch is {found['longest'][-1] / found['mean'][-1]:.2f} times the mean")
@@ -259,7 +259,7 @@ def flow(trained: Found, untrained: Found, shown: Shown) -> Drawn:
     everything = [y for _, found in both(trained, untrained) for line in _flows(found).values() for _, y in line]
     for name, found in both(trained, untrained):
         title = f"Gradient, {name}"
-        svgs[f"flow_{name}"] = chart(title, _flows(found), "layers (0: embedding)", log_y=True, reach=everything)
+        svgs[f"flow_{name}"] = chart(title, _flows(found), "layer (0: embedding)", log_y=True, reach=everything)
     whole = [found["all"][0] / (found["all"][-1] or math.nan) for found in (trained, untrained)]
     if not np.isfinite(whole).all():
         return Drawn(svgs, said="No gradient goes back from the logits: the head lets none through.")
