@@ -81,13 +81,13 @@ def make_study(
     shown = Shown(
         images=np.concatenate([part.images[np.arange(len(part))] for part in spread_over(chosen.parts, DRAWN)]),
         labels=chosen.labels[drawn].tolist(),
-        predictions=predictions[drawn].tolist(),
+        predictions=(predictions[0][drawn].tolist(), predictions[1][drawn].tolist()),
         classes=chosen.matching.rows,
         singly=spread(len(drawn), SINGLY).tolist(),
         reader=shape["reader"],
     )
     called = (run_of(trained.path) or Path(trained.path)).name
-    right = int((predictions == chosen.labels).sum())
+    right = int((predictions[0] == chosen.labels).sum())
     title, facts = f"What {called} does", facts_of(trained, chosen, right, shape)
     said = write_study(folder, title, about_text(trained, chosen), facts, shown, found)
     numbers = {
@@ -173,18 +173,18 @@ def study_folder(checkpoint: str, output: str | None) -> Path:
 
 def observe_both(
     trained: Trained, chosen: Chosen, wanted: Collection[str], bar: Bar
-) -> tuple[dict[str, tuple[Found, Found]], np.ndarray]:
-    """Return what was found of the model and of an untrained one, and what the trained one takes each image for."""
+) -> tuple[dict[str, tuple[Found, Found]], tuple[np.ndarray, np.ndarray]]:
+    """Return what was found of the model and of an untrained one, and what each of them takes each image for, (N,)."""
     parts, labels = chosen.parts, chosen.labels
     standard = trained.mean, trained.std
     progress = bar(total=2 * len(labels), desc="images")
     try:
         found, predictions = observe(trained.model, parts, labels, standard, wanted, progress.update)
         twin = untrained_like(trained.model, trained.model.settings.seed)
-        other, _ = observe(twin, parts, labels, standard, wanted, progress.update)
+        other, others = observe(twin, parts, labels, standard, wanted, progress.update)
     finally:
         progress.close()
-    return {figure: (found[figure], other[figure]) for figure in wanted}, predictions
+    return {figure: (found[figure], other[figure]) for figure in wanted}, (predictions, others)
 
 
 def as_numbers(found: dict[str, tuple[Found, Found]]) -> dict[str, Any]:

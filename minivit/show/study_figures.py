@@ -23,22 +23,23 @@ Found = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Shown:
-    """What was looked at: ``images`` uint8 (N, C, H, W), and the class that each is and was taken for, N integers each.
+    """What was looked at: ``images`` uint8 (N, C, H, W), and the class that each is, N integers.
 
-    ``classes`` are the names of all of them, ``singly`` the places of the images that are drawn one by one. ``reader``
-    is the token, or tokens, that the model's answer is read from, in words.
+    ``predictions`` are what the trained and the untrained model take each for, N integers each; ``classes`` are the
+    names of all of them, ``singly`` the places of the images that are drawn one by one. ``reader`` is the token, or
+    tokens, that the model's answer is read from, in words.
     """
 
     images: np.ndarray
     labels: Sequence[int]
-    predictions: Sequence[int]
+    predictions: tuple[Sequence[int], Sequence[int]]
     classes: Sequence[str]
     singly: Sequence[int]
     reader: str
 
     def captions(self, places: Iterable[int]) -> list[tuple[str, str]]:
-        """Return the names of label and prediction of some of the images."""
-        return [(self.classes[self.labels[i]], self.classes[self.predictions[i]]) for i in places]
+        """Return the names of label and the trained model's prediction of some of the images."""
+        return [(self.classes[self.labels[i]], self.classes[self.predictions[0][i]]) for i in places]
 
 
 @dataclass(frozen=True)

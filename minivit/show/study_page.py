@@ -71,7 +71,7 @@ def _write_sheets(folder: Path, name: str, pair: tuple[Found, Found], shown: Sho
     places = list(shown.singly) if name == "attention" else [*range(len(shown.images))]
     images = np.stack([np.asarray(fitted(shown.images[i], SMALL)).transpose(2, 0, 1) for i in places])  # (n, 3, h, w)
     names = drawable_names(shown.classes)
-    labels, predictions = ([names[numbers[i]] for i in places] for numbers in (shown.labels, shown.predictions))
-    for model, found in both(*pair):
+    labels, *predictions = ([names[numbers[i]] for i in places] for numbers in (shown.labels, *shown.predictions))
+    for (model, found), predicted in zip(both(*pair), predictions, strict=True):
         file, title = folder / f"{name}_{model}.png", f"Attention rolled out, {model}"
-        attention_overlay(images, found["maps"][places], labels, predictions, file, SHEETS[name], title)
+        attention_overlay(images, found["maps"][places], labels, predicted, file, SHEETS[name], title)
