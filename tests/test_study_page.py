@@ -28,7 +28,7 @@ from minivit.show.captions import CAPTIONS
 from minivit.show.colours import SIGNED, signed
 from minivit.show.curves import chart
 from minivit.show.matrix import maps_of_maps, matrix, sheet_of
-from minivit.show.study_figures import DRAW, agreement, neighbours, peak
+from minivit.show.study_figures import DRAW, agreement, likeness, neighbours, peak
 from tests.mixer import Mixer
 from tests.test_report import HOSTILE, Page
 
@@ -325,6 +325,8 @@ def test_what_is_said_of_maps_is_right() -> None:
     assert agreement(np.stack([one, 2 * one + 1])) == pytest.approx(1.0)
     assert agreement(np.stack([one, -one])) == pytest.approx(-1.0)
     assert agreement(np.ones((3, 2, 2))) == agreement(one[None]) == 1.0
+    assert likeness(np.stack([one, one]), np.stack([3 * one, -one])) == pytest.approx(0.0)
+    assert likeness(one[None], np.ones((1, 2, 2))) == 0.0
     similarity = np.arange(16.0).reshape(2, 2, 2, 2)
     beside = [similarity[0, 1, 0, 0], similarity[1, 1, 1, 0], similarity[1, 0, 0, 0], similarity[1, 1, 0, 1]]
     assert neighbours(similarity) == np.mean(beside)

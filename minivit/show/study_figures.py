@@ -61,7 +61,8 @@ def attention(trained: Found, untrained: Found, shown: Shown) -> Drawn:
     html = heat_tiles([shown.images[i] for i in few], maps, shown.captions(few), many=False)
     before, after = (np.median([peak(one) for one in found["maps"]]) for found in (untrained, trained))
     said = f"The brightest patch gets {after:.2f} times the mean of its image's patches (median of the images); in the "
-    return Drawn({}, html, f"{said}untrained model {before:.2f} times.")
+    said += f"untrained model {before:.2f} times. The two models' maps of an image correlate at "
+    return Drawn({}, html, f"{said}{likeness(trained['maps'], untrained['maps']):z.2f} on average.")
 
 
 def gallery(trained: Found, untrained: Found, shown: Shown) -> Drawn:
@@ -80,12 +81,22 @@ def peak(weights: np.ndarray) -> float:
 
 def agreement(maps: np.ndarray) -> float:
     """Return the mean correlation of two different ones of ``maps`` (N, …), 1 where there are not two to compare."""
+    patterns = _patterns(maps)
+    count = int(patterns.any(axis=1).sum())
+    return float((np.square(patterns.sum(axis=0)).sum() - count) / (count * (count - 1))) if count > 1 else 1.0
+
+
+def likeness(maps: np.ndarray, others: np.ndarray) -> float:
+    """Return the mean correlation of each of ``maps`` (N, …) with the same one of ``others``, 0 for an even one."""
+    return float((_patterns(maps) * _patterns(others)).sum(axis=1).mean())
+
+
+def _patterns(maps: np.ndarray) -> np.ndarray:
+    """Return maps (N, …) as (N, M), float64, each less its mean and of length 1; of one that is even zeros."""
     flat = maps.reshape(len(maps), -1).astype(np.float64)
     flat = flat - flat.mean(axis=1, keepdims=True)
     sizes = np.linalg.norm(flat, axis=1, keepdims=True)
-    flat = np.divide(flat, sizes, out=np.zeros_like(flat), where=sizes > 0)
-    count = int((sizes > 0).sum())
-    return float((np.square(flat.sum(axis=0)).sum() - count) / (count * (count - 1))) if count > 1 else 1.0
+    return np.divide(flat, sizes, out=np.zeros_like(flat), where=sizes > 1e-12 * np.abs(maps).max())
 
 
 def features(trained: Found, untrained: Found, shown: Shown) -> Drawn:
