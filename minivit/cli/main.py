@@ -24,6 +24,7 @@ COMMANDS = {
     "eval": "measure a checkpoint on a data set",
     "predict": "classify images with a checkpoint",
     "explain": "show on one page how a model reads an image, and the gradients that flow back",
+    "study": "draw what a model has learned: attention, filters, heads, layers",
     "data": "look a data set over before training on it, or download one",
     "lr-find": "find a learning rate to begin with",
     "compare": "compare runs: settings, accuracy and time",
