@@ -34,24 +34,44 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
     It is written beside its place, synced to the disk, and renamed (Pillai et al. 2014, "All file systems are not
     created equal", section 4). Meanwhile it has a name that no other file can have, and is created: what lies in the
-    folder, a link among it, is never written through.
+    folder, a link among it, is never written through. Raises OSError, with ``path``, if it cannot be written, and
+    before anything is written if a folder or a device is there.
     """
+    check_place(path)
     # cut, because a name has 255 bytes at most
     name = os.fsdecode(os.fsencode(path.name)[:200])
     temporary = path.with_name(f".{name}.{os.urandom(8).hex()}.minivit-tmp")
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
-    descriptor = os.open(temporary, flags, 0o666)  # less the umask, as for any new file
+    try:
+        descriptor = os.open(temporary, flags, 0o666)  # less the umask, as for any new file
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from error
     try:
         with open(descriptor, "w+b") as f:
             yield f
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
-    except BaseException:  # Ctrl-C, too, must leave no half file behind
+    except BaseException as error:  # Ctrl-C, too, must leave no half file behind
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno and error.filename in (None, os.fspath(temporary)):
+            # a full disk names no file
+            raise OSError(error.errno, error.strerror, os.fspath(path)) from error
         raise
     sync(path.parent)  # makes the rename last
+
+
+def check_place(path: Path) -> None:
+    """Raise OSError if what is at ``path`` is no file whose place another file may take.
+
+    The administrator's rename would put a file in the place of /dev/null, or of the link /dev/stdout, for everybody.
+    """
+    if not path.name or path.is_dir():
+        raise OSError(errno.EISDIR, "is a folder", os.fspath(path))
+    device = os.path.exists(path) and not os.path.isfile(path)
+    if device or os.path.realpath(path.parent) == "/dev":
+        raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
 
 
 def user_cache() -> Path:

@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="image file, .npy or .npz of images as bytes, or - for standard input (default: a test image of the run)",
     )  # fmt: skip
     parser.add_argument("-o", "--output", metavar="FILE", default="explain.html",
-                        help="the page (default: explain.html)")  # fmt: skip
+                        help="the page, written over if it is there (default: explain.html)")  # fmt: skip
     parser.add_argument("--index", type=number(int, 0, 1 << 31), default=0,
                         help="which of the test images, or of an .npz (default: 0)")  # fmt: skip
     parser.add_argument("--invert", action="store_true",

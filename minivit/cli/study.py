@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     from minivit.errors import printable
     from minivit.runs.studies import make_study
     from minivit.runs.trained import open_trained
-    from minivit.show.text import json_text
+    from minivit.show.text import json_text, plural
 
     keep_freed_memory()
     trained = open_trained(args.checkpoint)
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
         print(json_text(found))
         return 0
     width = max(map(len, CAPTIONS)) + 2
-    print(printable(f"{trained.path} on {found['data']}, {found['split']}: {found['images']:,} images") + "\n")
+    print(printable(f"{trained.path} on {found['data']}, {found['split']}: {plural(found['images'], 'image')}") + "\n")
     for name, said in found["said"].items():
         print(printable(f"{name:{width}}{said}"))
     print("\n" + printable(f"{'page':{width}}{found['page']}"))

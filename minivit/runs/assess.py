@@ -29,6 +29,18 @@ WORST = 8
 # ---- which images ----------------------------------------------------------------------------------------------------
 
 
+def own_data(trained: Trained, remedy: str) -> str:
+    """Return the name of the data that a model was trained on; raise DataError if it is not said or not there."""
+    name = trained.data.get("name")
+    if not isinstance(name, str):
+        raise DataError(f"{trained.path} does not say what it was trained on", remedy)
+    try:
+        data.kind_of(name)
+    except DataError as error:
+        raise DataError(f"the data that {trained.path} was trained on are not there: {error.what}", remedy) from error
+    return name
+
+
 def load_split(trained: Trained, name: str, split: str, bar: Callable[..., Any] | None = None) -> list[Dataset]:
     """Return the data sets that make up a split of ``name``, with images as the model takes them.
 

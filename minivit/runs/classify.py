@@ -148,7 +148,8 @@ def read_arrays(path: Path, shape: tuple[int, int, int]) -> np.ndarray:
     def choose(names: Collection[str]) -> dict[str, str]:
         known = [n for n in ("images", "test_images") if n in names]
         if not known and len(names) != 1:
-            raise DataError(f"{path} has no array 'images', but {', '.join(names) or 'none'}", "save it as images=…")
+            few = ", ".join([*names][:5]) + (f" and {len(names) - 5} others" if len(names) > 5 else "") or "none"
+            raise DataError(f"{path} has no array 'images', but {few}", "save it as images=…")
         return {"images": [*known, *names][0]}
 
     if path.suffix.lower() == ".npz":

@@ -14,7 +14,7 @@ from minivit import ops
 from minivit.data import standardize
 from minivit.data.dataset import class_names
 from minivit.errors import CheckpointError, ConfigError, DataError, printable, shortened
-from minivit.runs.assess import load_split
+from minivit.runs.assess import load_split, own_data
 from minivit.runs.classify import read
 from minivit.runs.folder import find_checkpoint
 from minivit.runs.matching import match_classes
@@ -61,15 +61,16 @@ def image_of_file(trained: Trained, source: str, index: int) -> Chosen:
 
     Raises DataError if it cannot be read or has no such image.
     """
-    if os.path.isdir(source):
-        raise DataError(f"{source} is a folder", "name one image of it")
+    if not source or os.path.isdir(source):
+        raise DataError(f"{source} is a folder" if source else "the image has no name", "name one image")
     count = 0
     for name, pixels in read(source, trained.image_shape, trained.data.get("fit", "stretch")):
         if count == index:
             shown = "standard input" if source == "-" else name.replace(source, Path(source).name, 1)
             return Chosen(shown, pixels, path=source)
         count += 1
-    raise DataError(f"{source} has no image {index}: it has {count}", f"give --index 0 to {count - 1}")
+    remedy = f"give --index 0 to {count - 1}" if count > 1 else "leave --index out"
+    raise DataError(f"{source} has no image {index}: it has {count}", remedy)
 
 
 def image_of_data(trained: Trained, index: int, bar: Callable[..., Any] | None = None) -> Chosen:
@@ -77,9 +78,7 @@ def image_of_data(trained: Trained, index: int, bar: Callable[..., Any] | None =
 
     Raises DataError if its data are not known, not there, or have no such image.
     """
-    name = trained.data.get("name")
-    if not isinstance(name, str):
-        raise DataError(f"{trained.path} does not say what it was trained on", "name an image file after it")
+    name = own_data(trained, "name an image file after the checkpoint")
     split, dataset = "test", None
     for split in ("test", "val", "all"):
         try:
@@ -101,8 +100,11 @@ def image_of_data(trained: Trained, index: int, bar: Callable[..., Any] | None =
 def write_page(trained: Trained, chosen: Chosen, path: str | Path, given: str) -> str:
     """Write the page of an image to ``path``, and return its title; ``given`` is how the model was named.
 
-    Raises ConfigError for a model that cannot be shown (:func:`minivit.study.account.account`).
+    Raises ConfigError for a model that cannot be shown (:func:`minivit.study.account.account`), and for a name that is
+    no page's: what else is there, a photograph, stays.
     """
+    if Path(path).suffix.lower() not in (".html", ".htm"):
+        raise ConfigError(f"a page is not written as {str(path)!r}", "end its name in .html")
     model: Any = trained.model  # with blocks, as check_model has seen
     check_model(model)
     for kept in (trained.path, chosen.path):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import shutil
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from minivit.data import Dataset
-from minivit.errors import ConfigError, DataError
+from minivit.errors import ConfigError
 from minivit.files import replacing, write_text
-from minivit.runs.assess import load_split
+from minivit.runs.assess import load_split, own_data
 from minivit.runs.figures import DRAWN, SINGLY, Found, observe, spread
 from minivit.runs.folder import make_folder, run_of
 from minivit.runs.matching import Matching, match_classes
@@ -72,11 +72,21 @@ def make_study(
     folder = study_folder(trained.path, output)
     try:
         found, predictions = observe_both(trained, chosen, wanted, bar)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            folder.rmdir()  # nothing is in it yet
+        return write_folder(folder, trained, chosen, shape, found, predictions)
+    except BaseException:  # Ctrl-C, or a full disk: nothing half written stays
+        shutil.rmtree(folder, ignore_errors=True)  # it was made here
         raise
 
+
+def write_folder(
+    folder: Path,
+    trained: Trained,
+    chosen: Chosen,
+    shape: dict[str, Any],
+    found: dict[str, tuple[Found, Found]],
+    predictions: tuple[np.ndarray, np.ndarray],
+) -> dict[str, Any]:
+    """Write the folder of a study, and return what :func:`make_study` does."""
     drawn = spread(len(chosen.labels), DRAWN)
     shown = Shown(
         images=np.concatenate([part.images[np.arange(len(part))] for part in spread_over(chosen.parts, DRAWN)]),
@@ -91,7 +101,8 @@ def make_study(
     title, facts = f"What {called} does", facts_of(trained, chosen, right, shape)
     said = write_study(folder, title, about_text(trained, chosen), facts, shown, found)
     numbers = {
-        "checkpoint": trained.path, "data": chosen.name, "split": split, "images": len(chosen.labels), "right": right,
+        "checkpoint": trained.path, "data": chosen.name, "split": chosen.split, "images": len(chosen.labels),
+        "right": right,
         "kind": trained.model.kind, "settings": trained.model.config, "figures": as_numbers(found),
     }  # fmt: skip
     write_text(folder / "figures.json", json_text(numbers) + "\n")
@@ -113,9 +124,7 @@ def shape_of(trained: Trained) -> dict[str, Any]:
 
 def choose(trained: Trained, name: str | None, split: str, by_position: bool, most: int, bar: Bar) -> Chosen:
     """Return the images that :func:`make_study` looks at."""
-    name = trained.data.get("name") if name is None else name
-    if not isinstance(name, str):
-        raise DataError(f"{trained.path} does not say what it was trained on", "name the data after the checkpoint")
+    name = own_data(trained, "name the data after the checkpoint") if name is None else name
     parts = load_split(trained, name, split, bar)
     count = trained.model.config["num_classes"]
     matching = match_classes(trained.classes, parts[0].classes, count, name, by_position)
@@ -127,7 +136,8 @@ def choose(trained: Trained, name: str | None, split: str, by_position: bool, mo
 def about_text(trained: Trained, chosen: Chosen) -> str:
     """Return the line under the title: which images these are, and whose model."""
     count, of = len(chosen.labels), "" if chosen.split == "all" else f"{chosen.split} "
-    what = f"{count:,} of the {chosen.total:,} {of}images" if count < chosen.total else f"All {count:,} {of}images"
+    all_of = f"All {count:,} {of}images" if count > 1 else f"The one {of}image"
+    what = f"{count:,} of the {chosen.total:,} {of}images" if count < chosen.total else all_of
     spaced = ", evenly spaced" if count < chosen.total else ""
     remark = f"; {chosen.matching.remark}" if chosen.matching.remark else ""
     return f"{what} of {chosen.name}{spaced}; {trained.path}{remark}"

@@ -69,6 +69,8 @@ def gallery(trained: Found, untrained: Found, shown: Shown) -> Drawn:
     """Draw ``maps`` (N, rows, columns) over all images."""
     every = range(len(shown.images))
     html = heat_tiles([*shown.images], (trained["maps"], untrained["maps"]), shown.captions(every), many=True)
+    if len(trained["maps"]) < 2:
+        return Drawn({}, html, "There is one image only: with which others its map agrees is not known.")
     alike = [f"{agreement(found['maps']):z.2f}" for found in (trained, untrained)]
     said = f"Two images' maps correlate at {alike[0]} on average, in the untrained model at {alike[1]}: at 1 the maps "
     return Drawn({}, html, f"{said}would be the same whatever the image.")
