@@ -286,9 +286,12 @@ def test_an_image_file_is_read_as_predict_reads_it(here, capsys):
     assert main(["predict", *arguments, "--json"]) == OK
     said = json.loads(capsys.readouterr().out)[0]
     assert f"“{said['class']}”, {said['probability']:.1%}" in title
-    for kept in ("model.npz", "bright.png"):
+    for kept in ("model.npz", "bright.png", "-", ".", ""):
         assert main(["explain", *arguments, "-o", kept]) == FAILURE
-        assert f"take the place of {kept}" in capsys.readouterr().err
+        assert f"a page is not written as {kept!r}" in capsys.readouterr().err
+    (here / "bright.html").symlink_to("bright.png")
+    assert main(["explain", *arguments, "-o", "bright.html"]) == FAILURE
+    assert "take the place of bright.png" in capsys.readouterr().err
     for bad in ("none.png", "."):
         assert main(["explain", "model.npz", bad]) in (FAILURE, BAD_INPUTS)
     assert main(["explain", "model.npz"]) == FAILURE  # its data cannot be found

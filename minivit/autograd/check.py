@@ -13,7 +13,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -104,8 +104,10 @@ class Settings:
     def __post_init__(self) -> None:
         if self.method not in ("auto", "complex", "central"):
             raise ConfigError(f"method={self.method!r}", "method is auto, complex or central")
+        if not isinstance(self.seed, Integral):
+            raise ConfigError(f"seed={self.seed!r}", "seed is a whole number")
         for name, value in {"rtol": self.rtol, "atol": self.atol}.items():
-            if value is not None and not 0.0 <= value < math.inf:
+            if value is not None and not (isinstance(value, Real) and 0.0 <= float(value) < math.inf):
                 remedy = f"{name} is a number from 0 up, or None for the built-in tolerance"
                 raise ConfigError(f"{name}={value!r}", remedy)
 
@@ -164,6 +166,9 @@ def check_module(
     parameters that the output does not depend on, which no training would ever change.
     """
     settings = Settings(method, seed, rtol, atol)
+    if isinstance(module, type) or not hasattr(module, "named_parameters"):
+        what = f"the class {module.__name__}" if isinstance(module, type) else f"a {type(module).__name__}"
+        raise ConfigError(f"check_module: {what} is no module", "make a model; a function: check_grads(fn, args)")
     parameters = dict(module.named_parameters())
     leaves = {name: p for name, p in parameters.items() if p.requires_grad}
     if not leaves:
@@ -209,9 +214,11 @@ def leaf_of(argument: Any) -> Tensor:
 
 
 def listed(args: Any, what: str) -> list[Any]:
-    """Return the arguments as a list; raise ConfigError for an array in the place of a list of arrays."""
+    """Return the arguments as a list; raise ConfigError for anything else, such as an array in its place."""
     if isinstance(args, np.ndarray | Tensor):
         raise ConfigError(f"{what}: args is an array, whose rows would be the arguments", "pass a list: [x]")
+    if isinstance(args, Mapping | str) or not isinstance(args, Iterable):
+        raise ConfigError(f"{what}: args is a {type(args).__name__}", "pass a list of the arguments: [x, w]")
     return list(args)
 
 

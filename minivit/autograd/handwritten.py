@@ -72,6 +72,9 @@ def check_vjp(
     for functions that change their arguments or depend on earlier calls, and what the two functions raise.
     """
     settings = Settings(method, seed, rtol, atol)
+    for name, function in {"forward": forward, "backward": backward}.items():
+        if not callable(function):
+            raise ConfigError(f"check_vjp: {name} is a {type(function).__name__}", "pass the function itself")
     scalar = HandWritten(forward, backward, listed(args, "check_vjp"), cache, Key(seed, STREAM))
     try:
         report = passed([scalar], settings)

@@ -17,8 +17,9 @@ def output_of(x: Any, place: str) -> Any:
     """Return an output as an array, a number as NumPy's and None, in its ``place`` among others, as None."""
     if x is None and place:
         return None
-    array = np.asarray(x.data if isinstance(x, Tensor) else x)
-    if isinstance(x, tuple | list | dict) or array.dtype.kind not in "fiubc":
+    nested = isinstance(x, tuple | list | dict)  # which may be no array at all
+    array = np.asarray(None if nested else x.data if isinstance(x, Tensor) else x)
+    if array.dtype.kind not in "fiubc":
         raise ConfigError(
             f"check_vjp: forward returns a {type(x).__name__}{place}",
             "return an array, or a tuple of arrays; if it is for backward, return (out, cache), and pass cache=True",

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minivit.cli.bars import reading_bar
-from minivit.cli.main import FAILURE, OK
+from minivit.cli.main import FAILURE, OK, did_you_mean
 
 if TYPE_CHECKING:
     from minivit.learn.exercise import Exercise
@@ -45,19 +45,23 @@ def run(args: argparse.Namespace) -> int:
     if verb in VERBS:
         return VERBS[verb](words, args.json)
     if words:
-        raise ConfigError(f"minivit learn {verb!r}: unknown word", f"known: {', '.join(VERBS)}")
-    if not Path(verb).is_dir():
-        raise ConfigError(f"there is no folder {verb!r}", f"minivit learn start {verb} makes one")
+        meant = did_you_mean(verb, VERBS)
+        raise ConfigError(f"minivit learn {verb!r}: unknown word{meant}", f"known: {', '.join(VERBS)}")
     return list_all([verb], args.json)
 
 
 def list_all(words: Sequence[str], as_json: bool) -> int:
     """Print the ladder, and the state of the files in a folder."""
+    from minivit.errors import ConfigError
     from minivit.learn.ladder import ladder
     from minivit.learn.workbook import find
     from minivit.show.text import text_table
 
     folder = Path(words[0] if words else ".")
+    if folder.is_file():
+        raise ConfigError(f"{folder} is a file, not a folder", f"mark it: minivit learn check {_shown(folder)}")
+    if not folder.is_dir():
+        raise ConfigError(f"there is no folder {str(folder)!r}", f"minivit learn start {_shown(folder)} makes one")
     marks = {mark.exercise: mark for mark in _marked(folder, find(folder))}
     if as_json:
         return _print_json(list(marks.values()))
@@ -78,7 +82,7 @@ def start(words: Sequence[str], as_json: bool) -> int:
     from minivit.learn.workbook import exercises, start
     from minivit.show.text import json_text, plural
 
-    if not words:
+    if not words or not words[0]:
         raise ConfigError("start: into which folder?", "minivit learn start learn")
     folder = Path(words[0])
     if folder.exists() and not folder.is_dir():
@@ -111,6 +115,8 @@ def check(words: Sequence[str], as_json: bool) -> int:
         place, numbers = Path("."), words
     if not place.exists():
         raise ConfigError(f"there is no {place}", f"minivit learn start {place} makes a folder of exercises")
+    if not place.is_dir() and not place.is_file():
+        raise ConfigError(f"{place} is neither a folder nor a file", "give a folder of exercises, or one of its files")
     chosen = exercises(numbers) if numbers else find(place)
     if not chosen:
         what = f"{place} is no exercise's file" if place.is_file() else f"there are no exercises in {place}"

@@ -43,7 +43,11 @@ OK, FAILURE, USAGE, BAD_INPUTS, INTERRUPTED = 0, 1, 2, 3, 130
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line ``argv`` (by default the process's) and return its exit code."""
-    with redirect_stdout(_Escaping(sys.stdout)), redirect_stderr(_Escaping(sys.stderr)):
+    with (
+        open(os.devnull, "w") as nowhere,  # for a stream that is closed, as by >&-
+        redirect_stdout(_Escaping(sys.stdout or nowhere)),
+        redirect_stderr(_Escaping(sys.stderr or nowhere)),
+    ):
         return _guarded(list(sys.argv[1:] if argv is None else argv))
 
 

@@ -102,8 +102,7 @@ def write_folder(
     said = write_study(folder, title, about_text(trained, chosen), facts, shown, found)
     numbers = {
         "checkpoint": trained.path, "data": chosen.name, "split": chosen.split, "images": len(chosen.labels),
-        "right": right,
-        "kind": trained.model.kind, "settings": trained.model.config, "figures": as_numbers(found),
+        "right": right, "kind": trained.model.kind, "settings": trained.model.config, "figures": as_numbers(found),
     }  # fmt: skip
     write_text(folder / "figures.json", json_text(numbers) + "\n")
     with replacing(folder / "figures.npz") as f:

@@ -14,7 +14,7 @@ from minivit.backend import blas_threads, to_device
 from minivit.errors import ConfigError
 from minivit.models.trace import Trace
 from minivit.nn.module import mode
-from minivit.study.asking import values
+from minivit.study.asking import class_indices, values
 from minivit.study.attribution import direct_attribution
 from minivit.study.components import token_norms
 from minivit.study.flow import flows
@@ -70,6 +70,8 @@ def account(model: Any, image: np.ndarray, label: int | None = None) -> Account:
     with mode(False), blas_threads(1):  # many small products: more threads would wait for each other
         with no_grad():
             logits = values(model(images), "the logits")[0]
+        if label is not None:
+            [label] = class_indices(label, 1, len(logits)).tolist()
         follow = followed(logits, label, most_followed(model))
         # one row for each class that is followed: a single walk back serves all of them
         trace = model.trace(to_device(np.repeat(image[None], len(follow), axis=0), images.device))

@@ -26,9 +26,12 @@ def values(x: Any, what: str) -> np.ndarray:
     """Return a Tensor's or array's numbers as a NumPy array, float16 and bfloat16 as float32.
 
     Raises NonFiniteError for NaN and infinity, of which no map or mean says anything, and DTypeError for what is
-    neither real nor floating; ``what`` they are is what the message says.
+    neither real nor floating, or no array; ``what`` they are is what the message says.
     """
-    array = to_numpy(x.data if isinstance(x, Tensor) else x)
+    given = x.data if isinstance(x, Tensor) else x
+    if not is_array(given):
+        raise DTypeError(f"{what}: an array is asked for, got a {type(given).__name__}", "np.asarray(…, np.float32)")
+    array = to_numpy(given)
     array = array.astype(np.float32) if is_half(array.dtype) else array
     if array.dtype.kind != "f":
         raise DTypeError(f"{what}: {array.dtype} numbers", "give float32 or float64")

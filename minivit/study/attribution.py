@@ -76,7 +76,7 @@ def direct_attribution(trace: Trace, classes: Any) -> Attribution:
     heads, biases = [], []
     for passed, proj in zip(trace.heads, parts, strict=True):
         out = numbers(passed.out)[:, :, read]  # (B, H, T, d) → (B, H, R, d)
-        back = (way @ numbers(proj.weight)).reshape(*way.shape[:2], out.shape[1], -1)  # (B, R, D) → (B, R, H, d)
+        back = (way @ numbers(proj.weight)).reshape(*way.shape[:2], *out.shape[1::2])  # (B, R, D) → (B, R, H, d)
         heads.append(np.einsum("bhrd,brhd->bh", out, back))
         biases.append(np.zeros(len(way)) if proj.bias is None else way.sum(axis=1) @ numbers(proj.bias))
     bias = weight @ numbers(norm.bias) + (0.0 if head.bias is None else numbers(head.bias)[classes])

@@ -15,7 +15,7 @@ from minivit.backend import Team, array_module, available_memory, cpu_cores, is_
 from minivit.errors import ConfigError, DataError, DTypeError, NonFiniteError, value_text
 from minivit.models.trace import Change, Trace
 from minivit.nn.module import mode
-from minivit.study.asking import class_indices, values
+from minivit.study.asking import check_trace, class_indices, values
 from minivit.study.distance import distance_sums, over_counts
 from minivit.study.flow import flows
 from minivit.study.heads import entropy_sums, importance_sums, largest_entropy
@@ -31,6 +31,8 @@ def trace_model(model: Any, images: Any, mask: Any = None, change: Change | None
     ``mask`` and ``change`` as :func:`minivit.models.trace.trace` has them. The model stays set as it is. Raises
     ConfigError for a model that cannot be traced.
     """
+    if isinstance(model, type):
+        raise ConfigError(f"{model.__name__} is a class, not a model", f"make one: {model.__name__}(…)")
     if not callable(getattr(model, "trace", None)):
         raise ConfigError(
             f"a {type(model).__name__} has no trace: it has no attention that could be looked at",
@@ -40,7 +42,8 @@ def trace_model(model: Any, images: Any, mask: Any = None, change: Change | None
     images = images.data if isinstance(images, Tensor) else images
     if is_array(images):
         images = to_device(images, parameter.device)
-        images = images.astype(parameter.dtype, copy=False) if is_floating(images.dtype) else images
+        alike = is_floating(images.dtype) and (images.dtype.kind == "c") == (parameter.dtype.kind == "c")
+        images = images.astype(parameter.dtype, copy=False) if alike else images  # the model says what is wrong
     with mode(False):
         return model.trace(images, mask, change)
 
@@ -161,5 +164,6 @@ def head_statistics(
 
 def predicted(trace: Trace) -> np.ndarray:
     """Return the class with the largest logit of each image, (B,); of the patches' mean if each has its own."""
+    check_trace(trace)
     logits = values(trace.logits, "the logits")
     return (logits if logits.ndim == 2 else logits.mean(axis=1)).argmax(axis=-1)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from minivit.autograd.graph import no_grad
-from minivit.errors import ConfigError, ShapeError
+from minivit.errors import ConfigError, DataError, ShapeError
 from minivit.models.trace import Trace
 from minivit.study.asking import check_trace, patch_embed, values
 
@@ -55,6 +55,8 @@ def feature_components(trace: Trace, n: int = 3) -> Components:
     check_count(n)
     check_trace(trace)
     x = trace.tokens[-1].detach()
+    if not x.size:
+        raise DataError("there is no image to study", "give at least one")
     with no_grad():
         x = trace.model.norm(x) if hasattr(trace.model, "norm") else x
     x = values(x, "the last tokens")[:, trace.prefix :].astype(np.float64)  # (B, T, D) → (B, N, D)
@@ -91,6 +93,8 @@ def outlying_tokens(norms: np.ndarray, times: float = 3.0) -> np.ndarray:
 
     ``norms`` are :func:`token_norms`. The median is over all images and tokens.
     """
+    if not isinstance(times, int | float) or not times > 0:
+        raise ConfigError(f"{times!r} times the median", "give a number above 0, such as 3")
     if np.ndim(norms) != 3:
         raise ShapeError(f"norms of shape {np.shape(norms)}", "give token_norms(trace), (L+1, B, T)")
     return norms > times * np.median(norms, axis=(1, 2), keepdims=True)

@@ -62,7 +62,9 @@ function drawFlow(name) {
 
 function makeClasses() {
   const box = find("all"), count = about.classes.length;
-  box.querySelector("summary").textContent = `${count.toLocaleString("en")} classes with their logits and probabilities, likeliest first`;
+  box.querySelector("summary").textContent = count === 1
+    ? "The one class with its logit and probability"
+    : `${count.toLocaleString("en")} classes with their logits and probabilities, likeliest first`;
   box.addEventListener("toggle", () => {
     const logits = numbers("logits"), order = range(count).sort((a, b) => logits[b] - logits[a]);
     box.querySelector("table").replaceChildren(make("thead", {}, make("tr", {}, ...["class", "logit", "probability"].map((text) => make("th", {scope: "col"}, text)))),
