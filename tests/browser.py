@@ -54,8 +54,8 @@ class Page:
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.ask("Emulation.setEmulatedMedia", features=[scheme])
         self.ask("Page.navigate", url=file.resolve().as_uri())
-        self.run("new Promise((done) => { const go = () => requestAnimationFrame(() => requestAnimationFrame(done)); "
-                 "document.readyState === 'complete' ? go() : addEventListener('load', go); })")  # fmt: skip
+        self.run("new Promise((done) => document.readyState === 'complete' ? done() : addEventListener('load', done))")
+        self.frame()
 
     def __enter__(self) -> Page:
         return self
@@ -102,8 +102,10 @@ class Page:
         return found["result"].get("value")
 
     def frame(self) -> None:
-        """Wait until what was asked for is drawn."""
-        self.run("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
+        """Wait until what was asked for is drawn: ``waiting`` is the page's own word that a part is left."""
+        self.run("new Promise((done) => { const left = () => typeof waiting !== 'undefined' && waiting; "
+                 "const go = () => requestAnimationFrame(() => requestAnimationFrame(() => left() ? go() : done())); "
+                 "go(); })")  # fmt: skip
 
     def key(self, key: str) -> None:
         for kind in ("keyDown", "keyUp"):

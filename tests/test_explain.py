@@ -205,6 +205,10 @@ def test_no_name_is_more_than_text(hostile_page):
     style = [text for tag, _, text in found.found if tag == "style"]
     assert len(run) == len(style) == 1
     assert len(found.found) == 3 + len(arrays)
+    # what the seven steps are drawn from stands before the script, what is large after it
+    places = {attrs.get("id", "script"): i for i, (tag, attrs, _) in enumerate(found.found) if tag == "script"}
+    first = {name for name in arrays if places[f"array-{name}"] < places["script"]}
+    assert {"raw", "embedded", "looks", "logits"} <= first and not first & {"P", "dP", "q", "s"}
     for text, kind in ((run[0], "script"), (style[0], "style")):
         digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
         assert f"{kind}-src 'sha256-{digest}';" in found.policy
@@ -370,6 +374,10 @@ def test_the_page_in_a_browser(hostile_page):
         assert any("<script>" in text(f"#follow button:nth-of-type({i + 1})") for i in range(4))
         # keys: layer and head, what is drawn, class, patch
         page.run("document.activeElement.blur()")
+        before = page.run("[state.layer, state.head]")
+        page.key("ArrowUp")  # far from the maps it scrolls
+        assert page.run("[state.layer, state.head]") == before
+        page.run("find('maps').scrollIntoView()")
         for key, state in (("ArrowUp", "[state.layer, state.head]"), ("ArrowRight", "[state.layer, state.head]")):
             before = page.run(state)
             page.key(key)

@@ -30,6 +30,7 @@ from minivit.show.diagram import tape_svg, write_tape
 from minivit.show.dot import quoted, tape_dot
 from minivit.show.folding import SCRIPT
 from minivit.show.operations import Operation, Weight, runs_of_parts
+from tests.browser import CHROMIUM, Page
 
 SVG = "{http://www.w3.org/2000/svg}"
 HOSTILE = '</text><script>alert("1")</script>\\"]; n0 -> n1 & \n\u202e{x|y}'
@@ -283,3 +284,12 @@ def test_the_command_says_where_the_gradients_come_from(tmp_path, monkeypatch, c
     assert main(["graph", "with.npz", "-o", "x.svg"]) == 0
     assert "toy.npz: no such file" in capsys.readouterr().out
     assert main(["graph", "nothing.npz", "-o", "x.svg"]) == 1
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium is installed: the page was not opened")
+def test_on_a_phone_the_picture_scrolls_and_not_the_page(tmp_path):
+    write_tape(tmp_path / "tape.html", [Operation("add", "", "", "", (2, 3), "float32", 0, ())], "a step")
+    with Page(tmp_path / "tape.html", width=380) as page:
+        assert page.run("document.documentElement.scrollWidth") == 380
+        assert page.run("document.querySelector('main').scrollWidth") > 380
+        assert page.errors == []

@@ -19,7 +19,7 @@ class Caption(NamedTuple):
 CAPTIONS = {
     "attention": Caption(
         "Attention over images",
-        "Each image, and under it in colour how much of every patch reaches {reader} by attention rollout: the layers' "
+        "Each image, and over it in colour how much of every patch reaches {reader} by attention rollout: the layers' "
         "attention, averaged over heads and with half of it kept for the residual connection, multiplied together "
         "(Abnar and Zuidema 2020; figure 6 of the ViT paper).",
         "Rollout knows nothing of values, MLPs or classes, so that a bright patch was looked at and not necessarily "
@@ -36,7 +36,7 @@ CAPTIONS = {
     "filters": Caption(
         "Filters of the patches",
         "The principal components of the filters that turn a patch into a token, as images, the strongest first "
-        "(figure 7, left, of the ViT paper): what of a patch's pixels the model can tell apart at all.",
+        "(figure 7, left, of the ViT paper): the patterns in a patch that a token's numbers differ by most.",
         "A component is a direction that many filters share and no single filter, its sign means nothing, and how much "
         "the layers behind use it is not seen here.",
     ),
@@ -91,7 +91,7 @@ CAPTIONS = {
     "norms": Caption(
         "Tokens of high norm",
         "The length of the tokens after every layer, and where in the image the long ones are after the last: large "
-        "trained models keep global information in a few patches of very high norm (Darcet et al. 2024).",
+        "trained models keep global information in a few patches of very high norm (Darcet et al. 2023).",
         "A long token is not an important one, because every layer reads tokens after a norm that takes their length "
         "away, and one that is long only because layers add up is no outlier.",
     ),

@@ -48,6 +48,7 @@ _STYLE = """\
 .tape .fold { cursor: pointer; }
 .tape .fold:focus { outline: none; }
 .tape .fold:hover .part, .tape .fold:focus .part { stroke: BLUE; stroke-width: 2; }
+.tape #all:focus text { fill: BLUE; text-decoration: underline; }
 """
 
 
@@ -97,7 +98,9 @@ def _page(svg: str, title: str) -> str:
 <style>{PAGE_STYLE}</style>
 </head>
 <body>
-{svg}</body>
+<main tabindex="0" aria-label="{escape(title)}">
+{svg}</main>
+</body>
 </html>
 """
 
@@ -115,7 +118,8 @@ def _coloured(style: str, dark: bool) -> str:
 STYLE = f"{_coloured(_STYLE, False)}@media (prefers-color-scheme: dark) {{\n{_coloured(_STYLE, True)}}}\n"
 """Colours are written out, light ones first: what draws SVG and is no browser knows no variables."""
 PAGE_STYLE = (
-    ":root { color-scheme: light dark; }\nbody { margin: 8px auto; max-width: 960px; overflow-x: auto; }\n"
+    ":root { color-scheme: light dark; }\nbody { margin: 8px auto; max-width: 960px; }\n"
+    "main { overflow-x: auto; }\n"
     f"@media (prefers-color-scheme: dark) {{ body {{ background: {COLOURS['paper'][1]}; }} }}\n"
 )
 

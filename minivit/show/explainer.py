@@ -22,7 +22,11 @@ from minivit.show.markup import escape
 from minivit.show.style import PAPER_STYLE
 
 SCRIPTS = ("data.js", "draw.js", "steps.js", "maps.js", "numbers.js", "page.js")
-DTYPES = {"u1": np.uint8, "i1": np.int8, "u2": np.uint16, "f4": np.float32}
+FIRST = (
+    "raw", "weight", "bias", "embedded", "class_token", "positions", "entering", "looks", "looks_scale", "norms",
+    "features", "head_weight", "head_bias", "logits",
+)  # fmt: skip
+"""What the seven steps are drawn from: it stands before the script, all other arrays after it."""
 
 
 def write_explainer(
@@ -38,16 +42,17 @@ def write_explainer(
 
     ``about`` is what the script knows besides arrays, as JSON can hold it. ``maps``, float, are kept in one byte a
     number (:func:`companded`); ``numbers`` as they are: uint8, integers below 65,536 as two bytes, others as float32.
-    ``title`` and ``lead`` are texts.
+    ``title`` and ``lead`` are texts. The script stands before the large arrays: the seven steps are drawn while a
+    browser still reads those.
     """
     arrays: dict[str, np.ndarray] = {}
     for name, values in maps.items():
         arrays[name], arrays[f"{name}_scale"] = companded(values)
     arrays |= {name: stored(values) for name, values in numbers.items()}
-    blocks = [
-        f'<script type="text/plain" id="array-{name}">{base64.b64encode(array.tobytes()).decode()}</script>'
+    blocks = {
+        name: f'<script type="text/plain" id="array-{name}">{base64.b64encode(array.tobytes()).decode()}</script>'
         for name, array in arrays.items()
-    ]
+    }
     shapes = {name: {"dtype": array.dtype.str[1:], "shape": array.shape} for name, array in arrays.items()}
     style = PAPER_STYLE + part("page.css")
     script = "\n".join(map(part, SCRIPTS))
@@ -58,8 +63,9 @@ def write_explainer(
         "base-uri 'none'; form-action 'none'",
         "style": style,
         "about": embedded_json({**about, "arrays": shapes}),
-        "arrays": "\n".join(blocks),
+        "first": "\n".join(block for name, block in blocks.items() if name in FIRST),
         "script": script,
+        "rest": "\n".join(block for name, block in blocks.items() if name not in FIRST),
     }
     pieces = part("page.html").split("{{")
     # each field once, by its place: what stands in a name is not looked at again

@@ -14,7 +14,7 @@ _CELLS = "".join(
     for n in range(1, SHADES + 1)
 )
 PAPER_STYLE = f""":root {{ color-scheme: light dark; {_LIGHT}}}
-@media (prefers-color-scheme: dark) {{ :root {{ {_DARK}}} }}
+@media screen and (prefers-color-scheme: dark) {{ :root {{ {_DARK}}} }}
 """
 PAGE_STYLE = f"""
 {PAPER_STYLE}* {{ box-sizing: border-box; }}

@@ -35,9 +35,10 @@ LARGEST = 100_000_000
 class Account:
     """What passed through a model for one image, and what flowed back from the logits of the classes ``follow`` (F,).
 
-    ``maps`` are (…, T) arrays, float: ``P`` (L, H, T, T); ``dP`` (F, L, H, T, T); ``rollout`` (T, T); ``relevance``
-    (F, T, T); ``legrad`` (F, N). ``numbers`` are exact. Of the K tokens ``kept`` (L, H, K) of each head, in their
-    order: ``q``, ``k``, ``v``, ``o`` (L, H, K, d); ``s``, ``p`` (L, H, K, K) among themselves; ``z`` (L, H, K, 2), the
+    ``maps`` are (…, T) arrays, float: ``P`` (L, H, T, T); ``looks`` (L, T), where the class token looks, or all
+    patches on the mean, mean of the heads; ``dP`` (F, L, H, T, T); ``rollout`` (T, T); ``relevance`` (F, T, T);
+    ``legrad`` (F, N). ``numbers`` are exact. Of the K tokens ``kept`` (L, H, K) of each head, in their order:
+    ``q``, ``k``, ``v``, ``o`` (L, H, K, d); ``s``, ``p`` (L, H, K, K) among themselves; ``z`` (L, H, K, 2), the
     row's largest score m and Σ e^(s - m) over the tokens that are not kept; and going back ``do``, ``dq``, ``dk``,
     ``dv`` (F, L, H, K, d), ``dp``, ``ds`` (F, L, H, K, K). Where some tokens are not kept, ``o_rest``, ``dq_rest``,
     ``dk_rest`` and ``dv_rest`` are what those add to each sum. Of the seven steps: ``weight`` (C, P, Q) and ``bias``
@@ -86,7 +87,11 @@ def account(model: Any, image: np.ndarray, label: int | None = None) -> Account:
             "lens_top": lens.argmax(axis=1),
             "norms": token_norms(trace)[:, 0],
         }
-        maps = {"P": forward["p"], "rollout": rollout(trace)[0]}
+        maps = {
+            "P": forward["p"],
+            "looks": looks(forward["p"], trace.prefix).mean(axis=1),
+            "rollout": rollout(trace)[0],
+        }
         terms: list[tuple[str, np.ndarray]] = []
         if getattr(model, "pre_logits", None) is None:
             terms = direct_attribution(trace, follow).terms()
@@ -148,11 +153,15 @@ def chosen_tokens(p: np.ndarray, prefix: int) -> np.ndarray:
     tokens = p.shape[-1]
     if tokens <= KEPT:
         return np.broadcast_to(np.arange(tokens), (*p.shape[:2], tokens))
-    read = p[:, :, 0] if prefix else p.mean(axis=2)  # (L, H, T)
-    read = read.copy()
+    read = looks(p, prefix).copy()  # (L, H, T)
     if prefix:
         read[..., 0] = 2.0  # first in any case
     return np.sort(np.argsort(-read, axis=-1, kind="stable")[..., :KEPT], axis=-1)
+
+
+def looks(p: np.ndarray, prefix: int) -> np.ndarray:
+    """Return the row that the class is read from, the class token's or the patches' mean: (L, H, T, T) → (L, H, T)."""
+    return p[:, :, 0] if prefix else p.mean(axis=2)
 
 
 # ---- forward and back ------------------------------------------------------------------------------------------------

@@ -13,10 +13,16 @@ function numbers(name) {
   if (!(name in about.arrays)) return null;
   if (!decoded.has(name)) {
     const text = document.getElementById(`array-${name}`).textContent;
-    const bytes = Uint8Array.fromBase64 ? Uint8Array.fromBase64(text) : Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
+    const bytes = Uint8Array.fromBase64 ? Uint8Array.fromBase64(text) : bytesOf(atob(text));
     decoded.set(name, new KINDS_OF_NUMBERS[about.arrays[name].dtype](bytes.buffer));
   }
   return decoded.get(name);
+}
+
+function bytesOf(text) {
+  const bytes = new Uint8Array(text.length);
+  for (let i = 0; i < text.length; i++) bytes[i] = text.charCodeAt(i);
+  return bytes;
 }
 
 /**
@@ -59,13 +65,13 @@ const KINDS = [
   {name: "attention", part: attention,
    says: "Each small map is one head: how much the token in question attends to each patch. A row sums to 1."},
   {name: "gradient", part: gradient, signed: true,
-   says: "∂ logit / ∂ P: how the followed logit changes as this attention grows, everything else held. Orange raises it, blue lowers it."},
+   says: "∂ logit / ∂ P: how fast the followed logit changes as this one attention grows and no other of its layer does. Orange raises it, blue lowers it."},
   {name: "product", part: product, signed: true,
    says: "Attention × its gradient: what this attention is worth to the followed logit, to first order."},
   {name: "rollout", part: attention, whole: (i) => mapRow("rollout", i),
    says: "Attention multiplied through all layers, with the residual counted (Abnar and Zuidema 2020). It knows no class. The large picture is of the whole model, a small map is a head's part."},
   {name: "relevance", part: (l, h, i) => positive(product(l, h, i)), whole: (i) => mapRow("relevance", state.follow * T + i),
-   says: "Rollout of the positive part of attention × gradient (Chefer et al. 2021). The large picture is of the whole model, a small map is a head's part."},
+   says: "The positive part of attention × gradient, mean of the heads, multiplied through all layers with the residual counted (Chefer et al. 2021). The large picture is of the whole model, a small map is a head's part."},
   {name: "LeGrad", part: gradientOfAll, whole: () => [...new Float32Array(PREFIX), ...mapRow("legrad", state.follow)], all: true,
    says: "The positive part of the attention's gradient, averaged over queries, heads and layers (Bousselham et al. 2024), here of the model's own logit in every layer. It is of all queries at once. The large picture is of the whole model, a small map is a head's part."},
 ];

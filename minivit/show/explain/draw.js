@@ -18,13 +18,13 @@ const TABLES = {heat: table(HEAT), light: table(SIGNED.light), dark: table(SIGNE
 function pixelsOf(values, columns, most, signed, veil = false) {
   const rows = Math.ceil(values.length / columns), canvas = document.createElement("canvas");
   [canvas.width, canvas.height] = [columns, rows];
-  const context = canvas.getContext("2d"), image = context.createImageData(columns, rows);
+  const context = canvas.getContext("2d"), image = context.createImageData(columns, rows), {data} = image;
   const colours = signed ? TABLES[veil ? "light" : dark.matches ? "dark" : "light"] : TABLES.heat, scale = most > 0 ? 1 / most : 0;
   for (let i = 0; i < values.length; i++) {
     const x = values[i] * scale, at = 3 * Math.round(255 * Math.min(Math.max(signed ? (x + 1) / 2 : x, 0), 1));
-    image.data.set(colours.subarray(at, at + 3), 4 * i);
+    for (let c = 0; c < 3; c++) data[4 * i + c] = colours[at + c];
     // over an image, what is near 0 lets it be seen
-    image.data[4 * i + 3] = veil ? 255 * (signed ? 0.12 + 0.8 * Math.min(Math.abs(x), 1) : 0.5 + 0.32 * Math.min(x, 1)) : 255;
+    data[4 * i + 3] = veil ? 255 * (signed ? 0.12 + 0.8 * Math.min(Math.abs(x), 1) : 0.5 + 0.32 * Math.min(x, 1)) : 255;
   }
   context.putImageData(image, 0, 0);
   return canvas;
@@ -45,13 +45,13 @@ function imageCanvas(grey) {
   const {width, height, channels} = about.image, raw = numbers("raw"), size = width * height;
   const canvas = document.createElement("canvas");
   [canvas.width, canvas.height] = [width, height];
-  const context = canvas.getContext("2d"), data = context.createImageData(width, height);
+  const context = canvas.getContext("2d"), image = context.createImageData(width, height), {data} = image;
   for (let i = 0; i < size; i++) {
-    const [r, g, b] = channels >= 3 ? [raw[i], raw[size + i], raw[2 * size + i]] : [raw[i], raw[i], raw[i]];
-    const light = 0.299 * r + 0.587 * g + 0.114 * b;
-    data.data.set(grey ? [light, light, light, 255] : [r, g, b, 255], 4 * i);
+    for (let c = 0; c < 3; c++) data[4 * i + c] = raw[channels < 3 ? i : c * size + i];
+    if (grey) data.fill(0.299 * data[4 * i] + 0.587 * data[4 * i + 1] + 0.114 * data[4 * i + 2], 4 * i, 4 * i + 3);
+    data[4 * i + 3] = 255;
   }
-  context.putImageData(data, 0, 0);
+  context.putImageData(image, 0, 0);
   return canvas;
 }
 const plain = imageCanvas(false), grey = imageCanvas(true);
@@ -126,7 +126,8 @@ function columns(groups) {
   groups.forEach(({name, bars: own}, n) => {
     const wide = step * (own.length + 1);
     if (n % 2) chart.append(svg("rect", {class: "band", x, y: 0, width: wide, height: height - 4}));
-    chart.append(svg("text", {x: x + wide / 2, y: height - 7, "text-anchor": "middle"}, name));
+    const last = n > 0 && n === groups.length - 1;  // its name may be wider than its bars
+    chart.append(svg("text", {x: last ? width : x + wide / 2, y: height - 7, "text-anchor": last ? "end" : "middle"}, name));
     own.forEach((bar, i) => {
       const at = y(Math.max(bar.value, 0)), tall = Math.max(0.8, Math.abs(y(bar.value) - y(0)));
       chart.append(svg("rect", {class: `${bar.kind}-bar`, x: x + step * (i + 0.6), y: at, width: Math.max(1, step * 0.8), height: tall},
@@ -136,6 +137,6 @@ function columns(groups) {
   });
   chart.append(svg("line", {class: "zero", x1: left, x2: width, y1: y(0), y2: y(0)}));
   const largest = high >= -low ? high : low;
-  chart.append(svg("text", {x: left + 2, y: 10}, `largest ${digits(largest)}`));
+  chart.append(svg("text", {x: left + 2, y: 10}, `largest: ${digits(largest)}`));
   return chart;
 }

@@ -59,9 +59,12 @@ function drawStage() {
   const patches = row.slice(PREFIX), largest = most(patches), where = patches.reduce((b, x, i) => (Math.abs(x) > Math.abs(patches[b]) ? i : b), 0);
   find("opened").textContent = kind.whole ? `Whole model: ${kind.name}` : `Layer ${l + 1}, head ${h + 1}: ${kind.name}`;
   drawLegend(largest, kind.signed);
-  const own = PREFIX ? `, class token ${digits(row[0])}` : "", of = kind.all ? "All queries" : capital(tokenName(token));
+  const own = PREFIX ? `; ${kind.signed || kind.all ? "at" : "to"} the class token ${digits(row[0])}` : "", of = kind.all ? "All queries" : capital(tokenName(token));
   const sum = row.reduce((s, x) => s + x, 0), sums = kind.signed || kind.all ? "" : `; the row sums to ${sum.toFixed(2)}`;
-  const name = kind.signed || kind.all ? "largest at" : "most to";
+  const name = `${PREFIX ? "of all patches " : ""}${kind.signed || kind.all ? "largest at" : "most to"}`;
+  find("says-p").replaceChildren("attention ", make("i", {}, "P"), ` of this row: 0 to ${digits(most(p.slice(PREFIX)))}`);
+  const steepest = most(dp.slice(PREFIX));
+  find("says-dp").replaceChildren("its gradient ", make("i", {}, "dP"), steepest ? `: blue −${digits(steepest)} to orange ${digits(steepest)}` : `: all zero. ${zeroText({})}`);
   find("readout").textContent = largest === 0 ? `${of}: all zero. ${zeroText(kind)}`
     : `${of}: ${name} ${tokenName(where + PREFIX)} (${digits(patches[where])})${own}${sums}.`;
   find("big").setAttribute("aria-label", `the image under ${kind.name}; ${find("readout").textContent} Arrows move from patch to patch.`);
@@ -94,7 +97,7 @@ function setToken(token, keep) {
   if (token === state.token && !keep) return;
   state.token = token;
   if (keep) state.kept = token;
-  drawStage();  // at once: what is under the pointer; the rest in the next frame
+  if (whole) drawStage();  // at once: what is under the pointer; the rest in the next frame
   wanted.numbers = wanted.steps = true;
   wanted.matrix ||= keep;
   later();
@@ -123,6 +126,6 @@ function setKind(kind) {
 function follow(n) {
   state.follow = n;
   for (const [i, button] of [...find("follow").querySelectorAll("button")].entries()) button.setAttribute("aria-pressed", String(i === n));
-  for (const part in wanted) wanted[part] = part !== "steps";
+  for (const part in wanted) wanted[part] ||= part !== "steps";
   later();
 }

@@ -75,7 +75,7 @@ function formula(text) {
 function makeNumbers() {
   for (const [id, list] of [["forward", FORWARD], ["back", BACK]])
     for (const number of list) {
-      number.shown = make("output", {class: "value"});
+      number.shown = make("span", {class: "value"});
       number.body = make("p", {class: "written"});
       number.box = make("details", {class: "line"}, make("summary", {}, formula(number.formula), number.shown), number.body);
       number.box.addEventListener("toggle", () => writeOut(number));
@@ -136,7 +136,11 @@ function drawNumbers() {
   const rows = order.map((k) => {
     const row = make("tr", k === b ? {class: "marked"} : {}, make("th", {scope: "row"}, make("button", {type: "button"}, tokenName(kept[k]))),
       ...[["s", pair], ["p", pair], ["dp", pairFollowed], ["ds", pairFollowed]].map(([name, of]) => make("td", {class: "number"}, digits(of(name, l, h, a, k)))));
-    row.addEventListener("click", () => { state.chosen.key = kept[k]; drawNumbers(); });
+    row.addEventListener("click", () => {
+      state.chosen.key = kept[k];
+      drawNumbers();
+      find("keys").querySelector(".marked button").focus({preventScroll: true});  // its table is made anew
+    });
     return row;
   });
   find("keys").replaceChildren(make("caption", {}, `All that is between ${i} as query and its keys${ALL_KEPT ? "" : `, ${K} of ${T} tokens`}: score, attention, and their gradients`), make("thead", {}, head), make("tbody", {}, ...rows));

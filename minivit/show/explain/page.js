@@ -2,17 +2,18 @@
 
 const state = {kind: 0, follow: 0, layer: L - 1, head: about.opened, token: READ, kept: READ, numbers: true, chosen: {key: -1, entry: 0}};
 const wanted = {stage: true, matrix: true, steps: true, numbers: true, rest: true};
-let waiting = false;
+let waiting = true, whole = false;  // whether a frame is asked for, as at the start; and whether all of the file is there
 
-/** Draw in the next frame what is wanted. */
+/** Draw in the next frame what is wanted; what does not fit into it, in the one after. */
 function later() {
   if (!waiting) requestAnimationFrame(draw);
   waiting = true;
 }
 function draw() {
   waiting = false;
-  const parts = {stage: drawStage, steps: followPatch, numbers: drawNumbers, matrix: drawMatrix, rest: drawRest};
-  for (const [part, drawPart] of Object.entries(parts)) if (wanted[part]) {
+  const parts = {steps: followPatch, stage: drawStage, numbers: drawNumbers, matrix: drawMatrix, rest: drawRest}, begun = performance.now();
+  for (const [part, drawPart] of Object.entries(parts)) if (wanted[part] && (whole || part === "steps")) {
+    if (performance.now() - begun > 12) return later();
     wanted[part] = false;
     drawPart();
   }
@@ -99,6 +100,12 @@ function makeControls() {
   }
 }
 
+/** Tell whether an element covers the middle of the window's height: then it is what the reader looks at. */
+function inTheMiddle(element) {
+  const {top, bottom} = element.getBoundingClientRect();
+  return top < innerHeight / 2 && bottom > innerHeight / 2;
+}
+
 const ARROWS = {ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0]};
 function pressed(event) {
   const {key, target} = event, arrow = ARROWS[key];
@@ -111,6 +118,7 @@ function pressed(event) {
     setKind((state.kind + arrow[0] + arrow[1] + KINDS.length) % KINDS.length);
     find("kinds").children[state.kind].focus();
   } else if (arrow) {
+    if (target.closest(".written, .wide") || !(target.closest("#maps") || inTheMiddle(find("maps")))) return;  // it scrolls
     open(state.layer + arrow[0], state.head + arrow[1], false);
     if (target.closest("#matrix")) cells[state.layer * H + state.head].cell.focus();
   } else if (key === "t" || key === "T") setKind((state.kind + (event.shiftKey ? KINDS.length - 1 : 1)) % KINDS.length);
@@ -120,23 +128,32 @@ function pressed(event) {
   event.preventDefault();
 }
 
-makeControls();
-makeSteps();
-makeMatrix();
-makeNumbers();
-makeClasses();
-markOpen();
-setKind(0);
-follow(0);
-wanted.steps = true;
-find("made").textContent = about.made;
-if (K < T) find("dots").textContent = `Dots mark the ${K} tokens of a head whose numbers stand below.`;
-document.addEventListener("keydown", pressed);
-const again = () => {
+/** Draw the seven steps; all else once the large arrays, which come after this script, are there. */
+function begin() {
+  makeControls();
+  makeSteps();
+  setKind(0);
+  follow(0);
+  draw();
+  find("made").textContent = about.made;
+  if (K < T) find("dots").textContent = `Dots mark the ${K} tokens of a head whose numbers stand below.`;
+  if (document.readyState === "loading") document.addEventListener("DOMContentLoaded", goOn);
+  else goOn();
+  dark.addEventListener("change", again);
+  addEventListener("resize", () => { wanted.stage = wanted.steps = true; later(); });
+}
+function goOn() {
+  whole = true;
+  makeMatrix();
+  makeNumbers();
+  makeClasses();
+  markOpen();
+  document.addEventListener("keydown", pressed);
+  later();
+}
+function again() {
   makeSteps();
   for (const part in wanted) wanted[part] = true;
   later();
-};
-dark.addEventListener("change", again);
-addEventListener("resize", () => { wanted.stage = wanted.steps = true; later(); });
-draw();
+}
+requestAnimationFrame(() => setTimeout(begin));  // the frame is painted first: titles and texts

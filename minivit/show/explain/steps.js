@@ -78,7 +78,7 @@ function makeSteps() {
       PREFIX ? "A learned token, the same for every image, goes first. The class will be read from it." : "There is none here: the class will be read from the mean of all patches.",
       "patch-3"),
     card(4, "Positions", [similar, strip(numbers("entering"), D, "the tokens that enter the encoder")], shape(T, D),
-      has("positions") ? "A learned vector is added to each token: without, patches had no order. Left: how like this patch's position is to the others'." : "This model adds none: to it, patches have no order.", "patch-4"),
+      has("positions") ? "A learned vector is added to each token, or patches had no order. Left: cosine of this patch's with each, blue −1, orange 1. Right: what enters the encoder." : "This model adds none: to it, patches have no order.", "patch-4"),
     card(5, "Encoder", [makeLayers()], `${L} × (attention of ${H} heads of ${D_HEAD}, MLP of ${about.mlp})`,
       `x + attention(norm(x)), then x + MLP(norm(x)), ${L} times. Drawn: where the ${read} looks in each layer, mean of the heads.`, "patch-5"),
     card(6, PREFIX ? "Class token out" : "Mean of the patches", [strip(features, wide, "the features that the class is read from")], `${shape(T, D)} → ${features.length}`,
@@ -99,9 +99,7 @@ function makeLayers() {
   const layers = make("div", {class: "layers"});
   layers.style.gridTemplateColumns = `repeat(${L < 6 ? L : L > 12 ? 8 : 6}, minmax(0, 1fr))`;
   for (let l = 0; l < L; l++) {
-    const mean = new Float32Array(T);
-    for (let h = 0; h < H; h++) rowOf((i) => attention(l, h, i), READ).forEach((a, i) => { mean[i] += a / H; });
-    const small = pixelsOf(mean.slice(PREFIX), COLUMNS, most(mean.slice(PREFIX)), false);
+    const mean = mapRow("looks", l).slice(PREFIX), small = pixelsOf(mean, COLUMNS, most(mean), false);
     small.setAttribute("role", "img");
     small.style.width = `${Math.min(56, (112 * COLUMNS) / ROWS)}px`;
     small.setAttribute("aria-label", `layer ${l + 1}: where the ${tokenName(READ)} looks`);
