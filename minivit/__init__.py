@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from minivit.autograd.tensor import Tensor, grad, tensor
     from minivit.backend import Key
     from minivit.errors import GradientError, MinivitError
-    from minivit.models import ViT, create_model, list_models
+    from minivit.models import ViT, create_model, list_models, preparation
     from minivit.nn.random import random_key
     from minivit.train import optim
     from minivit.train.classifier import ViTClassifier
@@ -48,6 +48,7 @@ _HOMES = {
     "no_grad": "autograd.graph",
     "op": "autograd.op",
     "predict_logits": "train.inference",
+    "preparation": "models",
     "random_key": "nn.random",
     "save": "weights.native",
     "tensor": "autograd.tensor",
@@ -83,6 +84,7 @@ __all__ = [
     "ops",
     "optim",
     "predict_logits",
+    "preparation",
     "random_key",
     "runs",
     "save",

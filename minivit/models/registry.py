@@ -35,6 +35,7 @@ from typing import Any, ClassVar, NamedTuple, TypeVar, get_type_hints
 import numpy as np
 
 from minivit.backend import Key
+from minivit.data import Preparation
 from minivit.errors import ConfigError, unknown_name
 from minivit.models.adapt import check_encoder
 from minivit.nn import init
@@ -134,6 +135,9 @@ class Model(Module):
     encoder: ClassVar[tuple[str, ...] | None] = None  # None: all but the number of classes and the seed
     settings: Any
     head: Linear
+    # of weights that came from elsewhere: how images are prepared for them, and the names of their classes
+    preparation: Preparation | None = None
+    class_names: tuple[str, ...] = ()
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         self.settings = self.Settings(*args, **settings)
@@ -164,6 +168,7 @@ class Model(Module):
             what = f"{type(self).__name__} has no Linear called head"
             raise ConfigError(what, "name its last layer so, or give it a reset_head of its own")
         self.settings = dataclasses.replace(self.settings, num_classes=num_classes)
+        self.preparation, self.class_names = None, ()  # what it learns now are other images, perhaps prepared otherwise
         weight = self.head.weight
         self.head = Linear(weight.shape[1], num_classes, weight_init=init.zeros)
         self.head.to(weight.dtype).to(weight.device)
@@ -308,8 +313,17 @@ def list_models(pattern: str = "*") -> list[str]:
 def configuration(name: str) -> Configuration:
     """Return what a name stands for; raise ConfigError if there is no such name."""
     if name not in MODELS:
-        raise unknown_name("model", name, MODELS)
+        raise unknown_model(name)
     return MODELS[name]
+
+
+def unknown_model(name: Any) -> Exception:
+    """Return the error for a name that nothing is called by; timm's have tags behind a dot, which name weights."""
+    known, _, tag = str(name).partition(".")
+    if tag and known in MODELS:
+        remedy = f"the model is {known!r}; its weights come from a file: create_model({known!r}, weights=PATH)"
+        return ConfigError(f"unknown model {name!r}: {tag!r} names weights, which minivit does not bring", remedy)
+    return unknown_name("model", name, MODELS)
 
 
 def create_model(name: str, **settings: Any) -> Model:

@@ -13,7 +13,8 @@ import numpy as np
 
 from minivit.data import Dataset
 from minivit.data.catalog import NAMES
-from minivit.data.images import FITS
+from minivit.data.fit import is_fit
+from minivit.data.preparation import recorded
 from minivit.errors import CheckpointError, ConfigError, DataError, MinivitError, value_text
 from minivit.models import KINDS, Model, Settings, build, model_outline, read_settings
 from minivit.nn.module import Module
@@ -28,7 +29,8 @@ def save(model: Model, path: str | Path, data: Dataset | None = None) -> None:
 
     ``data``, the images that it was trained on, adds the names of its classes and the mean and standard deviation of
     its channels (:func:`data_meta`). ``minivit predict`` cannot do without; ``minivit eval`` measures on that data set
-    if it has a name or is a file. The parameters keep their dtype. ::
+    if it has a name or is a file. Without it, a model whose weights came from elsewhere keeps its ``preparation`` and
+    ``class_names``. The parameters keep their dtype. ::
 
         mv.save(model, "cats.npz", data=train_images)  # then: minivit predict cats.npz photo.jpg
 
@@ -60,15 +62,18 @@ def save(model: Model, path: str | Path, data: Dataset | None = None) -> None:
                 "give the data set that the model was trained on",
             )
         meta["data"] = data_meta(data)
+    elif model.preparation is not None:
+        names = {"classes": list(model.class_names)} if model.class_names else {}
+        meta["data"] = model.preparation.meta() | names
     save_checkpoint(path, {f"model/{name}": array for name, array in state.items()}, meta)
 
 
 def data_meta(data: Dataset) -> dict[str, Any]:
     """Return what a checkpoint keeps of the images that a model was trained on.
 
-    ``name``; ``fit``, how other image files are brought to the model's size ("crop" or "stretch"), and ``bad_images``,
-    what becomes of those that cannot be read; the names of the ``classes``; a hash of the ``labels``; ``mean`` and
-    ``std`` of each channel of images / 255.
+    ``name``; ``fit``, how other image files are brought to the model's size (:func:`minivit.data.fit.fitted`), and
+    ``bad_images``, what becomes of those that cannot be read; the names of the ``classes``; a hash of the ``labels``;
+    ``mean`` and ``std`` of each channel of images / 255.
     """
     known = data.name in NAMES or not os.path.exists(data.name)
     return {
@@ -129,6 +134,9 @@ def _build(checkpoint: Checkpoint, path: str | Path) -> Model:
     except (TypeError, ValueError) as error:
         raise unusable_settings(path, error) from error
     model.load_state_dict(state)
+    data = data_of(checkpoint, settings.config, path)
+    if "name" not in data:  # of no data set that it was trained on here
+        model.preparation, model.class_names = recorded(data), tuple(data.get("classes", ()))
     return model.eval()
 
 
@@ -196,7 +204,7 @@ def data_of(checkpoint: Checkpoint, config: Mapping[str, Any], path: str | Path)
 
     rules = {
         "name": (lambda v: isinstance(v, str) and v, "text"),
-        "fit": (lambda v: v in FITS, " or ".join(map(repr, FITS))),
+        "fit": (is_fit, "'stretch', 'crop' or as 'centre bicubic 0.9'"),
         "bad_images": (lambda v: v in ("stop", "skip"), "'stop' or 'skip'"),
         "classes": (
             lambda v: isinstance(v, list) and len(v) <= classes and all(isinstance(name, str) for name in v),
