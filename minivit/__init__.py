@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from minivit.backend import Key
     from minivit.errors import GradientError, MinivitError
     from minivit.models import ViT, create_model, list_models
+    from minivit.models.encoder import register_encoder
     from minivit.nn.random import random_key
     from minivit.train import optim
     from minivit.train.classifier import ViTClassifier
@@ -49,6 +50,7 @@ _HOMES = {
     "op": "autograd.op",
     "predict_logits": "train.inference",
     "random_key": "nn.random",
+    "register_encoder": "models.encoder",
     "save": "weights.native",
     "tensor": "autograd.tensor",
 }
@@ -92,6 +94,7 @@ __all__ = [
     "optim",
     "predict_logits",
     "random_key",
+    "register_encoder",
     "runs",
     "save",
     "study",
