@@ -133,6 +133,13 @@ class ViT(Model):
         """Return logits (B, num_classes); ``mask`` (T, T) or (B, T, T) bool, True = may not attend."""
         return self.classify(self.features(images, mask, self.num_read))
 
+    def logits_apart(self, images: Any) -> Any:
+        """Return the logits of the class and of the distillation token, (B, 2, K), or None without one (DeiT)."""
+        if self.head_dist is None:
+            return None
+        x = self.features(images, tokens=2)  # (B, C, H, W) → (B, 2, dim)
+        return ops.stack([self.head(x[:, 0]), self.head_dist(x[:, 1])], axis=1)  # → (B, 2, K)
+
     @property
     def num_read(self) -> int | None:
         """How many tokens the heads read, from the first on; None: all."""

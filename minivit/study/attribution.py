@@ -87,8 +87,8 @@ def direct_attribution(trace: Trace, classes: Any) -> Attribution:
     if any(x is not None for x in trace.placed):
         positions = np.stack([np.zeros(len(way)) if x is None else along(x) for x in trace.placed], axis=1)
     found = Attribution(
-        along(trace.tokens[0]), np.stack(heads, 1), np.stack(biases, 1), mlp, bias, logits[np.arange(len(way)), classes],
-        positions,
+        along(trace.tokens[0]), np.stack(heads, 1), np.stack(biases, 1), mlp, bias,
+        logits[np.arange(len(way)), classes], positions,
     )  # fmt: skip
     check_sum(found, trace)
     return found
