@@ -67,6 +67,9 @@ def test_parameters_are_those_of_the_papers_models(name: str) -> None:
         ("vit_cifar", {"depth": 9, "heads": 12, "mlp_dim": 384, "qkv_bias": False}, 2_692_426),  # of SPT and LSA
         ("vit_cifar", {"dim": 512, "heads": 8, "mlp_dim": 512, "qkv_bias": False}, 9_523_722),
         ("vit_cifar", {"depth": 12}, 5_362_762),  # Ti/4
+        ("deit_tiny_distilled_patch16_224", {}, 5_910_800),
+        ("deit_small_distilled_patch16_224", {}, 22_436_432),
+        ("deit_base_distilled_patch16_224", {}, 87_338_192),
     ],
 )
 def test_parameters_of_other_configurations(name: str, changed: dict[str, Any], parameters: int) -> None:
@@ -92,13 +95,15 @@ def test_a_name_of_timms_is_timms_model(name: str) -> None:
     parameters, classes, image, patch, dim, depth, heads, hidden, eps, activation, pool, *_ = TIMM[name]
     s = read_settings(*MODELS[name]).written_out()
     assert (s["image_size"], s["patch_size"], s["dim"], s["depth"]) == (image, patch, dim, depth)
-    assert (s["heads"], s["mlp_dim"], s["norm_eps"]) == (heads, hidden, eps)
-    assert {"gelu": "GELU", "gelu_tanh": "GELUTanh"}[s["activation"]] == activation
-    assert {"cls": "token", "mean": "avg"}[s["pool"]] == pool
+    gated = s["mlp"] == "swiglu"
+    assert (s["heads"], s["mlp_dim"] * (1 + gated), s["norm_eps"]) == (heads, hidden, eps)
+    assert ("SiLU" if gated else {"gelu": "GELU", "gelu_tanh": "GELUTanh"}[s["activation"]]) == activation
+    assert {"cls": "token", "mean": "avg", "map": "map", "map_all": "map"}[s["pool"]] == pool
     if classes:
         assert s["num_classes"] == classes
-    without = counted(name) - (dim + 1) * s["num_classes"]  # some of timm's have no head unless one is asked for
-    assert without + (dim + 1) * classes == parameters
+    per_class = (dim + 1) * (1 + s["distilled"])
+    without = counted(name) - per_class * s["num_classes"]  # some of timm's have no head unless one is asked for
+    assert without + per_class * classes == parameters
 
 
 @pytest.mark.parametrize("name", [name for name in PREPARATIONS if name in TIMM])
@@ -118,11 +123,22 @@ def test_every_name_of_timms_has_a_preparation_and_ones_own_have_none() -> None:
         prepare({"vit_x": PREPARED})
 
 
+def test_attention_pools_the_registers_too_where_it_is_said() -> None:
+    settings = {**TINY, "image_size": 16, "patch_size": 4, "registers": 1, "weight_init": "paper"}
+    patches, all_tokens = mv.ViT(**settings, pool="map"), mv.ViT(**settings, pool="map_all")
+    all_tokens.load_state_dict(patches.state_dict())
+    x = normal(mv.Key(1), (2, 17, 8))
+    for model, first in ((patches, 1), (all_tokens, 0)):
+        model = model.to(np.float64)
+        assert np.array_equal(model.pooled(x).numpy(), model.attn_pool(x[:, first:]).numpy())
+    assert np.abs(patches.pooled(x).numpy() - all_tokens.pooled(x).numpy()).max() > 1e-6
+
+
 # ---- names -----------------------------------------------------------------------------------------------------------
 
 
 def test_names_by_pattern() -> None:
-    assert mv.list_models("deit_*_224") == [f"deit_{size}_patch16_224" for size in ("base", "small", "tiny")]
+    assert mv.list_models("deit_*_patch16_384") == ["deit_base_distilled_patch16_384", "deit_base_patch16_384"]
     assert mv.list_models("vit_*_patch14_224") == [
         f"vit_{size}_patch14_224" for size in ("giant", "gigantic", "huge", "large")
     ]

@@ -54,7 +54,7 @@ class ViT(Model):
         self.blocks = make_blocks(s, self.pos_embed, self.shared_rel_pos)
         self.norm = Identity() if s.fc_norm else norm(s.dim)
         self.attn_pool = None
-        if s.pool == "map":
+        if s.pool in ("map", "map_all"):
             self.attn_pool = AttentionPool(s.dim, s.heads, s.mlp_dim or 4 * s.dim, s.activation, norm, s.qkv_bias)
         self.fc_norm = norm(s.dim) if s.fc_norm else None
         # the hidden layer of the pre-training head; the linear head after it is all that fine-tuning keeps
@@ -116,7 +116,7 @@ class ViT(Model):
         """Return what the head reads of tokens after the final norm, (B, T, dim) → (B, dim), or of pool "none" each."""
         if self.pool == "cls":
             return x[:, 0]  # (B, T, dim) → (B, dim)
-        x = x[:, self.prefix :] if self.prefix else x  # (B, T, dim) → (B, N, dim)
+        x = x[:, self.prefix :] if self.prefix and self.pool != "map_all" else x  # (B, T, dim) → (B, N, dim)
         if self.attn_pool is not None:
             return self.attn_pool(x)  # → (B, dim)
         return x if self.pool == "none" else ops.mean(x, axis=1)  # → (B, dim)

@@ -41,8 +41,8 @@ class ViTSettings(Settings):
     patch_drop: float = setting(0.0, rate, "share of each image's patches that training leaves out")
     pool: str = setting(
         "cls",
-        choice("cls", "mean", "none", "map"),
-        "cls, a token; mean, of patches; none, logits for each; map, attention",
+        choice("cls", "mean", "none", "map", "map_all"),
+        "cls, a token; mean, of patches; none, logits for each; map, attention over patches; map_all, over all tokens",
     )
     class_token: bool | None = setting(None, optional(flag), "whether there is one; with pool cls only unless given")
     registers: int = setting(0, rules.few, "tokens beside the patches that no head reads")
