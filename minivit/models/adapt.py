@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
+from minivit.backend import device_of, to_device, to_numpy
 from minivit.errors import MisfitError
-from minivit.models.positions import Grid, resize_positions
+from minivit.models.positions import METHODS, Grid, resize_patches, resize_positions
+from minivit.nn import init
+from minivit.nn.layers import PatchEmbed
+from minivit.nn.module import Parameter
+from minivit.nn.rules import Size, choice
 
 
 def check_encoder(model: Any, state: Mapping[str, np.ndarray], old: Any, keys: tuple[str, ...]) -> None:
@@ -80,3 +86,46 @@ def adapt_tokens(model: Any, state: dict[str, np.ndarray], old: Any) -> list[str
         for key in ("activation", "norm_eps")
         if getattr(old, key) != getattr(new, key)
     ]
+
+
+def resize(model: Any, image_size: Size, patch_size: Size | None = None, method: str = "bicubic") -> Any:
+    """Let ``model`` take images of another size, (height, width) or a side, in place; return the model.
+
+    Learned positions are resized as a picture, any rectangle of patches to any other, those of class tokens and the
+    like apart (Dosovitskiy et al. 2020, section 3.2). ``method`` is what one of these systems does:
+
+    - "bicubic": timm, antialiased; as :func:`minivit.weights.transfer.init_from` does;
+    - "bicubic-hf": Hugging Face's ``interpolate_pos_encoding``;
+    - "bilinear": timm with Google's files;
+    - "zoom": Google's vit_jax, ``scipy.ndimage.zoom`` of order 1.
+
+    With ``patch_size`` the patch projection is resized too, by the pseudo-inverse of a bicubic resizing of the patches
+    (Beyer et al. 2023, FlexiViT, section 3.4). Make the optimizer afterwards: the resized parameters are new ones, their
+    gradients forgotten. Raises ConfigError for a method or size that cannot be, ShapeError if the patch size does not
+    divide the image's; the model is unchanged then. ::
+
+        model.resize((64, 96)).eval()
+    """
+    choice(*METHODS)("method", method)
+    old, embed = model.settings, model.patch_embed
+    sizes = {"image_size": image_size} | ({} if patch_size is None else {"patch_size": patch_size})
+    settings = replace(old, **sizes)
+    weight, bias = embed.proj.weight, embed.proj.bias
+    with init.outlining():
+        new = PatchEmbed(settings.image_size, settings.patch_size, settings.in_channels, settings.dim)
+    new.proj.weight, new.proj.bias = weight, bias
+    if new.patch_size != embed.patch_size:
+        new.proj.weight = _changed(weight, resize_patches(to_numpy(weight.data), new.patch_size))
+    if getattr(model, "pos_embed", None) is not None and new.grid != embed.grid:
+        pos = to_numpy(model.pos_embed.data)
+        beside = pos.shape[1] - embed.num_patches
+        model.pos_embed = _changed(model.pos_embed, resize_positions(pos, embed.grid, new.grid, beside, method))
+    model.settings, model.patch_embed = settings, new
+    return model
+
+
+def _changed(p: Parameter, array: np.ndarray) -> Parameter:
+    """Return a parameter like ``p`` with another array."""
+    new = Parameter(to_device(array, device_of(p.data)), p.decays, p.layer, p.matrices)
+    new.requires_grad = p.requires_grad
+    return new

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from minivit import ops
-from minivit.models.adapt import adapt_tokens
+from minivit.models.adapt import adapt_tokens, resize
 from minivit.models.registry import Model, Settings, register, setting
 from minivit.models.trace import Change, Trace, trace
 from minivit.nn import init, rules
@@ -77,7 +77,7 @@ class ViT(Model):
     Settings = ViTSettings
     replaced = ("head.", "pre_logits.")
     encoder = ("in_channels", "patch_size", "dim", "depth", "heads", "dim_head", "mlp_dim", "qkv_bias", "position")
-    adapt = adapt_tokens
+    adapt, resize = adapt_tokens, resize
 
     def make(self, s: ViTSettings) -> None:
         """Make the layers."""

@@ -228,6 +228,19 @@ class Module:
 
         ``strict`` asks for the very same names; without it, names on one side only are passed over.
         """
+        self._check_state(state, strict)
+        for name, p in self.named_parameters():
+            if name in state:
+                _set(p, state[name])
+
+    def take_state_dict(self, state: dict[str, Any]) -> None:
+        """Do as :meth:`load_state_dict`, and take each array out of ``state``: none is in memory twice for long."""
+        self._check_state(state, strict=True)
+        for name, p in self.named_parameters():
+            _set(p, state.pop(name))
+
+    def _check_state(self, state: Mapping[str, Any], strict: bool) -> None:
+        """Raise CheckpointError, with the names, for arrays that do not fit."""
         own = dict(self.named_parameters())
         wrong = [
             f"{name}: {tuple(np.shape(state[name]))} in the state, {p.shape} in the model"
@@ -243,10 +256,11 @@ class Module:
                 f"the state does not fit this {type(self).__name__}:\n  {shown}",
                 "build the model with the settings that the state was saved with",
             )
-        for name, p in own.items():
-            if name in state:
-                with on_device_of(p.data):
-                    p.data[...] = to_device(np.asarray(state[name], p.dtype), device_of(p.data))
+
+
+def _set(p: Parameter, value: Any) -> None:
+    with on_device_of(p.data):
+        p.data[...] = to_device(np.asarray(value, p.dtype), device_of(p.data))
 
 
 def set_layer(layer: int, *parts: Module | Parameter | None) -> None:

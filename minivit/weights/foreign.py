@@ -1,0 +1,286 @@
+"""Weights from other systems' files, recognised by the names in them: Google, timm, Hugging Face, lucidrains."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from minivit.errors import CheckpointError, ConfigError, value_text
+from minivit.files import open_regular
+from minivit.models import model_outline, read_settings
+from minivit.nn.rules import pair
+from minivit.weights import google, huggingface, lucidrains, timm
+from minivit.weights.checkpoint import Checkpoint
+from minivit.weights.names import Layout, Sizes
+from minivit.weights.stored import Entry, open_stored, unusable
+
+LAYOUTS = (google.LAYOUT, huggingface.LAYOUT, lucidrains.LAYOUT, timm.LAYOUT)
+KIND = "vit"
+_LISTED = 200  # names in one message; more are counted
+_LONGEST_CONFIG = 8 << 20
+_NO_HEAD = "the file has no head: mv.create_model(name, weights=path, num_classes=…) gives it a new one"
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """A file of another system: its ``entries`` under the names of its ``layout``, the tables beside it."""
+
+    path: Path
+    layout: Layout
+    entries: Mapping[str, Entry]
+    config: Mapping[str, Any]
+    preparation: Mapping[str, Any]
+
+    # ---- what model it holds ----
+
+    def shape(self, ours: str, sizes: Sizes) -> tuple[int, ...] | None:
+        """Return the shape that one of our parameters has in the file; None if it has none, or not such a one."""
+        row = self.layout.row(ours)
+        if row is None or any(name not in self.entries for name in row.theirs):
+            return None
+        try:
+            shapes = [self.entries[name].shape for name in row.theirs]
+            parts = [row.form.read(np.broadcast_to(np.float32(0), s), sizes).shape for s in shapes]
+        except ValueError:
+            return None
+        return (sum(s[0] for s in parts), *parts[0][1:]) if len(parts) > 1 else parts[0]
+
+    def settings(self) -> dict[str, Any]:
+        """Return what the file says of its model's settings: of its shapes, and of config.json."""
+        said = self.layout.settings_of(self.entries, self.config)
+        side = said.pop("patch_size", 1)
+        sizes = Sizes(patch=(side, side))
+        found = {name: self.shape(name, sizes) for name in _TELLING}
+        depth = 0
+        while self.shape(f"blocks.{depth}.norm1.weight", sizes) is not None:
+            depth += 1
+        patch, fc1, qkv = (found[name] for name in ("patch_embed.proj.weight", *_INNER[:2]))
+        if patch is None or len(patch) != 4 or fc1 is None or len(fc1) != 2 or qkv is None or len(qkv) != 2:
+            raise CheckpointError(f"{self.path} ({self.layout.name}) is no ViT: {self._lacking()}", _ASK)
+        head = found["head.weight"]
+        out = {
+            "patch_size": patch[2] if patch[2] == patch[3] else patch[2:], "in_channels": patch[1], "dim": patch[0],
+            "depth": depth, "mlp_dim": fc1[0], "qkv_bias": found[_INNER[2]] is not None,
+            "pool": "cls" if self._has("cls_token") else "mean",
+            "position": "learned" if self._has("pos_embed") else "none",
+            "head": "mlp" if found["pre_logits.weight"] is not None else "linear",
+        } | said  # fmt: skip
+        if head is not None and len(head) == 2:
+            out["num_classes"] = head[0]
+        if "heads" not in out and patch[0] % 64 == 0:
+            out["heads"] = patch[0] // 64  # as in all of the usual models
+        if isinstance(out.get("heads"), int) and out["heads"] > 0 and qkv[0] % (3 * out["heads"]) == 0:
+            out["dim_head"] = qkv[0] // (3 * out["heads"])
+        return out | self._image_size(out)
+
+    def _has(self, ours: str) -> bool:
+        row = self.layout.row(ours)
+        return row is not None and all(n in self.entries and math.prod(self.entries[n].shape) for n in row.theirs)
+
+    def _lacking(self) -> str:
+        words = {text for name in self.entries for part, text in self.layout.lacking.items() if part in name}
+        return (
+            f"it has {', '.join(sorted(words))}" if words else "arrays of a ViT are missing in it, or not of its shapes"
+        )
+
+    def positions(self) -> int:
+        """Return the number of positions in the file, 0 if it has none."""
+        row = self.layout.row("pos_embed")
+        shape = self.entries[row.theirs[0]].shape if row and row.theirs[0] in self.entries else ()
+        return shape[-2] if len(shape) > 1 else 0
+
+    def _image_size(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the size of the images: config.json's, or else the square that has as many patches."""
+        patches = self.positions() - (settings["pool"] == "cls")
+        p, q = (settings["patch_size"],) * 2 if isinstance(settings["patch_size"], int) else settings["patch_size"]
+        given = settings.get("image_size")
+        if given is not None:
+            return {"image_size": tuple(given) if isinstance(given, list) else given}
+        side = math.isqrt(max(patches, 0))
+        if patches < 1 or side * side != patches:
+            return {}
+        return {"image_size": side * p if p == q else (side * p, side * q)}
+
+    def data(self, classes: int, channels: int) -> dict[str, Any]:
+        """Return what is known of images and classes, as a checkpoint's ``data``."""
+        found = self.layout.data_of(self.config, self.preparation)
+        for key in ("mean", "std"):
+            if type(found.get(key)) in (int, float):
+                found[key] = [float(found[key])] * channels
+        labels = found.get("classes")
+        if isinstance(labels, list) and len(labels) != classes:
+            del found["classes"]  # of another head
+        return found
+
+    # ---- its numbers ----
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype of the arrays as they are read."""
+        return np.float64 if any(e.is_double for e in self.entries.values()) else np.float32
+
+    def grid(self, own: tuple[int, int], has_class_token: bool) -> tuple[int, int]:
+        """Return rows and columns of the patches that the positions belong to.
+
+        They are those of config.json's image size; or ``own``, if they are as many; or else a square's.
+        """
+        patches = self.positions() - has_class_token
+        said = self.layout.settings_of(self.entries, self.config).get("image_size")
+        shape = self.shape("patch_embed.proj.weight", Sizes())
+        if said is not None and shape is not None and len(shape) == 4:
+            height, width = pair("image_size", said)
+            grid = height // shape[2], width // shape[3]
+            if math.prod(grid) == patches:
+                return grid
+        if math.prod(own) == patches:
+            return own
+        side = math.isqrt(max(patches, 0))
+        if side < 1 or side * side != patches:
+            what = f"{self.path} ({self.layout.name}) has positions of {patches} patches, which are no square"
+            raise CheckpointError(what, "put its config.json beside it, which says the size of its images")
+        return side, side
+
+    def read(self, shapes: Shapes, heads: int, skip: tuple[str, ...] = ()) -> dict[str, np.ndarray]:
+        """Return our arrays, those of ``shapes``, by name; the number of positions may be another.
+
+        ``skip`` are the beginnings of our names that are neither asked for nor missed. Raises CheckpointError, with
+        every name that is missing, unexpected or of another shape, before an array is read.
+        """
+        patch = shapes.get("patch_embed.proj.weight", ())
+        sizes = Sizes(heads, patch[2:] if len(patch) == 4 else (1, 1))
+        wanted = {name: shape for name, shape in shapes.items() if not name.startswith(skip or (" ",))}
+        if "pos_embed" in wanted and self.positions():
+            wanted["pos_embed"] = (1, self.positions(), *wanted["pos_embed"][2:])
+        if wrong := self._misfits(wanted, sizes, skip):
+            raise CheckpointError(f"{self.path} ({self.layout.name}) does not fit the model:\n  {wrong}", _ASK)
+        state, dtype = {}, self.dtype
+        for name, shape in wanted.items():
+            row = self.layout.row(name)
+            assert row is not None
+            state[name] = np.empty(shape, dtype)
+            try:
+                row.read(self.entries, state[name], sizes)
+            except ValueError as error:
+                if isinstance(error, CheckpointError):
+                    raise
+                raise unusable(self.path, error, self.entries[row.theirs[0]].name) from error
+        return state
+
+    def _misfits(self, wanted: Shapes, sizes: Sizes, skip: tuple[str, ...]) -> str:
+        """Return a line for each name that is missing, misshapen or unexpected, or ""."""
+        missing, misshapen, left = [], [], dict(self.entries)
+        expected: dict[str, tuple[int, ...]] = {}
+        for name, shape in wanted.items():
+            row = self.layout.row(name)
+            if row is None:
+                missing.append((name, name, f"(no place in {self.layout.name}'s layout)"))
+                continue
+            for theirs, of in (row.shapes(shape, sizes) or dict.fromkeys(row.theirs, shape)).items():
+                expected[theirs] = of
+                entry = left.pop(theirs, None)
+                if entry is None:
+                    missing.append((theirs, name, str(of)))
+                elif [n for n in entry.shape if n != 1] != [n for n in of if n != 1]:
+                    misshapen.append(f"misshapen   {entry.name}: {entry.shape} in the file, {of} in the model's {name}")
+        for name in [n for n in left if n.startswith(self.layout.passed or (" ",)) or not math.prod(left[n].shape)]:
+            del left[name]
+        for ours in ("head.weight", "head.bias", "pre_logits.weight", "pre_logits.bias"):
+            row = self.layout.row(ours)
+            if row is not None and ours.startswith(skip or (" ",)):
+                left.pop(row.theirs[0], None)
+        unexpected = {name: entry for name, entry in left.items() if name not in expected}
+        lines = [
+            f"missing     {theirs} {what}{_near(theirs, unexpected)}" if theirs == ours
+            else f"missing     {theirs} {what}, the model's {ours}{_near(theirs, unexpected)}"
+            for theirs, ours, what in missing[:_LISTED]
+        ] + misshapen[:_LISTED]  # fmt: skip
+        lost = {theirs: None for theirs, _, _ in missing}
+        for name, entry in list(unexpected.items())[:_LISTED]:
+            words = next((text for part, text in self.layout.lacking.items() if part in name), "")
+            why = f": {words}, which the model has not" if words else _near(name, lost or expected)
+            lines.append(f"unexpected  {entry.name} {entry.shape}{why}")
+        beyond = len(missing) + len(misshapen) + len(unexpected) - len(lines)
+        return "\n  ".join(lines + ([f"… and {beyond:,} more"] if beyond else []))
+
+
+_INNER = ("blocks.0.mlp.fc1.weight", "blocks.0.attn.qkv.weight", "blocks.0.attn.qkv.bias")
+_TELLING = ("patch_embed.proj.weight", *_INNER, "pre_logits.weight", "head.weight")
+_ASK = "build a model of the file's sizes: mv.load_model(path) does where the file says all, else mv.create_model"
+
+
+def _near(name: str, among: Mapping[str, Any]) -> str:
+    near = get_close_matches(name, list(among)[: 4 * _LISTED], n=1, cutoff=0.6)
+    return f"; nearest: {near[0]}" if near else ""
+
+
+def open_foreign(path: str | Path) -> Foreign | None:
+    """Read what another system's file holds, without its numbers; None for what is of no known layout.
+
+    Raises CheckpointError for a file that is damaged, made to mislead, or a pickle, and OSError for one that cannot be
+    opened.
+    """
+    stored = open_stored(path)
+    if stored is None or "meta" in stored.entries:  # minivit's own
+        return None
+    for layout in LAYOUTS:
+        entries = layout.entries_of(stored.entries)
+        if entries is not None:
+            beside = {} if layout in (google.LAYOUT, lucidrains.LAYOUT) else _table(stored.path, "config.json")
+            prepared = _table(stored.path, "preprocessor_config.json") if beside else {}
+            return Foreign(stored.path, layout, entries, beside, prepared)
+    names = ", ".join(list(stored.entries)[:3])
+    what = f"{path} holds no known layout of a Vision Transformer: its arrays are {names or 'none'}, …"
+    raise CheckpointError(what, f"known are minivit's own, {', '.join(layout.name for layout in LAYOUTS)}")
+
+
+def _table(path: Path, name: str) -> dict[str, Any]:
+    """Return a JSON table that lies beside a file, {} if there is none."""
+    place = path.with_name(name)
+    try:
+        with open_regular(place) as f:
+            text = f.read(_LONGEST_CONFIG + 1)
+        found = json.loads(text) if len(text) <= _LONGEST_CONFIG else None
+    except OSError:
+        return {}
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{place} is no JSON: {error}", "mend it, or take it away") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{place} is no table of settings", "mend it, or take it away")
+    return found
+
+
+def converted(foreign: Foreign) -> Checkpoint:
+    """Return another system's file as the checkpoint that minivit would have written of its model.
+
+    Raises CheckpointError if file and config.json do not say all of its settings, or its arrays are not theirs.
+    """
+    settings = foreign.settings()
+    if "num_classes" not in settings:
+        raise CheckpointError(f"{foreign.path} ({foreign.layout.name}) holds no head", _NO_HEAD)
+    if unknown := [key for key in ("heads", "image_size") if key not in settings]:
+        what = f"{foreign.path} ({foreign.layout.name}) does not say {' and '.join(unknown)}"
+        remedy = "put its config.json beside it, or build the model and mv.load_weights(model, path)"
+        raise CheckpointError(what, remedy)
+    try:
+        made = read_settings(KIND, settings)
+        outline = model_outline(KIND, made.config, 16 * len(foreign.entries) + 64)
+    except ConfigError as error:
+        raise CheckpointError(f"{foreign.path}: its model cannot be made: {error.what}", error.remedy) from error
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise CheckpointError(f"{foreign.path}: its model cannot be made: {value_text(str(error))}", _ASK) from error
+    shapes = {name: p.shape for name, p in outline.named_parameters()}
+    state = foreign.read(shapes, settings["heads"])
+    if (pos := state.get("pos_embed")) is not None and pos.shape != shapes["pos_embed"]:
+        what = f"{foreign.path}: {pos.shape[1]} positions, but images of {settings['image_size']} make "
+        raise CheckpointError(f"{what}{shapes['pos_embed'][1]}", "its config.json is another model's")
+    meta = {"kind": KIND, "model": made.config, "data": foreign.data(settings["num_classes"], settings["in_channels"])}
+    return Checkpoint({f"model/{name}": array for name, array in state.items()}, meta)
