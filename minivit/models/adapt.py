@@ -100,9 +100,9 @@ def resize(model: Any, image_size: Size, patch_size: Size | None = None, method:
     - "zoom": Google's vit_jax, ``scipy.ndimage.zoom`` of order 1.
 
     With ``patch_size`` the patch projection is resized too, by the pseudo-inverse of a bicubic resizing of the patches
-    (Beyer et al. 2023, FlexiViT, section 3.4). Make the optimizer afterwards: the resized parameters are new ones, their
-    gradients forgotten. Raises ConfigError for a method or size that cannot be, ShapeError if the patch size does not
-    divide the image's; the model is unchanged then. ::
+    (Beyer et al. 2023, FlexiViT, section 3.4). Make the optimizer afterwards: what is resized is a new parameter.
+    Raises ConfigError for a method or size that cannot be, ShapeError if the patch size does not divide the image's;
+    the model is unchanged then. ::
 
         model.resize((64, 96)).eval()
     """
@@ -120,7 +120,7 @@ def resize(model: Any, image_size: Size, patch_size: Size | None = None, method:
         pos = to_numpy(model.pos_embed.data)
         beside = pos.shape[1] - embed.num_patches
         model.pos_embed = _changed(model.pos_embed, resize_positions(pos, embed.grid, new.grid, beside, method))
-    model.settings, model.patch_embed = settings, new
+    model.settings, model.patch_embed = settings, new.train(embed.training)
     return model
 
 

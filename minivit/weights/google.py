@@ -13,7 +13,7 @@ from minivit.weights.stored import Entry
 
 _BLOCK = "Transformer/encoderblock_{i}/"
 _ATTENTION = f"{_BLOCK}MultiHeadDotProductAttention_1/"
-_QKV = ",".join(f"{_ATTENTION}{part}/%s" for part in ("query", "key", "value"))
+_QKV = ",".join(f"{_ATTENTION}{part}/{{kind}}" for part in ("query", "key", "value"))
 
 ROWS = rows(
     f"""
@@ -23,8 +23,8 @@ ROWS = rows(
     patch_embed.proj.bias        embedding/bias
     blocks.{{i}}.norm1.weight    {_BLOCK}LayerNorm_0/scale
     blocks.{{i}}.norm1.bias      {_BLOCK}LayerNorm_0/bias
-    blocks.{{i}}.attn.qkv.weight {_QKV % "kernel"}                                 heads_in
-    blocks.{{i}}.attn.qkv.bias   {_QKV % "bias"}                                   heads_bias
+    blocks.{{i}}.attn.qkv.weight {_QKV.format(kind="kernel", i="{i}")}                                 heads_in
+    blocks.{{i}}.attn.qkv.bias   {_QKV.format(kind="bias", i="{i}")}                                   heads_bias
     blocks.{{i}}.attn.proj.weight {_ATTENTION}out/kernel                           heads_out
     blocks.{{i}}.attn.proj.bias  {_ATTENTION}out/bias
     blocks.{{i}}.norm2.weight    {_BLOCK}LayerNorm_2/scale

@@ -12,7 +12,7 @@ from minivit.weights.timm import ACTIVATIONS
 
 _EMBED = "vit.embeddings."
 _BLOCK = "vit.encoder.layer.{i}."
-_QKV = ",".join(f"{_BLOCK}attention.attention.{part}.%s" for part in ("query", "key", "value"))
+_QKV = ",".join(f"{_BLOCK}attention.attention.{part}.{{kind}}" for part in ("query", "key", "value"))
 
 ROWS = rows(
     f"""
@@ -22,8 +22,8 @@ ROWS = rows(
     patch_embed.proj.bias         {_EMBED}patch_embeddings.projection.bias
     blocks.{{i}}.norm1.weight     {_BLOCK}layernorm_before.weight
     blocks.{{i}}.norm1.bias       {_BLOCK}layernorm_before.bias
-    blocks.{{i}}.attn.qkv.weight  {_QKV % "weight"}
-    blocks.{{i}}.attn.qkv.bias    {_QKV % "bias"}
+    blocks.{{i}}.attn.qkv.weight  {_QKV.format(kind="weight", i="{i}")}
+    blocks.{{i}}.attn.qkv.bias    {_QKV.format(kind="bias", i="{i}")}
     blocks.{{i}}.attn.proj.weight {_BLOCK}attention.output.dense.weight
     blocks.{{i}}.attn.proj.bias   {_BLOCK}attention.output.dense.bias
     blocks.{{i}}.norm2.weight     {_BLOCK}layernorm_after.weight
