@@ -225,11 +225,15 @@ def _near(name: str, among: Mapping[str, Any]) -> str:
 def open_foreign(path: str | Path) -> Foreign | None:
     """Read what another system's file holds, without its numbers; None for what is of no known layout.
 
-    Raises CheckpointError for a file that is damaged, made to mislead, or a pickle, and OSError for one that cannot be
-    opened.
+    Raises CheckpointError for a file that is damaged, made to mislead, or a pickle.
     """
-    stored = open_stored(path)
-    if stored is None or "meta" in stored.entries:  # minivit's own
+    try:
+        stored = open_stored(path)
+    except (OSError, ValueError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        return None  # minivit's own reader says what to do
+    if stored is None or "meta" in stored.entries:  # minivit's own, cut short
         return None
     for layout in LAYOUTS:
         entries = layout.entries_of(stored.entries)

@@ -21,6 +21,7 @@ import numpy as np
 from minivit.data.reading import check_size, read_npy
 from minivit.errors import CheckpointError, value_text
 from minivit.files import open_regular
+from minivit.weights.checkpoint import is_sealed
 
 BROKEN = "get the file again, and compare its size, or its SHA-256, with what its source says"
 _LONGEST_HEADER = 16 << 20  # the list of what a safetensors file holds: some 100 bytes for each array
@@ -70,14 +71,18 @@ class Stored:
 
 
 def open_stored(path: str | os.PathLike[str]) -> Stored | None:
-    """Read the names, shapes and dtypes of all arrays in a file; None if it is neither safetensors nor an archive.
+    """Read the names, shapes and dtypes of all arrays in a file that another system wrote.
 
-    Raises CheckpointError for a file that is one and is damaged or made to mislead, for a pickle, which is never
-    opened, and OSError if the file cannot be opened.
+    Returns None for one that is neither safetensors nor an archive, or a checkpoint of minivit's. Raises
+    CheckpointError for a file that is one and is damaged or made to mislead, and for a pickle, which is never opened;
+    OSError if the file cannot be opened.
     """
     path = Path(path)
     with open_regular(path) as f:
         size = os.fstat(f.fileno()).st_size
+        if is_sealed(f):
+            return None
+        f.seek(0)
         start = f.read(9)
         try:
             if is_zipfile(f):
