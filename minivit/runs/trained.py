@@ -62,7 +62,9 @@ def open_trained(given: str) -> Trained:
     if "mean" not in data or "std" not in data:  # with others its answers would be wrong
         missing = ", ".join(key for key in ("classes", "mean", "std") if key not in data)
         what = f"{path} holds no {missing} of the images that the model was trained on"
-        raise CheckpointError(what, "save it with them: mv.save(model, path, data=dataset)")
+        raise CheckpointError(
+            what, "save it with them, mv.save(model, path, data=dataset), or put another system's config.json beside it"
+        )
     names = data.get("classes")
     classes = tuple(class_names(names, model.config["num_classes"])) if names else ()
     return Trained(path, model, meta, classes, tuple(data["mean"]), tuple(data["std"]))

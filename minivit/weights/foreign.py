@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from minivit.errors import CheckpointError, ConfigError, value_text
+from minivit.errors import CheckpointError, ConfigError, shortened, value_text
 from minivit.files import open_regular
 from minivit.models import model_outline, read_settings
 from minivit.nn.rules import pair
@@ -24,6 +24,7 @@ from minivit.weights.stored import Entry, open_stored, unusable
 LAYOUTS = (google.LAYOUT, huggingface.LAYOUT, lucidrains.LAYOUT, timm.LAYOUT)
 KIND = "vit"
 _LISTED = 200  # names in one message; more are counted
+_LONGEST_NAME = 200
 _LONGEST_CONFIG = 8 << 20
 _NO_HEAD = "the file has no head: mv.create_model(name, weights=path, num_classes=…) gives it a new one"
 
@@ -207,7 +208,7 @@ class Foreign:
         for name, entry in list(unexpected.items())[:_LISTED]:
             words = next((text for part, text in self.layout.lacking.items() if part in name), "")
             why = f": {words}, which the model has not" if words else _near(name, lost or expected)
-            lines.append(f"unexpected  {entry.name} {entry.shape}{why}")
+            lines.append(f"unexpected  {shortened(entry.name, _LONGEST_NAME)} {entry.shape}{why}")
         beyond = len(missing) + len(misshapen) + len(unexpected) - len(lines)
         return "\n  ".join(lines + ([f"… and {beyond:,} more"] if beyond else []))
 
@@ -218,7 +219,9 @@ _ASK = "build a model of the file's sizes: mv.load_model(path) does where the fi
 
 
 def _near(name: str, among: Mapping[str, Any]) -> str:
-    near = get_close_matches(name, list(among)[: 4 * _LISTED], n=1, cutoff=0.6)
+    """Return the name that is nearest to one, as a message ends."""
+    known = [other for other in list(among)[:_LISTED] if len(other) < _LONGEST_NAME]
+    near = get_close_matches(name, known, n=1, cutoff=0.6) if len(name) < _LONGEST_NAME else []
     return f"; nearest: {near[0]}" if near else ""
 
 
@@ -236,7 +239,10 @@ def open_foreign(path: str | Path) -> Foreign | None:
     if stored is None or "meta" in stored.entries:  # minivit's own, cut short
         return None
     for layout in LAYOUTS:
-        entries = layout.entries_of(stored.entries)
+        try:
+            entries = layout.entries_of(stored.entries)
+        except ValueError as error:
+            raise unusable(stored.path, error) from error
         if entries is not None:
             beside = {} if layout in (google.LAYOUT, lucidrains.LAYOUT) else _table(stored.path, "config.json")
             prepared = _table(stored.path, "preprocessor_config.json") if beside else {}

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from minivit.weights.names import HEADS_BIAS, HEADS_IN, HEADS_OUT, KERNEL, PATCH_LAST, Layout, rows
+from minivit.weights.names import HEADS_BIAS, HEADS_IN, HEADS_OUT, KERNEL, PATCH_LAST, Layout, collected, rows
 from minivit.weights.stored import Entry
 
 _BLOCK = "Transformer/encoderblock_{i}/"
@@ -62,16 +62,14 @@ def entries_of(found: Mapping[str, Entry]) -> dict[str, Entry] | None:
     prefix = next((p for p in _PREFIXES if p + _ROOT in found), None)
     if prefix is None:
         return None
-    out: dict[str, Entry] = {}
+    named: list[tuple[str, Entry]] = []
     for name, entry in found.items():
-        if not name.startswith(prefix):
-            continue
-        name = name.removeprefix(prefix)
-        if name.startswith(_SCANNED):
-            out |= _slices(name.removeprefix(_SCANNED), entry)
-        else:
-            out[_first_name(name)] = entry
-    return out
+        inner = name.removeprefix(prefix)
+        if inner.startswith(_SCANNED):
+            named += _slices(inner.removeprefix(_SCANNED), entry).items()
+        elif name.startswith(prefix):
+            named.append((_first_name(inner), entry))
+    return collected(named)
 
 
 def _first_name(name: str) -> str:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from minivit.weights.names import Layout, rows
+from minivit.weights.names import Layout, collected, rows
 from minivit.weights.stored import Entry
 from minivit.weights.timm import ACTIVATIONS
 
@@ -56,16 +56,16 @@ def entries_of(found: Mapping[str, Entry]) -> dict[str, Entry] | None:
     root = next((r for r in _ROOTS if f"{r}embeddings.patch_embeddings.projection.weight" in found), None)
     if root is None:
         return None
-    out = {}
-    for name, entry in found.items():
-        if root and not name.startswith(root):
-            out[name] = entry  # a head
-            continue
+
+    def hub_name(name: str) -> str:
+        if not name.startswith(root) or name.startswith(("classifier.", "decoder.")):
+            return name  # a head
         inner = name.removeprefix(root)
         for theirs, hub in _IN_MEMORY:
             inner = theirs.sub(hub, inner)
-        out[inner if inner.startswith(("classifier.", "decoder.")) else f"vit.{inner}"] = entry
-    return out
+        return f"vit.{inner}"
+
+    return collected((hub_name(name), entry) for name, entry in found.items())
 
 
 def settings_of(entries: Mapping[str, Entry], config: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from minivit.weights.names import PATCH_FLAT, Layout, rows
+from minivit.weights.names import PATCH_FLAT, Layout, collected, rows
 from minivit.weights.stored import Entry
 
 _BLOCK = "transformer.layers.{i}."
@@ -50,8 +50,8 @@ def entries_of(found: Mapping[str, Entry]) -> dict[str, Entry] | None:
     normed = "to_patch_embedding.2.weight" in found  # norm, projection, norm
     inner = found.get("transformer.layers.0.1.net.0.weight")
     later = inner is not None and len(inner.shape) == 1  # the MLP's norm is its first layer
-    out = {}
-    for name, entry in found.items():
+
+    def first_name(name: str) -> str:
         name = re.sub(r"^(transformer\.layers\.\d+\.[01])\.fn\.", r"\1.", name)
         name = re.sub(r"^(transformer\.layers\.\d+\.0)\.to_out\.(?=weight|bias)", r"\1.to_out.0.", name)
         name = re.sub(r"^(mlp_head|linear_head)\.(?=weight|bias)", "mlp_head.1.", name)
@@ -61,8 +61,9 @@ def entries_of(found: Mapping[str, Entry]) -> dict[str, Entry] | None:
             name = re.sub(r"^(transformer\.layers\.\d+\.1)\.net\.(\d+)\.", _mlp, name)
         if normed:
             name = re.sub(r"^to_patch_embedding\.([123])\.", lambda m: f"to_patch_embedding.{_NORMED[m[1]]}.", name)
-        out[name] = entry
-    return out
+        return name
+
+    return collected((first_name(name), entry) for name, entry in found.items())
 
 
 _NORMED = {"1": "norm_before", "2": "1", "3": "norm_after"}

@@ -7,13 +7,14 @@ goes both ways: ``read`` turns theirs into ours, ``write`` ours into theirs, bit
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from minivit.backend.outline import stretched
+from minivit.errors import value_text
 from minivit.weights.stored import Entry
 
 
@@ -85,6 +86,16 @@ class Row:
         parts = np.split(out, len(self.theirs)) if len(self.theirs) > 1 else [out]
         for name, part in zip(self.theirs, parts, strict=True):
             part[...] = self.form.read(entries[name].read().reshape(shapes[name]), sizes)
+
+
+def collected(named: Iterable[tuple[str, Entry]]) -> dict[str, Entry]:
+    """Return entries by their names in a layout; ValueError where a file has one array twice, under two names."""
+    out: dict[str, Entry] = {}
+    for name, entry in named:
+        if name in out:
+            raise ValueError(f"{value_text(out[name].name)} and {value_text(entry.name)} are the same array")
+        out[name] = entry
+    return out
 
 
 def rows(table: str, **forms: Form) -> tuple[Row, ...]:

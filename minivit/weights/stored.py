@@ -24,7 +24,7 @@ from minivit.files import open_regular
 from minivit.weights.checkpoint import is_sealed
 
 BROKEN = "get the file again, and compare its size, or its SHA-256, with what its source says"
-_LONGEST_HEADER = 16 << 20  # the list of what a safetensors file holds: some 100 bytes for each array
+_LONGEST_HEADER = 4 << 20  # the list of what a safetensors file holds: some 100 bytes for each array
 _MOST_ARRAYS = 1 << 16
 _LARGEST = 1 << 48  # bytes of an array; beyond it sizes are made to mislead
 _BFLOAT16 = "bfloat16"

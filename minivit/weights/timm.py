@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from minivit.models import MODELS, read_settings
-from minivit.weights.names import Layout
+from minivit.weights.names import Layout, collected
 from minivit.weights.stored import Entry
 
 ACTIVATIONS = {
@@ -22,7 +22,7 @@ def entries_of(found: Mapping[str, Entry]) -> dict[str, Entry] | None:
     """Return the entries under timm's names; training's wrappers put a word before them."""
     for prefix in _PREFIXES:
         if f"{prefix}blocks.0.norm1.weight" in found or f"{prefix}patch_embed.proj.weight" in found:
-            return {name.removeprefix(prefix): entry for name, entry in found.items()}
+            return collected((name.removeprefix(prefix), entry) for name, entry in found.items())
     return None
 
 
@@ -30,9 +30,9 @@ def settings_of(entries: Mapping[str, Entry], config: Mapping[str, Any]) -> dict
     """Return what a config.json of timm's says: heads and image size by the architecture's name or its arguments."""
     given = config.get("model_args")
     args: Mapping[str, Any] = given if isinstance(given, dict) else {}
-    name = config.get("architecture")
+    name = str(config.get("architecture")).partition(".")[0]  # without the tag of its weights
     out: dict[str, Any] = {"activation": "gelu", "norm_eps": 1e-6}
-    if isinstance(name, str) and name in MODELS:
+    if name in MODELS:
         known = read_settings(*MODELS[name]).config
         out |= {key: known[key] for key in ("heads", "image_size") if key in known}
     about = config.get("pretrained_cfg")
