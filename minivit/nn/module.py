@@ -231,13 +231,18 @@ class Module:
         self._check_state(state, strict)
         for name, p in self.named_parameters():
             if name in state:
-                _set(p, state[name])
+                with on_device_of(p.data):
+                    p.data[...] = to_device(np.asarray(state[name], p.dtype), device_of(p.data))
 
     def take_state_dict(self, state: dict[str, Any]) -> None:
-        """Do as :meth:`load_state_dict`, and take each array out of ``state``: none is in memory twice for long."""
+        """Do as :meth:`load_state_dict`, where nobody else holds the arrays: they become the parameters, and no copies.
+
+        It is for a model that has just been made: an optimizer would keep the parameters that were.
+        """
         self._check_state(state, strict=True)
         for name, p in self.named_parameters():
-            _set(p, state.pop(name))
+            p.data = to_device(np.ascontiguousarray(state.pop(name), p.dtype), device_of(p.data))
+            p.node = Node.leaf(p) if p.requires_grad else None
 
     def _check_state(self, state: Mapping[str, Any], strict: bool) -> None:
         """Raise CheckpointError, with the names, for arrays that do not fit."""
@@ -256,11 +261,6 @@ class Module:
                 f"the state does not fit this {type(self).__name__}:\n  {shown}",
                 "build the model with the settings that the state was saved with",
             )
-
-
-def _set(p: Parameter, value: Any) -> None:
-    with on_device_of(p.data):
-        p.data[...] = to_device(np.asarray(value, p.dtype), device_of(p.data))
 
 
 def set_layer(layer: int, *parts: Module | Parameter | None) -> None:

@@ -18,7 +18,7 @@ from minivit.models import model_outline, read_settings
 from minivit.nn.rules import pair
 from minivit.weights import google, huggingface, lucidrains, timm
 from minivit.weights.checkpoint import Checkpoint
-from minivit.weights.names import Layout, Sizes
+from minivit.weights.names import Layout, Sizes, general_name
 from minivit.weights.stored import Entry, open_stored, unusable
 
 LAYOUTS = (google.LAYOUT, huggingface.LAYOUT, lucidrains.LAYOUT, timm.LAYOUT)
@@ -164,7 +164,8 @@ class Foreign:
         if wrong := self._misfits(wanted, sizes, skip):
             raise CheckpointError(f"{self.path} ({self.layout.name}) does not fit the model:\n  {wrong}", _ASK)
         state, dtype = {}, self.dtype
-        for name, shape in wanted.items():
+        # the largest first, and one in all blocks before the next: of a scan, a stack at a time is in memory
+        for name, shape in sorted(wanted.items(), key=lambda item: (-math.prod(item[1]), general_name(item[0]))):
             row = self.layout.row(name)
             assert row is not None
             state[name] = np.empty(shape, dtype)

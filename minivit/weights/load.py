@@ -79,11 +79,11 @@ def create_model(name: str, *, weights: str | Path | None = None, tell: Tell | N
     if new_head:
         values["head"] = "linear"
     model = undrawn(kind, values, dtype)
-    _say(_load(model, source, weights, new_head), weights, tell)
+    _say(_load(model, source, weights, new_head, fresh=True), weights, tell)
     return model
 
 
-def _load(model: Any, source: Foreign | Checkpoint, path: str | Path, new_head: bool) -> list[str]:
+def _load(model: Any, source: Foreign | Checkpoint, path: str | Path, new_head: bool, fresh: bool = False) -> list[str]:
     """Copy what ``source`` holds into ``model``; return a line for each thing that is not as in the file."""
     replaced = model.replaced if new_head and isinstance(model, Model) else ()
     shapes = {name: p.shape for name, p in model.named_parameters()}
@@ -110,7 +110,7 @@ def _load(model: Any, source: Foreign | Checkpoint, path: str | Path, new_head: 
             notes.append(f"{key}: {said[key]} in the file, {here} here")
     own = {name: p.data for name, p in model.named_parameters() if name.startswith(replaced or (" ",))}
     try:
-        model.take_state_dict(state | own)
+        (model.take_state_dict if fresh else model.load_state_dict)(state | own)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error.what}", f"{error.remedy}; or mv.load_model(path)") from error
     if replaced:

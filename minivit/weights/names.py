@@ -110,6 +110,11 @@ def rows(table: str, **forms: Form) -> tuple[Row, ...]:
 _BLOCK = re.compile(r"(?<=^blocks\.)\d+(?=\.)")
 
 
+def general_name(ours: str) -> str:
+    """Return the name of one of our parameters with ``{i}`` for the number of its block."""
+    return _BLOCK.sub("{i}", ours)
+
+
 @dataclass(frozen=True)
 class Layout:
     """A system's way to keep a ViT.
@@ -134,8 +139,7 @@ class Layout:
         if not self.rows:  # the names are ours
             return Row(ours, (ours,))
         number = _BLOCK.search(ours)
-        general = ours if number is None else _BLOCK.sub("{i}", ours)
-        row = next((row for row in self.rows if row.ours == general), None)
+        row = next((row for row in self.rows if row.ours == general_name(ours)), None)
         return row if row is None or number is None else row.at(number[0])
 
     def written(self, state: Mapping[str, np.ndarray], sizes: Sizes) -> dict[str, np.ndarray]:
