@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from minivit.errors import CheckpointError, ConfigError, shortened, value_text
+from minivit.errors import CheckpointError, ConfigError, MisfitError, shortened, value_text
 from minivit.files import open_regular
 from minivit.models import model_outline, read_settings
 from minivit.nn.rules import pair
@@ -153,8 +153,9 @@ class Foreign:
     def read(self, shapes: Shapes, heads: int, skip: tuple[str, ...] = ()) -> dict[str, np.ndarray]:
         """Return our arrays, those of ``shapes``, by name; the number of positions may be another.
 
-        ``skip`` are the beginnings of our names that are neither asked for nor missed. Raises CheckpointError, with
-        every name that is missing, unexpected or of another shape, before an array is read.
+        ``skip`` are the beginnings of our names that are neither asked for nor missed. Raises MisfitError, with every
+        name that is missing, unexpected or of another shape, before an array is read, and CheckpointError for one that
+        is damaged.
         """
         patch = shapes.get("patch_embed.proj.weight", ())
         sizes = Sizes(heads, patch[2:] if len(patch) == 4 else (1, 1))
@@ -162,7 +163,7 @@ class Foreign:
         if "pos_embed" in wanted and self.positions():
             wanted["pos_embed"] = (1, self.positions(), *wanted["pos_embed"][2:])
         if wrong := self._misfits(wanted, sizes, skip):
-            raise CheckpointError(f"{self.path} ({self.layout.name}) does not fit the model:\n  {wrong}", _ASK)
+            raise MisfitError(f"{self.path} ({self.layout.name}) does not fit the model:\n  {wrong}", _ASK, {})
         state, dtype = {}, self.dtype
         # the largest first, and one in all blocks before the next: of a scan, a stack at a time is in memory
         for name, shape in sorted(wanted.items(), key=lambda item: (-math.prod(item[1]), general_name(item[0]))):

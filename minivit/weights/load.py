@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from minivit.errors import CheckpointError, printable
+from minivit.errors import CheckpointError, MisfitError, printable
 from minivit.models import Model, configuration
 from minivit.models import create_model as new_model
 from minivit.models.positions import resize_positions
@@ -20,6 +20,7 @@ from minivit.weights.native import FIRST_KIND, checked_settings, parameters_of, 
 
 Tell = Callable[[str], object]
 
+_NOT_SHAPES = ("activation", "norm_eps")
 _SIZES = ("image_size", "patch_size", "in_channels", "dim", "depth", "mlp_dim", "heads", "dim_head", "seed")
 """The settings that a named model has of its name; the others are as the file has them, unless they are given."""
 
@@ -91,7 +92,10 @@ def _load(model: Any, source: Foreign | Checkpoint, path: str | Path, new_head: 
     grid = old_grid = getattr(settings, "grid", None)
     if isinstance(source, Foreign):
         said = source.layout.settings_of(source.entries, source.config)
-        state = source.read(shapes, getattr(settings, "heads", 1), replaced)
+        try:
+            state = source.read(shapes, getattr(settings, "heads", 1), replaced)
+        except MisfitError as error:
+            raise MisfitError(error.what, *_remedy(source, settings)) from error
         if grid is not None and "pos_embed" in state:
             old_grid = source.grid(grid, "cls_token" in state)
     else:
@@ -118,6 +122,18 @@ def _load(model: Any, source: Foreign | Checkpoint, path: str | Path, new_head: 
         model.reset_head(classes)
         notes.append(f"head: new, for {classes} classes")
     return notes
+
+
+def _remedy(source: Foreign, settings: Any) -> tuple[str, dict[str, Any]]:
+    """Return what to make a model with that the file fits, in words and as settings."""
+    here = settings.written_out() if settings is not None else {}
+    there = {key: value for key, value in source.settings().items() if key in here and key != "image_size"}
+    differ = {key: value for key, value in there.items() if value != here[key] and key not in _NOT_SHAPES}
+    if not differ:
+        return "mv.load_model(path) builds the file's model, if it is one that minivit has", {}
+    told = ", ".join(f"{key}={value!r}" for key, value in differ.items())
+    more = "; for other classes than the file's: new_head=True" if differ.keys() == {"num_classes"} else ""
+    return f"make the model with the file's {told}{more}; or mv.load_model(path)", differ
 
 
 def _say(notes: list[str], path: str | Path, tell: Tell | None) -> None:
