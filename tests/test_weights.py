@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +12,14 @@ import pytest
 import minivit as mv
 from minivit.backend import normal
 from minivit.errors import CheckpointError, ConfigError, ShapeError
-from minivit.models.positions import METHODS, resize_patches, resize_positions
+from minivit.models import configuration, model_outline
+from minivit.models.positions import METHODS, resize_matrix, resize_patches, resize_positions
 from minivit.weights import google, huggingface, lucidrains
 from minivit.weights.foreign import open_foreign
 from minivit.weights.names import Sizes
 from minivit.weights.native import read_model, stored_settings
 from minivit.weights.transfer import init_from
+from tests.weight_files import peak, safetensors
 
 GOLDENS = Path(__file__).parent / "goldens" / "other_systems.npz"
 LUCIDRAINS = {
@@ -107,12 +110,11 @@ def renamed(arrays, *changes):
 LINEN = [("Attention_1", "Attention_0"), ("LayerNorm_2", "LayerNorm_1"), ("MlpBlock_3", "MlpBlock_0")]
 
 
-def scanned(arrays):
+def scanned(arrays, depth=2):
     out = {n: a for n, a in arrays.items() if "encoderblock" not in n}
-    first = under(arrays, "Transformer/encoderblock_0/")
     return out | {
-        f"Transformer/encoderblock/{n}": np.stack([a, arrays[f"Transformer/encoderblock_1/{n}"]])
-        for n, a in first.items()
+        f"Transformer/encoderblock/{n}": np.stack([arrays[f"Transformer/encoderblock_{i}/{n}"] for i in range(depth)])
+        for n in under(arrays, "Transformer/encoderblock_0/")
     }
 
 
@@ -357,6 +359,42 @@ def test_what_lucidrains_later_versions_add_is_told():
     }
 
 
+# ---- time and memory -------------------------------------------------------------------------------------------------
+
+
+TINY = configuration("vit_tiny_patch16_224").settings
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """Return Ti/16 at 224 pixels, 22 MB, as three systems keep it."""
+    folder = tmp_path_factory.mktemp("tiny")
+    state = {n: np.full(p.shape, 0.01, np.float32) for n, p in model_outline("vit", TINY).named_parameters()}
+    written = google.LAYOUT.written(state, Sizes(3, (16, 16)))
+    np.savez(folder / "google.npz", **written)
+    np.savez(folder / "scan.npz", **scanned(written, 12))
+    (folder / "timm.safetensors").write_bytes(safetensors(state))
+    return folder
+
+
+@pytest.mark.parametrize("name", ["google.npz", "scan.npz", "timm.safetensors"])
+def test_the_file_is_in_memory_little_more_than_once(tiny, name):
+    size = (tiny / name).stat().st_size
+    model, most = peak(lambda: mv.create_model("vit_tiny_patch16_224", weights=tiny / name))
+    zeros = 4 * model.num_parameters()  # what the parameters were before, which nobody has written to: no memory
+    assert size > 22e6 and most - zeros < 1.2 * size, (most - zeros) / size
+
+
+def test_a_model_is_built_loaded_and_run_within_a_second(tiny):
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        model = mv.create_model("vit_tiny_patch16_224", weights=tiny / "timm.safetensors")
+        mv.predict_logits(model, np.zeros((1, 3, 224, 224), np.float32))
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 1.0, seconds
+
+
 # ---- another size ----------------------------------------------------------------------------------------------------
 
 
@@ -405,8 +443,6 @@ def test_resize_keeps_what_it_does_not_change(tmp_path):
 def test_larger_patches_of_larger_images_give_the_same_tokens():
     """The pseudo-inverse undoes a resizing that loses nothing: FlexiViT's equation 5."""
     model = mv.ViT(**SMALL | {"depth": 1}).to(np.float64)
-    from minivit.models.positions import resize_matrix
-
     images = normal(mv.Key(1), (2, 3, 16, 16))
     b = resize_matrix(4, 8)
     patches = images.reshape(2, 3, 4, 4, 4, 4)

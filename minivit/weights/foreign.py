@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -19,7 +20,7 @@ from minivit.nn.rules import pair
 from minivit.weights import google, huggingface, lucidrains, timm
 from minivit.weights.checkpoint import Checkpoint
 from minivit.weights.names import Layout, Sizes, general_name
-from minivit.weights.stored import Entry, open_stored, unusable
+from minivit.weights.stored import Entry, Stored, open_stored, unusable
 
 LAYOUTS = (google.LAYOUT, huggingface.LAYOUT, lucidrains.LAYOUT, timm.LAYOUT)
 KIND = "vit"
@@ -35,11 +36,16 @@ Shapes = Mapping[str, tuple[int, ...]]
 class Foreign:
     """A file of another system: its ``entries`` under the names of its ``layout``, the tables beside it."""
 
-    path: Path
+    stored: Stored
     layout: Layout
     entries: Mapping[str, Entry]
     config: Mapping[str, Any]
     preparation: Mapping[str, Any]
+
+    @property
+    def path(self) -> Path:
+        """Where it lies."""
+        return self.stored.path
 
     # ---- what model it holds ----
 
@@ -89,9 +95,10 @@ class Foreign:
 
     def _lacking(self) -> str:
         words = {text for name in self.entries for part, text in self.layout.lacking.items() if part in name}
-        return (
-            f"it has {', '.join(sorted(words))}" if words else "arrays of a ViT are missing in it, or not of its shapes"
-        )
+        if words:
+            return f"it has {', '.join(sorted(words))}"
+        wanted = [row.theirs for name in _TELLING[:3] if (row := self.layout.row(name)) is not None]
+        return f"it has no {', '.join(n for names in wanted for n in names)}, or of other shapes"
 
     def positions(self) -> int:
         """Return the number of positions in the file, 0 if it has none."""
@@ -166,16 +173,18 @@ class Foreign:
             raise MisfitError(f"{self.path} ({self.layout.name}) does not fit the model:\n  {wrong}", _ASK, {})
         state, dtype = {}, self.dtype
         # the largest first, and one in all blocks before the next: of a scan, a stack at a time is in memory
-        for name, shape in sorted(wanted.items(), key=lambda item: (-math.prod(item[1]), general_name(item[0]))):
-            row = self.layout.row(name)
-            assert row is not None
-            state[name] = np.empty(shape, dtype)
-            try:
-                row.read(self.entries, state[name], sizes)
-            except ValueError as error:
-                if isinstance(error, CheckpointError):
-                    raise
-                raise unusable(self.path, error, self.entries[row.theirs[0]].name) from error
+        order = sorted(wanted.items(), key=lambda item: (-math.prod(item[1]), general_name(item[0])))
+        try:
+            with self.stored.opened():
+                for name, shape in order:
+                    row = self.layout.row(name)
+                    assert row is not None  # or it would be missing
+                    state[name] = np.empty(shape, dtype)
+                    row.read(self.entries, state[name], sizes)
+        except CheckpointError:
+            raise
+        except (ValueError, OSError, BadZipFile) as error:
+            raise unusable(self.path, error) from error
         return state
 
     def _misfits(self, wanted: Shapes, sizes: Sizes, skip: tuple[str, ...]) -> str:
@@ -248,7 +257,7 @@ def open_foreign(path: str | Path) -> Foreign | None:
         if entries is not None:
             beside = {} if layout in (google.LAYOUT, lucidrains.LAYOUT) else _table(stored.path, "config.json")
             prepared = _table(stored.path, "preprocessor_config.json") if beside else {}
-            return Foreign(stored.path, layout, entries, beside, prepared)
+            return Foreign(stored, layout, entries, beside, prepared)
     names = ", ".join(list(stored.entries)[:3])
     what = f"{path} holds no known layout of a Vision Transformer: its arrays are {names or 'none'}, …"
     raise CheckpointError(what, f"known are minivit's own, {', '.join(layout.name for layout in LAYOUTS)}")

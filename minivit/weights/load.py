@@ -127,7 +127,11 @@ def _load(model: Any, source: Foreign | Checkpoint, path: str | Path, new_head: 
 def _remedy(source: Foreign, settings: Any) -> tuple[str, dict[str, Any]]:
     """Return what to make a model with that the file fits, in words and as settings."""
     here = settings.written_out() if settings is not None else {}
-    there = {key: value for key, value in source.settings().items() if key in here and key != "image_size"}
+    try:
+        said = source.settings()
+    except CheckpointError as error:
+        return error.what, {}
+    there = {key: value for key, value in said.items() if key in here and key != "image_size"}
     differ = {key: value for key, value in there.items() if value != here[key] and key not in _NOT_SHAPES}
     if not differ:
         return "mv.load_model(path) builds the file's model, if it is one that minivit has", {}

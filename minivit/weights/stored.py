@@ -6,11 +6,12 @@ for, one at a time, so that no more memory is taken than the arrays that are wan
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -59,15 +60,45 @@ class Entry:
         if self.dtype == _BFLOAT16:  # the upper half of a float32
             array = (array.view(np.uint16).astype(np.uint32) << 16).view(np.float32).reshape(self.shape)
         if array.dtype.kind != "f" or array.dtype.itemsize > 8:
-            raise ValueError(f"{array.dtype} is not what weights are made of")
+            raise ValueError(f"{value_text(self.name)} holds {array.dtype}, which no weights are made of")
         return array.astype(np.float64 if array.dtype.itemsize == 8 else np.float32, copy=False)
 
 
 class Stored:
     """A file of named arrays: ``entries`` by name, and what is said of them, ``about``."""
 
-    def __init__(self, path: Path, entries: dict[str, Entry], about: dict[str, str] | None = None) -> None:
-        self.path, self.entries, self.about = path, entries, about or {}
+    def __init__(self, path: Path, is_archive: bool = False) -> None:
+        self.path, self.is_archive = path, is_archive
+        self.entries: dict[str, Entry] = {}
+        self.about: dict[str, str] = {}
+        self._now: Any = None
+
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[Any]:
+        """Open the file, or the archive that it is, for all that is read in this block."""
+        if self._now is not None:
+            yield self._now
+            return
+        with open_regular(self.path) as f, ZipFile(f) if self.is_archive else contextlib.nullcontext(f) as found:
+            self._now = found
+            try:
+                yield found
+            finally:
+                self._now = None
+
+    def reader(self, name: str, load: Callable[[Any], np.ndarray]) -> Callable[[], np.ndarray]:
+        """Return what reads an array from the opened file, and tells its name where it is damaged."""
+
+        def read() -> np.ndarray:
+            try:
+                with self.opened() as file:
+                    return load(file)
+            except (CheckpointError, MemoryError):
+                raise
+            except Exception as error:
+                raise unusable(self.path, error, name) from error
+
+        return read
 
 
 def open_stored(path: str | os.PathLike[str]) -> Stored | None:
@@ -111,21 +142,6 @@ def _pickled(path: Path) -> CheckpointError:
     return CheckpointError(what, remedy + "safetensors.torch.save_file(state_dict, 'model.safetensors')")
 
 
-def _reader(path: Path, name: str, load: Callable[[BinaryIO], np.ndarray]) -> Callable[[], np.ndarray]:
-    """Return what reads an array: it opens the file again, and tells its name where it is damaged."""
-
-    def read() -> np.ndarray:
-        try:
-            with open_regular(path) as f:
-                return load(f)
-        except (CheckpointError, MemoryError):
-            raise
-        except Exception as error:
-            raise unusable(path, error, name) from error
-
-    return read
-
-
 # ---- safetensors -----------------------------------------------------------------------------------------------------
 
 
@@ -147,11 +163,13 @@ def _safetensors(path: Path, f: BinaryIO, size: int) -> Stored:
         raise ValueError("its __metadata__ is no table of texts")
     if len(header) > _MOST_ARRAYS:
         raise ValueError(f"it has {len(header):,} arrays, more than any model")
-    entries, places = {}, []
+    stored, places = Stored(path), []
+    stored.about = about
     for name, value in header.items():
         shape, dtype, begin, end = _tensor(name, value)
         places.append((begin, end, name))
-        entries[name] = Entry(name, shape, dtype, _reader(path, name, _raw(shape, dtype, 8 + length + begin)))
+        load = stored.reader(name, _raw(shape, dtype, 8 + length + begin))
+        stored.entries[name] = Entry(name, shape, dtype, load)
     at = 0
     for begin, end, name in sorted(places):
         if begin != at:
@@ -159,7 +177,7 @@ def _safetensors(path: Path, f: BinaryIO, size: int) -> Stored:
         at = end
     if 8 + length + at != size:
         raise ValueError(f"it has {size:,} bytes and says {8 + length + at:,}: it is cut short, or not as it was")
-    return Stored(path, entries, about)
+    return stored
 
 
 def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -221,10 +239,12 @@ def _archive(path: Path, f: BinaryIO, size: int) -> Stored:
         if any(m.compress_type not in (ZIP_STORED, ZIP_DEFLATED) for m in members):
             raise ValueError("an unknown method of compression")
         check_size(sum(m.file_size for m in members), packed=size)
-        return Stored(path, {m.filename.removesuffix(".npy"): _member(path, archive, m) for m in members})
+        stored = Stored(path, is_archive=True)
+        stored.entries = {m.filename.removesuffix(".npy"): _member(stored, archive, m) for m in members}
+        return stored
 
 
-def _member(path: Path, archive: ZipFile, member: ZipInfo) -> Entry:
+def _member(stored: Stored, archive: ZipFile, member: ZipInfo) -> Entry:
     """Return what a member of an archive holds, by its header."""
     with archive.open(member) as f:
         if np.lib.format.read_magic(f) != (1, 0):
@@ -234,10 +254,10 @@ def _member(path: Path, archive: ZipFile, member: ZipInfo) -> Entry:
         raise ValueError(f"{value_text(member.filename)} declares {dtype} {shape} and has {member.file_size:,} bytes")
     text = _BFLOAT16 if dtype == np.dtype("V2") else dtype.str  # NumPy's save of JAX's bfloat16
 
-    def load(f: BinaryIO) -> np.ndarray:
-        with ZipFile(f) as again, again.open(member.filename) as content:
+    def load(again: ZipFile) -> np.ndarray:
+        with again.open(member.filename) as content:
             array = read_npy(content, member.file_size)
         return np.ascontiguousarray(array) if text == _BFLOAT16 else array
 
     name = member.filename.removesuffix(".npy")
-    return Entry(name, tuple(shape), text, _reader(path, name, load))
+    return Entry(name, tuple(shape), text, stored.reader(name, load))
