@@ -9,7 +9,7 @@ TYPE_CHECKING = False  # as typing.TYPE_CHECKING, which type checkers know by it
 if TYPE_CHECKING:
     from typing import Any
 
-    from minivit import data, nn, ops, runs, train
+    from minivit import data, nn, ops, runs, study, train
     from minivit.autograd.check import GradientReport, check_grads, check_module
     from minivit.autograd.graph import first_order, no_grad
     from minivit.autograd.op import op
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from minivit.backend import Key
     from minivit.errors import GradientError, MinivitError
     from minivit.models import ViT, list_models
+    from minivit.models.encoder import register_encoder
     from minivit.nn.random import random_key
     from minivit.train import optim
     from minivit.train.classifier import ViTClassifier
@@ -50,12 +51,21 @@ _HOMES = {
     "op": "autograd.op",
     "predict_logits": "train.inference",
     "random_key": "nn.random",
+    "register_encoder": "models.encoder",
     "save": "weights.native",
     "tensor": "autograd.tensor",
 }
 """The module, under minivit, that a public name comes from."""
 
-_MODULES = {"data": "data", "nn": "nn", "ops": "ops", "optim": "train.optim", "runs": "runs", "train": "train"}
+_MODULES = {
+    "data": "data",
+    "nn": "nn",
+    "ops": "ops",
+    "optim": "train.optim",
+    "runs": "runs",
+    "study": "study",
+    "train": "train",
+}
 """Public modules, by the name they go by here."""
 
 __all__ = [
@@ -85,8 +95,10 @@ __all__ = [
     "optim",
     "predict_logits",
     "random_key",
+    "register_encoder",
     "runs",
     "save",
+    "study",
     "tensor",
     "train",
 ]

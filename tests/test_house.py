@@ -17,7 +17,9 @@ ROOT = Path(minivit.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 # a file imports from the floors below its own, or from its own room
 FLOORS = ["errors", "files", "backend", "autograd", "ops", "nn", "models", "weights", "train", "measure", "runs", "cli"]
-BESIDE = {"data": "ops", "show": "ops", "__init__": "cli", "__main__": "cli"}  # whom they stand beside
+BESIDE = {  # whom they stand beside
+    "data": "ops", "show": "ops", "study": "weights", "learn": "measure", "__init__": "cli", "__main__": "cli",
+}  # fmt: skip
 
 
 # files of one name in two rooms, and what makes them one thing; an operation and its fast twins share theirs, too

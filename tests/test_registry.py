@@ -16,7 +16,7 @@ import minivit as mv
 from minivit.backend import normal, uniform
 from minivit.backend.outline import Outline, outline
 from minivit.cli.main import main
-from minivit.errors import CheckpointError, ConfigError, MisfitError
+from minivit.errors import CheckpointError, ConfigError, DTypeError, MisfitError, ShapeError
 from minivit.measure.costs import layer_costs, model_costs, training_memory
 from minivit.models import (
     KINDS,
@@ -369,6 +369,18 @@ def test_the_trace_is_what_passes_through_the_model(settings: dict[str, Any]) ->
         assert mask is None or not sums[..., 2].any()
         for a, b in zip(model.attention_maps(images, mask), trace.attention, strict=True):
             assert np.array_equal(a.data, b.data)
+        assert trace.model is model and len(trace.heads) == len(trace.attended) == len(trace.mlp) == 3
+        for i, h in enumerate(trace.heads):
+            width = model.settings.dim_head or 4
+            assert h.q.shape == h.k.shape == h.v.shape == h.out.shape == (2, 3, model.num_tokens, width)
+            scores = np.einsum("bhqd,bhkd->bhqk", h.q.data, h.k.data) / width**0.5
+            np.testing.assert_allclose(h.scores.data, scores, rtol=1e-12, atol=1e-13)
+            np.testing.assert_allclose(h.out.data, h.weights.data @ h.v.data, rtol=1e-12, atol=1e-13)
+            added = trace.attended[i].data + trace.mlp[i].data
+            np.testing.assert_allclose(trace.tokens[i + 1].data - trace.tokens[i].data, added, rtol=1e-12, atol=1e-12)
+            on_the_way = [h.q, h.k, h.v, h.scores, h.weights, h.out, trace.attended[i], trace.mlp[i], trace.tokens[i]]
+            gradients = mv.grad(trace.logits.sum(), on_the_way, create_graph=True)
+            assert all(g.data.any() for g in gradients)
     if model.pool == "cls":  # the last block's other rows reach no logit
         last = mv.grad(trace.logits.sum(), trace.attention)[-1].data
         assert last[:, :, 0].any() and not last[:, :, 1:].any()
@@ -386,10 +398,17 @@ def test_a_trace_of_a_frozen_model_and_one_in_training() -> None:
     for p in model.parameters():
         p.requires_grad = False
     trace = model.trace(images)
-    assert all(g.data.any() for g in mv.grad(trace.logits[0, 1], trace.attention))
+    on_the_way = [x for h in trace.heads for x in (h.q, h.k, h.v, h.scores, h.weights, h.out)]
+    on_the_way += trace.tokens + trace.attended + trace.mlp
+    assert all(g.data.any() for g in mv.grad(trace.logits[0, 1], on_the_way))
     with mv.no_grad():
         assert model.trace(images).logits.node is None
     without = model.trace(images, change=lambda block, p: p * 0.0 if block == 1 else p)
+    for wrong, words in ((lambda block, p: p[:1], "keep its shape"), (lambda block, p: None, "cannot hold object")):
+        with pytest.raises((ShapeError, DTypeError), match=words):
+            model.trace(images, change=wrong)
+    constant = model.trace(images, change=lambda block, p: np.full(p.shape, 1 / 7))  # what is put there is on the path
+    assert all(g.data.any() for g in mv.grad(constant.logits[0, 1], constant.attention))
     assert not without.attention[1].data.any() and np.abs(without.logits.data - trace.logits.data).max() > 1e-6
 
 

@@ -150,8 +150,9 @@ class Model(Module):
         return []
 
     def _number_layers(self) -> None:
-        for i, parts in enumerate(self.layers()):
-            set_layer(i, *parts)
+        layers = list(self.layers())
+        for i in reversed(range(len(layers))):  # what several layers share belongs to the first
+            set_layer(i, *layers[i])
 
     @property
     def config(self) -> dict[str, Any]:

@@ -130,6 +130,12 @@ def xavier_uniform_qkv(fan_out: int, fan_in: int) -> np.ndarray:
     return np.concatenate([xavier_uniform(fan_out // 3, fan_in) for _ in range(3)])
 
 
+@_of_shape
+def xavier_uniform_pair(fan_out: int, fan_in: int) -> np.ndarray:
+    """Return two Xavier-uniform matrices under each other: a gate and what it lets through, or keys and values."""
+    return np.concatenate([xavier_uniform(fan_out // 2, fan_in) for _ in range(2)])
+
+
 def mimetic_pair(dim: int, rank: int, identity: float) -> tuple[np.ndarray, np.ndarray]:
     """Return A (dim, rank) and B (rank, dim), whose product is like |c|·Z + c·I, with Z normal of variance 1/dim.
 
@@ -156,6 +162,18 @@ def sincos_2d(grid: tuple[int, int], dim: int) -> np.ndarray:
     waves = 10_000.0 ** -np.linspace(0.0, 1.0, dim // 4)  # (dim/4,)
     y, x = np.indices(grid).reshape(2, -1, 1)  # (h·w, 1) each
     return np.concatenate([f(axis * waves) for axis in (x, y) for f in (np.sin, np.cos)], axis=1).astype(np.float32)
+
+
+@_drawn(lambda positions, dim: (positions, dim))
+def sincos_1d(positions: int, dim: int) -> np.ndarray:
+    """Return (positions, dim): sin(t/10⁴^(2i/dim)) of place t at number 2i, and its cosine at 2i + 1.
+
+    Vaswani et al. 2017, arXiv 1706.03762, section 3.5. Raises ConfigError unless dim is even.
+    """
+    if dim % 2:
+        raise ConfigError(f"dim {dim} cannot hold a cosine for every sine", "choose an even one")
+    angles = np.arange(positions)[:, None] * 10_000.0 ** -(np.arange(0, dim, 2) / dim)  # (positions, dim/2)
+    return np.stack([np.sin(angles), np.cos(angles)], axis=-1).reshape(positions, dim).astype(np.float32)
 
 
 @_random

@@ -29,9 +29,21 @@ def attention_weights(q: Any, k: Any, mask: Any = None, scale: float | None = No
     return narrow(_weights(q, k, mask, scale), q)
 
 
+def attention_scores(q: Any, k: Any, scale: float | None = None) -> Any:
+    """Return scale · Q·Kᵀ, (…, Tq, Tk), of float16 as float32: scores are soon too large for float16."""
+    return matmul(wide(q), swapaxes(wide(k), -1, -2)) * (1.0 / math.sqrt(q.shape[-1]) if scale is None else scale)
+
+
 def _weights(q: Any, k: Any, mask: Any, scale: float | None) -> Any:
-    """Return P, of float16 as float32: scores are soon too large for float16."""
-    scores = matmul(wide(q), swapaxes(wide(k), -1, -2)) * (1.0 / math.sqrt(q.shape[-1]) if scale is None else scale)
+    """Return P, of float16 as float32."""
+    return masked_softmax(attention_scores(q, k, scale), mask)
+
+
+def masked_softmax(scores: Any, mask: Any = None) -> Any:
+    """Return softmax of scores (…, Tq, Tk) over the keys that ``mask`` lets a query attend to; zeros if there is none.
+
+    Works on arrays and on Tensors.
+    """
     if mask is None:
         return softmax(scores)
     return where(mask, 0.0, softmax(where(mask, FORBIDDEN, scores)))

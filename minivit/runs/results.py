@@ -67,8 +67,9 @@ def draw_attention(model: Any, loader: Loader, path: Path) -> None:
     with mode(False), no_grad():
         trace = model.trace(to_device(images, device))
     weights = to_numpy(trace.attention[-1].data).mean(axis=1)  # (B, heads, T, T) → (B, T, T)
-    of_patches = weights[..., trace.prefix :]
-    weights = of_patches[:, 0] if trace.prefix else of_patches.mean(axis=1)  # → (B, patches)
+    of_class = trace.prefix > 0 and getattr(model, "pool", "cls") == "cls"
+    rows = weights[:, 0] if of_class else weights[:, trace.prefix :].mean(axis=1)  # → (B, T)
+    weights = rows[:, trace.prefix :]  # → (B, patches)
     logits = predict_logits(model, images)
     names = drawable_names(loader.dataset.classes)
     attention_overlay(
@@ -77,7 +78,7 @@ def draw_attention(model: Any, loader: Loader, path: Path) -> None:
         [names[i] for i in labels],
         [names[i] for i in logits.argmax(axis=1)],
         path,
-        title="Where the class token looks" if trace.prefix else "What the patches look at, on average",
+        title="Where the class token looks" if of_class else "What the patches look at, on average",
     )
 
 

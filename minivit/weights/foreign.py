@@ -6,30 +6,26 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
 
-from minivit.errors import CheckpointError, ConfigError, MisfitError, shortened, value_text
+from minivit.errors import CheckpointError, ConfigError, MisfitError, value_text
 from minivit.files import open_regular
 from minivit.models import model_outline, read_settings
 from minivit.nn.rules import pair
 from minivit.weights import google, huggingface, lucidrains, timm
 from minivit.weights.checkpoint import Checkpoint
+from minivit.weights.misfits import misfits
 from minivit.weights.names import Layout, Sizes, general_name
 from minivit.weights.stored import Entry, Stored, open_stored, unusable
 
 LAYOUTS = (google.LAYOUT, huggingface.LAYOUT, lucidrains.LAYOUT, timm.LAYOUT)
 KIND = "vit"
-_LISTED = 200  # names in one message; more are counted
-_LONGEST_NAME = 200
 _LONGEST_CONFIG = 8 << 20
 _NO_HEAD = "the file has no head: mv.create_model(name, weights=path, num_classes=…) gives it a new one"
-
-Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -70,24 +66,39 @@ class Foreign:
         depth = 0
         while self.shape(f"blocks.{depth}.norm1.weight", sizes) is not None:
             depth += 1
-        patch, fc1, qkv = (found[name] for name in ("patch_embed.proj.weight", *_INNER[:2]))
-        if patch is None or len(patch) != 4 or fc1 is None or len(fc1) != 2 or qkv is None or len(qkv) != 2:
+        patch, fc2, qkv = (found[name] for name in _TELLING[:3])
+        if patch is None or len(patch) != 4 or fc2 is None or len(fc2) != 2 or qkv is None or len(qkv) != 2:
             raise CheckpointError(f"{self.path} ({self.layout.name}) is no ViT: {self._lacking()}", _ASK)
-        head = found["head.weight"]
         out = {
             "patch_size": patch[2] if patch[2] == patch[3] else patch[2:], "in_channels": patch[1], "dim": patch[0],
-            "depth": depth, "mlp_dim": fc1[0], "qkv_bias": found[_INNER[2]] is not None,
-            "pool": "cls" if self._has("cls_token") else "mean",
+            "depth": depth, "mlp_dim": fc2[1], "qkv_bias": found["blocks.0.attn.qkv.bias"] is not None,
             "position": "learned" if self._has("pos_embed") else "none",
             "head": "mlp" if found["pre_logits.weight"] is not None else "linear",
-        } | said  # fmt: skip
+        } | self._options(found, fc2[1]) | said  # fmt: skip
+        head = found["head.weight"]
         if head is not None and len(head) == 2:
             out["num_classes"] = head[0]
         if "heads" not in out and patch[0] % 64 == 0:
             out["heads"] = patch[0] // 64  # as in all of the usual models
-        if isinstance(out.get("heads"), int) and out["heads"] > 0 and qkv[0] % (3 * out["heads"]) == 0:
+        if type(out.get("heads")) is int and out["heads"] > 0 and qkv[0] % (3 * out["heads"]) == 0:
             out["dim_head"] = qkv[0] // (3 * out["heads"])
         return out | self._image_size(out)
+
+    def _options(self, found: Mapping[str, tuple[int, ...] | None], hidden: int) -> dict[str, Any]:
+        """Return the settings of what not every ViT has, by what is there of it."""
+        registers, fc1 = found["reg_token"], found["blocks.0.mlp.fc1.weight"]
+        has_class = self._has("cls_token")
+        out: dict[str, Any] = {
+            "pool": "map" if found["attn_pool.latent"] is not None else "cls" if has_class else "mean",
+            "class_token": has_class, "distilled": found["head_dist.weight"] is not None,
+            "registers": registers[1] if registers is not None and len(registers) == 3 else 0,
+            "fc_norm": found["fc_norm.weight"] is not None and found["norm.weight"] is None,
+            "layer_scale": None if found["blocks.0.ls1.gamma"] is None else 1e-5,
+            "qk_norm": found["blocks.0.attn.q_norm.weight"] is not None,
+            "norm": "rms" if found["blocks.0.norm1.bias"] is None else "layer",
+            "mlp": "swiglu" if fc1 is not None and fc1[0] == 2 * hidden else "mlp",
+        }  # fmt: skip
+        return out
 
     def _has(self, ours: str) -> bool:
         row = self.layout.row(ours)
@@ -107,16 +118,27 @@ class Foreign:
         return shape[-2] if len(shape) > 1 else 0
 
     def _image_size(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the size of the images: config.json's, or else the square that has as many patches."""
-        patches = self.positions() - (settings["pool"] == "cls")
+        """Return the size of the images, config.json's or a square's, and whether all tokens have positions."""
         p, q = (settings["patch_size"],) * 2 if isinstance(settings["patch_size"], int) else settings["patch_size"]
-        given = settings.get("image_size")
+        given, count = settings.get("image_size"), self.positions()
+        beside = settings["class_token"] + settings["distilled"] + settings["registers"]
         if given is not None:
-            return {"image_size": tuple(given) if isinstance(given, list) else given}
-        side = math.isqrt(max(patches, 0))
-        if patches < 1 or side * side != patches:
-            return {}
-        return {"image_size": side * p if p == q else (side * p, side * q)}
+            size = tuple(given) if isinstance(given, list) else given
+            height, width = self._pair(size)
+            alone = 0 < count == (height // max(p, 1)) * (width // max(q, 1)) and beside > 0
+            return {"image_size": size, "no_embed_class": alone}
+        for alone in (False, True):
+            patches = count if alone else count - beside
+            side = math.isqrt(max(patches, 0))
+            if 0 < patches == side * side:
+                return {"image_size": side * p if p == q else (side * p, side * q), "no_embed_class": alone}
+        return {}
+
+    def _pair(self, size: Any) -> tuple[int, int]:
+        try:
+            return pair("image_size", size)
+        except ConfigError as error:
+            raise CheckpointError(f"{self.path}: config.json: {error.what}", error.remedy) from error
 
     def data(self, classes: int, channels: int) -> dict[str, Any]:
         """Return what is known of images and classes, as a checkpoint's ``data``."""
@@ -136,16 +158,16 @@ class Foreign:
         """The dtype of the arrays as they are read."""
         return np.float64 if any(e.is_double for e in self.entries.values()) else np.float32
 
-    def grid(self, own: tuple[int, int], has_class_token: bool) -> tuple[int, int]:
+    def grid(self, own: tuple[int, int], beside: int) -> tuple[int, int]:
         """Return rows and columns of the patches that the positions belong to.
 
-        They are those of config.json's image size; or ``own``, if they are as many; or else a square's.
+        ``beside`` of them are other tokens'. They are those of config.json's image size; or ``own``, if they are as many; or else a square's.
         """
-        patches = self.positions() - has_class_token
+        patches = self.positions() - beside
         said = self.layout.settings_of(self.entries, self.config).get("image_size")
         shape = self.shape("patch_embed.proj.weight", Sizes())
         if said is not None and shape is not None and len(shape) == 4:
-            height, width = pair("image_size", said)
+            height, width = self._pair(said)
             grid = height // shape[2], width // shape[3]
             if math.prod(grid) == patches:
                 return grid
@@ -157,7 +179,9 @@ class Foreign:
             raise CheckpointError(what, "put its config.json beside it, which says the size of its images")
         return side, side
 
-    def read(self, shapes: Shapes, heads: int, skip: tuple[str, ...] = ()) -> dict[str, np.ndarray]:
+    def read(
+        self, shapes: Mapping[str, tuple[int, ...]], heads: int, skip: tuple[str, ...] = ()
+    ) -> dict[str, np.ndarray]:
         """Return our arrays, those of ``shapes``, by name; the number of positions may be another.
 
         ``skip`` are the beginnings of our names that are neither asked for nor missed. Raises MisfitError, with every
@@ -168,8 +192,8 @@ class Foreign:
         sizes = Sizes(heads, patch[2:] if len(patch) == 4 else (1, 1))
         wanted = {name: shape for name, shape in shapes.items() if not name.startswith(skip or (" ",))}
         if "pos_embed" in wanted and self.positions():
-            wanted["pos_embed"] = (1, self.positions(), *wanted["pos_embed"][2:])
-        if wrong := self._misfits(wanted, sizes, skip):
+            wanted["pos_embed"] = (1, self.positions(), *wanted["pos_embed"][2:])  # which may be resized
+        if wrong := misfits(self.layout, self.entries, wanted, sizes, skip):
             raise MisfitError(f"{self.path} ({self.layout.name}) does not fit the model:\n  {wrong}", _ASK, {})
         state, dtype = {}, self.dtype
         # the largest first, and one in all blocks before the next: of a scan, a stack at a time is in memory
@@ -187,53 +211,18 @@ class Foreign:
             raise unusable(self.path, error) from error
         return state
 
-    def _misfits(self, wanted: Shapes, sizes: Sizes, skip: tuple[str, ...]) -> str:
-        """Return a line for each name that is missing, misshapen or unexpected, or ""."""
-        missing, misshapen, left = [], [], dict(self.entries)
-        expected: dict[str, tuple[int, ...]] = {}
-        for name, shape in wanted.items():
-            row = self.layout.row(name)
-            if row is None:
-                missing.append((name, name, f"(no place in {self.layout.name}'s layout)"))
-                continue
-            for theirs, of in (row.shapes(shape, sizes) or dict.fromkeys(row.theirs, shape)).items():
-                expected[theirs] = of
-                entry = left.pop(theirs, None)
-                if entry is None:
-                    missing.append((theirs, name, str(of)))
-                elif [n for n in entry.shape if n != 1] != [n for n in of if n != 1]:
-                    misshapen.append(f"misshapen   {entry.name}: {entry.shape} in the file, {of} in the model's {name}")
-        for name in [n for n in left if n.startswith(self.layout.passed or (" ",)) or not math.prod(left[n].shape)]:
-            del left[name]
-        for ours in ("head.weight", "head.bias", "pre_logits.weight", "pre_logits.bias"):
-            row = self.layout.row(ours)
-            if row is not None and ours.startswith(skip or (" ",)):
-                left.pop(row.theirs[0], None)
-        unexpected = {name: entry for name, entry in left.items() if name not in expected}
-        lines = [
-            f"missing     {theirs} {what}{_near(theirs, unexpected)}" if theirs == ours
-            else f"missing     {theirs} {what}, the model's {ours}{_near(theirs, unexpected)}"
-            for theirs, ours, what in missing[:_LISTED]
-        ] + misshapen[:_LISTED]  # fmt: skip
-        lost = {theirs: None for theirs, _, _ in missing}
-        for name, entry in list(unexpected.items())[:_LISTED]:
-            words = next((text for part, text in self.layout.lacking.items() if part in name), "")
-            why = f": {words}, which the model has not" if words else _near(name, lost or expected)
-            lines.append(f"unexpected  {shortened(entry.name, _LONGEST_NAME)} {entry.shape}{why}")
-        beyond = len(missing) + len(misshapen) + len(unexpected) - len(lines)
-        return "\n  ".join(lines + ([f"… and {beyond:,} more"] if beyond else []))
 
-
-_INNER = ("blocks.0.mlp.fc1.weight", "blocks.0.attn.qkv.weight", "blocks.0.attn.qkv.bias")
-_TELLING = ("patch_embed.proj.weight", *_INNER, "pre_logits.weight", "head.weight")
+_TELLING = (
+    "patch_embed.proj.weight", "blocks.0.mlp.fc2.weight", "blocks.0.attn.qkv.weight", "blocks.0.attn.qkv.bias",
+    "blocks.0.mlp.fc1.weight", "blocks.0.norm1.bias", "blocks.0.ls1.gamma", "blocks.0.attn.q_norm.weight", "reg_token",
+    "norm.weight", "fc_norm.weight", "attn_pool.latent", "pre_logits.weight", "head.weight", "head_dist.weight",
+)  # fmt: skip
 _ASK = "build a model of the file's sizes: mv.load_model(path) does where the file says all, else mv.create_model"
 
 
-def _near(name: str, among: Mapping[str, Any]) -> str:
-    """Return the name that is nearest to one, as a message ends."""
-    known = [other for other in list(among)[:_LISTED] if len(other) < _LONGEST_NAME]
-    near = get_close_matches(name, known, n=1, cutoff=0.6) if len(name) < _LONGEST_NAME else []
-    return f"; nearest: {near[0]}" if near else ""
+def beside_patches(settings: Any) -> int:
+    """Return how many positions of a ViT with these settings belong to no patch."""
+    return 0 if settings.no_embed_class else sum(settings.prefix.values())
 
 
 def open_foreign(path: str | Path) -> Foreign | None:

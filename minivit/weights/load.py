@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ import numpy as np
 from minivit.errors import CheckpointError, MisfitError, printable
 from minivit.models import Model, configuration
 from minivit.models import create_model as new_model
-from minivit.models.positions import resize_positions
+from minivit.models.adapt import fit_tokens
 from minivit.nn.module import Module
+from minivit.nn.rules import pair
 from minivit.weights.checkpoint import Checkpoint, load_checkpoint
-from minivit.weights.foreign import Foreign, open_foreign
+from minivit.weights.foreign import Foreign, beside_patches, open_foreign
 from minivit.weights.native import FIRST_KIND, checked_settings, parameters_of, undrawn
 
 Tell = Callable[[str], object]
@@ -97,18 +99,19 @@ def _load(model: Any, source: Foreign | Checkpoint, path: str | Path, new_head: 
         except MisfitError as error:
             raise MisfitError(error.what, *_remedy(source, settings)) from error
         if grid is not None and "pos_embed" in state:
-            old_grid = source.grid(grid, "cls_token" in state)
+            old_grid = source.grid(grid, beside_patches(settings))
     else:
         state, said = parameters_of(source), {}
         if grid is not None and "model" in source.meta and source.meta.get("kind", FIRST_KIND) == model.kind:
-            old: Any = checked_settings(source, path)
-            old_grid, said = old.grid, old.config
+            stored: Any = checked_settings(source, path)
+            old_grid, said = stored.grid, stored.config
         source.arrays.clear()  # so that none is in memory twice
         state = {name: a for name, a in state.items() if not name.startswith(replaced or (" ",))}
     notes = []
-    if grid and old_grid and grid != old_grid and "pos_embed" in state and "pos_embed" in shapes:
-        state["pos_embed"] = resize_positions(state["pos_embed"], old_grid, grid, int("cls_token" in state))
-        notes.append("pos_embed: {} × {} patches → {} × {}".format(*old_grid, *grid))
+    if grid and old_grid and grid != old_grid:
+        height, width = pair("patch_size", settings.patch_size)
+        old = replace(settings, image_size=(old_grid[0] * height, old_grid[1] * width))
+        notes += fit_tokens(state, {name: p.data for name, p in model.named_parameters()}, old, settings)
     for key in ("activation", "norm_eps"):
         if key in said and said[key] != (here := getattr(settings, key, said[key])):
             notes.append(f"{key}: {said[key]} in the file, {here} here")
