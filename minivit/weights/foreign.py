@@ -22,7 +22,7 @@ from minivit.weights.misfits import misfits
 from minivit.weights.names import Layout, Sizes, general_name
 from minivit.weights.stored import Entry, Stored, open_stored, unusable
 
-LAYOUTS = (google.LAYOUT, huggingface.LAYOUT, lucidrains.LAYOUT, timm.LAYOUT)
+LAYOUTS = (google.LAYOUT, huggingface.LAYOUT, huggingface.DEIT, lucidrains.LAYOUT, timm.LAYOUT)
 KIND = "vit"
 _LONGEST_CONFIG = 8 << 20
 _NO_HEAD = "the file has no head: mv.create_model(name, weights=path, num_classes=…) gives it a new one"
@@ -88,17 +88,18 @@ class Foreign:
         """Return the settings of what not every ViT has, by what is there of it."""
         registers, fc1 = found["reg_token"], found["blocks.0.mlp.fc1.weight"]
         has_class = self._has("cls_token")
-        out: dict[str, Any] = {
-            "pool": "map" if found["attn_pool.latent"] is not None else "cls" if has_class else "mean",
+        norm_after = found["fc_norm.weight"] is not None and found["norm.weight"] is None
+        pool = "cls" if has_class and not norm_after else "mean"
+        return {
+            "pool": "map" if found["attn_pool.latent"] is not None else pool,
             "class_token": has_class, "distilled": found["head_dist.weight"] is not None,
             "registers": registers[1] if registers is not None and len(registers) == 3 else 0,
-            "fc_norm": found["fc_norm.weight"] is not None and found["norm.weight"] is None,
+            "fc_norm": norm_after,
             "layer_scale": None if found["blocks.0.ls1.gamma"] is None else 1e-5,
             "qk_norm": found["blocks.0.attn.q_norm.weight"] is not None,
             "norm": "rms" if found["blocks.0.norm1.bias"] is None else "layer",
             "mlp": "swiglu" if fc1 is not None and fc1[0] == 2 * hidden else "mlp",
         }  # fmt: skip
-        return out
 
     def _has(self, ours: str) -> bool:
         row = self.layout.row(ours)
@@ -161,7 +162,8 @@ class Foreign:
     def grid(self, own: tuple[int, int], beside: int) -> tuple[int, int]:
         """Return rows and columns of the patches that the positions belong to.
 
-        ``beside`` of them are other tokens'. They are those of config.json's image size; or ``own``, if they are as many; or else a square's.
+        ``beside`` of them are other tokens'. They are those of config.json's image size; or ``own``, if they are as
+        many; or else a square's.
         """
         patches = self.positions() - beside
         said = self.layout.settings_of(self.entries, self.config).get("image_size")
@@ -203,6 +205,9 @@ class Foreign:
                 for name, shape in order:
                     row = self.layout.row(name)
                     assert row is not None  # or it would be missing
+                    if general_name(name) in self.layout.zero and row.theirs[0] not in self.entries:
+                        state[name] = np.zeros(shape, dtype)
+                        continue
                     state[name] = np.empty(shape, dtype)
                     row.read(self.entries, state[name], sizes)
         except CheckpointError:

@@ -12,6 +12,7 @@ from minivit.weights.names import HEADS_BIAS, HEADS_IN, HEADS_OUT, KERNEL, PATCH
 from minivit.weights.stored import Entry
 
 _BLOCK = "Transformer/encoderblock_{i}/"
+_MAP = "MAPHead_0/MultiHeadDotProductAttention_0/"
 _ATTENTION = f"{_BLOCK}MultiHeadDotProductAttention_1/"
 _QKV = ",".join(f"{_ATTENTION}{part}/{{kind}}" for part in ("query", "key", "value"))
 
@@ -37,6 +38,19 @@ ROWS = rows(
     norm.bias                    Transformer/encoder_norm/bias
     pre_logits.weight            pre_logits/kernel                                 kernel
     pre_logits.bias              pre_logits/bias
+    attn_pool.latent             MAPHead_0/probe
+    attn_pool.q.weight           {_MAP}query/kernel                                heads_in
+    attn_pool.q.bias             {_MAP}query/bias                                  heads_bias
+    attn_pool.kv.weight          {_MAP}key/kernel,{_MAP}value/kernel               heads_in
+    attn_pool.kv.bias            {_MAP}key/bias,{_MAP}value/bias                   heads_bias
+    attn_pool.proj.weight        {_MAP}out/kernel                                  heads_out
+    attn_pool.proj.bias          {_MAP}out/bias
+    attn_pool.norm.weight        MAPHead_0/LayerNorm_0/scale
+    attn_pool.norm.bias          MAPHead_0/LayerNorm_0/bias
+    attn_pool.mlp.fc1.weight     MAPHead_0/MlpBlock_0/Dense_0/kernel               kernel
+    attn_pool.mlp.fc1.bias       MAPHead_0/MlpBlock_0/Dense_0/bias
+    attn_pool.mlp.fc2.weight     MAPHead_0/MlpBlock_0/Dense_1/kernel               kernel
+    attn_pool.mlp.fc2.bias       MAPHead_0/MlpBlock_0/Dense_1/bias
     head.weight                  head/kernel                                       kernel
     head.bias                    head/bias
     """,

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from minivit.weights.names import Layout, collected, rows
+from minivit.weights.names import Layout, Row, collected, rows
 from minivit.weights.stored import Entry
 from minivit.weights.timm import ACTIVATIONS
 
@@ -39,7 +39,7 @@ ROWS = rows(
     """
 )
 
-_ROOTS = ("vit.", "deit.", "model.", "")
+_ROOTS = ("vit.", "model.", "")
 _IN_MEMORY = [  # version 5's names, and the hub's
     (re.compile(r"^layers\.(?=\d+\.)"), "encoder.layer."),
     (re.compile(r"(?<=\.)attention\.q_proj\."), "attention.attention.query."),
@@ -51,9 +51,9 @@ _IN_MEMORY = [  # version 5's names, and the hub's
 ]
 
 
-def entries_of(found: Mapping[str, Entry]) -> dict[str, Entry] | None:
+def entries_of(found: Mapping[str, Entry], roots: tuple[str, ...] = _ROOTS) -> dict[str, Entry] | None:
     """Return the entries under the hub's names, with or without ``vit.`` before them."""
-    root = next((r for r in _ROOTS if f"{r}embeddings.patch_embeddings.projection.weight" in found), None)
+    root = next((r for r in roots if f"{r}embeddings.patch_embeddings.projection.weight" in found), None)
     if root is None:
         return None
 
@@ -63,7 +63,7 @@ def entries_of(found: Mapping[str, Entry]) -> dict[str, Entry] | None:
         inner = name.removeprefix(root)
         for theirs, hub in _IN_MEMORY:
             inner = theirs.sub(hub, inner)
-        return f"vit.{inner}"
+        return f"{roots[0]}{inner}"
 
     return collected((hub_name(name), entry) for name, entry in found.items())
 
@@ -102,3 +102,20 @@ LAYOUT = Layout(
         "lambda1": "LayerScale", "register_tokens": "register tokens",
     },
 )  # fmt: skip
+
+_HEADS = {"classifier.weight": "cls_classifier.weight", "classifier.bias": "cls_classifier.bias"}
+_DISTILLED = """
+    dist_token        deit.embeddings.distillation_token
+    head_dist.weight  distillation_classifier.weight
+    head_dist.bias    distillation_classifier.bias
+"""
+DEIT = Layout(
+    "Hugging Face DeiT",
+    tuple(
+        Row(row.ours, tuple(_HEADS.get(n, n.replace("vit.", "deit.")) for n in row.theirs), row.form) for row in ROWS
+    ) + rows(_DISTILLED),
+    lambda found: entries_of(found, ("deit.",)), settings_of, data_of,
+    passed=("deit.pooler.", "deit.embeddings.mask_token", "decoder."),
+    lacking={"classifier.": "a head of the class token alone, beside a distillation token"},
+)  # fmt: skip
+"""DeiT with a distillation token, of which the heads' mean is the answer."""

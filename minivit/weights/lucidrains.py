@@ -1,6 +1,7 @@
 """lucidrains' vit-pytorch: state dicts of its ViT and SimpleViT, saved as .npz or safetensors.
 
 The first versions (before 0.36) have no norms around the patch projection; they are what this table can express.
+SimpleViT's attention has no bias after it: the model's is 0.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ ROWS = rows(
     blocks.{{i}}.mlp.fc2.bias     {_BLOCK}1.net.3.bias
     norm.weight                   mlp_head.0.weight
     norm.bias                     mlp_head.0.bias
+    fc_norm.weight                linear_head.0.weight
+    fc_norm.bias                  linear_head.0.bias
     head.weight                   mlp_head.1.weight
     head.bias                     mlp_head.1.bias
     """,
@@ -84,7 +87,10 @@ def settings_of(entries: Mapping[str, Entry], config: Mapping[str, Any]) -> dict
         for channels in (3, 1):
             side = math.isqrt(weight.shape[1] // channels)
             if side and channels * side * side == weight.shape[1]:
-                return out | {"patch_size": side}
+                out["patch_size"] = side
+                break
+    if "pos_embedding" not in entries:  # SimpleViT
+        out["position"] = "sincos_2d"
     return out
 
 
@@ -94,9 +100,9 @@ def data_of(config: Mapping[str, Any], preparation: Mapping[str, Any]) -> dict[s
 
 
 LAYOUT = Layout(
-    "lucidrains", ROWS, entries_of, settings_of, data_of,
+    "lucidrains", ROWS, entries_of, settings_of, data_of, zero=("blocks.{i}.attn.proj.bias",),
     lacking={
         "to_patch_embedding.norm_": "norms on both sides of the patch projection",
-        "linear_head.0": "a norm after pooling", "register_tokens": "register tokens",
+        "register_tokens": "register tokens",
     },
 )  # fmt: skip

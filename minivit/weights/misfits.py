@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from minivit.errors import shortened
-from minivit.weights.names import Layout, Sizes
+from minivit.weights.names import Layout, Sizes, general_name
 from minivit.weights.stored import Entry
 
 _LISTED = 200  # names in one message; more are counted
@@ -33,6 +33,8 @@ def misfits(
         for theirs, of in (row.shapes(shape, sizes) or dict.fromkeys(row.theirs, shape)).items():
             expected[theirs] = of
             entry = left.pop(theirs, None)
+            if entry is None and general_name(name) in layout.zero:
+                continue
             if entry is None:
                 missing.append((theirs, name, str(of)))
             elif [n for n in entry.shape if n != 1] != [n for n in of if n != 1]:

@@ -123,7 +123,7 @@ class Layout:
     are not of this layout. ``settings_of(entries, config)`` returns what the layout, and a config.json beside the file,
     say of the model's settings beyond the shapes, and ``data_of`` of its images and classes. ``passed`` are the
     beginnings of names that no ViT for classification has a use for: they are left out. ``lacking`` says in words what
-    a name stands for, found in it, that is not in ``rows``.
+    a name stands for, found in it, that is not in ``rows``. Our parameters in ``zero`` are 0 where a file has none.
     """
 
     name: str
@@ -133,6 +133,7 @@ class Layout:
     data_of: Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, Any]]
     passed: tuple[str, ...] = ()
     lacking: Mapping[str, str] = field(default_factory=dict)
+    zero: tuple[str, ...] = ()
 
     def row(self, ours: str) -> Row | None:
         """Return the row of one of our parameters, or None if this layout has no place for it."""

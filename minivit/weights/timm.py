@@ -42,6 +42,9 @@ def settings_of(entries: Mapping[str, Entry], config: Mapping[str, Any]) -> dict
     for theirs, ours in (("img_size", "image_size"), ("num_heads", "heads"), ("act_layer", "activation")):
         if args.get(theirs) is not None:
             out[ours] = args[theirs]
+    pool = config.get("global_pool", "")
+    if pool:
+        out["pool"] = {"token": "cls", "avg": "mean"}.get(str(pool), pool)
     out["activation"] = ACTIVATIONS.get(str(out["activation"]), out["activation"])
     return out
 

@@ -37,7 +37,7 @@ import scipy.ndimage
 import timm
 from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from timm.models import save_for_hf
-from transformers import ViTConfig, ViTForImageClassification
+from transformers import DeiTConfig, DeiTForImageClassificationWithTeacher, ViTConfig, ViTForImageClassification
 
 jax.config.update("jax_enable_x64", True)
 
@@ -107,6 +107,19 @@ def hugging_face() -> dict[str, np.ndarray]:
     return out
 
 
+def deit() -> dict[str, np.ndarray]:
+    config = DeiTConfig(
+        hidden_size=DIM, num_hidden_layers=DEPTH, num_attention_heads=HEADS, intermediate_size=MLP, image_size=16,
+        patch_size=PATCH, layer_norm_eps=1e-3, num_labels=CLASSES, attn_implementation="sdpa",
+    )  # fmt: skip
+    model = randomised(DeiTForImageClassificationWithTeacher(config))
+    with tempfile.TemporaryDirectory() as folder:
+        model.float().save_pretrained(folder)
+        out = files_in(folder)
+    model.double()
+    return out | torch_case(model, lambda x: model(x).logits, (16, 16))
+
+
 # ---- timm ------------------------------------------------------------------------------------------------------------
 
 
@@ -138,6 +151,27 @@ def under(params, prefix):
     return {name.removeprefix(prefix): a for name, a in params.items() if name.startswith(prefix)}
 
 
+def attention(attn, queries, keys):
+    q, k, v = (
+        jnp.einsum("btd,dhe->bthe", x, attn[f"{n}/kernel"]) + attn[f"{n}/bias"]
+        for n, x in (("query", queries), ("key", keys), ("value", keys))
+    )
+    p = jax.nn.softmax(jnp.einsum("bqhe,bkhe->bhqk", q / jnp.sqrt(q.shape[-1]), k), axis=-1)
+    y = jnp.einsum("bhqk,bkhe->bqhe", p, v)
+    return jnp.einsum("bthe,hed->btd", y, attn["out/kernel"]) + attn["out/bias"]
+
+
+def feed_forward(mlp, x, tanh):
+    hidden = jax.nn.gelu(x @ mlp["Dense_0/kernel"] + mlp["Dense_0/bias"], approximate=tanh)
+    return hidden @ mlp["Dense_1/kernel"] + mlp["Dense_1/bias"]
+
+
+def map_head(params, x, tanh):
+    """Return what a learned query attends to, and an MLP on it."""
+    x = attention(under(params, "MultiHeadDotProductAttention_0/"), jnp.tile(params["probe"], (len(x), 1, 1)), x)
+    return (x + feed_forward(under(params, "MlpBlock_0/"), layer_norm(x, under(params, "LayerNorm_0/")), tanh))[:, 0]
+
+
 def google_forward(params, images, tanh, gap):
     kernel = params["embedding/kernel"]
     x = jax.lax.conv_general_dilated(
@@ -149,25 +183,32 @@ def google_forward(params, images, tanh, gap):
     x = x + params["Transformer/posembed_input/pos_embedding"]
     for i in range(DEPTH):
         block = under(params, f"Transformer/encoderblock_{i}/")
-        attn = under(block, "MultiHeadDotProductAttention_1/")
         y = layer_norm(x, under(block, "LayerNorm_0/"))
-        parts = ("query", "key", "value")
-        q, k, v = (jnp.einsum("btd,dhe->bthe", y, attn[f"{n}/kernel"]) + attn[f"{n}/bias"] for n in parts)
-        p = jax.nn.softmax(jnp.einsum("bqhe,bkhe->bhqk", q / jnp.sqrt(q.shape[-1]), k), axis=-1)
-        y = jnp.einsum("bhqk,bkhe->bqhe", p, v)
-        x = x + jnp.einsum("bthe,hed->btd", y, attn["out/kernel"]) + attn["out/bias"]
-        y, mlp = layer_norm(x, under(block, "LayerNorm_2/")), under(block, "MlpBlock_3/")
-        y = jax.nn.gelu(y @ mlp["Dense_0/kernel"] + mlp["Dense_0/bias"], approximate=tanh)
-        x = x + y @ mlp["Dense_1/kernel"] + mlp["Dense_1/bias"]
+        x = x + attention(under(block, "MultiHeadDotProductAttention_1/"), y, y)
+        x = x + feed_forward(under(block, "MlpBlock_3/"), layer_norm(x, under(block, "LayerNorm_2/")), tanh)
     x = layer_norm(x, under(params, "Transformer/encoder_norm/"))
-    x = x.mean(axis=1) if gap else x[:, 0]
+    if "MAPHead_0/probe" in params:
+        x = map_head(under(params, "MAPHead_0/"), x, tanh)
+    else:
+        x = x.mean(axis=1) if gap else x[:, 0]
     if "pre_logits/kernel" in params:
         x = jnp.tanh(x @ params["pre_logits/kernel"] + params["pre_logits/bias"])
     return x @ params["head/kernel"] + params["head/bias"]
 
 
-def google(gap: bool) -> dict[str, np.ndarray]:
-    tokens, width = 16 + (not gap), DIM // HEADS
+def encoder_shapes(block: str, attn: str, mlp: str) -> dict[str, tuple[int, ...]]:
+    width = DIM // HEADS
+    shapes: dict[str, tuple[int, ...]] = {}
+    for part in ("query", "key", "value"):
+        shapes |= {f"{attn}{part}/kernel": (DIM, HEADS, width), f"{attn}{part}/bias": (HEADS, width)}
+    shapes |= {f"{attn}out/kernel": (HEADS, width, DIM), f"{attn}out/bias": (DIM,)}
+    shapes |= {f"{block}LayerNorm_0/{part}": (DIM,) for part in ("scale", "bias")}
+    shapes |= {f"{mlp}Dense_0/kernel": (DIM, MLP), f"{mlp}Dense_0/bias": (MLP,)}
+    return shapes | {f"{mlp}Dense_1/kernel": (MLP, DIM), f"{mlp}Dense_1/bias": (DIM,)}
+
+
+def google(gap: bool, attention_pooling: bool = False) -> dict[str, np.ndarray]:
+    tokens = 16 + (not gap)
     shapes = {
         "embedding/kernel": (PATCH, PATCH, 3, DIM), "embedding/bias": (DIM,),
         "Transformer/posembed_input/pos_embedding": (1, tokens, DIM),
@@ -179,12 +220,11 @@ def google(gap: bool) -> dict[str, np.ndarray]:
     for i in range(DEPTH):
         block = f"Transformer/encoderblock_{i}/"
         attn, mlp = f"{block}MultiHeadDotProductAttention_1/", f"{block}MlpBlock_3/"
-        for part in ("query", "key", "value"):
-            shapes |= {f"{attn}{part}/kernel": (DIM, HEADS, width), f"{attn}{part}/bias": (HEADS, width)}
-        shapes |= {f"{attn}out/kernel": (HEADS, width, DIM), f"{attn}out/bias": (DIM,)}
-        shapes |= {f"{block}LayerNorm_{n}/{part}": (DIM,) for n in (0, 2) for part in ("scale", "bias")}
-        shapes |= {f"{mlp}Dense_0/kernel": (DIM, MLP), f"{mlp}Dense_0/bias": (MLP,)}
-        shapes |= {f"{mlp}Dense_1/kernel": (MLP, DIM), f"{mlp}Dense_1/bias": (DIM,)}
+        shapes |= encoder_shapes(block, attn, mlp)
+        shapes |= {f"{block}LayerNorm_2/{part}": (DIM,) for part in ("scale", "bias")}
+    if attention_pooling:
+        inner = "MAPHead_0/MultiHeadDotProductAttention_0/"
+        shapes |= {"MAPHead_0/probe": (1, 1, DIM)} | encoder_shapes("MAPHead_0/", inner, "MAPHead_0/MlpBlock_0/")
     params = {name: drawn(name, shape) for name, shape in shapes.items()}
     images, labels = batch((16, 16))
 
@@ -205,12 +245,12 @@ def google(gap: bool) -> dict[str, np.ndarray]:
 # ---- lucidrains ------------------------------------------------------------------------------------------------------
 
 
-def old_lucidrains() -> dict[str, np.ndarray]:
+def old_lucidrains(module: str, name: str) -> dict[str, np.ndarray]:
     sys.path.insert(0, os.environ["OLD_VIT_PYTORCH"])
-    vit = importlib.import_module("vit_pytorch.vit")
+    make = getattr(importlib.import_module(f"vit_pytorch.{module}"), name)
     model = randomised(
-        vit.ViT(image_size=16, patch_size=PATCH, num_classes=CLASSES, dim=DIM, depth=DEPTH, heads=HEADS, mlp_dim=MLP,
-                dim_head=6)
+        make(image_size=16, patch_size=PATCH, num_classes=CLASSES, dim=DIM, depth=DEPTH, heads=HEADS, mlp_dim=MLP,
+             dim_head=6)
     )  # fmt: skip
     arrays = {f"array/{name}": a.float().numpy() for name, a in model.state_dict().items()}
     return arrays | torch_case(model, model, (16, 16))
@@ -255,8 +295,11 @@ if __name__ == "__main__":
         "timm_avg": timm_case(global_pool="avg", class_token=False, fc_norm=False),
         "google": google(gap=False),
         "big_vision": google(gap=True),
+        "big_vision_map": google(gap=True, attention_pooling=True),
+        "deit": deit(),
         "resized": resized(),
-        "lucidrains": old_lucidrains(),
+        "lucidrains": old_lucidrains("vit", "ViT"),
+        "simple_vit": old_lucidrains("simple_vit", "SimpleViT"),
     }
     path = Path(__file__).with_name("other_systems.npz")
     np.savez_compressed(path, **{f"{case}/{name}": a for case, arrays in cases.items() for name, a in arrays.items()})
