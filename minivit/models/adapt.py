@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
 
+from minivit.backend import device_of, to_device, to_numpy
 from minivit.errors import MisfitError
-from minivit.models.positions import resize_matrix, resize_positions
+from minivit.models.positions import METHODS, resize_matrix, resize_patches, resize_positions
+from minivit.nn import init
+from minivit.nn.rules import Size, choice
 
 
 def check_encoder(model: Any, state: Mapping[str, np.ndarray], old: Any, keys: tuple[str, ...]) -> None:
@@ -52,14 +56,8 @@ def fit_tokens(state: dict[str, np.ndarray], own: Mapping[str, np.ndarray], old:
 
     ``old`` are the settings of the model that ``state`` is of, ``new`` those of the one that it is to fit.
     """
-    placed = False
-    for name in [name for name in state if name in own]:
-        fit = next((fit for end, fit in _POSITIONS.items() if name.endswith(end)), None)
-        if fit is not None:
-            state[name] = fit(state[name], own[name], old, new)
-            placed = True
     notes = []
-    if placed and old.grid != new.grid:
+    if _fit_positions(state, own, old, new) and old.grid != new.grid:
         notes.append("pos_embed: {} × {} patches → {} × {}".format(*old.grid, *new.grid))
     for name in old.prefix | new.prefix:
         if name not in own:
@@ -71,7 +69,23 @@ def fit_tokens(state: dict[str, np.ndarray], own: Mapping[str, np.ndarray], old:
     return notes
 
 
-def _beside(there: np.ndarray, here: np.ndarray, old: Any, new: Any) -> np.ndarray:
+def _fit_positions(
+    state: dict[str, np.ndarray], own: Mapping[str, np.ndarray], old: Any, new: Any, method: str = "bicubic"
+) -> bool:
+    """Make positions fit those of ``own``, by one of :data:`~minivit.models.positions.METHODS`; tell if there are any.
+
+    Arguments as of :func:`fit_tokens`.
+    """
+    placed = False
+    for name in [name for name in state if name in own]:
+        fit = next((fit for end, fit in _POSITIONS.items() if name.endswith(end)), None)
+        if fit is not None:
+            state[name] = fit(state[name], own[name], old, new, method)
+            placed = True
+    return placed
+
+
+def _beside(there: np.ndarray, here: np.ndarray, old: Any, new: Any, method: str = "") -> np.ndarray:
     """Return positions of the tokens beside the patches, (1, P, D): those ``there`` of tokens that both have."""
     if not here.shape[1]:
         return here
@@ -84,24 +98,24 @@ def _beside(there: np.ndarray, here: np.ndarray, old: Any, new: Any) -> np.ndarr
     return np.concatenate(parts, axis=1)
 
 
-def _fit_table(there: np.ndarray, here: np.ndarray, old: Any, new: Any) -> np.ndarray:
+def _fit_table(there: np.ndarray, here: np.ndarray, old: Any, new: Any, method: str) -> np.ndarray:
     """Return positions (1, T, D) on the new grid of patches."""
     had, has = there.shape[1] - math.prod(old.grid), here.shape[1] - math.prod(new.grid)
-    pos = resize_positions(there, old.grid, new.grid, prefix=had)
+    pos = resize_positions(there, old.grid, new.grid, had, method)
     return np.concatenate([_beside(pos[:, :had], here[:, :has], old, new), pos[:, had:]], axis=1)
 
 
-def _fit_line(there: np.ndarray, here: np.ndarray, old: Any, new: Any) -> np.ndarray:
+def _fit_line(there: np.ndarray, here: np.ndarray, old: Any, new: Any, method: str) -> np.ndarray:
     """Return the positions (n, D/2) of rows or columns, for another number of them."""
     if there.shape == here.shape:
         return there
-    return (resize_matrix(len(there), len(here)) @ there.astype(np.float64)).astype(there.dtype)
+    return (resize_matrix(len(there), len(here), method) @ there.astype(np.float64)).astype(there.dtype)
 
 
-def _fit_ways(there: np.ndarray, here: np.ndarray, old: Any, new: Any) -> np.ndarray:
+def _fit_ways(there: np.ndarray, here: np.ndarray, old: Any, new: Any, method: str) -> np.ndarray:
     """Return the table of relative positions on the new grid: the ways between patches, resized as a picture."""
     (h, w), (new_h, new_w) = ((2 * rows - 1, 2 * columns - 1) for rows, columns in (old.grid, new.grid))
-    ways = resize_positions(there[None, : h * w], (h, w), (new_h, new_w))[0]
+    ways = resize_positions(there[None, : h * w], (h, w), (new_h, new_w), method=method)[0]
     beside = there[h * w :] if len(there) > h * w else here[new_h * new_w :]
     return np.concatenate([ways, beside[: len(here) - new_h * new_w]])
 
@@ -129,3 +143,58 @@ def adapt_tokens(model: Any, state: dict[str, np.ndarray], old: Any) -> list[str
         for key in ("activation", "norm_eps")
         if getattr(old, key) != getattr(new, key)
     ]
+
+
+def resize(model: Any, image_size: Size, patch_size: Size | None = None, method: str = "bicubic") -> Any:
+    """Let ``model`` take images of another size, (height, width) or a side, in place; return the model.
+
+    Positions are resized as a picture, any rectangle of patches to any other, those of class tokens and the like apart
+    (Dosovitskiy et al. 2020, section 3.2); fixed ones are computed anew. ``method`` is what one of these systems does:
+
+    - "bicubic": timm, antialiased; as :func:`minivit.weights.transfer.init_from` does;
+    - "bicubic-hf": Hugging Face's ``interpolate_pos_encoding``;
+    - "bilinear": timm with Google's files;
+    - "zoom": Google's vit_jax, ``scipy.ndimage.zoom`` of order 1.
+
+    With ``patch_size`` the patch projection is resized too, by the pseudo-inverse of a bicubic resizing of the patches
+    (Beyer et al. 2023, FlexiViT, section 3.4). Make the optimizer afterwards: what is resized is a new parameter.
+    Raises ConfigError for a method or size that cannot be, ShapeError if the patch size does not divide the image's;
+    the model is unchanged then. ::
+
+        model.resize((64, 96)).eval()
+    """
+    choice(*METHODS)("method", method)
+    old, sizes = model.settings, {"image_size": image_size} | ({} if patch_size is None else {"patch_size": patch_size})
+    settings = replace(old, **sizes)
+    weight = model.patch_embed.proj.weight
+    with init.undrawn():
+        other = type(model)(**{f.name: getattr(settings, f.name) for f in fields(settings)})
+    other.to(weight.dtype).to(weight.device)
+    before, modules = dict(model.named_parameters()), dict(model.named_modules())
+    state = {name: to_numpy(p.data) for name, p in before.items() if name.endswith((*_POSITIONS, ".proj.weight"))}
+    own = {name: to_numpy(p.data) for name, p in other.named_parameters() if name in state}
+    _fit_positions(state, own, old, settings, method)
+    patches = "patch_embed.proj.weight"
+    if own[patches].shape != state[patches].shape:
+        state[patches] = resize_patches(state[patches], own[patches].shape[2:])
+    for path, module in other.named_modules():
+        for name in _SIZED & vars(module).keys() if path in modules else ():
+            setattr(modules[path], name, getattr(module, name))
+    model.settings = settings
+    model.train(model.training)
+    for name, new in model.named_parameters():
+        was = before[name]
+        if new is not was:
+            value = state[name] if name in state else to_numpy(was.data)
+            new.data = to_device(np.array(value), device_of(was.data))
+            new.requires_grad, new.decays, new.layer, new.matrices = (
+                was.requires_grad,
+                was.decays,
+                was.layer,
+                was.matrices,
+            )
+    return model
+
+
+_SIZED = {"patch_embed", "pos_embed", "shared_rel_pos", "rel_pos"}
+"""The attributes, of a model or a part of one, that depend on the size of the images."""

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from minivit import ops
-from minivit.models.adapt import adapt_tokens
+from minivit.models.adapt import adapt_tokens, resize
 from minivit.models.embedding import make_positions, make_relative, make_token, put_together
 from minivit.models.encoder import NORMS, make_blocks
 from minivit.models.registry import Model, register
@@ -37,7 +37,7 @@ class ViT(Model):
         "position_at", "no_embed_class", "fc_norm", "block", "norm", "mlp", "layer_scale", "qk_norm", "lsa",
         "transformer",
     )  # fmt: skip
-    adapt = adapt_tokens
+    adapt, resize = adapt_tokens, resize
 
     def make(self, s: ViTSettings) -> None:
         """Make the layers."""

@@ -73,7 +73,7 @@ class MultiHeadAttention(Module):
 
     def init_mimetic(self) -> None:
         """Draw the weights anew, as :func:`minivit.nn.init.mimetic_pair` has them."""
-        if init.outlined():
+        if init.outlined() or init.is_undrawn():
             return
         dim, width = self.proj.weight.shape[0], self.dim_head
         weights = self.qkv.weight.data.reshape(3, self.heads * width, dim)

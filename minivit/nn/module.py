@@ -242,6 +242,24 @@ class Module:
 
         ``strict`` asks for the very same names; without it, names on one side only are passed over.
         """
+        self._check_state(state, strict)
+        for name, p in self.named_parameters():
+            if name in state:
+                with on_device_of(p.data):
+                    p.data[...] = to_device(np.asarray(state[name], p.dtype), device_of(p.data))
+
+    def take_state_dict(self, state: dict[str, Any]) -> None:
+        """Do as :meth:`load_state_dict`, where nobody else holds the arrays: they become the parameters, and no copies.
+
+        It is for a model that has just been made: an optimizer would keep the parameters that were.
+        """
+        self._check_state(state, strict=True)
+        for name, p in self.named_parameters():
+            p.data = to_device(np.ascontiguousarray(state.pop(name), p.dtype), device_of(p.data))
+            p.node = Node.leaf(p) if p.requires_grad else None
+
+    def _check_state(self, state: Mapping[str, Any], strict: bool) -> None:
+        """Raise CheckpointError, with the names, for arrays that do not fit."""
         own = dict(self.named_parameters())
         wrong = [
             f"{name}: {tuple(np.shape(state[name]))} in the state, {p.shape} in the model"
@@ -257,10 +275,6 @@ class Module:
                 f"the state does not fit this {type(self).__name__}:\n  {shown}",
                 "build the model with the settings that the state was saved with",
             )
-        for name, p in own.items():
-            if name in state:
-                with on_device_of(p.data):
-                    p.data[...] = to_device(np.asarray(state[name], p.dtype), device_of(p.data))
 
 
 def set_layer(layer: int, *parts: Module | Tensor | None) -> None:

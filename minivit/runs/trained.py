@@ -83,7 +83,7 @@ def open_trained(given: str, like: str | None = None) -> Trained:
     if prepared is None:  # with others its answers would be wrong
         missing = ", ".join(key for key in ("classes", "mean", "std") if key not in data)
         what = f"{path} holds no {missing} of the images that the model was trained on"
-        remedy = "save it with them: mv.save(model, path, data=dataset)"
+        remedy = "save it with them, mv.save(model, path, data=dataset), or put another system's config.json beside it"
         if alike := names_alike(model.settings):
             remedy += f"; or, of weights from elsewhere, say whose images they take: --like {' or '.join(alike)}"
         raise CheckpointError(what, remedy)

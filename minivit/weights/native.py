@@ -17,8 +17,9 @@ from minivit.data.fit import is_fit
 from minivit.data.preparation import recorded
 from minivit.errors import CheckpointError, ConfigError, DataError, MinivitError, value_text
 from minivit.models import KINDS, Model, Settings, build, model_outline, read_settings
-from minivit.nn.module import Module
+from minivit.nn import init
 from minivit.weights.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from minivit.weights.foreign import converted, open_foreign
 
 FIRST_KIND = "vit"
 """What a checkpoint holds that does not say its kind: there was one only."""
@@ -87,39 +88,35 @@ def data_meta(data: Dataset) -> dict[str, Any]:
     }
 
 
-def load_weights(model: Module, path: str | Path) -> None:
-    """Copy the parameters of a checkpoint into ``model``; nothing is changed if they do not fit.
+def read_checkpoint(path: str | Path) -> Checkpoint:
+    """Read a checkpoint, or another system's file as the one that minivit would have written of its model.
 
-    Of a run that kept an average of them (:class:`minivit.train.ema.EMA`) they are the averaged ones. Raises
-    CheckpointError if the file cannot be used, or names the parameters that differ.
+    Raises CheckpointError, with what to do, if it cannot be used.
     """
-    try:
-        model.load_state_dict(parameters_of(load_checkpoint(path)))
-    except CheckpointError as error:
-        if error.what.startswith("the state does not fit"):
-            raise CheckpointError(f"{path}: {error.what}", f"{error.remedy}; or mv.load_model(path)") from error
-        raise
+    foreign = open_foreign(path)
+    return load_checkpoint(path) if foreign is None else converted(foreign)
 
 
 def load_model(path: str | Path) -> Model:
     """Build the model that a checkpoint was saved from, in eval mode, with the dtype of the stored parameters.
 
-    Where a run kept an average of the parameters, that is what the model gets. Raises CheckpointError if the file
-    cannot be used.
+    Where a run kept an average of the parameters, that is what the model gets. Other systems' files, as
+    :func:`minivit.load_weights` reads them, say all that is needed where a config.json lies beside them, or where they
+    are of the usual sizes. Raises CheckpointError if the file cannot be used.
     """
-    return _build(load_checkpoint(path), path)
+    return _build(read_checkpoint(path), path)
 
 
 def read_model(path: str | Path) -> tuple[Model, dict[str, Any]]:
     """Return :func:`load_model`'s model, and the checkpoint's meta, its ``data`` as :func:`data_of` returns them."""
-    checkpoint = load_checkpoint(path)
+    checkpoint = read_checkpoint(path)
     model = _build(checkpoint, path)
     return model, checkpoint.meta | {"data": data_of(checkpoint, model.config, path)}
 
 
 def stored_settings(path: str | Path) -> Settings:
     """Return the settings of the model in a checkpoint; their class is their ``kind``'s."""
-    return checked_settings(load_checkpoint(path), path)
+    return checked_settings(read_checkpoint(path), path)
 
 
 def model_config(path: str | Path) -> dict[str, Any]:
@@ -129,15 +126,22 @@ def model_config(path: str | Path) -> dict[str, Any]:
 
 def _build(checkpoint: Checkpoint, path: str | Path) -> Model:
     settings, state = checked_settings(checkpoint, path), parameters_of(checkpoint)
+    checkpoint.arrays.clear()  # so that none is in memory twice
     try:
-        model = build(settings.kind, settings.config).to(np.result_type(*state.values()))
+        model = undrawn(settings.kind, settings.config, np.result_type(*state.values()))
     except (TypeError, ValueError) as error:
         raise unusable_settings(path, error) from error
-    model.load_state_dict(state)
+    model.take_state_dict(state)
     data = data_of(checkpoint, settings.config, path)
     if "name" not in data:  # of no data set that it was trained on here
         model.preparation, model.class_names = recorded(data), tuple(data.get("classes", ()))
     return model.eval()
+
+
+def undrawn(kind: str, config: Mapping[str, Any], dtype: Any) -> Model:
+    """Return a model whose parameters are still to come."""
+    with init.undrawn():
+        return build(kind, config).to(dtype)
 
 
 def parameters_of(checkpoint: Checkpoint) -> dict[str, np.ndarray]:

@@ -1,0 +1,71 @@
+"""timm's state dicts, and DeiT's, which bear the same names: minivit's own names and layouts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from minivit.models import MODELS, read_settings
+from minivit.weights.names import Layout, collected
+from minivit.weights.stored import Entry
+
+ACTIVATIONS = {
+    "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_tanh": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_tanh", "relu": "relu", "silu": "silu", "swish": "silu", "tanh": "tanh",
+}  # fmt: skip
+"""Our activations by what timm and Hugging Face call them."""
+
+_PREFIXES = ("module.", "model.", "state_dict.", "")
+
+
+def entries_of(found: Mapping[str, Entry]) -> dict[str, Entry] | None:
+    """Return the entries under timm's names; training's wrappers put a word before them."""
+    for prefix in _PREFIXES:
+        if f"{prefix}blocks.0.norm1.weight" in found or f"{prefix}patch_embed.proj.weight" in found:
+            return collected((name.removeprefix(prefix), entry) for name, entry in found.items())
+    return None
+
+
+def settings_of(entries: Mapping[str, Entry], config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a config.json of timm's says: heads and image size by the architecture's name or its arguments."""
+    given = config.get("model_args")
+    args: Mapping[str, Any] = given if isinstance(given, dict) else {}
+    name = str(config.get("architecture")).partition(".")[0]  # without the tag of its weights
+    out: dict[str, Any] = {"activation": "gelu", "norm_eps": 1e-6}
+    if name in MODELS:
+        known = read_settings(*MODELS[name]).config
+        out |= {key: known[key] for key in ("heads", "image_size") if key in known}
+    about = config.get("pretrained_cfg")
+    size = about.get("input_size") if isinstance(about, dict) else None
+    if isinstance(size, list) and len(size) == 3:
+        out["image_size"] = size[1:]
+    for theirs, ours in (("img_size", "image_size"), ("num_heads", "heads"), ("act_layer", "activation")):
+        if args.get(theirs) is not None:
+            out[ours] = args[theirs]
+    pool = config.get("global_pool", "")
+    if pool:
+        out["pool"] = {"token": "cls", "avg": "mean"}.get(str(pool), pool)
+    out["activation"] = ACTIVATIONS.get(str(out["activation"]), out["activation"])
+    return out
+
+
+def data_of(config: Mapping[str, Any], preparation: Mapping[str, Any]) -> dict[str, Any]:
+    """Return mean, standard deviation and classes of a config.json of timm's."""
+    about = config.get("pretrained_cfg")
+    found: Mapping[str, Any] = about if isinstance(about, dict) else {}
+    out = {key: found[key] for key in ("mean", "std") if key in found}
+    names = config.get("label_names", found.get("label_names"))
+    return out | ({} if names is None else {"classes": names})
+
+
+LAYOUT = Layout(
+    "timm", (), entries_of, settings_of, data_of,
+    passed=("pre_logits.fc.", "attn_mask", "mask_token"),
+    lacking={
+        "dist_token": "a distillation token", "head_dist": "the head of a distillation token",
+        "reg_token": "register tokens",
+        ".ls1.": "LayerScale", ".ls2.": "LayerScale", "q_norm": "norms of queries and keys",
+        "k_norm": "norms of queries and keys", "fc_norm": "a norm after pooling", "norm_pre": "a norm before them",
+        "attn_pool": "attention pooling (MAP)", "patch_embed.backbone": "a convolutional network before the blocks",
+    },
+)  # fmt: skip
