@@ -21,7 +21,9 @@ from minivit.errors import CheckpointError, ConfigError, DataError
 from minivit.models import MODELS, configuration, count_parameters, names_alike, read_settings
 from minivit.models.preparations import PREPARATIONS, prepare
 from minivit.runs.trained import open_trained
+from minivit.weights import huggingface
 from minivit.weights.checkpoint import load_checkpoint, save_checkpoint
+from tests.weight_files import safetensors
 
 GOLDENS = Path(__file__).parent / "goldens"
 TIMM: dict[str, list[Any]] = json.loads((GOLDENS / "timm_models.json").read_text())
@@ -362,3 +364,100 @@ def test_checkpoints_of_before_prepare_as_before(here: Path) -> None:
     save_checkpoint("a.npz", kept.arrays, kept.meta | {"data": {**numbers, "fit": "centre bicubic 1e-9"}})
     with pytest.raises(CheckpointError, match=r"data\.fit is 'centre bicubic 1e-9', not 'stretch', 'crop' or as"):
         mv.load_model("a.npz")
+
+
+# ---- other systems' files --------------------------------------------------------------------------------------------
+
+SIZES = {"image_size": 32, "patch_size": 16, "dim": 16, "depth": 1, "heads": 2, "mlp_dim": 24}
+
+
+def timm_file(path: Path, model: mv.ViT, config: dict[str, Any] | None = None) -> Path:
+    path.write_bytes(safetensors(model.state_dict()))
+    if config is not None:
+        path.with_name("config.json").write_text(json.dumps(config))
+    return path
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["test_vit2", "test_vit3", "test_vit4", "deit_tiny_distilled_patch16_224", "deit3_small_patch16_224",
+     "flexivit_base", "eva_large_patch14_336", "vit_giant_patch14_dinov2", "vit_base_patch14_reg4_dinov2",
+     "vit_base_patch16_rpn_224",
+     "vit_medium_patch16_gap_384", "vit_wee_patch16_reg1_gap_256", "vit_so150m_patch16_reg4_map_256",
+     "vit_base_patch16_224_miil"],
+)  # fmt: skip
+def test_a_file_of_timms_is_the_named_model_whatever_it_says(name: str, tmp_path: Path) -> None:
+    model = mv.create_model(name, **SIZES, num_classes=5).eval()
+    for i, p in enumerate(model.parameters()):
+        p.data += 0.3 * normal(mv.Key(i), p.shape).astype(np.float32)
+    path = timm_file(tmp_path / "model.safetensors", model)
+    same = mv.create_model(name, weights=path, **SIZES).eval()
+    assert {**same.settings.written_out(), "layer_scale": None, "seed": 0} == {
+        **model.settings.written_out(), "layer_scale": None, "class_token": same.settings.class_token,
+        "no_embed_class": same.settings.no_embed_class,
+    }  # fmt: skip
+    x = normal(mv.Key(9), (2, 3, 32, 32)).astype(np.float32)
+    assert np.array_equal(mv.predict_logits(same, x), mv.predict_logits(model, x))
+    assert same.preparation == mv.preparation(name)
+    with pytest.warns(UserWarning, match="head: new"):
+        assert mv.create_model(name, weights=path, **SIZES, num_classes=4).preparation is None
+
+
+CONFIGS: dict[str, tuple[dict[str, Any], Preparation | None]] = {
+    "all": ({"architecture": "x", "pretrained_cfg": {
+        "mean": [0.1, 0.2, 0.3], "std": [1, 1, 1],
+        "interpolation": "bilinear", "crop_pct": 0.875, "crop_mode": "squash",
+    }}, Preparation("squash bilinear 0.875", (0.1, 0.2, 0.3), (1, 1, 1))),
+    "a name with a tag": ({"architecture": "deit_tiny_patch16_224.fb_in1k"}, mv.preparation("deit_tiny_patch16_224")),
+    "timm's defaults": ({"pretrained_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3}}, Preparation(
+        "centre bicubic 0.875", (0.5,) * 3, (0.5,) * 3)),
+    "a border": ({"architecture": "deit_tiny_patch16_224", "pretrained_cfg": {
+        "mean": [0.5] * 3, "std": [0.5] * 3, "crop_mode": "border"}}, None),
+    "another filter": ({"pretrained_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "lanczos"}}, None),
+    "no number": ({"pretrained_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3, "crop_pct": "all"}}, None),
+    "nothing": ({}, None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_timms_config_says_how_images_are_prepared(case: str, tmp_path: Path) -> None:
+    config, expected = CONFIGS[case]
+    config = config | {"model_args": {"img_size": 32, "num_heads": 1}}
+    path = timm_file(tmp_path / "model.safetensors", mv.ViT(**{**TINY, "dim": 64, "heads": 1}), config)
+    assert mv.load_model(path).preparation == expected
+    if expected is None:
+        with pytest.raises(CheckpointError, match="holds no classes, mean, std"):
+            open_trained(str(path))
+    else:
+        assert open_trained(str(path)).preparation == expected
+
+
+HALF = {"mean": 0.5, "std": 0.5}
+PROCESSORS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "none": ({}, {**HALF, "fit": "squash bilinear 1"}),
+    "google's": ({"do_resize": True, "resample": 2, "size": 224, "image_mean": [0.5] * 3, "image_std": [0.5] * 3},
+                 {"mean": [0.5] * 3, "std": [0.5] * 3, "fit": "squash bilinear 1"}),
+    "deit's": ({"size": 256, "crop_size": 224, "do_center_crop": True, "resample": 3},
+               {**HALF, "fit": "squash bicubic 0.875"}),
+    "an edge": ({"size": {"shortest_edge": 232}, "crop_size": {"height": 224, "width": 224}, "do_center_crop": True},
+                {**HALF, "fit": "centre bilinear 0.965517241379"}),
+    "no normalising": ({"do_normalize": False}, {"mean": 0.0, "std": 1.0, "fit": "squash bilinear 1"}),
+    "to 2": ({"rescale_factor": 2 / 255, "image_mean": [1, 1, 1], "image_std": [1, 1, 1]},
+             {"mean": [0.5] * 3, "std": [0.5] * 3, "fit": "squash bilinear 1"}),
+    "another filter": ({"resample": 1}, {}), "no filter": ({"resample": [2]}, {}),
+    "no factor": ({"rescale_factor": 0}, {}),
+    "a crop beyond": ({"size": 224, "crop_size": 256, "do_center_crop": True}, {}),
+    "a crop of nothing": ({"size": {"shortest_edge": "x"}, "crop_size": 0, "do_center_crop": True}, {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", PROCESSORS)
+def test_a_preprocessor_config_says_how_images_are_prepared(case: str) -> None:
+    about, expected = PROCESSORS[case]
+    found = huggingface.prepared(about)
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        assert found[key] == (value if key == "fit" else pytest.approx(value))
+    if "shortest_edge" in str(about) and found:
+        part = read_fit(found["fit"]).part
+        assert int(224 / part) == 232

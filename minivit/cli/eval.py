@@ -64,6 +64,8 @@ def run(args: argparse.Namespace) -> int:
         print(json_text(result | about | {"labels": matching.rows, "remark": matching.remark}))
     else:
         print(printable(f"{trained.path} on {parts[0].name}, {args.split}: {result['count']:,} images"))
+        if trained.from_elsewhere:
+            print(f"prepared: {trained.preparation.text(*trained.image_shape[1:])}")
         if args.data is not None and args.split != "all" and kind_of(name) == "folder":
             print(printable(f"splits: {list_folder(name).how}; --split all takes them together"))
         print(f"\n{figures(result, matching)}")

@@ -48,6 +48,8 @@ def run(args: argparse.Namespace) -> int:
     tell = partial(print, file=sys.stderr)
     if trained.path != args.checkpoint:
         tell(printable(f"checkpoint  {trained.path}"))
+    if trained.from_elsewhere:
+        tell(f"prepared    {trained.preparation.text(*trained.image_shape[1:])}")
     trained.model.to(auto_device(args.device)[0])
     rows, inverted = answer_all(args.images, trained, args.invert, tell)
     if inverted:

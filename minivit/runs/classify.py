@@ -57,7 +57,7 @@ def answer_all(
             continue
         if invert:
             image = negative(image)
-        if "name" in trained.data and looks_inverted(image, trained.mean):  # else it is not the images' own mean
+        if not trained.from_elsewhere and looks_inverted(image, trained.mean):  # else it is not the images' own mean
             inverted.append(name)
         waiting.append((rows[-1], image))
         if len(waiting) == AT_ONCE:

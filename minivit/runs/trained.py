@@ -54,6 +54,11 @@ class Trained:
         return self.preparation.std
 
     @property
+    def from_elsewhere(self) -> bool:
+        """Whether the weights are of no data set that is recorded: of another system, most likely."""
+        return "name" not in self.data
+
+    @property
     def folder_fit(self) -> str:
         """How a folder's pictures are brought to the model's size: as folders always are, or as other systems do."""
         return FIT if self.preparation.fit in OWN_FITS else self.preparation.fit

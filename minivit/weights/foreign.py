@@ -141,8 +141,8 @@ class Foreign:
         except ConfigError as error:
             raise CheckpointError(f"{self.path}: config.json: {error.what}", error.remedy) from error
 
-    def data(self, classes: int, channels: int) -> dict[str, Any]:
-        """Return what is known of images and classes, as a checkpoint's ``data``."""
+    def about(self, classes: int, channels: int) -> dict[str, Any]:
+        """Return what is known of images and classes, as a checkpoint's meta has it: its ``data``."""
         found = self.layout.data_of(self.config, self.preparation)
         for key in ("mean", "std"):
             if type(found.get(key)) in (int, float):
@@ -150,7 +150,7 @@ class Foreign:
         labels = found.get("classes")
         if isinstance(labels, list) and len(labels) != classes:
             del found["classes"]  # of another head
-        return found
+        return {"data": found}
 
     # ---- its numbers ----
 
@@ -297,5 +297,5 @@ def converted(foreign: Foreign) -> Checkpoint:
     if (pos := state.get("pos_embed")) is not None and pos.shape != shapes["pos_embed"]:
         what = f"{foreign.path}: {pos.shape[1]} positions, but images of {settings['image_size']} make "
         raise CheckpointError(f"{what}{shapes['pos_embed'][1]}", "its config.json is another model's")
-    meta = {"kind": KIND, "model": made.config, "data": foreign.data(settings["num_classes"], settings["in_channels"])}
+    meta = {"kind": KIND, "model": made.config, **foreign.about(settings["num_classes"], settings["in_channels"])}
     return Checkpoint({f"model/{name}": array for name, array in state.items()}, meta)

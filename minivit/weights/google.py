@@ -137,8 +137,8 @@ def settings_of(entries: Mapping[str, Entry], config: Mapping[str, Any]) -> dict
 
 
 def data_of(config: Mapping[str, Any], preparation: Mapping[str, Any]) -> dict[str, Any]:
-    """Return that images are stretched to the model's size and scaled to ±1, as vit_jax does it."""
-    return {"mean": 0.5, "std": 0.5, "fit": "stretch"}
+    """Return that images are squashed to the model's size and scaled to ±1, as vit_jax does it."""
+    return {"mean": 0.5, "std": 0.5, "fit": "squash bilinear 1"}
 
 
 LAYOUT = Layout(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
 
+from minivit.data.fit import is_fit
 from minivit.weights.names import Layout, Row, collected, rows
 from minivit.weights.stored import Entry
 from minivit.weights.timm import ACTIVATIONS
@@ -82,16 +84,60 @@ def settings_of(entries: Mapping[str, Entry], config: Mapping[str, Any]) -> dict
 
 def data_of(config: Mapping[str, Any], preparation: Mapping[str, Any]) -> dict[str, Any]:
     """Return the classes of config.json, and how images are prepared, of preprocessor_config.json or as by default."""
-    out: dict[str, Any] = {"mean": 0.5, "std": 0.5, "fit": "stretch"}
-    if preparation.get("do_normalize", True):
-        given = {"mean": "image_mean", "std": "image_std"}
-        out |= {ours: preparation[theirs] for ours, theirs in given.items() if preparation.get(theirs) is not None}
-    else:
-        out |= {"mean": 0.0, "std": 1.0}
+    return prepared(preparation) | classes_of(config)
+
+
+def deit_data_of(config: Mapping[str, Any], preparation: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the same, but for the default: DeiT's images were prepared in another way."""
+    return (prepared(preparation) if preparation else {}) | classes_of(config)
+
+
+def classes_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the names of the classes."""
     labels = config.get("id2label")
-    if isinstance(labels, dict):
-        out["classes"] = [labels.get(str(i)) for i in range(len(labels))]
-    return out
+    return {"classes": [labels.get(str(i)) for i in range(len(labels))]} if isinstance(labels, dict) else {}
+
+
+def prepared(about: Mapping[str, Any]) -> dict[str, Any]:
+    """Return how images are prepared: what preprocessor_config.json says, {} for what we cannot do.
+
+    What it leaves out is as in the file of google/vit-base-patch16-224.
+    """
+    mean, std = (0.5 if about.get(key) is None else about[key] for key in ("image_mean", "image_std"))
+    if not about.get("do_normalize", True):
+        mean, std = 0.0, 1.0
+    factor = about.get("rescale_factor", 1 / 255) if about.get("do_rescale", True) else 1.0
+    if type(factor) not in (int, float) or not 1e-6 < factor < 1e6:
+        return {}
+    if abs((times := 255 * factor) - 1) > 1e-9:  # (x · factor − mean) / std as (x / 255 − m) / s
+        mean, std = _divided(mean, times), _divided(std, times)
+    fit = _fit(about)
+    return {"mean": mean, "std": std, "fit": fit} if is_fit(fit) else {}
+
+
+def _divided(values: Any, by: float) -> Any:
+    """Return a number, or each of a list of numbers, divided; what is neither is told by whoever reads it."""
+    if isinstance(values, list):
+        return [_divided(value, by) for value in values]
+    return values / by if type(values) in (int, float) else values
+
+
+def _fit(about: Mapping[str, Any]) -> str:
+    """Return the fit of a preprocessor_config.json: of the sides that it names their proportion matters."""
+    size, crop = about.get("size", 1), about.get("crop_size", 224)
+    how = "squash"
+    if isinstance(size, dict) and "shortest_edge" in size:
+        size, how = size["shortest_edge"], "centre"
+    size, crop = (x.get("height") if isinstance(x, dict) else x for x in (size, crop))
+    part = 1.0
+    if about.get("do_center_crop", False):
+        if type(size) is not int or type(crop) is not int or not 0 < crop <= size:
+            return ""
+        part = crop / size
+        if math.floor(crop / part) != size:  # rounding took the last pixel
+            part = crop / (size + 0.5)
+    interpolation = {"2": "bilinear", "3": "bicubic"}.get(str(about.get("resample", 2)), "")  # Pillow's numbers
+    return f"{how} {interpolation} {part:.12g}"
 
 
 LAYOUT = Layout(
@@ -114,7 +160,7 @@ DEIT = Layout(
     tuple(
         Row(row.ours, tuple(_HEADS.get(n, n.replace("vit.", "deit.")) for n in row.theirs), row.form) for row in ROWS
     ) + rows(_DISTILLED),
-    lambda found: entries_of(found, ("deit.",)), settings_of, data_of,
+    lambda found: entries_of(found, ("deit.",)), settings_of, deit_data_of,
     passed=("deit.pooler.", "deit.embeddings.mask_token", "decoder."),
     lacking={"classifier.": "a head of the class token alone, beside a distillation token"},
 )  # fmt: skip

@@ -14,11 +14,12 @@ from minivit.errors import CheckpointError, MisfitError, printable
 from minivit.models import Model, configuration
 from minivit.models import create_model as new_model
 from minivit.models.adapt import fit_tokens
+from minivit.models.preparations import PREPARATIONS
 from minivit.nn.module import Module
 from minivit.nn.rules import pair
 from minivit.weights.checkpoint import Checkpoint, load_checkpoint
 from minivit.weights.foreign import Foreign, beside_patches, open_foreign
-from minivit.weights.native import FIRST_KIND, checked_settings, parameters_of, undrawn
+from minivit.weights.native import FIRST_KIND, checked_settings, keep_preparation, parameters_of, undrawn
 
 Tell = Callable[[str], object]
 
@@ -61,8 +62,10 @@ def create_model(name: str, *, weights: str | Path | None = None, tell: Tell | N
     Without ``weights`` it is freshly initialised. With a file, one that :func:`load_weights` reads, it has the file's
     weights: its sizes are those of its name, and the number of classes, the kind of GELU, the eps of its norms and the
     like are the file's unless they are given. Another ``num_classes`` than the file's gives a new head of zeros, and
-    another grid of patches resized positions; ``tell`` is called with a line that says so, or a warning does. Raises
-    ConfigError for an unknown name or setting, and CheckpointError as load_weights does.
+    another grid of patches resized positions; ``tell`` is called with a line that says so, or a warning does.
+    ``model.preparation``, how images are prepared, is what the file or the config.json beside it says; or, of timm's
+    weights without one, what the name is known for. Raises ConfigError for an unknown name or setting, and
+    CheckpointError as load_weights does.
     """
     if weights is None:
         return new_model(name, **settings)
@@ -77,12 +80,18 @@ def create_model(name: str, *, weights: str | Path | None = None, tell: Tell | N
             what = f"{weights} holds a model of the kind {found.kind}, {name} is a {kind}"
             raise CheckpointError(what, "mv.load_model(path) builds the file's")
         said = found.config
+    if (usual.get("pool"), said.get("pool")) == ("map_all", "map"):  # which the file, without its config, cannot tell
+        said = {**said, "pool": "map_all"}
     values = {**usual, **{key: value for key, value in said.items() if key not in _SIZES}, **settings}
     new_head = "num_classes" in settings and settings["num_classes"] != said.get("num_classes")
     if new_head:
         values["head"] = "linear"
     model = undrawn(kind, values, dtype)
     _say(_load(model, source, weights, new_head, fresh=True), weights, tell)
+    known = PREPARATIONS.get(name)
+    untold = isinstance(source, Foreign) and source.layout.name == "timm" and not source.config
+    if untold and not new_head and known is not None and len(known.mean) == model.settings.in_channels:
+        model.preparation = known
     return model
 
 
@@ -124,6 +133,9 @@ def _load(model: Any, source: Foreign | Checkpoint, path: str | Path, new_head: 
         classes = model.settings.num_classes
         model.reset_head(classes)
         notes.append(f"head: new, for {classes} classes")
+    elif isinstance(model, Model):
+        sizes = model.settings.num_classes, model.settings.in_channels
+        keep_preparation(model, source.about(*sizes) if isinstance(source, Foreign) else source.meta, path)
     return notes
 
 

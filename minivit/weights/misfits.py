@@ -41,7 +41,7 @@ def misfits(
                 misshapen.append(f"misshapen   {entry.name}: {entry.shape} in the file, {of} in the model's {name}")
     for name in [n for n in left if n.startswith(layout.passed or (" ",)) or not math.prod(left[n].shape)]:
         del left[name]
-    for ours in ("head.weight", "head.bias", "pre_logits.weight", "pre_logits.bias"):
+    for ours in (f"{name}.{kind}" for name in ("head", "head_dist", "pre_logits") for kind in ("weight", "bias")):
         row = layout.row(ours)
         if row is not None and ours.startswith(tuple(skip) or (" ",)):
             left.pop(row.theirs[0], None)

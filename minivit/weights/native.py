@@ -111,7 +111,7 @@ def read_model(path: str | Path) -> tuple[Model, dict[str, Any]]:
     """Return :func:`load_model`'s model, and the checkpoint's meta, its ``data`` as :func:`data_of` returns them."""
     checkpoint = read_checkpoint(path)
     model = _build(checkpoint, path)
-    return model, checkpoint.meta | {"data": data_of(checkpoint, model.config, path)}
+    return model, checkpoint.meta | {"data": data_of(checkpoint.meta, model.config, path)}
 
 
 def stored_settings(path: str | Path) -> Settings:
@@ -132,10 +132,19 @@ def _build(checkpoint: Checkpoint, path: str | Path) -> Model:
     except (TypeError, ValueError) as error:
         raise unusable_settings(path, error) from error
     model.take_state_dict(state)
-    data = data_of(checkpoint, settings.config, path)
-    if "name" not in data:  # of no data set that it was trained on here
-        model.preparation, model.class_names = recorded(data), tuple(data.get("classes", ()))
+    keep_preparation(model, checkpoint.meta, path)
     return model.eval()
+
+
+def keep_preparation(model: Model, meta: Mapping[str, Any], path: str | Path) -> None:
+    """Let a model know how images are prepared for weights that came from elsewhere, as a checkpoint's meta says it.
+
+    Of weights that were trained here it knows nothing: whoever goes on training has data of his own.
+    """
+    data = data_of(meta, model.config, path)
+    elsewhere = "name" not in data
+    model.preparation = recorded(data) if elsewhere else None
+    model.class_names = tuple(data.get("classes", ())) if elsewhere else ()
 
 
 def undrawn(kind: str, config: Mapping[str, Any], dtype: Any) -> Model:
@@ -194,12 +203,12 @@ def _difference(settings: Settings, state: Mapping[str, np.ndarray]) -> str:
     return ""
 
 
-def data_of(checkpoint: Checkpoint, config: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
-    """Return what a checkpoint says of its data: what :func:`data_meta` returns, or a part of it.
+def data_of(meta: Mapping[str, Any], config: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
+    """Return what a checkpoint's ``meta`` says of its data: what :func:`data_meta` returns, or a part of it.
 
     ``config`` holds the settings of its model. Raises CheckpointError if an entry is not what it should be.
     """
-    found = checkpoint.meta.get("data", {})
+    found = meta.get("data", {})
     classes, channels = config["num_classes"], config["in_channels"]
 
     def numbers(value: Any, least: float) -> bool:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from minivit.data.fit import is_fit
 from minivit.models import MODELS, read_settings
+from minivit.models.preparations import PREPARATIONS
 from minivit.weights.names import Layout, collected
 from minivit.weights.stored import Entry
 
@@ -26,15 +28,22 @@ def entries_of(found: Mapping[str, Entry]) -> dict[str, Entry] | None:
     return None
 
 
+def architecture(config: Mapping[str, Any]) -> str:
+    """Return the name of the model that a config.json speaks of, without the tag of its weights."""
+    return str(config.get("architecture")).partition(".")[0]
+
+
 def settings_of(entries: Mapping[str, Entry], config: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a config.json of timm's says: heads and image size by the architecture's name or its arguments."""
     given = config.get("model_args")
     args: Mapping[str, Any] = given if isinstance(given, dict) else {}
-    name = str(config.get("architecture")).partition(".")[0]  # without the tag of its weights
+    name = architecture(config)
     out: dict[str, Any] = {"activation": "gelu", "norm_eps": 1e-6}
     if name in MODELS:
         known = read_settings(*MODELS[name]).config
         out |= {key: known[key] for key in ("heads", "image_size") if key in known}
+        if known.get("pool") == "map_all":  # whose arrays are those of "map"
+            out["pool"] = "map_all"
     about = config.get("pretrained_cfg")
     size = about.get("input_size") if isinstance(about, dict) else None
     if isinstance(size, list) and len(size) == 3:
@@ -43,17 +52,24 @@ def settings_of(entries: Mapping[str, Entry], config: Mapping[str, Any]) -> dict
         if args.get(theirs) is not None:
             out[ours] = args[theirs]
     pool = config.get("global_pool", "")
-    if pool:
+    if pool and not (pool == "map" and "pool" in out):
         out["pool"] = {"token": "cls", "avg": "mean"}.get(str(pool), pool)
     out["activation"] = ACTIVATIONS.get(str(out["activation"]), out["activation"])
     return out
 
 
 def data_of(config: Mapping[str, Any], preparation: Mapping[str, Any]) -> dict[str, Any]:
-    """Return mean, standard deviation and classes of a config.json of timm's."""
+    """Return how images are prepared and the classes, of a config.json of timm's or of the model that it names."""
     about = config.get("pretrained_cfg")
     found: Mapping[str, Any] = about if isinstance(about, dict) else {}
-    out = {key: found[key] for key in ("mean", "std") if key in found}
+    name = architecture(config)
+    out: dict[str, Any] = PREPARATIONS[name].meta() if name in PREPARATIONS else {}
+    if "mean" in found and "std" in found:
+        how = {"center": "centre"}.get(mode := str(found.get("crop_mode") or "center"), mode)
+        part = found.get("crop_pct") or 0.875
+        fit = f"{how} {found.get('interpolation', 'bicubic')} {part:.12g}" if type(part) in (int, float) else ""
+        # what we cannot do is left out: then nobody knows how, and says so
+        out = {"mean": found["mean"], "std": found["std"], "fit": fit} if is_fit(fit) else {}
     names = config.get("label_names", found.get("label_names"))
     return out | ({} if names is None else {"classes": names})
 
