@@ -432,6 +432,18 @@ def test_timms_config_says_how_images_are_prepared(case: str, tmp_path: Path) ->
         assert open_trained(str(path)).preparation == expected
 
 
+def test_a_bare_file_of_timms_is_like_the_model_that_is_named(tmp_path: Path) -> None:
+    model = mv.create_model("test_vit4", num_classes=3)
+    path = timm_file(tmp_path / "model.safetensors", model)
+    with pytest.raises(CheckpointError, match="does not say heads"):
+        open_trained(str(path))
+    trained = open_trained(str(path), like="test_vit4")
+    assert trained.model.settings.written_out()["heads"] == 3 and not trained.model.training
+    assert trained.preparation == mv.preparation("test_vit4") and trained.from_elsewhere
+    with pytest.raises(CheckpointError, match="does not fit the model"):
+        open_trained(str(path), like="test_vit")
+
+
 HALF = {"mean": 0.5, "std": 0.5}
 PROCESSORS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "none": ({}, {**HALF, "fit": "squash bilinear 1"}),

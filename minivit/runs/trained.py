@@ -15,6 +15,8 @@ from minivit.errors import CheckpointError, NonFiniteError
 from minivit.models import MODELS, Model, names_alike, preparation
 from minivit.runs.folder import find_checkpoint
 from minivit.show.text import plural
+from minivit.weights.foreign import open_foreign
+from minivit.weights.load import create_model
 from minivit.weights.native import read_model
 
 
@@ -70,15 +72,24 @@ class Trained:
         return shape
 
 
+def _read(path: str, like: str | None) -> tuple[Model, dict[str, Any]]:
+    """Read the model in a file, and its meta. A bare state dict of timm's does not say all: the name says the rest."""
+    foreign = None if like is None else open_foreign(path)
+    if like is None or foreign is None or foreign.layout.name != "timm" or foreign.config:
+        return read_model(path)
+    return create_model(like, weights=path).eval(), {}
+
+
 def open_trained(given: str, like: str | None = None) -> Trained:
     """Read the model of a checkpoint or a run's folder.
 
-    Images are prepared for it as the checkpoint says, or as for the named model that it is ``like``. Raises
-    CheckpointError if it cannot be used or does not say how, ConfigError for a name that is known for no weights, and
-    NonFiniteError, naming the first, if a parameter is not finite.
+    Images are prepared for it as the checkpoint says, or as for the named model that it is ``like``; what a file of
+    timm's without its config.json does not say of the model, that name says, too. Raises CheckpointError if it cannot be used
+    or does not say how, ConfigError for a name that is known for no weights, and NonFiniteError, naming the first, if a
+    parameter is not finite.
     """
     path = find_checkpoint(given)
-    model, meta = read_model(path)
+    model, meta = _read(path, like)
     for name, p in model.named_parameters():
         if not math.isfinite(p.data.min()) or not math.isfinite(p.data.max()):  # both are NaN if any element is
             remedy = "use a checkpoint from before the training diverged, or train again with a lower learning rate"
