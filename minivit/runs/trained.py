@@ -84,9 +84,9 @@ def open_trained(given: str, like: str | None = None) -> Trained:
     """Read the model of a checkpoint or a run's folder.
 
     Images are prepared for it as the checkpoint says, or as for the named model that it is ``like``; what a file of
-    timm's without its config.json does not say of the model, that name says, too. Raises CheckpointError if it cannot be used
-    or does not say how, ConfigError for a name that is known for no weights, and NonFiniteError, naming the first, if a
-    parameter is not finite.
+    timm's without its config.json does not say of the model, that name says, too. Raises CheckpointError if it cannot
+    be used or does not say how, ConfigError for a name that is known for no weights, and NonFiniteError, naming the
+    first, if a parameter is not finite.
     """
     path = find_checkpoint(given)
     model, meta = _read(path, like)
