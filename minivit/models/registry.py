@@ -159,6 +159,15 @@ class Model(Module):
         """All settings but those that change no number: ``type(model)(**model.config)`` is one like it, untrained."""
         return self.settings.config
 
+    def check_portable(self) -> None:
+        """Raise ConfigError if a setting is a module itself, which no checkpoint can hold and no second model have."""
+        for name, value in self.config.items():
+            if isinstance(value, Module):
+                what = f"{name} is a {type(value).__name__} itself: settings could not say how to build another"
+                raise ConfigError(
+                    what, f"register what makes it (minivit.register_encoder), and set {name} to its name"
+                )
+
     def reset_head(self, num_classes: int) -> None:
         """Replace the head by one linear layer of zeros, as for fine-tuning; ConfigError if ``head`` is none."""
         if not isinstance(getattr(self, "head", None), Linear):

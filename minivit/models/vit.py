@@ -96,17 +96,17 @@ class ViT(Model):
         tokens = [self.cls_token, self.dist_token, self.reg_token]
         return self.embed_drop(put_together(x, tokens, table(self.pos_embed, x)))  # → (B, T, dim)
 
-    def mask(self, mask: Any, x: Any) -> Any:
-        """Return what tokens x (B, T, dim) may not attend to, as scores (B, heads, T, T) have it: ``mask``, or more."""
-        mask = attention_mask(mask, x.shape[1], x.shape[0])
+    def masked(self, mask: Any, x: Any) -> Any:
+        """Return what tokens x (B, T, dim) may not attend to: ``mask``, (T, T) or (B, 1, T, T) or None, or more."""
         return masked_diagonal(mask, x) if self.settings.lsa else mask
 
     def features(self, images: Any, mask: Any = None, tokens: int | None = None) -> Any:
         """Return the tokens after the final norm (eq. 4): (B, C, H, W) → (B, T, dim), or only the first ``tokens``."""
         x = self.embed(images)
-        mask = self.mask(mask, x)
+        mask = attention_mask(mask, x.shape[1], x.shape[0])
         if self.patch_drop is not None:
             x, mask = self.patch_drop.apart(x, mask)
+        mask = self.masked(mask, x)
         *blocks, last = self.blocks
         for block in blocks:
             x = block(x, mask)

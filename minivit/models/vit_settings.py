@@ -67,7 +67,7 @@ class ViTSettings(Settings):
     layer_scale: float | None = setting(None, optional(rules.positive), "what factors of each branch start with, 1e-5")
     qk_norm: bool = setting(False, flag, "queries and keys are normalised")
     lsa: bool = setting(False, flag, "a learned temperature, and no token attends to itself: for few images")
-    transformer: Any = setting(None, encoder_name, "a registered encoder in the place of the blocks")
+    transformer: str | None = setting(None, encoder_name, "a registered encoder in the place of the blocks")
     weight_init: str = setting("paper", choice("paper", "mimetic"), "as the paper's code; mimetic is for few images")
     seed: int = setting(0, rules.seed, "what the parameters are drawn from")
     recompute: bool = setting(False, flag, "blocks keep their input only and run again on the way back", kept=False)

@@ -9,6 +9,7 @@ import numpy as np
 
 from minivit import ops
 from minivit.backend import is_half
+from minivit.errors import ConfigError
 from minivit.nn import init
 from minivit.nn.attention import MultiHeadAttention
 from minivit.nn.layers import MLP, LayerNorm, Linear, added
@@ -142,6 +143,10 @@ class AttentionPool(Module):
         self, dim: int, heads: int, mlp_dim: int, activation: str = "gelu",
         norm: Callable[[int], Module] = LayerNorm, qkv_bias: bool = True,
     ) -> None:  # fmt: skip
+        if dim % heads:
+            raise ConfigError(
+                f"dim {dim} is not divided by the {heads} heads that pool", "choose heads that divide dim"
+            )
         self.heads = heads
         self.latent = Parameter(init.normal(1, 1, dim, std=dim**-0.5), decays=False)
         self.q = Linear(dim, dim, qkv_bias)
