@@ -93,7 +93,7 @@ class Settings:
         """What a message says of them: all sizes, and what else is not as by default."""
         defaults = {f.name: f.default for f in dataclasses.fields(self) if f.name != "seed"}
         told = {name: value for name, value in self.config.items() if name in defaults and value is not None}
-        shown = [n for n, v in told.items() if (type(v) in (int, tuple)) or v != defaults[n]]
+        shown = [n for n, v in told.items() if (type(v) in (int, tuple) and v) or v != defaults[n]]
         return ", ".join(f"{name} {told[name]}" for name in shown)
 
     def misfit(self, height: int, width: int) -> tuple[str, str] | None:
