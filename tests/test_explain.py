@@ -399,6 +399,29 @@ def test_the_page_in_a_browser(hostile_page):
 
 
 @in_browser
+@pytest.mark.parametrize(
+    ("case", "says"),
+    [
+        ("LSA, qk-norm, some kept", ["a fixed vector", "· τ", "then normalised"]),
+        ("relative, registers", ["class token, register 1, register 2", "from the mean of all patches", "+ bij"]),
+        ("distilled, parallel", ["x + attention(norm(x)) + mlp(norm(x))", "two tokens out", "distillation token"]),
+        ("map, post-norm, 2-D", ["a learned query attends", "norm(x + attention(x))", "is no sum"]),
+    ],
+)
+def test_the_page_of_a_model_with_options(tmp_path, case, says):
+    """What a pocket calculator gives is what the engine has, and the words are of this model."""
+    trained = open_trained(str(save_model(tmp_path / "model.npz", **CASES[case])))
+    write_page(trained, image_of_file(trained, str(tmp_path / "test.npy"), 0), tmp_path / "page.html", "given")
+    with Page(tmp_path / "page.html") as page:
+        assert page.run("check().worst") < 1e-5 and page.run("check().rows") < 0.01
+        page.run("document.querySelectorAll('details').forEach((d) => { d.open = true; })")
+        page.frame()
+        words = page.run("document.body.innerText").lower()
+        assert [text for text in says if text not in words] == [] and "but the engine" not in words
+        assert page.errors == []
+
+
+@in_browser
 @pytest.mark.parametrize("dark", [False, True])
 def test_the_page_on_a_phone(tmp_path, dark):
     """380 pixels wide; of a model without a class token, colour, a grid that is no square."""

@@ -119,7 +119,7 @@ def write_page(trained: Trained, chosen: Chosen, path: str | Path, given: str) -
         "layers": layers, "heads": heads, "tokens": tokens, "prefix": told.prefix, "grid": told.grid,
         "reads": told.reads, "beside": tokens_beside(model), "block": getattr(model.settings, "block", "pre"),
         "fixed": not any("pos_embed" in name for name, _ in model.named_parameters()),
-        "diagonal": bool(getattr(model.settings, "lsa", False)),
+        **{name: bool(getattr(model.settings, key, False)) for name, key in _OF_SCORES.items()},
         "kept": told.numbers["kept"].shape[-1], "head_dim": d, "dim": told.numbers["embedded"].shape[-1],
         "mlp": model.blocks[0].mlp.fc2.weight.shape[1], "patch": model.patch_embed.patch_size,
         "mean": trained.mean, "std": trained.std,
@@ -147,6 +147,10 @@ def write_page(trained: Trained, chosen: Chosen, path: str | Path, given: str) -
         numbers=told.numbers | {"raw": chosen.pixels},
     )
     return title
+
+
+_OF_SCORES = {"diagonal": "lsa", "qk_norm": "qk_norm"}
+"""What the page is told of how scores are made, by the setting that says it."""
 
 
 def _drawn(channels: int) -> str:

@@ -17,10 +17,11 @@ const rest = (of, name, l, h, a, e) => (ALL_KEPT ? 0 : of(name, l, h, a)[e]);
 const scaleOf = ({l, h}) => numbers("scale")[at(l, h)], BIAS = "relative" in about.arrays, USUAL = range(L * H).every((i) => Math.abs(numbers("scale")[i] * Math.sqrt(D_HEAD) - 1) < 1e-5);
 const scaled = (where) => (USUAL ? {divide: Math.sqrt(D_HEAD), text: ` / √${D_HEAD}`} : {divide: 1 / scaleOf(where), text: ` × ${digits(scaleOf(where))}`});
 const SCALE = USUAL ? "/ √d" : "· τ";
-const PROJECTED = "the token, after the first norm of the layer, times the layer's weight, plus its bias.";
+const before = about.block === "pre" || about.block === "parallel" ? ", after the first norm of the layer," : "";
+const PROJECTED = `the token${before} times the layer's weight, plus its bias.`, NORMED = PROJECTED.replace(".", about.qk_norm ? ", then normalised." : ".");
 const FORWARD = [
-  {name: "q", entry: true, formula: "Q_i, the query", value: ({l, h, a, e}) => own("q", l, h, a)[e], given: ({l, h, a}) => [PROJECTED, own("q", l, h, a)]},
-  {name: "k", entry: true, formula: "K_j, the key", value: ({l, h, b, e}) => own("k", l, h, b)[e], given: ({l, h, b}) => [PROJECTED, own("k", l, h, b)]},
+  {name: "q", entry: true, formula: "Q_i, the query", value: ({l, h, a, e}) => own("q", l, h, a)[e], given: ({l, h, a}) => [NORMED, own("q", l, h, a)]},
+  {name: "k", entry: true, formula: "K_j, the key", value: ({l, h, b, e}) => own("k", l, h, b)[e], given: ({l, h, b}) => [NORMED, own("k", l, h, b)]},
   {name: "v", entry: true, formula: "V_j, the value", value: ({l, h, b, e}) => own("v", l, h, b)[e], given: ({l, h, b}) => [PROJECTED, own("v", l, h, b)]},
   {name: "score", formula: `S_ij = Q_i · K_j ${SCALE}${BIAS ? " + B_ij" : ""}`, value: ({l, h, a, b}) => pair("s", l, h, a, b),
    terms: ({l, h, a, b}) => range(D_HEAD).map((e) => [own("q", l, h, a)[e], own("k", l, h, b)[e]]), last: scaled, bias: BIAS},
