@@ -423,6 +423,7 @@ CONTRADICTIONS = [
     ({"patch_drop": 0.1, "pool": "none"}, "patch_drop"),
     ({"mlp": "swiglu", "activation": "relu"}, "activation is 'relu'"),
     ({"position": "learned_2d", "weight_init": "mimetic"}, "mimetic"),
+    ({"position": "sincos_1d", "image_size": 1 << 15, "patch_size": 1}, "too many"),
     ({"layer_scale": 0.0}, "layer_scale is 0"),
     ({"layer_scale": "small"}, "layer_scale is 'small'"),
     ({"registers": -1}, "registers is -1"),
