@@ -132,8 +132,8 @@ def test_attention_pools_the_registers_too_where_it_is_said() -> None:
     x = normal(mv.Key(1), (2, 17, 8))
     for model, first in ((patches, 1), (all_tokens, 0)):
         model = model.to(np.float64)
-        assert np.array_equal(model.pooled(x).numpy(), model.attn_pool(x[:, first:]).numpy())
-    assert np.abs(patches.pooled(x).numpy() - all_tokens.pooled(x).numpy()).max() > 1e-6
+        assert np.array_equal(model.read(x).numpy(), model.attn_pool(x[:, first:]).numpy())
+    assert np.abs(patches.read(x).numpy() - all_tokens.read(x).numpy()).max() > 1e-6
 
 
 # ---- names -----------------------------------------------------------------------------------------------------------
