@@ -33,10 +33,11 @@ def load_weights(model: Module, path: str | Path, *, new_head: bool = False, tel
     The file is recognised by what it contains, whatever it is called:
 
     - minivit's own checkpoint; of a run that kept an average of the parameters (:class:`minivit.train.ema.EMA`), that;
-    - Google's .npz: vit_jax's (old numbering or linen's, with or without ``opt/target/``) and big_vision's;
-    - timm's and Hugging Face's .safetensors, and DeiT's without a distillation token;
-    - lucidrains' ViT, its state dict saved as .npz: of the versions without norms around the patch projection, and of
-      the first ones with ``pool="cls"``, which the file does not say.
+    - Google's .npz: vit_jax's (old numbering or linen's, with or without ``opt/target/``), big_vision's (also of a
+      scan, or with a MAP head);
+    - timm's, Hugging Face's and DeiT's .safetensors;
+    - lucidrains' ViT and SimpleViT, their state dicts saved as .npz: of the versions before norms around the patch
+      projection (0.36), and of ViT with ``pool="cls"``, which the file does not say.
 
     Arrays of 16, 32 or 64 bits, bfloat16 among them, become the model's dtype. Positions of another grid of patches are
     resized, "bicubic" of :meth:`minivit.ViT.resize`; of other images that have as many patches they stay as they are,
