@@ -12,7 +12,7 @@ import pytest
 
 import minivit as mv
 from minivit.backend import normal
-from minivit.errors import CheckpointError, ConfigError, ShapeError
+from minivit.errors import CheckpointError, ConfigError, MisfitError, ShapeError
 from minivit.models import configuration, model_outline
 from minivit.models.positions import METHODS, resize_matrix, resize_patches, resize_positions
 from minivit.weights import google, huggingface, lucidrains
@@ -311,6 +311,17 @@ def test_another_number_of_classes_and_size(case):
     assert model(np.zeros((2, 3, 8, 24), np.float32)).shape == (2, 9)
     with pytest.warns(UserWarning, match="head: new, for 9 classes"):
         mv.create_model("vit_tiny_patch16_224", weights=path, **SMALL | {"num_classes": 9})
+
+
+def test_heads_of_another_number_are_told(case, tmp_path):
+    """Their arrays have equal shapes: the model would answer, and answer wrongly."""
+    _, path = case("hugging_face")
+    mv.save(mv.ViT(**SMALL), tmp_path / "own.npz")
+    for place in (path, tmp_path / "own.npz"):
+        with pytest.raises(MisfitError, match="heads is 3 in the file, 2 here"):
+            mv.create_model("vit_tiny_patch16_224", weights=place, **SMALL | {"heads": 2})
+        with pytest.raises(MisfitError, match="heads is 3 in the file, 2 here"):
+            mv.load_weights(mv.ViT(**SMALL | {"heads": 2, "num_classes": 5}), place)
 
 
 def test_as_it_is_nothing_is_told(case):

@@ -108,12 +108,15 @@ def _load(model: Any, source: Foreign | Checkpoint, path: str | Path, new_head: 
             old_grid, said = stored.grid, stored.config
         source.arrays.clear()  # so that none is in memory twice
         state = {name: a for name, a in state.items() if not name.startswith(replaced or (" ",))}
+    if (heads := said.get("heads")) is not None and heads != (here := getattr(settings, "heads", heads)):
+        what = f"{path}: heads is {heads} in the file, {here} here: of equal shapes, but cut in other places"
+        raise MisfitError(what, f"make the model with the file's heads={heads}", {"heads": heads})
     notes = []
     if grid and old_grid and grid != old_grid:
         height, width = pair("patch_size", settings.patch_size)
         old = replace(settings, image_size=(old_grid[0] * height, old_grid[1] * width))
         notes += fit_tokens(state, {name: p.data for name, p in model.named_parameters()}, old, settings)
-    for key in ("activation", "norm_eps"):
+    for key in ("activation", "norm_eps", "pool"):
         if key in said and said[key] != (here := getattr(settings, key, said[key])):
             notes.append(f"{key}: {said[key]} in the file, {here} here")
     own = {name: p.data for name, p in model.named_parameters() if name.startswith(replaced or (" ",))}
@@ -136,7 +139,7 @@ def _remedy(source: Foreign, settings: Any) -> tuple[str, dict[str, Any]]:
     except CheckpointError as error:
         return error.what, {}
     there = {key: value for key, value in said.items() if key in here and key != "image_size"}
-    differ = {key: value for key, value in there.items() if value != here[key] and key not in _NOT_SHAPES}
+    differ = {k: v for k, v in there.items() if v != here[k] and here[k] is not None and k not in _NOT_SHAPES}
     if not differ:
         return "mv.load_model(path) builds the file's model, if it is one that minivit has", {}
     told = ", ".join(f"{key}={value!r}" for key, value in differ.items())
