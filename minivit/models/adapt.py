@@ -58,7 +58,7 @@ def fit_tokens(state: dict[str, np.ndarray], own: Mapping[str, np.ndarray], old:
     ``old`` are the settings of the model that ``state`` is of, ``new`` those of the one that it is to fit.
     """
     notes = []
-    if _fit_positions(state, own, old, new) and old.grid != new.grid:
+    if fit_positions(state, own, old, new) and old.grid != new.grid:
         notes.append("pos_embed: {} × {} patches → {} × {}".format(*old.grid, *new.grid))
     for name in old.prefix | new.prefix:
         if name not in own:
@@ -70,7 +70,7 @@ def fit_tokens(state: dict[str, np.ndarray], own: Mapping[str, np.ndarray], old:
     return notes
 
 
-def _fit_positions(
+def fit_positions(
     state: dict[str, np.ndarray], own: Mapping[str, np.ndarray], old: Any, new: Any, method: str = "bicubic"
 ) -> bool:
     """Make positions fit those of ``own``, by one of :data:`~minivit.models.positions.METHODS`; tell if there are any.
@@ -174,7 +174,7 @@ def resize(model: Any, image_size: Size, patch_size: Size | None = None, method:
     before, modules = dict(model.named_parameters()), dict(model.named_modules())
     state = {name: to_numpy(p.data) for name, p in before.items() if name.endswith((*_POSITIONS, ".proj.weight"))}
     own = {name: to_numpy(p.data) for name, p in other.named_parameters() if name in state}
-    _fit_positions(state, own, old, settings, method)
+    fit_positions(state, own, old, settings, method)
     patches = "patch_embed.proj.weight"
     if patches in own and own[patches].shape != state[patches].shape:
         state[patches] = resize_patches(state[patches], own[patches].shape[2:])

@@ -10,10 +10,12 @@ from typing import Any
 
 import numpy as np
 
+from minivit.backend import to_numpy
+from minivit.backend.outline import stretched
 from minivit.errors import CheckpointError, MisfitError, printable
 from minivit.models import Model, configuration
 from minivit.models import create_model as new_model
-from minivit.models.adapt import fit_tokens
+from minivit.models.adapt import fit_positions
 from minivit.nn.module import Module
 from minivit.nn.rules import pair
 from minivit.weights.checkpoint import Checkpoint, load_checkpoint
@@ -115,13 +117,15 @@ def _load(model: Any, source: Foreign | Checkpoint, path: str | Path, new_head: 
     if grid and old_grid and grid != old_grid:
         height, width = pair("patch_size", settings.patch_size)
         old = replace(settings, image_size=(old_grid[0] * height, old_grid[1] * width))
-        notes += fit_tokens(state, {name: p.data for name, p in model.named_parameters()}, old, settings)
+        own = {name: stretched(shape) for name, shape in shapes.items()}  # of a table whose tokens differ nothing fits
+        if fit_positions(state, own, old, settings):
+            notes.append("pos_embed: {} × {} patches → {} × {}".format(*old_grid, *grid))
     for key in ("activation", "norm_eps", "pool"):
         if key in said and said[key] != (here := getattr(settings, key, said[key])):
             notes.append(f"{key}: {said[key]} in the file, {here} here")
-    own = {name: p.data for name, p in model.named_parameters() if name.startswith(replaced or (" ",))}
+    kept = {name: to_numpy(p.data) for name, p in model.named_parameters() if name.startswith(replaced or (" ",))}
     try:
-        (model.take_state_dict if fresh else model.load_state_dict)(state | own)
+        (model.take_state_dict if fresh else model.load_state_dict)(state | kept)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error.what}", f"{error.remedy}; or mv.load_model(path)") from error
     if replaced:
