@@ -110,9 +110,6 @@ def _load(model: Any, source: Foreign | Checkpoint, path: str | Path, new_head: 
             old_grid, said = stored.grid, stored.config
         source.arrays.clear()  # so that none is in memory twice
         state = {name: a for name, a in state.items() if not name.startswith(replaced or (" ",))}
-    if (heads := said.get("heads")) is not None and heads != (here := getattr(settings, "heads", heads)):
-        what = f"{path}: heads is {heads} in the file, {here} here: of equal shapes, but cut in other places"
-        raise MisfitError(what, f"make the model with the file's heads={heads}", {"heads": heads})
     notes = []
     if grid and old_grid and grid != old_grid:
         height, width = pair("patch_size", settings.patch_size)
@@ -124,10 +121,15 @@ def _load(model: Any, source: Foreign | Checkpoint, path: str | Path, new_head: 
         if key in said and said[key] != (here := getattr(settings, key, said[key])):
             notes.append(f"{key}: {said[key]} in the file, {here} here")
     kept = {name: to_numpy(p.data) for name, p in model.named_parameters() if name.startswith(replaced or (" ",))}
+    state |= kept
     try:
-        (model.take_state_dict if fresh else model.load_state_dict)(state | kept)
+        model.check_state_dict(state)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error.what}", f"{error.remedy}; or mv.load_model(path)") from error
+    if (heads := said.get("heads")) is not None and heads != (here := getattr(settings, "heads", heads)):
+        what = f"{path}: heads is {heads} in the file, {here} here: of equal shapes, but cut in other places"
+        raise MisfitError(what, f"make the model with the file's heads={heads}", {"heads": heads})
+    (model.take_state_dict if fresh else model.load_state_dict)(state)
     if replaced:
         classes = model.settings.num_classes
         model.reset_head(classes)
