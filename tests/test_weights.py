@@ -12,7 +12,7 @@ import pytest
 
 import minivit as mv
 from minivit.backend import normal
-from minivit.errors import CheckpointError, ConfigError, ShapeError
+from minivit.errors import CheckpointError, ConfigError, MisfitError, ShapeError
 from minivit.models import configuration, model_outline
 from minivit.models.positions import METHODS, resize_matrix, resize_patches, resize_positions
 from minivit.weights import google, huggingface, lucidrains
@@ -313,6 +313,17 @@ def test_another_number_of_classes_and_size(case):
         mv.create_model("vit_tiny_patch16_224", weights=path, **SMALL | {"num_classes": 9})
 
 
+def test_heads_of_another_number_are_told(case, tmp_path):
+    """Their arrays have equal shapes: the model would answer, and answer wrongly."""
+    _, path = case("hugging_face")
+    mv.save(mv.ViT(**SMALL | {"num_classes": 5}), tmp_path / "own.npz")
+    for place in (path, tmp_path / "own.npz"):
+        with pytest.raises(MisfitError, match="heads is 3 in the file, 2 here"):
+            mv.create_model("vit_tiny_patch16_224", weights=place, **SMALL | {"heads": 2})
+        with pytest.raises(MisfitError, match="heads is 3 in the file, 2 here"):
+            mv.load_weights(mv.ViT(**SMALL | {"heads": 2, "num_classes": 5}), place)
+
+
 def test_as_it_is_nothing_is_told(case):
     _, path = case("hugging_face")
     model = mv.create_model("vit_tiny_patch16_224", weights=path, tell=(told := []).append, **SMALL)
@@ -474,6 +485,37 @@ def test_resize_keeps_what_it_does_not_change(tmp_path):
     state = same.state_dict()
     same.resize(16)
     assert all((a == state[n]).all() for n, a in same.state_dict().items())
+
+
+@pytest.mark.parametrize("name", [n for n, s in options.OPTIONS.items() if "pos" in "".join(s) or s.get("registers")])
+def test_resize_of_positions_of_every_kind(tmp_path, name):
+    """As fine-tuning resizes them; fixed ones are those of a new model."""
+    settings = options.SMALL | options.OPTIONS[name]
+    model = options.disturbed(mv.ViT(**settings)).eval()
+    mv.save(model, tmp_path / "a.npz")
+    tuned = mv.ViT(**settings | {"image_size": (8, 16)})
+    init_from(tuned, tmp_path / "a.npz")
+    expected = tuned.state_dict()
+    order = list(model.state_dict())
+    shared = [n for n, p in model.named_parameters() if n not in expected]
+    model.resize((8, 16))
+    state = model.state_dict()
+    assert list(state) == order and not shared
+    assert all((a == expected[n]).all() for n, a in state.items() if not n.startswith(("head", "pre_logits"))), name
+    model.reset_head(3)
+    other = mv.ViT(**model.config)
+    other.load_state_dict(model.state_dict())
+    images = normal(mv.Key(3), (2, 2, 8, 16)).astype(np.float32)
+    np.testing.assert_array_equal(model.features(images).numpy(), other.features(images).numpy())
+
+
+def test_resize_of_a_frozen_model_in_float64():
+    model = mv.ViT(**SMALL).to(np.float64)
+    model.pos_embed.requires_grad = False
+    model.resize((8, 24))
+    assert model.pos_embed.dtype == np.float64 and not model.pos_embed.requires_grad
+    model.reset_head(2)
+    assert model.resize(16).pos_embed.shape == (1, 17, 12)
 
 
 def test_larger_patches_of_larger_images_give_the_same_tokens():

@@ -13,6 +13,7 @@ from minivit.backend import device_of, to_device, to_numpy
 from minivit.errors import MisfitError
 from minivit.models.positions import METHODS, resize_matrix, resize_patches, resize_positions
 from minivit.nn import init
+from minivit.nn.module import Module, Parameter
 from minivit.nn.rules import Size, choice
 
 
@@ -57,7 +58,7 @@ def fit_tokens(state: dict[str, np.ndarray], own: Mapping[str, np.ndarray], old:
     ``old`` are the settings of the model that ``state`` is of, ``new`` those of the one that it is to fit.
     """
     notes = []
-    if _fit_positions(state, own, old, new) and old.grid != new.grid:
+    if fit_positions(state, own, old, new) and old.grid != new.grid:
         notes.append("pos_embed: {} × {} patches → {} × {}".format(*old.grid, *new.grid))
     for name in old.prefix | new.prefix:
         if name not in own:
@@ -69,7 +70,7 @@ def fit_tokens(state: dict[str, np.ndarray], own: Mapping[str, np.ndarray], old:
     return notes
 
 
-def _fit_positions(
+def fit_positions(
     state: dict[str, np.ndarray], own: Mapping[str, np.ndarray], old: Any, new: Any, method: str = "bicubic"
 ) -> bool:
     """Make positions fit those of ``own``, by one of :data:`~minivit.models.positions.METHODS`; tell if there are any.
@@ -173,27 +174,27 @@ def resize(model: Any, image_size: Size, patch_size: Size | None = None, method:
     before, modules = dict(model.named_parameters()), dict(model.named_modules())
     state = {name: to_numpy(p.data) for name, p in before.items() if name.endswith((*_POSITIONS, ".proj.weight"))}
     own = {name: to_numpy(p.data) for name, p in other.named_parameters() if name in state}
-    _fit_positions(state, own, old, settings, method)
+    fit_positions(state, own, old, settings, method)
     patches = "patch_embed.proj.weight"
-    if own[patches].shape != state[patches].shape:
+    if patches in own and own[patches].shape != state[patches].shape:
         state[patches] = resize_patches(state[patches], own[patches].shape[2:])
     for path, module in other.named_modules():
         for name in _SIZED & vars(module).keys() if path in modules else ():
-            setattr(modules[path], name, getattr(module, name))
+            was, new = getattr(modules[path], name), getattr(module, name)
+            if isinstance(was, Module):
+                new.train(was.training)
+            setattr(modules[path], name, new)
     model.settings = settings
-    model.train(model.training)
-    for name, new in model.named_parameters():
-        was = before[name]
-        if new is not was:
-            value = state[name] if name in state else to_numpy(was.data)
-            new.data = to_device(np.array(value), device_of(was.data))
-            new.requires_grad, new.decays, new.layer, new.matrices = (
-                was.requires_grad,
-                was.decays,
-                was.layer,
-                was.matrices,
-            )
+    for name, p in model.named_parameters():
+        if p is not before[name]:
+            _take_place(p, before[name], state.get(name))
     return model
+
+
+def _take_place(new: Parameter, old: Parameter, value: np.ndarray | None) -> None:
+    """Let a parameter be what another one was, with another value or its own."""
+    new.data = to_device(np.array(to_numpy(old.data) if value is None else value), device_of(old.data))
+    new.requires_grad, new.decays, new.layer, new.matrices = old.requires_grad, old.decays, old.layer, old.matrices
 
 
 _SIZED = {"patch_embed", "pos_embed", "shared_rel_pos", "rel_pos"}

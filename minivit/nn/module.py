@@ -242,7 +242,7 @@ class Module:
 
         ``strict`` asks for the very same names; without it, names on one side only are passed over.
         """
-        self._check_state(state, strict)
+        self.check_state_dict(state, strict)
         for name, p in self.named_parameters():
             if name in state:
                 with on_device_of(p.data):
@@ -253,12 +253,12 @@ class Module:
 
         It is for a model that has just been made: an optimizer would keep the parameters that were.
         """
-        self._check_state(state, strict=True)
+        self.check_state_dict(state, strict=True)
         for name, p in self.named_parameters():
             p.data = to_device(np.ascontiguousarray(state.pop(name), p.dtype), device_of(p.data))
             p.node = Node.leaf(p) if p.requires_grad else None
 
-    def _check_state(self, state: Mapping[str, Any], strict: bool) -> None:
+    def check_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> None:
         """Raise CheckpointError, with the names, for arrays that do not fit."""
         own = dict(self.named_parameters())
         wrong = [

@@ -78,8 +78,8 @@ class Foreign:
         head = found["head.weight"]
         if head is not None and len(head) == 2:
             out["num_classes"] = head[0]
-        if "heads" not in out and patch[0] % 64 == 0:
-            out["heads"] = patch[0] // 64  # as in all of the usual models
+        if "heads" not in out and qkv[0] % (3 * 64) == 0:
+            out["heads"] = qkv[0] // (3 * 64)  # as in all of the usual models
         if type(out.get("heads")) is int and out["heads"] > 0 and qkv[0] % (3 * out["heads"]) == 0:
             out["dim_head"] = qkv[0] // (3 * out["heads"])
         return out | self._image_size(out)

@@ -10,10 +10,12 @@ from typing import Any
 
 import numpy as np
 
+from minivit.backend import to_numpy
+from minivit.backend.outline import stretched
 from minivit.errors import CheckpointError, MisfitError, printable
 from minivit.models import Model, configuration
 from minivit.models import create_model as new_model
-from minivit.models.adapt import fit_tokens
+from minivit.models.adapt import fit_positions
 from minivit.models.preparations import PREPARATIONS
 from minivit.nn.module import Module
 from minivit.nn.rules import pair
@@ -34,10 +36,11 @@ def load_weights(model: Module, path: str | Path, *, new_head: bool = False, tel
     The file is recognised by what it contains, whatever it is called:
 
     - minivit's own checkpoint; of a run that kept an average of the parameters (:class:`minivit.train.ema.EMA`), that;
-    - Google's .npz: vit_jax's (old numbering or linen's, with or without ``opt/target/``) and big_vision's;
-    - timm's and Hugging Face's .safetensors, and DeiT's without a distillation token;
-    - lucidrains' ViT, its state dict saved as .npz: of the versions without norms around the patch projection, and of
-      the first ones with ``pool="cls"``, which the file does not say.
+    - Google's .npz: vit_jax's (old numbering or linen's, with or without ``opt/target/``), big_vision's (also of a
+      scan, or with a MAP head);
+    - timm's, Hugging Face's and DeiT's .safetensors;
+    - lucidrains' ViT and SimpleViT, their state dicts saved as .npz: of the versions before norms around the patch
+      projection (0.36), and of ViT with ``pool="cls"``, which the file does not say.
 
     Arrays of 16, 32 or 64 bits, bfloat16 among them, become the model's dtype. Positions of another grid of patches are
     resized, "bicubic" of :meth:`minivit.ViT.resize`; of other images that have as many patches they stay as they are,
@@ -120,15 +123,22 @@ def _load(model: Any, source: Foreign | Checkpoint, path: str | Path, new_head: 
     if grid and old_grid and grid != old_grid:
         height, width = pair("patch_size", settings.patch_size)
         old = replace(settings, image_size=(old_grid[0] * height, old_grid[1] * width))
-        notes += fit_tokens(state, {name: p.data for name, p in model.named_parameters()}, old, settings)
-    for key in ("activation", "norm_eps"):
+        own = {name: stretched(shape) for name, shape in shapes.items()}  # of a table whose tokens differ nothing fits
+        if fit_positions(state, own, old, settings):
+            notes.append("pos_embed: {} × {} patches → {} × {}".format(*old_grid, *grid))
+    for key in ("activation", "norm_eps", "pool"):
         if key in said and said[key] != (here := getattr(settings, key, said[key])):
             notes.append(f"{key}: {said[key]} in the file, {here} here")
-    own = {name: p.data for name, p in model.named_parameters() if name.startswith(replaced or (" ",))}
+    kept = {name: to_numpy(p.data) for name, p in model.named_parameters() if name.startswith(replaced or (" ",))}
+    state |= kept
     try:
-        (model.take_state_dict if fresh else model.load_state_dict)(state | own)
+        model.check_state_dict(state)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error.what}", f"{error.remedy}; or mv.load_model(path)") from error
+    if (heads := said.get("heads")) is not None and heads != (here := getattr(settings, "heads", heads)):
+        what = f"{path}: heads is {heads} in the file, {here} here: of equal shapes, but cut in other places"
+        raise MisfitError(what, f"make the model with the file's heads={heads}", {"heads": heads})
+    (model.take_state_dict if fresh else model.load_state_dict)(state)
     if replaced:
         classes = model.settings.num_classes
         model.reset_head(classes)
@@ -147,7 +157,7 @@ def _remedy(source: Foreign, settings: Any) -> tuple[str, dict[str, Any]]:
     except CheckpointError as error:
         return error.what, {}
     there = {key: value for key, value in said.items() if key in here and key != "image_size"}
-    differ = {key: value for key, value in there.items() if value != here[key] and key not in _NOT_SHAPES}
+    differ = {k: v for k, v in there.items() if v != here[k] and here[k] is not None and k not in _NOT_SHAPES}
     if not differ:
         return "mv.load_model(path) builds the file's model, if it is one that minivit has", {}
     told = ", ".join(f"{key}={value!r}" for key, value in differ.items())

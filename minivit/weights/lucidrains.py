@@ -42,8 +42,6 @@ ROWS = rows(
     """,
     patch=PATCH_FLAT,
 )
-DIM_HEAD = 64
-"""vit-pytorch's length of a head, unless told."""
 
 
 def entries_of(found: Mapping[str, Entry]) -> dict[str, Entry] | None:
@@ -77,11 +75,8 @@ def _mlp(match: re.Match[str]) -> str:
 
 
 def settings_of(entries: Mapping[str, Entry], config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return vit-pytorch's defaults: heads of 64 numbers, PyTorch's eps; patches are square, of 3 or 1 channels."""
+    """Return PyTorch's eps, vit-pytorch's default, and the side of patches, which are square and of 3 or 1 channels."""
     out: dict[str, Any] = {"activation": "gelu", "norm_eps": 1e-5}
-    qkv = entries.get("transformer.layers.0.0.to_qkv.weight")
-    if qkv is not None and len(qkv.shape) == 2 and qkv.shape[0] % (3 * DIM_HEAD) == 0:
-        out["heads"] = qkv.shape[0] // (3 * DIM_HEAD)
     weight = entries.get("to_patch_embedding.1.weight")
     if weight is not None and len(weight.shape) == 2:
         for channels in (3, 1):
