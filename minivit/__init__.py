@@ -17,14 +17,16 @@ if TYPE_CHECKING:
     from minivit.autograd.tensor import Tensor, grad, tensor
     from minivit.backend import Key
     from minivit.errors import GradientError, MinivitError
-    from minivit.models import ViT, create_model, list_models
+    from minivit.models import ViT, list_models, preparation
+    from minivit.models.encoder import register_encoder
     from minivit.nn.random import random_key
     from minivit.train import optim
     from minivit.train.classifier import ViTClassifier
     from minivit.train.inference import predict_logits
     from minivit.train.step import TrainStep
     from minivit.train.trainer import Trainer
-    from minivit.weights.native import load_model, load_weights, save
+    from minivit.weights.load import create_model, load_weights
+    from minivit.weights.native import load_model, save
 
 __version__ = "0.1.0"
 
@@ -41,16 +43,18 @@ _HOMES = {
     "check_grads": "autograd.check",
     "check_module": "autograd.check",
     "check_vjp": "autograd.handwritten",
-    "create_model": "models",
+    "create_model": "weights.load",
     "first_order": "autograd.graph",
     "grad": "autograd.tensor",
     "list_models": "models",
     "load_model": "weights.native",
-    "load_weights": "weights.native",
+    "load_weights": "weights.load",
     "no_grad": "autograd.graph",
     "op": "autograd.op",
     "predict_logits": "train.inference",
+    "preparation": "models",
     "random_key": "nn.random",
+    "register_encoder": "models.encoder",
     "save": "weights.native",
     "tensor": "autograd.tensor",
 }
@@ -94,7 +98,9 @@ __all__ = [
     "ops",
     "optim",
     "predict_logits",
+    "preparation",
     "random_key",
+    "register_encoder",
     "runs",
     "save",
     "study",

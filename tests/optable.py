@@ -158,7 +158,7 @@ def _unpatchify(patches: np.ndarray, patch: tuple[int, int], size: tuple[int, in
 
 
 def _embed_tokens(patches: np.ndarray, cls: Any = None, positions: Any = None) -> np.ndarray:
-    rows = [[*([] if cls is None else [cls[0, 0]]), *image] for image in patches]
+    rows = [[*([] if cls is None else cls[0]), *image] for image in patches]
     return np.array(
         [[row + (0.0 if positions is None else positions[0, t]) for t, row in enumerate(image)] for image in rows]
     )

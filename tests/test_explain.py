@@ -48,6 +48,12 @@ CASES = {
     "mean, rectangular": {"image_size": (8, 12), "pool": "mean", "in_channels": 3, "heads": 1, "position": "none"},
     "hidden head": {"head": "mlp", "patch_size": 4, "qkv_bias": False},
     "four channels, wide heads": {"in_channels": 4, "dim_head": 5},
+    "LSA, qk-norm, some kept": {"image_size": (8, 12), "lsa": True, "qk_norm": True, "position": "sincos_2d"},
+    "relative, registers": {"image_size": (8, 12), "position": "relative", "registers": 2, "pool": "mean",
+                            "class_token": True},
+    "distilled, parallel": {"distilled": True, "position_at": "layers", "block": "parallel", "layer_scale": 0.5,
+                            "patch_size": 4},
+    "map, post-norm, 2-D": {"pool": "map", "block": "post", "mlp": "swiglu", "position": "learned_2d", "norm": "rms"},
 }  # fmt: skip
 
 
@@ -64,7 +70,7 @@ def test_the_numbers_are_the_engines(settings):
     np.testing.assert_allclose(told.maps["P"].sum(-1), 1, atol=1e-12)
     n, kept = told.numbers, told.numbers["kept"]
     at = np.indices(kept.shape)[:2]  # layers and heads, (L, H, K) each
-    if told.prefix:
+    if told.reads in ("class", "both"):
         assert (kept[..., 0] == 0).all()
     for f, index in enumerate(told.follow):
         trace = model.trace(image[None])
@@ -86,7 +92,7 @@ def test_the_numbers_are_the_engines(settings):
                 np.testing.assert_allclose(told.maps["dP"][f], back, atol=1e-13)
         flow = [np.linalg.norm(g.data[0], axis=-1) for g in grads[len(asked) :]]
         np.testing.assert_allclose(n["flow"][f], flow, atol=1e-13)
-    if settings.get("head") == "mlp":
+    if settings.get("head") == "mlp" or settings.get("pool") == "map":
         assert told.terms == () and "direct" not in n
     else:
         np.testing.assert_allclose(n["direct"].sum(1), n["logits"][told.follow], atol=1e-10)
@@ -96,14 +102,17 @@ def test_the_numbers_are_the_engines(settings):
 def test_each_sum_is_that_of_the_kept_and_the_rest(settings):
     model = random_model(**settings).to(np.float64)
     told = account(model, image_for(model))
-    n, scale = told.numbers, 1 / np.sqrt(told.numbers["q"].shape[-1])
+    n, scale = told.numbers, told.numbers["scale"][..., None, None]
+    if "lsa" not in settings:
+        np.testing.assert_allclose(scale, 1 / np.sqrt(n["q"].shape[-1]))
     assert ("o_rest" in n) == (told.maps["P"].shape[-1] > KEPT)
     t = lambda x: x.swapaxes(-1, -2)
     rest = lambda name: n.get(name, 0.0)
     close = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12)
-    close(n["s"], n["q"] @ t(n["k"]) * scale)
+    close(n["s"], n["q"] @ t(n["k"]) * scale + n.get("relative", 0.0))
+    assert ("relative" in n) == (settings.get("position") == "relative")
     m, others = n["z"][..., :1], n["z"][..., 1:]
-    powers = np.exp(n["s"] - m)
+    powers = np.exp(n["s"] - m) * (1.0 - np.eye(n["s"].shape[-1]) * ("lsa" in settings))
     close(n["p"], powers / (powers.sum(-1, keepdims=True) + others))
     close(n["o"], n["p"] @ n["v"] + rest("o_rest"))
     close(n["dv"], t(n["p"]) @ n["do"] + rest("dv_rest"))
@@ -397,6 +406,29 @@ def test_the_page_in_a_browser(hostile_page):
         assert page.run("state.token") == -1
         assert kept[0] == 0 and page.run("rowOf((i) => attention(0, 0, i), -1).length") == about["tokens"]
         assert page.run(HOVER)[0] < 16
+        assert page.errors == []
+
+
+@in_browser
+@pytest.mark.parametrize(
+    ("case", "says"),
+    [
+        ("LSA, qk-norm, some kept", ["a fixed vector", "· τ", "then normalised"]),
+        ("relative, registers", ["class token, register 1, register 2", "from the mean of all patches", "+ bij"]),
+        ("distilled, parallel", ["x + attention(norm(x)) + mlp(norm(x))", "two tokens out", "distillation token"]),
+        ("map, post-norm, 2-D", ["a learned query attends", "norm(x + attention(x))", "is no sum"]),
+    ],
+)
+def test_the_page_of_a_model_with_options(tmp_path, case, says):
+    """What a pocket calculator gives is what the engine has, and the words are of this model."""
+    trained = open_trained(str(save_model(tmp_path / "model.npz", **CASES[case])))
+    write_page(trained, image_of_file(trained, str(tmp_path / "test.npy"), 0), tmp_path / "page.html", "given")
+    with Page(tmp_path / "page.html") as page:
+        assert page.run("check().worst") < 1e-5 and page.run("check().rows") < 0.01
+        page.run("document.querySelectorAll('details').forEach((d) => { d.open = true; })")
+        page.frame()
+        words = page.run("document.body.innerText").lower()
+        assert [text for text in says if text not in words] == [] and "but the engine" not in words
         assert page.errors == []
 
 

@@ -13,7 +13,8 @@ from minivit.runs.settings import assignments
 from minivit.train import load_checkpoint, save_checkpoint
 from minivit.train.ema import EMA
 from minivit.train.optim import SGD, AdamW
-from minivit.weights.native import load_weights, model_config, read_model
+from minivit.weights.load import load_weights
+from minivit.weights.native import model_config, read_model
 from minivit.weights.transfer import init_from
 
 SMALL = {

@@ -24,7 +24,8 @@ from minivit.models import MODELS, count_parameters, model_outline
 from minivit.runs.settings import RunSettings, parse_assignment, read_toml, resolve, write_toml
 from minivit.show.curves import chart
 from minivit.train import load_checkpoint, save_checkpoint
-from minivit.weights.native import load_model, load_weights, read_model
+from minivit.weights.load import load_weights
+from minivit.weights.native import load_model, read_model
 from minivit.weights.transfer import init_from
 
 SMALL = {

@@ -20,7 +20,8 @@ from PIL import Image, ImageFile
 
 from minivit.backend import Key, random_bits
 from minivit.data import read_image
-from minivit.data.images import _scans, decode, fitted, is_image
+from minivit.data.fit import fitted
+from minivit.data.images import _scans, decode, is_image
 from minivit.errors import ConfigError, DataError
 
 FIXTURES = Path(os.environ.get("MINIVIT_IMAGE_FIXTURES", "no such folder"))  # odd files of Pillow's own test suite

@@ -32,6 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--by-position", action="store_true", help="the n-th class of the data is the model's n-th, whatever its name"
     )
+    parser.add_argument("--like", metavar="MODEL",
+                        help="prepare images as for weights of this named model (else as the file says)")  # fmt: skip
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, …")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
@@ -48,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     from minivit.show.text import json_text
 
     keep_freed_memory()
-    trained = open_trained(args.checkpoint)
+    trained = open_trained(args.checkpoint, args.like)
     name = trained.data.get("name") if args.data is None else args.data
     if not isinstance(name, str):
         raise DataError(f"{trained.path} does not say what it was trained on", "name the data: --data NAME")
@@ -62,6 +64,8 @@ def run(args: argparse.Namespace) -> int:
         print(json_text(result | about | {"labels": matching.rows, "remark": matching.remark}))
     else:
         print(printable(f"{trained.path} on {parts[0].name}, {args.split}: {result['count']:,} images"))
+        if trained.from_elsewhere:
+            print(f"prepared: {trained.preparation.text(*trained.image_shape[1:])}")
         if args.data is not None and args.split != "all" and kind_of(name) == "folder":
             print(printable(f"splits: {list_folder(name).how}; --split all takes them together"))
         print(f"\n{figures(result, matching)}")

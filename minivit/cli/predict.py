@@ -29,6 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", type=one_of("format", ("table", "json", "csv")), default="table",
                         help="table (default), json or csv")  # fmt: skip
     parser.add_argument("--json", action="store_const", const="json", dest="format", help="print JSON: --format json")
+    parser.add_argument("--like", metavar="MODEL",
+                        help="prepare images as for weights of this named model (else as the file says)")  # fmt: skip
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, …")
 
 
@@ -42,10 +44,12 @@ def run(args: argparse.Namespace) -> int:
     from minivit.runs.trained import open_trained
 
     keep_freed_memory()
-    trained = open_trained(args.checkpoint)
+    trained = open_trained(args.checkpoint, args.like)
     tell = partial(print, file=sys.stderr)
     if trained.path != args.checkpoint:
         tell(printable(f"checkpoint  {trained.path}"))
+    if trained.from_elsewhere:
+        tell(f"prepared    {trained.preparation.text(*trained.image_shape[1:])}")
     trained.model.to(auto_device(args.device)[0])
     rows, inverted = answer_all(args.images, trained, args.invert, tell)
     if inverted:

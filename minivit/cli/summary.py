@@ -32,6 +32,7 @@ def run(args: argparse.Namespace) -> int:
     from minivit.measure.costs import find_settings, model_costs
     from minivit.measure.gpu_costs import gpu_memory
     from minivit.models import model_outline
+    from minivit.models.preparations import PREPARATIONS
     from minivit.runs.trained import find_model
     from minivit.show.text import json_text
     from minivit.train.sharing import team_for
@@ -41,11 +42,14 @@ def run(args: argparse.Namespace) -> int:
     model = model_outline(settings.kind, settings.config)
     costs, team = model_costs(model), team_for(model)
     on_gpu = {dtype: gpu_memory(model, args.batch_size, dtype) for dtype in ("float32", "bfloat16")}
+    prepared = PREPARATIONS.get(name)
     if args.json:
         about = {"model": name, "image": settings.image_shape, "batch_size": args.batch_size}
+        about |= {"preparation": prepared.meta()} if prepared else {}
         print(json_text(about | costs_json(costs, team, args.batch_size, on_gpu)))
         return 0
-    print(printable(name) + f", one image of {' × '.join(map(str, settings.image_shape))}\n")
+    print(printable(name) + f", one image of {' × '.join(map(str, settings.image_shape))}")
+    print(f"prepared: {prepared.text(*settings.image_shape[1:])}\n" if prepared else "")
     print(costs_table(costs) + "\n\n" + memory_table(costs.total, team, args.batch_size, on_gpu))
     return 0
 

@@ -15,6 +15,7 @@ from minivit.data.dataset import Dataset
 from minivit.data.images import read_image
 from minivit.data.loader import Loader, standardize
 from minivit.data.mixing import Mix
+from minivit.data.preparation import Preparation
 from minivit.data.randaugment import RandAugment
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "Flip",
     "Loader",
     "Mix",
+    "Preparation",
     "RandAugment",
     "RandomErasing",
     "RandomResizedCrop",

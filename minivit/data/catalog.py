@@ -29,6 +29,7 @@ def load(
     bad_images: str = "stop",
     layout: int = LAYOUT,
     bar: Callable[..., Any] | None = None,
+    fit: str = "crop",
 ) -> Dataset:
     """Load a data set by its name, or from a file or folder of your own.
 
@@ -47,9 +48,10 @@ def load(
       is warned of, and of those to train on no two may have one name;
     - a folder of the four idx files of MNIST or of sets like it, .gz or plain;
     - a folder of CIFAR's binary files or of its Python batches, or a folder whose only subfolder is such a one;
-    - any other folder is one of image files, which are brought to ``size``, (height, width), and ``channels``; a file
-      that cannot be read makes it "stop" or is left out, by ``bad_images`` "skip". ``bar=tqdm`` shows how far the
-      reading is. All other sets have a size and channels of their own, and leave these four alone. See
+    - any other folder is one of image files, which are brought to ``size``, (height, width), as ``fit`` says
+      (:func:`~minivit.data.fit.fitted`), and ``channels``; a file that cannot be read makes it "stop" or is left out,
+      by ``bad_images`` "skip". ``bar=tqdm`` shows how far the reading is. All other sets have a size and channels of
+      their own, and leave these five alone. See
       :func:`~minivit.data.folder.load_folder`.
 
     ``layout`` 1 reads folders and archives as version 0.1.0 did, for what was trained then: other folders are "test",
@@ -68,7 +70,7 @@ def load(
     if kind == "folder":
         from minivit.data.folder import load_folder  # late: most data sets are none
 
-        return load_folder(path, split, size, channels, bad_images, layout, bar)
+        return load_folder(path, split, size, channels, bad_images, layout, bar, fit)
     if split == "val":
         raise no_split(name, split)
     return replace(load_files(kind, path, split), name=str(name))

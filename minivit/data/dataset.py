@@ -13,7 +13,7 @@ import numpy as np
 
 from minivit.backend import Key, permutation
 from minivit.data.file_array import ImageFiles
-from minivit.data.images import FITS
+from minivit.data.fit import OWN_FITS, is_fit
 from minivit.errors import DataError, unknown_name
 
 SPLITS = ("train", "val", "test")
@@ -29,7 +29,7 @@ class Dataset:
 
     ``images`` uint8 (N, C, H, W), 0 to 255; ``labels`` int64 (N,), each an index into ``classes``, the classes' names.
     ``files`` are the image files that they came from, as paths in the folder ``name``, or () where there are none.
-    ``fit`` says how other image files are brought to the size of these: :func:`~minivit.data.images.read_image`.
+    ``fit`` says how other image files are brought to the size of these: :func:`~minivit.data.fit.fitted`.
     Raises DataError if these do not fit each other.
     """
 
@@ -42,8 +42,8 @@ class Dataset:
 
     def __post_init__(self) -> None:
         images, labels, classes = self.images, self.labels, self.classes
-        if self.fit not in FITS:
-            raise unknown_name("fit", self.fit, FITS, error=DataError)
+        if not is_fit(self.fit):
+            raise unknown_name("fit", self.fit, OWN_FITS, error=DataError)
         if not isinstance(images, np.ndarray | ImageFiles) or images.dtype != np.uint8 or images.ndim != 4:
             what = f"{self.name}: images must be uint8 (N, C, H, W), not {described(images)}"
             raise DataError(what, bytes_remedy(images))

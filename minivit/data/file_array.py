@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 
 from minivit.backend import cpu_cores
-from minivit.data.images import decode, fitted
+from minivit.data.fit import OWN_FITS, fitted
+from minivit.data.images import decode
 from minivit.errors import DataError
 
 FIT = "crop"
-"""How files of a folder are brought to one size: see :func:`~minivit.data.images.read_image`."""
+"""How files of a folder are brought to one size unless told otherwise: see :func:`~minivit.data.fit.fitted`."""
 
 DEADLINE = 60.0
 """Seconds without a file done after which reading gives up: a disk that is gone keeps whoever reads from it waiting."""
@@ -31,8 +32,8 @@ class ImageFiles:
 
     dtype, ndim = np.dtype(np.uint8), 4
 
-    def __init__(self, paths: Sequence[Path], size: tuple[int, int], channels: int) -> None:
-        self.paths = paths
+    def __init__(self, paths: Sequence[Path], size: tuple[int, int], channels: int, fit: str = FIT) -> None:
+        self.paths, self.fit = paths, fit
         self.shape = (len(paths), channels, *size)
 
     @property
@@ -60,12 +61,13 @@ class ImageFiles:
 
     def take(self, indices: np.ndarray, axis: int = 0) -> ImageFiles:
         """Return the files at ``indices``, in that order; none is decoded. There is no other ``axis`` than 0."""
-        return ImageFiles([self.paths[i] for i in indices], self.shape[2:], self.shape[1])
+        return ImageFiles([self.paths[i] for i in indices], self.shape[2:], self.shape[1], self.fit)
 
     def read(self, i: int) -> tuple[np.ndarray, bool]:
         """Decode a file: (uint8 (C, H, W), whether it holds further pictures)."""
-        picture = decode(self.paths[i], self.shape[1], at_least=self.shape[2:])
-        return fitted(picture.page, self.shape[2:], FIT), picture.animated
+        size, own = self.shape[2:], self.fit in OWN_FITS
+        picture = decode(self.paths[i], self.shape[1], at_least=size if own else None)  # others decode all pixels
+        return fitted(picture.page, size, self.fit, str(self.paths[i])), picture.animated
 
 
 def in_threads(

@@ -28,6 +28,7 @@ def load_folder(
     bad: str = "stop",
     layout: int = LAYOUT,
     bar: Callable[..., Any] | None = None,
+    fit: str = FIT,
 ) -> Dataset:
     """Load a folder of image files, such as ``path/train/cat/1.jpg`` and ``path/test/cat/2.jpg``.
 
@@ -42,7 +43,8 @@ def load_folder(
     is in the lowest fifth of all hashes there are; there is no "val".
 
     Each becomes uint8 (channels, height, width) of ``size``, by default 64 × 64: the largest part of these proportions
-    is cut from its middle and scaled; see :func:`~minivit.data.images.read_image` for its colours. That comes before
+    is cut from its middle and scaled, or what else ``fit`` says (:func:`~minivit.data.fit.fitted`); see
+    :func:`~minivit.data.images.read_image` for its colours. That comes before
     any augmentation: what lies outside that part is never seen, and random crops of it are enlarged, with no more
     detail than ``size`` has. The images are held in memory if they take less than a quarter of it, else decoded
     whenever they are asked for: :class:`~minivit.data.file_array.ImageFiles`.
@@ -62,7 +64,7 @@ def load_folder(
         raise no_split(path, split)
     if found.remark:
         warnings.warn(f"{path}: {found.how}; {found.remark}", stacklevel=2)
-    files = ImageFiles([file for file, _ in found.files[split]], size, channels)
+    files = ImageFiles([file for file, _ in found.files[split]], size, channels, fit)
     labels = np.array([label for _, label in found.files[split]], np.int64)
     if not len(files):
         raise DataError(f"{path}: no image files for the split {split!r}", "add some")
@@ -77,7 +79,7 @@ def load_folder(
         raise DataError(what, "repair some, or remove the class")
     images = files.take(good) if held is None else held if len(good) == len(held) else held[good]
     names = tuple(str(files.paths[i].relative_to(path)) for i in good)
-    return Dataset(cast(np.ndarray, images), labels[good], found.classes, str(path), names, fit=FIT)
+    return Dataset(cast(np.ndarray, images), labels[good], found.classes, str(path), names, fit=fit)
 
 
 def _check_arguments(split: str, size: tuple[int, int], bad: str) -> None:

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
+from minivit.data.fit import fitted, read_fit
 from minivit.data.reading import reading
-from minivit.errors import ConfigError, DataError
+from minivit.errors import DataError
 from minivit.files import open_regular
 
 if TYPE_CHECKING:
@@ -35,9 +36,6 @@ MAX_BYTES = 8 * MAX_PIXELS + (64 << 20)
 
 _LARGEST_TILE = 1 << 24  # pixels of a TIFF's tile, which may be larger than the picture: 4096 × 4096
 
-FITS = ("stretch", "crop")
-"""How a picture is brought to a size of another shape: see :func:`read_image`."""
-
 
 def read_image(
     source: str | PathLike[str] | BinaryIO, size: tuple[int, int], channels: int, fit: str = "stretch"
@@ -49,10 +47,9 @@ def read_image(
     high byte is taken, which is off by 1 at most, and by 2 where it is half transparent. Of an animation, or of several
     pages, the first one counts, with a warning.
 
-    Then it is brought to ``size``, (height, width). ``fit="stretch"`` gives up its proportions: by area averaging where
-    it shrinks along both axes (as the UCI digits were made from their bitmaps), else by bicubic interpolation.
-    ``fit="crop"`` cuts the largest part that has the right proportions from its middle, and scales that by bicubic
-    interpolation, widened to average where it shrinks.
+    Then it is brought to ``size``, (height, width): ``fit="stretch"`` gives up its proportions, ``"crop"`` cuts the
+    largest part that has the right ones from its middle, and other systems' models have their own:
+    :func:`~minivit.data.fit.fitted`.
 
     It is not inverted: the digits' models expect light strokes on a black background.
 
@@ -60,12 +57,11 @@ def read_image(
     :data:`FORMATS`, is larger than :data:`MAX_PIXELS` (WebP: half of that), would take unusually long to decode for its
     size, or has no fixed range to scale (32-bit integers, floats). What is read takes at most about 400 MB meanwhile.
     """
-    if fit not in FITS:
-        raise ConfigError(f"unknown fit {fit!r}", f"known: {', '.join(FITS)}")
+    read_fit(fit)  # before the work
     picture = decode(source, channels)
     if picture.animated:
         warnings.warn(f"{_name(source)} holds more than one picture: the first one is read", stacklevel=2)
-    return fitted(picture.page, size, fit)
+    return fitted(picture.page, size, fit, _name(source))
 
 
 @dataclass(frozen=True)
@@ -119,23 +115,6 @@ def _not_known(source: str | PathLike[str] | BinaryIO, name: str) -> DataError:
             kind = "AVIF" if brand.startswith("av") else "HEIC"
             return DataError(f"{name}: a photo in the format {kind}, which is not read", "save it as JPEG or PNG")
     return DataError(f"{name}: not an image, or damaged", f"known: {', '.join(FORMATS)}")
-
-
-def fitted(page: Image.Image, size: tuple[int, int], fit: str) -> np.ndarray:
-    """Return a picture of mode "L" or "RGB" as uint8 (C, height, width) of this ``size``: see :func:`read_image`."""
-    from PIL.Image import Resampling
-
-    height, width = size
-    if fit == "crop":
-        step = min(page.width / width, page.height / height)  # of the picture's pixels to one of the result's
-        left, top = (page.width - step * width) / 2, (page.height - step * height) / 2
-        box = (max(left, 0.0), max(top, 0.0), min(page.width - left, page.width), min(page.height - top, page.height))
-        resized = page.resize((width, height), Resampling.BICUBIC, box)
-    else:
-        shrinks = height <= page.height and width <= page.width
-        resized = page.resize((width, height), Resampling.BOX if shrinks else Resampling.BICUBIC)
-    pixels = np.asarray(resized).reshape(height, width, -1)  # (H, W) or (H, W, 3) → (H, W, C)
-    return np.ascontiguousarray(pixels.transpose(2, 0, 1))  # (C, H, W)
 
 
 def is_image(path: str | PathLike[str]) -> bool:

@@ -17,9 +17,10 @@ import numpy as np
 from minivit.autograd.graph import Node, first_order
 from minivit.backend import Team, available_memory
 from minivit.backend.outline import Outline, outline
-from minivit.errors import ConfigError, unknown_name
+from minivit.errors import ConfigError
 from minivit.measure.speed import flops
 from minivit.models import MODELS, Model, Settings, create_model, read_settings
+from minivit.models.registry import unknown_model
 from minivit.nn.module import Module, mode, watching
 from minivit.show.text import bytes_text
 from minivit.weights.native import load_model, stored_settings
@@ -55,7 +56,7 @@ def open_model(name: str) -> Model:
 def _path(name: str) -> str:
     """Return the path of a checkpoint; what is neither a file nor written like one was to be a model's name."""
     if not (os.path.exists(name) or os.path.dirname(name) or name.endswith(".npz")):
-        raise unknown_name("model", name, MODELS)
+        raise unknown_model(name)
     return name
 
 

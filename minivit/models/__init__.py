@@ -3,6 +3,7 @@
 Importing any file of this package registers minivit's own models.
 """
 
+from minivit.models.preparations import names_alike, preparation
 from minivit.models.registry import (
     KINDS,
     MODELS,
@@ -35,6 +36,8 @@ __all__ = [
     "described_settings",
     "list_models",
     "model_outline",
+    "names_alike",
+    "preparation",
     "read_settings",
     "register",
     "setting",

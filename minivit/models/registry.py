@@ -35,6 +35,7 @@ from typing import Any, ClassVar, NamedTuple, TypeVar, get_type_hints
 import numpy as np
 
 from minivit.backend import Key
+from minivit.data import Preparation
 from minivit.errors import ConfigError, unknown_name
 from minivit.models.adapt import check_encoder
 from minivit.nn import init
@@ -93,7 +94,7 @@ class Settings:
         """What a message says of them: all sizes, and what else is not as by default."""
         defaults = {f.name: f.default for f in dataclasses.fields(self) if f.name != "seed"}
         told = {name: value for name, value in self.config.items() if name in defaults and value is not None}
-        shown = [n for n, v in told.items() if (type(v) in (int, tuple)) or v != defaults[n]]
+        shown = [n for n, v in told.items() if (type(v) in (int, tuple) and v) or v != defaults[n]]
         return ", ".join(f"{name} {told[name]}" for name in shown)
 
     def misfit(self, height: int, width: int) -> tuple[str, str] | None:
@@ -134,6 +135,9 @@ class Model(Module):
     encoder: ClassVar[tuple[str, ...] | None] = None  # None: all but the number of classes and the seed
     settings: Any
     head: Linear
+    # of weights that came from elsewhere: how images are prepared for them, and the names of their classes
+    preparation: Preparation | None = None
+    class_names: tuple[str, ...] = ()
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         self.settings = self.Settings(*args, **settings)
@@ -150,13 +154,23 @@ class Model(Module):
         return []
 
     def _number_layers(self) -> None:
-        for i, parts in enumerate(self.layers()):
-            set_layer(i, *parts)
+        layers = list(self.layers())
+        for i in reversed(range(len(layers))):  # what several layers share belongs to the first
+            set_layer(i, *layers[i])
 
     @property
     def config(self) -> dict[str, Any]:
         """All settings but those that change no number: ``type(model)(**model.config)`` is one like it, untrained."""
         return self.settings.config
+
+    def check_portable(self) -> None:
+        """Raise ConfigError if a setting is a module itself, which no checkpoint can hold and no second model have."""
+        for name, value in self.config.items():
+            if isinstance(value, Module):
+                what = f"{name} is a {type(value).__name__} itself: settings could not say how to build another"
+                raise ConfigError(
+                    what, f"register what makes it (minivit.register_encoder), and set {name} to its name"
+                )
 
     def reset_head(self, num_classes: int) -> None:
         """Replace the head by one linear layer of zeros, as for fine-tuning; ConfigError if ``head`` is none."""
@@ -164,6 +178,7 @@ class Model(Module):
             what = f"{type(self).__name__} has no Linear called head"
             raise ConfigError(what, "name its last layer so, or give it a reset_head of its own")
         self.settings = dataclasses.replace(self.settings, num_classes=num_classes)
+        self.preparation, self.class_names = None, ()  # what it learns now are other images, perhaps prepared otherwise
         weight = self.head.weight
         self.head = Linear(weight.shape[1], num_classes, weight_init=init.zeros)
         self.head.to(weight.dtype).to(weight.device)
@@ -308,8 +323,17 @@ def list_models(pattern: str = "*") -> list[str]:
 def configuration(name: str) -> Configuration:
     """Return what a name stands for; raise ConfigError if there is no such name."""
     if name not in MODELS:
-        raise unknown_name("model", name, MODELS)
+        raise unknown_model(name)
     return MODELS[name]
+
+
+def unknown_model(name: Any) -> Exception:
+    """Return the error for a name that nothing is called by; timm's have tags behind a dot, which name weights."""
+    known, _, tag = str(name).partition(".")
+    if tag and known in MODELS:
+        remedy = f"the model is {known!r}; its weights come from a file: create_model({known!r}, weights=PATH)"
+        return ConfigError(f"unknown model {name!r}: {tag!r} names weights, which minivit does not bring", remedy)
+    return unknown_name("model", name, MODELS)
 
 
 def create_model(name: str, **settings: Any) -> Model:

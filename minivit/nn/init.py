@@ -1,6 +1,7 @@
 """Initial values, float32, drawn from the thread's random key (:mod:`minivit.nn.random`).
 
-Inside ``with outlining():`` they are outlines: a model made there has all its layers, and no numbers.
+Inside ``with outlining():`` they are outlines: a model made there has all its layers, and no numbers. Inside ``with
+undrawn():`` those that would be drawn are zeros, for a model that gets its numbers from a file.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ class _Outlining(NamedTuple):
 
 class _Now(threading.local):
     outlining: _Outlining | None = None
+    undrawn: bool = False
 
 
 _now = _Now()
@@ -42,6 +44,21 @@ def outlining(most: int | None = None) -> Iterator[None]:
         yield
     finally:
         _now.outlining = before
+
+
+@contextlib.contextmanager
+def undrawn() -> Iterator[None]:
+    """Give zeros for random initial values in this block, in this thread: no time, and no memory until they are set."""
+    before, _now.undrawn = _now.undrawn, True
+    try:
+        yield
+    finally:
+        _now.undrawn = before
+
+
+def is_undrawn() -> bool:
+    """Tell whether random initial values are zeros here and now."""
+    return _now.undrawn
 
 
 def outlined() -> bool:
@@ -72,6 +89,16 @@ def _drawn(
 _of_shape = _drawn(lambda *shape: shape)
 
 
+def _random(make: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
+    """Make a function of random initial values give zeros inside :func:`undrawn`."""
+
+    @functools.wraps(make)
+    def draw(*shape: int, **settings: Any) -> np.ndarray:
+        return np.zeros(shape, np.float32) if _now.undrawn else make(*shape, **settings)
+
+    return _of_shape(draw)
+
+
 @_of_shape
 def zeros(*shape: int) -> np.ndarray:
     """Return zeros."""
@@ -84,23 +111,29 @@ def ones(*shape: int) -> np.ndarray:
     return np.ones(shape, np.float32)
 
 
-@_of_shape
+@_random
 def normal(*shape: int, std: float) -> np.ndarray:
     """Return normal numbers of mean 0 and standard deviation ``std``."""
     return (backend.normal(next_key(), shape) * std).astype(np.float32)
 
 
-@_of_shape
+@_random
 def xavier_uniform(fan_out: int, fan_in: int) -> np.ndarray:
     """Return a (fan_out, fan_in) matrix, uniform in ±√(6/(fan_in + fan_out)) (Glorot and Bengio 2010, eq. 16)."""
     bound = (6.0 / (fan_in + fan_out)) ** 0.5
     return (backend.uniform(next_key(), (fan_out, fan_in)) * 2.0 - 1.0) * np.float32(bound)
 
 
-@_of_shape
+@_random
 def xavier_uniform_qkv(fan_out: int, fan_in: int) -> np.ndarray:
     """Return three Xavier-uniform matrices under each other: queries, keys and values are projections of their own."""
     return np.concatenate([xavier_uniform(fan_out // 3, fan_in) for _ in range(3)])
+
+
+@_of_shape
+def xavier_uniform_pair(fan_out: int, fan_in: int) -> np.ndarray:
+    """Return two Xavier-uniform matrices under each other: a gate and what it lets through, or keys and values."""
+    return np.concatenate([xavier_uniform(fan_out // 2, fan_in) for _ in range(2)])
 
 
 def mimetic_pair(dim: int, rank: int, identity: float) -> tuple[np.ndarray, np.ndarray]:
@@ -131,7 +164,19 @@ def sincos_2d(grid: tuple[int, int], dim: int) -> np.ndarray:
     return np.concatenate([f(axis * waves) for axis in (x, y) for f in (np.sin, np.cos)], axis=1).astype(np.float32)
 
 
-@_of_shape
+@_drawn(lambda positions, dim: (positions, dim))
+def sincos_1d(positions: int, dim: int) -> np.ndarray:
+    """Return (positions, dim): sin(t/10⁴^(2i/dim)) of place t at number 2i, and its cosine at 2i + 1.
+
+    Vaswani et al. 2017, arXiv 1706.03762, section 3.5. Raises ConfigError unless dim is even.
+    """
+    if dim % 2:
+        raise ConfigError(f"dim {dim} cannot hold a cosine for every sine", "choose an even one")
+    angles = np.arange(positions)[:, None] * 10_000.0 ** -(np.arange(0, dim, 2) / dim)  # (positions, dim/2)
+    return np.stack([np.sin(angles), np.cos(angles)], axis=-1).reshape(positions, dim).astype(np.float32)
+
+
+@_random
 def lecun_normal(fan_out: int, fan_in: int) -> np.ndarray:
     """Return a (fan_out, fan_in) matrix of normal numbers cut off at two deviations, of variance 1/fan_in."""
     key = next_key()

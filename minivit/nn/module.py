@@ -48,6 +48,15 @@ class Parameter(Tensor):
         self.decays, self.layer, self.matrices = state
 
 
+class Constant(Tensor):
+    """A Tensor that a Module computes with and does not learn, such as fixed positions.
+
+    :meth:`Module.to` moves and converts it as it does parameters. It follows from the settings: no state holds it.
+    """
+
+    __slots__ = ()
+
+
 class RowSize(NamedTuple):
     """What one row of a batch makes a model work on and keep: see :meth:`Module.row_size`."""
 
@@ -146,6 +155,11 @@ class Module:
         for _, p in self.named_parameters():
             yield p
 
+    def constants(self) -> Iterator[Constant]:
+        """Yield what it computes with and does not learn; one that several modules hold comes from each."""
+        for _, module in self.named_modules():
+            yield from (value for _, value in _members(vars(module)) if isinstance(value, Constant))
+
     def num_parameters(self) -> int:
         """Return the number of learned numbers."""
         return sum(p.size for p in self.parameters())
@@ -211,7 +225,7 @@ class Module:
         is_device = isinstance(target, str)
         if not (is_device or (is_floating(target) and target.kind != "c")):
             raise DTypeError(f"a module cannot hold {target}", "use np.float32 or np.float64")
-        for p in self.parameters():
+        for p in itertools.chain(self.parameters(), self.constants()):
             p.data = to_device(p.data, target) if is_device else p.data.astype(target, copy=False)
             p.grad = None
             p.node = Node.leaf(p) if p.requires_grad else None
@@ -228,6 +242,24 @@ class Module:
 
         ``strict`` asks for the very same names; without it, names on one side only are passed over.
         """
+        self.check_state_dict(state, strict)
+        for name, p in self.named_parameters():
+            if name in state:
+                with on_device_of(p.data):
+                    p.data[...] = to_device(np.asarray(state[name], p.dtype), device_of(p.data))
+
+    def take_state_dict(self, state: dict[str, Any]) -> None:
+        """Do as :meth:`load_state_dict`, where nobody else holds the arrays: they become the parameters, and no copies.
+
+        It is for a model that has just been made: an optimizer would keep the parameters that were.
+        """
+        self.check_state_dict(state, strict=True)
+        for name, p in self.named_parameters():
+            p.data = to_device(np.ascontiguousarray(state.pop(name), p.dtype), device_of(p.data))
+            p.node = Node.leaf(p) if p.requires_grad else None
+
+    def check_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> None:
+        """Raise CheckpointError, with the names, for arrays that do not fit."""
         own = dict(self.named_parameters())
         wrong = [
             f"{name}: {tuple(np.shape(state[name]))} in the state, {p.shape} in the model"
@@ -243,17 +275,14 @@ class Module:
                 f"the state does not fit this {type(self).__name__}:\n  {shown}",
                 "build the model with the settings that the state was saved with",
             )
-        for name, p in own.items():
-            if name in state:
-                with on_device_of(p.data):
-                    p.data[...] = to_device(np.asarray(state[name], p.dtype), device_of(p.data))
 
 
-def set_layer(layer: int, *parts: Module | Parameter | None) -> None:
+def set_layer(layer: int, *parts: Module | Tensor | None) -> None:
     """Let every parameter of the parts say that it belongs to ``layer``."""
     for part in parts:
-        for p in [part] if isinstance(part, Parameter) else part.parameters() if part is not None else ():
-            p.layer = layer
+        for p in part.parameters() if isinstance(part, Module) else [part]:
+            if isinstance(p, Parameter):
+                p.layer = layer
 
 
 def _members(named: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:

@@ -48,6 +48,20 @@ def epsilon(name: str, value: Any) -> float:
     return float(value)
 
 
+def positive(name: str, value: Any) -> float:
+    """A number above 0, of which 1,000 is far too much."""
+    if not _number(value) or not 0 < value <= 1000:
+        raise ConfigError(f"{name} is {value_text(value)}", "it must be a number above 0, and 1000 at most")
+    return float(value)
+
+
+def few(name: str, value: Any) -> int:
+    """A whole number from 0 to 1,000."""
+    if not _whole(value) or not 0 <= value <= 1000:
+        raise ConfigError(f"{name} is {value_text(value)}", "it must be a whole number from 0 to 1000")
+    return int(value)
+
+
 def flag(name: str, value: Any) -> bool:
     """True or False."""
     if not isinstance(value, bool):

@@ -250,6 +250,7 @@ _ROWS: dict[str, dict[str, Callable[[Draw], tuple[Any, ...]]]] = {
         "a class token": lambda r: (r(3, 2, 3), r(1, 1, 3)),
         "positions": lambda r: (r(2, 3, 5), None, r(1, 3, 5)),
         "one image of one patch": lambda r: (r(1, 1, 3), r(1, 1, 3), r(1, 2, 3)),
+        "two tokens beside the patches": lambda r: (r(2, 3, 5), r(1, 2, 5), r(1, 5, 5)),
     },
     "convert": {"to where it is": lambda r: (r(2, 3, 3), "cpu")},
     # ---- products ----

@@ -232,22 +232,22 @@ unpatchify.vjps(lambda g, out, patches, patch, size: patchify(g, patch))
 def embed_tokens(patches: Array, cls: Array | None = None, positions: Array | None = None) -> Array:
     """Return the tokens that enter an encoder (ViT eq. 1): the class token, then the patches, plus the positions.
 
-    patches (B, N, D), cls (1, 1, D), positions (1, T, D) → (B, T, D), T = N + 1, or N without a class token.
-    Twins: ops/cuda/shape.py.
+    patches (B, N, D), cls (1, 1, D), positions (1, T, D) → (B, T, D), T = N + 1, or N without a class token. With more
+    tokens than that of the class, cls (1, P, D), T = N + P. Twins: ops/cuda/shape.py.
     """
     xp, tokens = array_module(patches), patches
     if cls is not None:
-        first = xp.broadcast_to(cls, (len(patches), 1, patches.shape[2]))
-        tokens = xp.concatenate([first, patches], axis=1)  # (B, N, D) → (B, 1 + N, D)
+        first = xp.broadcast_to(cls, (len(patches), *cls.shape[1:]))
+        tokens = xp.concatenate([first, patches], axis=1)  # (B, N, D) → (B, P + N, D)
     return tokens if positions is None else tokens + positions
 
 
 @embed_tokens.vjp
 def _(g: Any, out: Any, patches: Any, cls: Any, positions: Any, needs: tuple[bool, ...]) -> Any:
-    first = 0 if cls is None else 1
+    first = 0 if cls is None else cls.shape[1]
     return (
         getitem(g, (slice(None), slice(first, None))) if first else g,
-        getitem(g, (slice(None), slice(0, 1))) if needs[1] else None,  # the engine sums over the batch
+        getitem(g, (slice(None), slice(0, first))) if needs[1] else None,  # the engine sums over the batch
         g if needs[2] else None,
     )
 
@@ -255,5 +255,5 @@ def _(g: Any, out: Any, patches: Any, cls: Any, positions: Any, needs: tuple[boo
 @embed_tokens.composed
 def _(patches: Any, cls: Any = None, positions: Any = None) -> Any:
     if cls is not None:
-        patches = concat([broadcast_to(cls, (patches.shape[0], 1, patches.shape[2])), patches], axis=1)
+        patches = concat([broadcast_to(cls, (patches.shape[0], *cls.shape[1:])), patches], axis=1)
     return patches if positions is None else patches + positions

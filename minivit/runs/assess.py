@@ -57,7 +57,8 @@ def load_split(trained: Trained, name: str, split: str, bar: Callable[..., Any] 
     splits = data.splits_of(name, layout)
 
     def load(part: str) -> Dataset:
-        return data.load(name, part, (height, width), takes, trained.data.get("bad_images", "stop"), layout, bar)
+        bad = trained.data.get("bad_images", "stop")
+        return data.load(name, part, (height, width), takes, bad, layout, bar, trained.folder_fit)
 
     if own and split in ("train", "val") and (held := run_split(trained, split, bar)) is not None:
         parts = [held]

@@ -57,7 +57,7 @@ def answer_all(
             continue
         if invert:
             image = negative(image)
-        if looks_inverted(image, trained.mean):
+        if not trained.from_elsewhere and looks_inverted(image, trained.mean):  # else it is not the images' own mean
             inverted.append(name)
         waiting.append((rows[-1], image))
         if len(waiting) == AT_ONCE:
@@ -105,7 +105,7 @@ def read_all(
             if os.path.isdir(source):  # which, unlike Path's, raises nothing for a name that is too long, and knows ""
                 yield from read_all(files_in(source, tell), trained, tell)
             else:
-                yield from read(source, trained.image_shape, trained.data.get("fit", "stretch"))
+                yield from read(source, trained.image_shape, trained.preparation.fit)
         except MinivitError as error:  # the others may be sound
             yield source, f"{error.what.removeprefix(f'{source}: ')} → {error.remedy}"
 

@@ -20,7 +20,7 @@ from minivit.runs.folder import find_checkpoint
 from minivit.runs.matching import match_classes
 from minivit.runs.trained import Trained
 from minivit.show.explainer import write_explainer
-from minivit.study.account import Account, account, check_model
+from minivit.study.account import Account, account, check_model, tokens_beside
 
 LONGEST = 100
 """Characters of a class's name on the page."""
@@ -119,8 +119,11 @@ def write_page(trained: Trained, chosen: Chosen, path: str | Path, given: str) -
     tokens = told.maps["P"].shape[-1]
     about = {
         "layers": layers, "heads": heads, "tokens": tokens, "prefix": told.prefix, "grid": told.grid,
+        "reads": told.reads, "beside": tokens_beside(model), "block": getattr(model.settings, "block", "pre"),
+        "fixed": not any("pos_embed" in name for name, _ in model.named_parameters()),
+        **{name: bool(getattr(model.settings, key, False)) for name, key in _OF_SCORES.items()},
         "kept": told.numbers["kept"].shape[-1], "head_dim": d, "dim": told.numbers["embedded"].shape[-1],
-        "mlp": model.blocks[0].mlp.fc1.weight.shape[0], "patch": model.patch_embed.patch_size,
+        "mlp": model.blocks[0].mlp.fc2.weight.shape[1], "patch": model.patch_embed.patch_size,
         "mean": trained.mean, "std": trained.std,
         "image": {"width": width, "height": height, "channels": channels, "remark": _drawn(channels)},
         "classes": names, "label": chosen.label, "probabilities": [float(f"{p:.6g}") for p in probabilities],
@@ -146,6 +149,10 @@ def write_page(trained: Trained, chosen: Chosen, path: str | Path, given: str) -
         numbers=told.numbers | {"raw": chosen.pixels},
     )
     return title
+
+
+_OF_SCORES = {"diagonal": "lsa", "qk_norm": "qk_norm"}
+"""What the page is told of how scores are made, by the setting that says it."""
 
 
 def _drawn(channels: int) -> str:

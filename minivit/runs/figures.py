@@ -152,6 +152,8 @@ class Seen:
         except ConfigError as error:
             self._why_not["attribution"] = f"This model has none: {error.what}."
             return
+        if found.positions is not None:  # those of every layer count with those of the embedding
+            found = replace(found, embedding=found.embedding + found.positions.sum(axis=1))
         names = ("embedding", "heads", "attention_bias", "mlp", "bias", "logit")
         self._add(**{f"attribution {name}": getattr(found, name).sum(axis=0) for name in names})
 
@@ -221,7 +223,8 @@ class Seen:
         return {"patch": patch, "token": self._of_token(token), "all": self._sums["whole"] / self.images}
 
     def _of_token(self, sizes: np.ndarray) -> np.ndarray | None:
-        return sizes if self._bare.prefix else None
+        model: Any = self._bare.model
+        return sizes if self._bare.prefix and getattr(model, "cls_token", model) is not None else None
 
 
 def by_token(sizes: np.ndarray, prefix: int) -> np.ndarray:

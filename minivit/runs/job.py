@@ -21,8 +21,10 @@ from minivit.runs.folder import find_checkpoint
 from minivit.runs.parts import UNCHANGED, divide, load_parts
 from minivit.runs.products import ProductsRecord
 from minivit.runs.settings import RunSettings, assignments, fit_to_data
+from minivit.runs.teacher import open_teacher, state_digest, taught
 from minivit.show.text import bytes_text, plural
 from minivit.train import schedule
+from minivit.train.distill import Student, distillation
 from minivit.train.observers import Observer
 from minivit.train.optim import SGD, AdamW, Muon, Optimizer, layer_scales
 from minivit.train.precision import check_precision
@@ -71,6 +73,10 @@ class Job:
         if settings["train.patience"] and self.parts.valid is None:
             raise ConfigError("patience needs validation images", "hold some out: --val-fraction 0.1")
         self.model: Model = build(settings.kind, values).to(device)
+        self.teacher = open_teacher(settings["train.teacher"], classes) if settings["train.teacher"] else None
+        self.trained: Student | None = None  # what a step runs, where a teacher stands beside the model
+        if self.teacher is not None:
+            self.trained = taught(self.model, self.teacher, self.parts.train.mean, self.parts.train.std)
         fresh = settings["train.init_from"] and not resumed
         changed = start_from(self.model, settings["train.init_from"]) if fresh else []
         self._settle(device, dtype)
@@ -100,7 +106,8 @@ class Job:
             step = training_memory(outlined, team_for(self.model, s["train.threads"], s["train.micro_batch"]), rows)
         else:
             step = gpu_memory(outlined, min(rows, s["train.micro_batch"]), s["train.dtype"])
-        return step + 4 * self.model.num_parameters() * bool(s["train.model_ema"])
+        beside = self.model.num_parameters() * bool(s["train.model_ema"])
+        return step + 4 * (beside + (0 if self.teacher is None else self.teacher.model.num_parameters()))
 
     def room(self) -> int | None:
         """Return the bytes of a GPU that images may have: what a step, which takes its memory later, leaves of it."""
@@ -117,6 +124,10 @@ class Job:
             *([f"kernels     plain operations only, which takes longer: {no_kernels}"] if no_kernels else []),
             f"model       {s['model.name']}: {self.model.num_parameters():,} parameters",
         ]
+        if self.teacher is not None:
+            lines.append(
+                printable(f"teacher     {self.teacher.path}: {self.teacher.model.num_parameters():,} parameters")
+            )
         if s["train.init_from"]:
             lines += [printable(f"started     from {s['train.init_from']}"), *(f"            {one}" for one in changed)]
         lines.append(f"data        {self.parts.text(classes)}")
@@ -149,13 +160,24 @@ class Job:
 
     @property
     def loss(self) -> Callable[..., Any]:
-        """What is made small: cross-entropy, with the run's smoothing."""
-        return partial(ops.cross_entropy, smoothing=self.settings["train.smoothing"])
+        """What is made small: cross-entropy, with the run's smoothing; with a teacher, what it says as well."""
+        s = self.settings
+        if self.teacher is None:
+            return partial(ops.cross_entropy, smoothing=s["train.smoothing"])
+        return partial(
+            distillation,
+            kind=s["train.distill"],
+            share=s["train.distill_share"],
+            temperature=s["train.distill_temperature"],
+            smoothing=s["train.smoothing"],
+        )
 
     def make_trainer(self, folder: Path | None, observers: Sequence[Observer] = ()) -> Trainer:
         """Return the Trainer, with a fresh optimizer."""
         s = self.settings
         digests = self.parts.digests() if folder is not None else {}
+        if self.teacher is not None:
+            digests["teacher"] = state_digest(self.teacher.model)
         meta = {
             "name": s["model.name"],
             "data": self.data_meta(),
@@ -182,6 +204,7 @@ class Job:
             if folder is None or s["train.device"] == "cpu"
             else [ProductsRecord(folder), *observers],
             precision=s["train.dtype"],
+            trained=self.trained,
         )
 
     def data_meta(self) -> dict[str, Any]:
@@ -240,6 +263,8 @@ def make_absolute(settings: RunSettings) -> None:
         paths["data.name"] = settings["data.name"]
     if settings["train.init_from"]:
         paths["train.init_from"] = find_checkpoint(settings["train.init_from"])
+    if settings["train.teacher"]:
+        paths["train.teacher"] = find_checkpoint(settings["train.teacher"])
     for key, path in paths.items():
         settings.take({key: str(Path(path).resolve())}, settings.origins[key])
 

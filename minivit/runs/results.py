@@ -19,6 +19,7 @@ from minivit.runs.job import Job
 from minivit.show.lettering import drawable_names
 from minivit.show.page import write_report
 from minivit.show.pictures import attention_overlay, confusion_picture, mosaic, predictions_picture
+from minivit.study.asking import reads_class_token
 from minivit.train.inference import predict_logits
 
 SHOWN = 50  # images in a picture
@@ -67,8 +68,9 @@ def draw_attention(model: Any, loader: Loader, path: Path) -> None:
     with mode(False), no_grad():
         trace = model.trace(to_device(images, device))
     weights = to_numpy(trace.attention[-1].data).mean(axis=1)  # (B, heads, T, T) → (B, T, T)
-    of_patches = weights[..., trace.prefix :]
-    weights = of_patches[:, 0] if trace.prefix else of_patches.mean(axis=1)  # → (B, patches)
+    of_class = reads_class_token(trace)
+    rows = weights[:, 0] if of_class else weights[:, trace.prefix :].mean(axis=1)  # → (B, T)
+    weights = rows[:, trace.prefix :]  # → (B, patches)
     logits = predict_logits(model, images)
     names = drawable_names(loader.dataset.classes)
     attention_overlay(
@@ -77,7 +79,7 @@ def draw_attention(model: Any, loader: Loader, path: Path) -> None:
         [names[i] for i in labels],
         [names[i] for i in logits.argmax(axis=1)],
         path,
-        title="Where the class token looks" if trace.prefix else "What the patches look at, on average",
+        title="Where the class token looks" if of_class else "What the patches look at, on average",
     )
 
 

@@ -22,8 +22,7 @@ from minivit.models import KINDS, MODELS, configuration, described_settings, rea
 from minivit.runs.folder import find_checkpoint
 from minivit.runs.options import OPTIONS, Option
 from minivit.runs.recipes import FOR_DATA, RECIPES, full_name
-from minivit.weights.checkpoint import load_checkpoint
-from minivit.weights.native import checked_settings
+from minivit.weights.native import checked_settings, read_checkpoint
 
 GIVEN = ("command line", "argument")
 """The origins of what was asked for just now: typed, or given to a function."""
@@ -202,7 +201,7 @@ def resolve(
 
 def _sizes_in(path: str) -> dict[str, Any]:
     """Return the settings of the model in a checkpoint, but for those of its head."""
-    checkpoint = load_checkpoint(path)
+    checkpoint = read_checkpoint(path)
     found = checked_settings(checkpoint, path)
     name = checkpoint.meta.get("name")
     if not isinstance(name, str) or name not in MODELS:  # of a library's model: a name whose sizes are all replaced

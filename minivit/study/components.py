@@ -10,6 +10,7 @@ import numpy as np
 from minivit.autograd.graph import no_grad
 from minivit.errors import ConfigError, DataError, ShapeError
 from minivit.models.trace import Trace
+from minivit.nn.module import Module
 from minivit.study.asking import check_trace, patch_embed, values
 
 
@@ -21,15 +22,17 @@ class Components(NamedTuple):
 
 
 def position_similarity(model: Any) -> np.ndarray:
-    """Return the cosine of every two learned positions: (rows, columns, rows, columns), float64.
+    """Return the cosine of every two positions: (rows, columns, rows, columns), float64.
 
     [i, j] is the map of the patch in row i, column j (Dosovitskiy et al. 2020, 2010.11929, figure 7 centre). The class
-    token's is left out; a position of zeros has 0. Raises ConfigError for a model without learned positions.
+    token's is left out; a position of zeros has 0. Raises ConfigError for a model that adds none at its input.
     """
     embed, pos = patch_embed(model), getattr(model, "pos_embed", None)
     if pos is None:
         raise ConfigError(f"{type(model).__name__} has no learned positions", "make it with position 'learned'")
-    of_patches = values(pos, "the positions")[0, -embed.num_patches :].astype(np.float64)  # (1, T, D) → (N, D)
+    of_patches = values(pos() if isinstance(pos, Module) else pos, "the positions")[0, -embed.num_patches :].astype(
+        np.float64
+    )  # (1, T, D) → (N, D)
     sizes = np.sqrt(np.square(of_patches).sum(axis=1, keepdims=True))
     unit = np.divide(of_patches, sizes, out=np.zeros_like(of_patches), where=sizes > 0)
     return (unit @ unit.T).reshape(*embed.grid, *embed.grid)  # (N, N) → …

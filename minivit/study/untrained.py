@@ -19,9 +19,11 @@ def untrained_like(model: Any, seed: int = 0) -> Any:
     """
     if not isinstance(model, Model):
         raise ConfigError(f"a {type(model).__name__} has no settings to make another from", "give a registered model")
+    model.check_portable()
     made = type(model)(**model.config | {"seed": seed})
-    head = getattr(made, "head", None)
-    if isinstance(head, Linear) and not head.weight.data.any():
-        head.weight.data[...] = normal(Key(seed, 1), head.weight.shape) / head.weight.shape[1] ** 0.5
+    for i, name in enumerate(("head", "head_dist")):
+        head = getattr(made, name, None)
+        if isinstance(head, Linear) and not head.weight.data.any():
+            head.weight.data[...] = normal(Key(seed, 1 + i), head.weight.shape) / head.weight.shape[1] ** 0.5
     first = next(model.parameters())
     return made.to(first.dtype).to(first.device)

@@ -63,8 +63,8 @@ class Trainer:
     ``meta["train"]``. Nothing is printed: what happens is told to the ``observers``, in their order: see
     :class:`~minivit.train.observers.Observer`.
 
-    ``precision`` is what is computed in, as :class:`TrainStep` takes it. On a GPU what a step came to is read when the
-    next one is under way, so that the GPU does not wait.
+    ``precision`` is what is computed in, as :class:`TrainStep` takes it; on a GPU what a step came to is read when the
+    next is under way. ``trained`` is what a step runs if that is more than ``model``: a Student (train/distill.py).
 
     ``lock`` holds the folder while ``fit`` works. What is to be done with the folder before or after that, with no
     other process in between, is done in a block of its own: ``with trainer.lock: …``.
@@ -91,6 +91,7 @@ class Trainer:
         meta: Mapping[str, Any] | None = None,
         observers: Sequence[Observer] = (),
         precision: str = "float32",
+        trained: Module | None = None,
     ) -> None:
         if epochs < 1 or (save_every is not None and save_every < 1):
             raise ConfigError(f"epochs={epochs}, save_every={save_every}", "each must be at least 1")
@@ -102,10 +103,9 @@ class Trainer:
             raise ConfigError("on_nan='rollback' without a folder", "give a folder: there is no checkpoint without one")
         check_observers(observers)
         self.model, self.opt, self.schedule, self.epochs = model, opt, schedule, epochs
-        self.patience, self.max_seconds, self.on_nan = patience, max_seconds, on_nan
-        self.meta = dict(meta or {})
+        self.patience, self.max_seconds, self.on_nan, self.meta = patience, max_seconds, on_nan, dict(meta or {})
         self.ema = None if ema is None else EMA(opt.store, ema)
-        self.step = TrainStep(model, opt, loss, threads, micro_batch, clip_norm, seed, precision, self.ema)
+        self.step = TrainStep(trained or model, opt, loss, threads, micro_batch, clip_norm, seed, precision, self.ema)
         self.keeper = None if folder is None else Keeper(Path(folder), save_every)
         self.observers = list(observers) if self.keeper is None else [self.keeper, *observers]
         self.progress = Progress()

@@ -140,6 +140,12 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     return Checkpoint(arrays, meta)
 
 
+def is_sealed(f: BinaryIO) -> bool:
+    """Tell whether a file ends as every checkpoint of minivit's does."""
+    f.seek(max(f.seek(0, os.SEEK_END) - _SEAL_SIZE, 0))
+    return f.read(len(_SEAL)) == _SEAL
+
+
 def _unusable(path: Path, why: str) -> CheckpointError:
     return CheckpointError(f"{path} is not a usable checkpoint: {why}", "use another: best.npz beside last.npz, a copy")
 

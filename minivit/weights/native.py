@@ -13,11 +13,13 @@ import numpy as np
 
 from minivit.data import Dataset
 from minivit.data.catalog import NAMES
-from minivit.data.images import FITS
+from minivit.data.fit import is_fit
+from minivit.data.preparation import recorded
 from minivit.errors import CheckpointError, ConfigError, DataError, MinivitError, value_text
 from minivit.models import KINDS, Model, Settings, build, model_outline, read_settings
-from minivit.nn.module import Module
+from minivit.nn import init
 from minivit.weights.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from minivit.weights.foreign import converted, open_foreign
 
 FIRST_KIND = "vit"
 """What a checkpoint holds that does not say its kind: there was one only."""
@@ -28,7 +30,8 @@ def save(model: Model, path: str | Path, data: Dataset | None = None) -> None:
 
     ``data``, the images that it was trained on, adds the names of its classes and the mean and standard deviation of
     its channels (:func:`data_meta`). ``minivit predict`` cannot do without; ``minivit eval`` measures on that data set
-    if it has a name or is a file. The parameters keep their dtype. ::
+    if it has a name or is a file. Without it, a model whose weights came from elsewhere keeps its ``preparation`` and
+    ``class_names``. The parameters keep their dtype. ::
 
         mv.save(model, "cats.npz", data=train_images)  # then: minivit predict cats.npz photo.jpg
 
@@ -41,6 +44,7 @@ def save(model: Model, path: str | Path, data: Dataset | None = None) -> None:
         remedy = "register its class (minivit.models.registry); or keep its parameters, save_checkpoint(path, "
         remedy += "{f'model/{n}': a for n, a in model.state_dict().items()}, {}), and use load_weights"
         raise ConfigError(what, remedy)
+    model.check_portable()
     state, config = model.state_dict(), model.config
     if differ := _difference(model.settings, state):
         remedy = (
@@ -60,15 +64,18 @@ def save(model: Model, path: str | Path, data: Dataset | None = None) -> None:
                 "give the data set that the model was trained on",
             )
         meta["data"] = data_meta(data)
+    elif model.preparation is not None:
+        names = {"classes": list(model.class_names)} if model.class_names else {}
+        meta["data"] = model.preparation.meta() | names
     save_checkpoint(path, {f"model/{name}": array for name, array in state.items()}, meta)
 
 
 def data_meta(data: Dataset) -> dict[str, Any]:
     """Return what a checkpoint keeps of the images that a model was trained on.
 
-    ``name``; ``fit``, how other image files are brought to the model's size ("crop" or "stretch"), and ``bad_images``,
-    what becomes of those that cannot be read; the names of the ``classes``; a hash of the ``labels``; ``mean`` and
-    ``std`` of each channel of images / 255.
+    ``name``; ``fit``, how other image files are brought to the model's size (:func:`minivit.data.fit.fitted`), and
+    ``bad_images``, what becomes of those that cannot be read; the names of the ``classes``; a hash of the ``labels``;
+    ``mean`` and ``std`` of each channel of images / 255.
     """
     known = data.name in NAMES or not os.path.exists(data.name)
     return {
@@ -82,39 +89,35 @@ def data_meta(data: Dataset) -> dict[str, Any]:
     }
 
 
-def load_weights(model: Module, path: str | Path) -> None:
-    """Copy the parameters of a checkpoint into ``model``; nothing is changed if they do not fit.
+def read_checkpoint(path: str | Path) -> Checkpoint:
+    """Read a checkpoint, or another system's file as the one that minivit would have written of its model.
 
-    Of a run that kept an average of them (:class:`minivit.train.ema.EMA`) they are the averaged ones. Raises
-    CheckpointError if the file cannot be used, or names the parameters that differ.
+    Raises CheckpointError, with what to do, if it cannot be used.
     """
-    try:
-        model.load_state_dict(parameters_of(load_checkpoint(path)))
-    except CheckpointError as error:
-        if error.what.startswith("the state does not fit"):
-            raise CheckpointError(f"{path}: {error.what}", f"{error.remedy}; or mv.load_model(path)") from error
-        raise
+    foreign = open_foreign(path)
+    return load_checkpoint(path) if foreign is None else converted(foreign)
 
 
 def load_model(path: str | Path) -> Model:
     """Build the model that a checkpoint was saved from, in eval mode, with the dtype of the stored parameters.
 
-    Where a run kept an average of the parameters, that is what the model gets. Raises CheckpointError if the file
-    cannot be used.
+    Where a run kept an average of the parameters, that is what the model gets. Other systems' files, as
+    :func:`minivit.load_weights` reads them, say all that is needed where a config.json lies beside them, or where they
+    are of the usual sizes. Raises CheckpointError if the file cannot be used.
     """
-    return _build(load_checkpoint(path), path)
+    return _build(read_checkpoint(path), path)
 
 
 def read_model(path: str | Path) -> tuple[Model, dict[str, Any]]:
     """Return :func:`load_model`'s model, and the checkpoint's meta, its ``data`` as :func:`data_of` returns them."""
-    checkpoint = load_checkpoint(path)
+    checkpoint = read_checkpoint(path)
     model = _build(checkpoint, path)
-    return model, checkpoint.meta | {"data": data_of(checkpoint, model.config, path)}
+    return model, checkpoint.meta | {"data": data_of(checkpoint.meta, model.config, path)}
 
 
 def stored_settings(path: str | Path) -> Settings:
     """Return the settings of the model in a checkpoint; their class is their ``kind``'s."""
-    return checked_settings(load_checkpoint(path), path)
+    return checked_settings(read_checkpoint(path), path)
 
 
 def model_config(path: str | Path) -> dict[str, Any]:
@@ -124,12 +127,31 @@ def model_config(path: str | Path) -> dict[str, Any]:
 
 def _build(checkpoint: Checkpoint, path: str | Path) -> Model:
     settings, state = checked_settings(checkpoint, path), parameters_of(checkpoint)
+    checkpoint.arrays.clear()  # so that none is in memory twice
     try:
-        model = build(settings.kind, settings.config).to(np.result_type(*state.values()))
+        model = undrawn(settings.kind, settings.config, np.result_type(*state.values()))
     except (TypeError, ValueError) as error:
         raise unusable_settings(path, error) from error
-    model.load_state_dict(state)
+    model.take_state_dict(state)
+    keep_preparation(model, checkpoint.meta, path)
     return model.eval()
+
+
+def keep_preparation(model: Model, meta: Mapping[str, Any], path: str | Path) -> None:
+    """Let a model know how images are prepared for weights that came from elsewhere, as a checkpoint's meta says it.
+
+    Of weights that were trained here it knows nothing: whoever goes on training has data of his own.
+    """
+    data = data_of(meta, model.config, path)
+    elsewhere = "name" not in data
+    model.preparation = recorded(data) if elsewhere else None
+    model.class_names = tuple(data.get("classes", ())) if elsewhere else ()
+
+
+def undrawn(kind: str, config: Mapping[str, Any], dtype: Any) -> Model:
+    """Return a model whose parameters are still to come."""
+    with init.undrawn():
+        return build(kind, config).to(dtype)
 
 
 def parameters_of(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
@@ -182,12 +204,12 @@ def _difference(settings: Settings, state: Mapping[str, np.ndarray]) -> str:
     return ""
 
 
-def data_of(checkpoint: Checkpoint, config: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
-    """Return what a checkpoint says of its data: what :func:`data_meta` returns, or a part of it.
+def data_of(meta: Mapping[str, Any], config: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
+    """Return what a checkpoint's ``meta`` says of its data: what :func:`data_meta` returns, or a part of it.
 
     ``config`` holds the settings of its model. Raises CheckpointError if an entry is not what it should be.
     """
-    found = checkpoint.meta.get("data", {})
+    found = meta.get("data", {})
     classes, channels = config["num_classes"], config["in_channels"]
 
     def numbers(value: Any, least: float) -> bool:
@@ -196,7 +218,7 @@ def data_of(checkpoint: Checkpoint, config: Mapping[str, Any], path: str | Path)
 
     rules = {
         "name": (lambda v: isinstance(v, str) and v, "text"),
-        "fit": (lambda v: v in FITS, " or ".join(map(repr, FITS))),
+        "fit": (is_fit, "'stretch', 'crop' or as 'centre bicubic 0.9'"),
         "bad_images": (lambda v: v in ("stop", "skip"), "'stop' or 'skip'"),
         "classes": (
             lambda v: isinstance(v, list) and len(v) <= classes and all(isinstance(name, str) for name in v),

@@ -6,12 +6,13 @@ from pathlib import Path
 
 from minivit.errors import CheckpointError, MinivitError, MisfitError
 from minivit.models import Model
-from minivit.weights.checkpoint import load_checkpoint
-from minivit.weights.native import checked_settings, parameters_of, unusable_settings
+from minivit.weights.native import checked_settings, parameters_of, read_checkpoint, unusable_settings
 
 
 def init_from(model: Model, path: str | Path) -> list[str]:
     """Start ``model`` from a checkpoint's parameters, to go on with other images or classes; return what changed.
+
+    The checkpoint may be another system's file (:func:`minivit.load_weights`).
 
     As Dosovitskiy et al. 2020, section 3.2: the model gets a new head, one linear layer of zeros (neither its own nor
     the checkpoint's is kept, nor a hidden layer), and positions are resized to its grid of patches. Grey images may
@@ -25,7 +26,7 @@ def init_from(model: Model, path: str | Path) -> list[str]:
         model = mv.ViT(**model_config(path) | {"image_size": 64, "num_classes": 5})
         print("\\n".join(init_from(model, path)))  # a line for each thing that is not as in the checkpoint
     """
-    checkpoint = load_checkpoint(path)
+    checkpoint = read_checkpoint(path)
     old, own = checked_settings(checkpoint, path), model.state_dict()
     if old.kind != model.kind:
         what = f"{path} cannot start this model: it holds a model of the kind {old.kind}, this is a {model.kind}"

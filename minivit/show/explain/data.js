@@ -77,12 +77,12 @@ const KINDS = [
 ];
 
 /** Return a row of a map for a token; for READ, the row that the class is read from: the class token's, or the patches' mean. */
-const READ = -1;
+const READ = -1, CLASS = about.reads === "class" || about.reads === "both";
 function rowOf(of, token) {
   if (token !== READ) return of(token);
-  if (PREFIX > 0) return of(0);
+  if (CLASS) return of(0);
   const mean = new Float32Array(T);
-  for (let i = 0; i < T; i++) of(i).forEach((x, j) => { mean[j] += x / T; });
+  for (let i = PREFIX; i < T; i++) of(i).forEach((x, j) => { mean[j] += x / N; });
   return mean;
 }
 
@@ -103,8 +103,8 @@ const percent = (p) => (p >= 0.9995 && p < 1 ? "> 99.9%" : p < 0.0005 && p > 0 ?
 const className = (c) => about.classes[c];
 const short = (text, width = 28) => (text.length > width ? `${text.slice(0, width - 1)}…` : text);
 function tokenName(i) {
-  if (i === READ) return PREFIX > 0 ? "class token" : "mean of all patches";
-  if (i < PREFIX) return PREFIX === 1 ? "class token" : `token ${i + 1} before the patches`;
+  if (i === READ) return CLASS ? "class token" : "mean of all patches";
+  if (i < PREFIX) return about.beside[i];
   return `patch ${Math.floor((i - PREFIX) / COLUMNS) + 1}, ${((i - PREFIX) % COLUMNS) + 1}`;
 }
 const theToken = (i) => (i >= PREFIX ? tokenName(i) : `the ${tokenName(i)}`);

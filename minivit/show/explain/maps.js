@@ -59,7 +59,7 @@ function drawStage() {
   const patches = row.slice(PREFIX), largest = most(patches), where = patches.reduce((b, x, i) => (Math.abs(x) > Math.abs(patches[b]) ? i : b), 0);
   find("opened").textContent = kind.whole ? `Whole model: ${kind.name}` : `Layer ${l + 1}, head ${h + 1}: ${kind.name}`;
   drawLegend(largest, kind.signed);
-  const own = PREFIX ? `; ${kind.signed || kind.all ? "at" : "to"} the class token ${digits(row[0])}` : "", of = kind.all ? "All queries" : capital(tokenName(token));
+  const own = PREFIX ? `; ${kind.signed || kind.all ? "at" : "to"} the ${about.beside[0]} ${digits(row[0])}` : "", of = kind.all ? "All queries" : capital(tokenName(token));
   const sum = row.reduce((s, x) => s + x, 0), sums = kind.signed || kind.all ? "" : `; the row sums to ${sum.toFixed(2)}`;
   const name = `${PREFIX ? "of all patches " : ""}${kind.signed || kind.all ? "largest at" : "most to"}`;
   find("says-p").replaceChildren("attention ", make("i", {}, "P"), ` of this row: 0 to ${digits(most(p.slice(PREFIX)))}`);
@@ -74,8 +74,8 @@ function drawStage() {
 }
 const capital = (text) => text[0].toUpperCase() + text.slice(1);
 function zeroText(kind) {
-  const last = state.layer === L - 1 && PREFIX && state.token >= PREFIX && !kind.whole;
-  return last ? "After the last layer only the class token is read: what other tokens attend to there reaches no logit." : "";
+  const last = state.layer === L - 1 && CLASS && state.token >= PREFIX && !kind.whole;
+  return last ? `After the last layer only the class token${about.reads === "both" ? " and that of distillation are" : " is"} read: what other tokens attend to there reaches no logit.` : "";
 }
 
 function drawLegend(largest, signed) {

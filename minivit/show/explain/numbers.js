@@ -1,11 +1,11 @@
 // ---- one head's numbers for a query i and a key j, each with its formula, and what one gets by hand ----
 
+const range = (n) => Array.from({length: n}, (_, i) => i);
 const at = (l, h) => l * H + h;
 const own = (name, l, h, a) => vector(name, at(l, h) * K + a, D_HEAD);
 const followed = (name, l, h, a) => vector(name, (state.follow * L * H + at(l, h)) * K + a, D_HEAD);
 const pair = (name, l, h, a, b) => numbers(name)[(at(l, h) * K + a) * K + b];
 const pairFollowed = (name, l, h, a, b) => numbers(name)[((state.follow * L * H + at(l, h)) * K + a) * K + b];
-const range = (n) => Array.from({length: n}, (_, i) => i);
 const ALL_KEPT = K === T;
 const rest = (of, name, l, h, a, e) => (ALL_KEPT ? 0 : of(name, l, h, a)[e]);
 
@@ -14,13 +14,17 @@ const rest = (of, name, l, h, a, e) => (ALL_KEPT ? 0 : of(name, l, h, a)[e]);
  * the sum of; `rest` is that of the tokens whose numbers are not in the file, `last` what is done to the sum. What needs numbers
  * from outside the head is given: in words, and the whole vector.
  */
-const PROJECTED = "the token, after the first norm of the layer, times the layer's weight, plus its bias.";
+const scaleOf = ({l, h}) => numbers("scale")[at(l, h)], BIAS = "relative" in about.arrays, USUAL = range(L * H).every((i) => Math.abs(numbers("scale")[i] * Math.sqrt(D_HEAD) - 1) < 1e-5);
+const scaled = (where) => (USUAL ? {divide: Math.sqrt(D_HEAD), text: ` / √${D_HEAD}`} : {divide: 1 / scaleOf(where), text: ` × ${digits(scaleOf(where))}`});
+const SCALE = USUAL ? "/ √d" : "· τ";
+const before = about.block === "pre" || about.block === "parallel" ? ", after the first norm of the layer," : "";
+const PROJECTED = `the token${before} times the layer's weight, plus its bias.`, NORMED = PROJECTED.replace(".", about.qk_norm ? ", then normalised." : ".");
 const FORWARD = [
-  {name: "q", entry: true, formula: "Q_i, the query", value: ({l, h, a, e}) => own("q", l, h, a)[e], given: ({l, h, a}) => [PROJECTED, own("q", l, h, a)]},
-  {name: "k", entry: true, formula: "K_j, the key", value: ({l, h, b, e}) => own("k", l, h, b)[e], given: ({l, h, b}) => [PROJECTED, own("k", l, h, b)]},
+  {name: "q", entry: true, formula: "Q_i, the query", value: ({l, h, a, e}) => own("q", l, h, a)[e], given: ({l, h, a}) => [NORMED, own("q", l, h, a)]},
+  {name: "k", entry: true, formula: "K_j, the key", value: ({l, h, b, e}) => own("k", l, h, b)[e], given: ({l, h, b}) => [NORMED, own("k", l, h, b)]},
   {name: "v", entry: true, formula: "V_j, the value", value: ({l, h, b, e}) => own("v", l, h, b)[e], given: ({l, h, b}) => [PROJECTED, own("v", l, h, b)]},
-  {name: "score", formula: "S_ij = Q_i · K_j / √d", value: ({l, h, a, b}) => pair("s", l, h, a, b),
-   terms: ({l, h, a, b}) => range(D_HEAD).map((e) => [own("q", l, h, a)[e], own("k", l, h, b)[e]]), last: {divide: Math.sqrt(D_HEAD), text: ` / √${D_HEAD}`}},
+  {name: "score", formula: `S_ij = Q_i · K_j ${SCALE}${BIAS ? " + B_ij" : ""}`, value: ({l, h, a, b}) => pair("s", l, h, a, b),
+   terms: ({l, h, a, b}) => range(D_HEAD).map((e) => [own("q", l, h, a)[e], own("k", l, h, b)[e]]), last: scaled, bias: BIAS},
   {name: "attention", formula: "P_ij = e^ij / Σ_k e^ik", value: ({l, h, a, b}) => pair("p", l, h, a, b), softmax: true},
   {name: "context", entry: true, formula: "O_i = Σ_k P_ik V_k", value: ({l, h, a, e}) => own("o", l, h, a)[e],
    terms: ({l, h, a, e}) => range(K).map((k) => [pair("p", l, h, a, k), own("v", l, h, k)[e]]), rest: ({l, h, a, e}) => rest(own, "o_rest", l, h, a, e)},
@@ -33,21 +37,21 @@ const BACK = [
   {name: "dP", formula: "dP_ij = dO_i · V_j", value: ({l, h, a, b}) => pairFollowed("dp", l, h, a, b),
    terms: ({l, h, a, b}) => range(D_HEAD).map((e) => [followed("do", l, h, a)[e], own("v", l, h, b)[e]])},
   {name: "dS", formula: "dS_ij = P_ij (dP_ij − dO_i · O_i)", value: ({l, h, a, b}) => pairFollowed("ds", l, h, a, b), jacobian: true},
-  {name: "dQ", entry: true, formula: "dQ_i = Σ_k dS_ik K_k / √d", value: ({l, h, a, e}) => followed("dq", l, h, a)[e],
+  {name: "dQ", entry: true, formula: `dQ_i = Σ_k dS_ik K_k ${SCALE}`, value: ({l, h, a, e}) => followed("dq", l, h, a)[e],
    terms: ({l, h, a, e}) => range(K).map((k) => [pairFollowed("ds", l, h, a, k), own("k", l, h, k)[e]]),
-   rest: ({l, h, a, e}) => rest(followed, "dq_rest", l, h, a, e), last: {divide: Math.sqrt(D_HEAD), text: ` / √${D_HEAD}`}},
-  {name: "dK", entry: true, formula: "dK_j = Σ_k dS_kj Q_k / √d", value: ({l, h, b, e}) => followed("dk", l, h, b)[e],
+   rest: ({l, h, a, e}) => rest(followed, "dq_rest", l, h, a, e), last: scaled},
+  {name: "dK", entry: true, formula: `dK_j = Σ_k dS_kj Q_k ${SCALE}`, value: ({l, h, b, e}) => followed("dk", l, h, b)[e],
    terms: ({l, h, b, e}) => range(K).map((k) => [pairFollowed("ds", l, h, k, b), own("q", l, h, k)[e]]),
-   rest: ({l, h, b, e}) => rest(followed, "dk_rest", l, h, b, e), last: {divide: Math.sqrt(D_HEAD), text: ` / √${D_HEAD}`}},
+   rest: ({l, h, b, e}) => rest(followed, "dk_rest", l, h, b, e), last: scaled},
 ];
 
 /** Return what one gets by hand for a number: {result, size (of the summands), text}; the text only where it is asked for. */
 function byHand(number, where, written) {
   const {l, h, a, b} = where, others = `${T - K} other tokens`;
   if (number.softmax) {
-    const [high, beside] = vector("z", at(l, h) * K + a, 2), powers = range(K).map((k) => Math.exp(pair("s", l, h, a, k) - high));
+    const [high, beside] = vector("z", at(l, h) * K + a, 2), powers = range(K).map((k) => (about.diagonal && k === a ? 0 : Math.exp(pair("s", l, h, a, k) - high)));
     const sum = powers.reduce((s, x) => s + x, beside);
-    const text = written && `with the row's largest score ${digits(high)} taken from all of them: e^(${digits(pair("s", l, h, a, b))} − ${digits(high)}) = ${digits(powers[b])}, divided by `
+    const text = written && about.diagonal && a === b ? "no token of this model attends to itself: 0" : written && `with the row's largest score ${digits(high)} taken from all of them: e^(${digits(pair("s", l, h, a, b))} − ${digits(high)}) = ${digits(powers[b])}, divided by `
       + `${powers.map(digits).join(" + ")}${ALL_KEPT ? "" : ` + ${digits(beside)} of ${others}`} = ${digits(sum)}`;
     return {result: powers[b] / sum, size: 1, text};
   }
@@ -57,10 +61,11 @@ function byHand(number, where, written) {
     const text = written && `dOᵢ · Oᵢ, which is Σₖ Pᵢₖ dPᵢₖ: ${sumText(range(D_HEAD).map((e) => [g[e], o[e]]))} = ${digits(sum)}; then ${digits(p)} × (${digits(dp)} − ${bracket(sum)})`;
     return {result: p * (dp - sum), size: p * (Math.abs(dp) + products.reduce((s, x) => s + Math.abs(x), 0)), text};
   }
-  const terms = number.terms(where), beside = number.rest ? number.rest(where) : 0, divide = number.last ? number.last.divide : 1;
+  const terms = number.terms(where), last = number.last && number.last(where), divide = last ? last.divide : 1;
+  const beside = number.bias ? pair("relative", l, h, a, b) : number.rest ? number.rest(where) : 0;
   const sum = terms.reduce((s, [x, y]) => s + x * y, 0) / divide + beside;
   const size = terms.reduce((s, [x, y]) => s + Math.abs(x * y), 0) / divide + Math.abs(beside);
-  const text = written && `${number.last ? "(" : ""}${sumText(terms)}${number.last ? `)${number.last.text}` : ""}${number.rest && !ALL_KEPT ? ` + ${bracket(beside)} of ${others}` : ""}`;
+  const text = written && `${last ? "(" : ""}${sumText(terms)}${last ? `)${last.text}` : ""}${number.bias ? ` + ${bracket(beside)}` : number.rest && !ALL_KEPT ? ` + ${bracket(beside)} of ${others}` : ""}`;
   return {result: sum, size, text};
 }
 const bracket = (x) => (x < 0 ? `(${digits(x)})` : digits(x));

@@ -35,7 +35,7 @@ function drawRest() {
 function drawDirect(name, index) {
   const direct = numbers("direct"), terms = about.terms.length;
   if (!direct) {
-    find("direct-says").textContent = "The head of this model has a hidden layer with tanh: its logit is no sum of what the layers write.";
+    find("direct-says").textContent = "The logit of this model is no sum of what the layers write: there is a hidden layer with tanh before it, attention that pools, or a norm at each branch's end.";
     return;
   }
   const values = about.terms.map((term, i) => ({name: term, value: direct[state.follow * terms + i]}));
@@ -55,7 +55,7 @@ function drawFlow(name) {
   const rows = [["norms", "‖x‖", (l) => vector("norms", l, T)], ["flow", "‖∂ logit/∂x‖", (l) => vector("flow", state.follow * (L + 1) + l, T)]];
   const figures = rows.map(([id, title, of]) => make("div", {class: "layers"}, make("b", {}, title), ...range(L + 1).map((l) => {
     const row = of(l), patches = row.slice(PREFIX), text = digits(most(patches)), small = gridPicture(patches, most(patches), false, `${title} of each patch ${l ? `after layer ${l}` : "as embedded"}, at most ${text}`);
-    return make("figure", {title: PREFIX ? `class token: ${digits(row[0])}` : ""}, small, make("figcaption", {}, l ? String(l) : "in", make("br"), text));
+    return make("figure", {title: PREFIX ? `${about.beside[0]}: ${digits(row[0])}` : ""}, small, make("figcaption", {}, l ? String(l) : "in", make("br"), text));
   })));
   find("flow").replaceChildren(...figures);
   find("flow-says").textContent = `As they enter, and after each layer: each map to its own largest value, which stands under it. Above, the length of each token; a few that are much longer than the rest are a known habit of large models (Darcet et al. 2023). Below, the gradient of the logit of ${name}: which tokens it still depends on.`;
@@ -88,7 +88,7 @@ function makeControls() {
     button.addEventListener("click", () => follow(i));
     find("follow").append(button);
   });
-  const read = make("button", {type: "button"}, PREFIX ? "class token" : "mean of all patches");
+  const read = make("button", {type: "button"}, tokenName(READ));
   read.addEventListener("click", () => setToken(READ, true));
   find("tokens").append(read);
   for (const id of ["big", "row-p", "row-dp"]) {

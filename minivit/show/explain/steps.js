@@ -55,6 +55,13 @@ function similarPositions(token) {
   });
 }
 
+const FROM = {class: "The class will be read from the class token", both: "The class will be read from the class token and that of distillation",
+  mean: "The class will be read from the mean of all patches", map: "The class will be read from what attends to all patches"};
+const OUT = {class: ["Class token out", "After the last norm, the class token alone is read."], both: ["Two tokens out", "After the last norm, the class token and that of distillation are read, each by a head of its own; the logit is the mean of both."],
+  mean: ["Mean of the patches", "After the last norm, the mean over the patches is read."], map: ["Attention over the patches", "After the last norm, a learned query attends to the patches, and what it gathers, through an MLP, is read."]};
+const BLOCK = {pre: "x + attention(norm(x)), then x + MLP(norm(x))", post: "norm(x + attention(x)), then norm(x + MLP(x))",
+  res_post: "x + norm(attention(x)), then x + norm(MLP(x))", parallel: "x + attention(norm(x)) + MLP(norm(x))"};
+
 /** Make the seven cards; what depends on the patch in question is filled in by followPatch. */
 function makeSteps() {
   const [p, q] = about.patch, {channels, width, height} = about.image, has = (name) => name in about.arrays;
@@ -73,21 +80,21 @@ function makeSteps() {
       `${ROWS} × ${COLUMNS} patches of ${shape(p, q)} pixels, each a row of numbers (pixel/255 − mean)/std.${about.image.remark}`, "patch-1"),
     card(2, "Patch embedding", [embedded()], `${shape(N, channels * p * q)} → ${shape(N, D)}`,
       "A linear map makes a token of each patch x: E·x + b. The first of its numbers:", "patch-2"),
-    card(3, "Class token", [PREFIX ? make("div", {class: "stack"}, strip(numbers("class_token"), D, "the class token's numbers"), embedded()) : make("div", {class: "nothing"}, "none")],
+    card(3, PREFIX > 1 || (PREFIX && !CLASS) ? "Tokens beside" : "Class token", [PREFIX ? make("div", {class: "stack"}, strip(numbers("class_token"), D, "the numbers of the tokens before the patches"), embedded()) : make("div", {class: "nothing"}, "none")],
       PREFIX ? `${shape(N, D)} → ${shape(T, D)}` : shape(T, D),
-      PREFIX ? "A learned token, the same for every image, goes first. The class will be read from it." : "There is none here: the class will be read from the mean of all patches.",
+      `${PREFIX > 1 ? `${PREFIX} learned tokens, the same for every image, go first: ${about.beside.join(", ")}.` : PREFIX ? "A learned token, the same for every image, goes first." : "There is none here:"} ${FROM[about.reads]}.`,
       "patch-3"),
     card(4, "Positions", [similar, strip(numbers("entering"), D, "the tokens that enter the encoder")], shape(T, D),
-      has("positions") ? "A learned vector is added to each token, or patches had no order. Left: cosine of this patch's with each, blue −1, orange 1. Right: what enters the encoder." : "This model adds none: to it, patches have no order.", "patch-4"),
+      has("positions") ? `A ${about.fixed ? "fixed" : "learned"} vector is added to each token, or patches had no order. Left: cosine of this patch's with each, blue −1, orange 1. Right: what enters the encoder.` : has("relative") ? "This model adds none here: where patches stand to each other is in the scores of its attention." : "This model adds none: to it, patches have no order.", "patch-4"),
     card(5, "Encoder", [makeLayers()], `${L} × (attention of ${H} heads of ${D_HEAD}, MLP of ${about.mlp})`,
-      `x + attention(norm(x)), then x + MLP(norm(x)), ${L} times. Drawn: where the ${read} looks in each layer, mean of the heads.`, "patch-5"),
-    card(6, PREFIX ? "Class token out" : "Mean of the patches", [strip(features, wide, "the features that the class is read from")], `${shape(T, D)} → ${features.length}`,
-      PREFIX ? "After the last norm, the class token alone is read." : "After the last norm, the mean over the patches is read.", "patch-6"),
+      `${BLOCK[about.block]}, ${L} times. Drawn: where the ${read} looks in each layer, mean of the heads.`, "patch-5"),
+    card(6, OUT[about.reads][0], [strip(features, wide, "the features that the class is read from")], `${shape(T, D)} → ${features.length}`,
+      OUT[about.reads][1], "patch-6"),
     card(7, "Head", [bars(top.map((c) => ({name: className(c), value: about.probabilities[c], remark: c === about.label ? "label" : "", mark: c === top[0]})), percent)],
       `${features.length} → ${about.classes.length}`, "A linear map gives each class a logit; softmax makes probabilities of them.", "patch-7"));
   const weights = vector("head_weight", 0, features.length);
   say("patch-3", PREFIX ? some(numbers("class_token"), 3) : "");
-  say("patch-5", `length of ${PREFIX ? "the class token" : tokenName(0)}: ${[0, L].map((l) => digits(vector("norms", l, T)[0])).join(" → ")}`);
+  say("patch-5", `length of ${theToken(0)}: ${[0, L].map((l) => digits(vector("norms", l, T)[0])).join(" → ")}`);
   say("patch-6", some(features, 3));
   say("patch-7", `${digits(weights[0])}·${bracket(features[0])} + … + ${bracket(numbers("head_bias")[0])} = ${digits(logits[top[0]])}`,
     `e^${digits(logits[top[0]])} / ${digits(logits.reduce((s, z) => s + Math.exp(z), 0))} = ${percent(about.probabilities[top[0]])}`);

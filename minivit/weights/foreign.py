@@ -1,0 +1,301 @@
+"""Weights from other systems' files, recognised by the names in them: Google, timm, Hugging Face, lucidrains."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+
+from minivit.errors import CheckpointError, ConfigError, MisfitError, value_text
+from minivit.files import open_regular
+from minivit.models import model_outline, read_settings
+from minivit.nn.rules import pair
+from minivit.weights import google, huggingface, lucidrains, timm
+from minivit.weights.checkpoint import Checkpoint
+from minivit.weights.misfits import misfits
+from minivit.weights.names import Layout, Sizes, general_name
+from minivit.weights.stored import Entry, Stored, open_stored, unusable
+
+LAYOUTS = (google.LAYOUT, huggingface.LAYOUT, huggingface.DEIT, lucidrains.LAYOUT, timm.LAYOUT)
+KIND = "vit"
+_LONGEST_CONFIG = 8 << 20
+_NO_HEAD = "the file has no head: mv.create_model(name, weights=path, num_classes=…) gives it a new one"
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """A file of another system: its ``entries`` under the names of its ``layout``, the tables beside it."""
+
+    stored: Stored
+    layout: Layout
+    entries: Mapping[str, Entry]
+    config: Mapping[str, Any]
+    preparation: Mapping[str, Any]
+
+    @property
+    def path(self) -> Path:
+        """Where it lies."""
+        return self.stored.path
+
+    # ---- what model it holds ----
+
+    def shape(self, ours: str, sizes: Sizes) -> tuple[int, ...] | None:
+        """Return the shape that one of our parameters has in the file; None if it has none, or not such a one."""
+        row = self.layout.row(ours)
+        if row is None or any(name not in self.entries for name in row.theirs):
+            return None
+        try:
+            shapes = [self.entries[name].shape for name in row.theirs]
+            parts = [row.form.read(np.broadcast_to(np.float32(0), s), sizes).shape for s in shapes]
+        except ValueError:
+            return None
+        return (sum(s[0] for s in parts), *parts[0][1:]) if len(parts) > 1 else parts[0]
+
+    def settings(self) -> dict[str, Any]:
+        """Return what the file says of its model's settings: of its shapes, and of config.json."""
+        said = self.layout.settings_of(self.entries, self.config)
+        side = said.pop("patch_size", 1)
+        sizes = Sizes(patch=(side, side))
+        found = {name: self.shape(name, sizes) for name in _TELLING}
+        depth = 0
+        while self.shape(f"blocks.{depth}.norm1.weight", sizes) is not None:
+            depth += 1
+        patch, fc2, qkv = (found[name] for name in _TELLING[:3])
+        if patch is None or len(patch) != 4 or fc2 is None or len(fc2) != 2 or qkv is None or len(qkv) != 2:
+            raise CheckpointError(f"{self.path} ({self.layout.name}) is no ViT: {self._lacking()}", _ASK)
+        out = {
+            "patch_size": patch[2] if patch[2] == patch[3] else patch[2:], "in_channels": patch[1], "dim": patch[0],
+            "depth": depth, "mlp_dim": fc2[1], "qkv_bias": found["blocks.0.attn.qkv.bias"] is not None,
+            "position": "learned" if self._has("pos_embed") else "none",
+            "head": "mlp" if found["pre_logits.weight"] is not None else "linear",
+        } | self._options(found, fc2[1]) | said  # fmt: skip
+        head = found["head.weight"]
+        if head is not None and len(head) == 2:
+            out["num_classes"] = head[0]
+        if "heads" not in out and qkv[0] % (3 * 64) == 0:
+            out["heads"] = qkv[0] // (3 * 64)  # as in all of the usual models
+        if type(out.get("heads")) is int and out["heads"] > 0 and qkv[0] % (3 * out["heads"]) == 0:
+            out["dim_head"] = qkv[0] // (3 * out["heads"])
+        return out | self._image_size(out)
+
+    def _options(self, found: Mapping[str, tuple[int, ...] | None], hidden: int) -> dict[str, Any]:
+        """Return the settings of what not every ViT has, by what is there of it."""
+        registers, fc1 = found["reg_token"], found["blocks.0.mlp.fc1.weight"]
+        has_class = self._has("cls_token")
+        norm_after = found["fc_norm.weight"] is not None and found["norm.weight"] is None
+        pool = "cls" if has_class and not norm_after else "mean"
+        return {
+            "pool": "map" if found["attn_pool.latent"] is not None else pool,
+            "class_token": has_class, "distilled": found["head_dist.weight"] is not None,
+            "registers": registers[1] if registers is not None and len(registers) == 3 else 0,
+            "fc_norm": norm_after,
+            "layer_scale": None if found["blocks.0.ls1.gamma"] is None else 1e-5,
+            "qk_norm": found["blocks.0.attn.q_norm.weight"] is not None,
+            "norm": "rms" if found["blocks.0.norm1.bias"] is None else "layer",
+            "mlp": "swiglu" if fc1 is not None and fc1[0] == 2 * hidden else "mlp",
+        }  # fmt: skip
+
+    def _has(self, ours: str) -> bool:
+        row = self.layout.row(ours)
+        return row is not None and all(n in self.entries and math.prod(self.entries[n].shape) for n in row.theirs)
+
+    def _lacking(self) -> str:
+        words = {text for name in self.entries for part, text in self.layout.lacking.items() if part in name}
+        if words:
+            return f"it has {', '.join(sorted(words))}"
+        wanted = [row.theirs for name in _TELLING[:3] if (row := self.layout.row(name)) is not None]
+        return f"it has no {', '.join(n for names in wanted for n in names)}, or of other shapes"
+
+    def positions(self) -> int:
+        """Return the number of positions in the file, 0 if it has none."""
+        row = self.layout.row("pos_embed")
+        shape = self.entries[row.theirs[0]].shape if row and row.theirs[0] in self.entries else ()
+        return shape[-2] if len(shape) > 1 else 0
+
+    def _image_size(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the size of the images, config.json's or a square's, and whether all tokens have positions."""
+        p, q = (settings["patch_size"],) * 2 if isinstance(settings["patch_size"], int) else settings["patch_size"]
+        given, count = settings.get("image_size"), self.positions()
+        beside = settings["class_token"] + settings["distilled"] + settings["registers"]
+        if given is not None:
+            size = tuple(given) if isinstance(given, list) else given
+            height, width = self._pair(size)
+            alone = 0 < count == (height // max(p, 1)) * (width // max(q, 1)) and beside > 0
+            return {"image_size": size, "no_embed_class": alone}
+        for alone in (False, True):
+            patches = count if alone else count - beside
+            side = math.isqrt(max(patches, 0))
+            if 0 < patches == side * side:
+                return {"image_size": side * p if p == q else (side * p, side * q), "no_embed_class": alone}
+        return {}
+
+    def _pair(self, size: Any) -> tuple[int, int]:
+        try:
+            return pair("image_size", size)
+        except ConfigError as error:
+            raise CheckpointError(f"{self.path}: config.json: {error.what}", error.remedy) from error
+
+    def about(self, classes: int, channels: int) -> dict[str, Any]:
+        """Return what is known of images and classes, as a checkpoint's meta has it: its ``data``."""
+        found = self.layout.data_of(self.config, self.preparation)
+        for key in ("mean", "std"):
+            if type(found.get(key)) in (int, float):
+                found[key] = [float(found[key])] * channels
+        labels = found.get("classes")
+        if isinstance(labels, list) and len(labels) != classes:
+            del found["classes"]  # of another head
+        return {"data": found}
+
+    # ---- its numbers ----
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype of the arrays as they are read."""
+        return np.float64 if any(e.is_double for e in self.entries.values()) else np.float32
+
+    def grid(self, own: tuple[int, int], beside: int) -> tuple[int, int]:
+        """Return rows and columns of the patches that the positions belong to.
+
+        ``beside`` of them are other tokens'. They are those of config.json's image size; or ``own``, if they are as
+        many; or else a square's.
+        """
+        patches = self.positions() - beside
+        said = self.layout.settings_of(self.entries, self.config).get("image_size")
+        shape = self.shape("patch_embed.proj.weight", Sizes())
+        if said is not None and shape is not None and len(shape) == 4:
+            height, width = self._pair(said)
+            grid = height // shape[2], width // shape[3]
+            if math.prod(grid) == patches:
+                return grid
+        if math.prod(own) == patches:
+            return own
+        side = math.isqrt(max(patches, 0))
+        if side < 1 or side * side != patches:
+            what = f"{self.path} ({self.layout.name}) has positions of {patches} patches, which are no square"
+            raise CheckpointError(what, "put its config.json beside it, which says the size of its images")
+        return side, side
+
+    def read(
+        self, shapes: Mapping[str, tuple[int, ...]], heads: int, skip: tuple[str, ...] = ()
+    ) -> dict[str, np.ndarray]:
+        """Return our arrays, those of ``shapes``, by name; the number of positions may be another.
+
+        ``skip`` are the beginnings of our names that are neither asked for nor missed. Raises MisfitError, with every
+        name that is missing, unexpected or of another shape, before an array is read, and CheckpointError for one that
+        is damaged.
+        """
+        patch = shapes.get("patch_embed.proj.weight", ())
+        sizes = Sizes(heads, patch[2:] if len(patch) == 4 else (1, 1))
+        wanted = {name: shape for name, shape in shapes.items() if not name.startswith(skip or (" ",))}
+        if "pos_embed" in wanted and self.positions():
+            wanted["pos_embed"] = (1, self.positions(), *wanted["pos_embed"][2:])  # which may be resized
+        if wrong := misfits(self.layout, self.entries, wanted, sizes, skip):
+            raise MisfitError(f"{self.path} ({self.layout.name}) does not fit the model:\n  {wrong}", _ASK, {})
+        state, dtype = {}, self.dtype
+        # the largest first, and one in all blocks before the next: of a scan, a stack at a time is in memory
+        order = sorted(wanted.items(), key=lambda item: (-math.prod(item[1]), general_name(item[0])))
+        try:
+            with self.stored.opened():
+                for name, shape in order:
+                    row = self.layout.row(name)
+                    assert row is not None  # or it would be missing
+                    if general_name(name) in self.layout.zero and row.theirs[0] not in self.entries:
+                        state[name] = np.zeros(shape, dtype)
+                        continue
+                    state[name] = np.empty(shape, dtype)
+                    row.read(self.entries, state[name], sizes)
+        except CheckpointError:
+            raise
+        except (ValueError, OSError, BadZipFile) as error:
+            raise unusable(self.path, error) from error
+        return state
+
+
+_TELLING = (
+    "patch_embed.proj.weight", "blocks.0.mlp.fc2.weight", "blocks.0.attn.qkv.weight", "blocks.0.attn.qkv.bias",
+    "blocks.0.mlp.fc1.weight", "blocks.0.norm1.bias", "blocks.0.ls1.gamma", "blocks.0.attn.q_norm.weight", "reg_token",
+    "norm.weight", "fc_norm.weight", "attn_pool.latent", "pre_logits.weight", "head.weight", "head_dist.weight",
+)  # fmt: skip
+_ASK = "build a model of the file's sizes: mv.load_model(path) does where the file says all, else mv.create_model"
+
+
+def beside_patches(settings: Any) -> int:
+    """Return how many positions of a ViT with these settings belong to no patch."""
+    return 0 if settings.no_embed_class else sum(settings.prefix.values())
+
+
+def open_foreign(path: str | Path) -> Foreign | None:
+    """Read what another system's file holds, without its numbers; None for what is of no known layout.
+
+    Raises CheckpointError for a file that is damaged, made to mislead, or a pickle.
+    """
+    try:
+        stored = open_stored(path)
+    except (OSError, ValueError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        return None  # minivit's own reader says what to do
+    if stored is None or "meta" in stored.entries:  # minivit's own, cut short
+        return None
+    for layout in LAYOUTS:
+        try:
+            entries = layout.entries_of(stored.entries)
+        except ValueError as error:
+            raise unusable(stored.path, error) from error
+        if entries is not None:
+            beside = {} if layout in (google.LAYOUT, lucidrains.LAYOUT) else _table(stored.path, "config.json")
+            prepared = _table(stored.path, "preprocessor_config.json") if beside else {}
+            return Foreign(stored, layout, entries, beside, prepared)
+    names = ", ".join(list(stored.entries)[:3])
+    what = f"{path} holds no known layout of a Vision Transformer: its arrays are {names or 'none'}, …"
+    raise CheckpointError(what, f"known are minivit's own, {', '.join(layout.name for layout in LAYOUTS)}")
+
+
+def _table(path: Path, name: str) -> dict[str, Any]:
+    """Return a JSON table that lies beside a file, {} if there is none."""
+    place = path.with_name(name)
+    try:
+        with open_regular(place) as f:
+            text = f.read(_LONGEST_CONFIG + 1)
+        found = json.loads(text) if len(text) <= _LONGEST_CONFIG else None
+    except OSError:
+        return {}
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{place} is no JSON: {error}", "mend it, or take it away") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{place} is no table of settings", "mend it, or take it away")
+    return found
+
+
+def converted(foreign: Foreign) -> Checkpoint:
+    """Return another system's file as the checkpoint that minivit would have written of its model.
+
+    Raises CheckpointError if file and config.json do not say all of its settings, or its arrays are not theirs.
+    """
+    settings = foreign.settings()
+    if "num_classes" not in settings:
+        raise CheckpointError(f"{foreign.path} ({foreign.layout.name}) holds no head", _NO_HEAD)
+    if unknown := [key for key in ("heads", "image_size") if key not in settings]:
+        what = f"{foreign.path} ({foreign.layout.name}) does not say {' and '.join(unknown)}"
+        remedy = "put its config.json beside it, or build the model and mv.load_weights(model, path)"
+        raise CheckpointError(what, remedy)
+    try:
+        made = read_settings(KIND, settings)
+        outline = model_outline(KIND, made.config, 16 * len(foreign.entries) + 64)
+    except ConfigError as error:
+        raise CheckpointError(f"{foreign.path}: its model cannot be made: {error.what}", error.remedy) from error
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise CheckpointError(f"{foreign.path}: its model cannot be made: {value_text(str(error))}", _ASK) from error
+    shapes = {name: p.shape for name, p in outline.named_parameters()}
+    state = foreign.read(shapes, settings["heads"])
+    if (pos := state.get("pos_embed")) is not None and pos.shape != shapes["pos_embed"]:
+        what = f"{foreign.path}: {pos.shape[1]} positions, but images of {settings['image_size']} make "
+        raise CheckpointError(f"{what}{shapes['pos_embed'][1]}", "its config.json is another model's")
+    meta = {"kind": KIND, "model": made.config, **foreign.about(settings["num_classes"], settings["in_channels"])}
+    return Checkpoint({f"model/{name}": array for name, array in state.items()}, meta)

@@ -1,0 +1,173 @@
+"""Weights into a model: minivit's own and other systems', recognised by what a file contains."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from minivit.backend import to_numpy
+from minivit.backend.outline import stretched
+from minivit.errors import CheckpointError, MisfitError, printable
+from minivit.models import Model, configuration
+from minivit.models import create_model as new_model
+from minivit.models.adapt import fit_positions
+from minivit.models.preparations import PREPARATIONS
+from minivit.nn.module import Module
+from minivit.nn.rules import pair
+from minivit.weights.checkpoint import Checkpoint, load_checkpoint
+from minivit.weights.foreign import Foreign, beside_patches, open_foreign
+from minivit.weights.native import FIRST_KIND, checked_settings, keep_preparation, parameters_of, undrawn
+
+Tell = Callable[[str], object]
+
+_NOT_SHAPES = ("activation", "norm_eps")
+_SIZES = ("image_size", "patch_size", "in_channels", "dim", "depth", "mlp_dim", "heads", "dim_head", "seed")
+"""The settings that a named model has of its name; the others are as the file has them, unless they are given."""
+
+
+def load_weights(model: Module, path: str | Path, *, new_head: bool = False, tell: Tell | None = None) -> None:
+    """Copy the weights in a file into ``model``; nothing is changed if they do not fit.
+
+    The file is recognised by what it contains, whatever it is called:
+
+    - minivit's own checkpoint; of a run that kept an average of the parameters (:class:`minivit.train.ema.EMA`), that;
+    - Google's .npz: vit_jax's (old numbering or linen's, with or without ``opt/target/``), big_vision's (also of a
+      scan, or with a MAP head);
+    - timm's, Hugging Face's and DeiT's .safetensors;
+    - lucidrains' ViT and SimpleViT, their state dicts saved as .npz: of the versions before norms around the patch
+      projection (0.36), and of ViT with ``pool="cls"``, which the file does not say.
+
+    Arrays of 16, 32 or 64 bits, bfloat16 among them, become the model's dtype. Positions of another grid of patches are
+    resized, "bicubic" of :meth:`minivit.ViT.resize`; of other images that have as many patches they stay as they are,
+    unless a config.json beside the file says their size. With ``new_head`` the model gets a head of zeros, as for
+    fine-tuning, in the place of the file's. ``tell`` is called with a line for each thing that is not as in the file;
+    without it, they are one warning.
+
+    Raises CheckpointError if the file cannot be used, with every name that is missing, unexpected or of another shape
+    and the nearest name to it. Nothing in a file is ever run: a pickle (.pth, .bin) is refused.
+    """
+    foreign = open_foreign(path)
+    source = load_checkpoint(path) if foreign is None else foreign
+    _say(_load(model, source, path, new_head), path, tell)
+
+
+def create_model(name: str, *, weights: str | Path | None = None, tell: Tell | None = None, **settings: Any) -> Model:
+    """Return a model by name; ``settings`` override its configuration. ::
+
+        mv.create_model("vit_tiny_patch16_224", num_classes=10)
+        mv.create_model("vit_tiny_patch16_224", weights="model.safetensors", num_classes=9, image_size=(64, 96))
+
+    Without ``weights`` it is freshly initialised. With a file, one that :func:`load_weights` reads, it has the file's
+    weights: its sizes are those of its name, and the number of classes, the kind of GELU, the eps of its norms and the
+    like are the file's unless they are given. Another ``num_classes`` than the file's gives a new head of zeros, and
+    another grid of patches resized positions; ``tell`` is called with a line that says so, or a warning does.
+    ``model.preparation``, how images are prepared, is what the file or the config.json beside it says; or, of timm's
+    weights without one, what the name is known for. Raises ConfigError for an unknown name or setting, and
+    CheckpointError as load_weights does.
+    """
+    if weights is None:
+        return new_model(name, **settings)
+    kind, usual = configuration(name)
+    foreign = open_foreign(weights)
+    source = load_checkpoint(weights) if foreign is None else foreign
+    if isinstance(source, Foreign):
+        said, dtype = source.settings(), source.dtype
+    else:
+        found, dtype = checked_settings(source, weights), np.result_type(*parameters_of(source).values())
+        if found.kind != kind:
+            what = f"{weights} holds a model of the kind {found.kind}, {name} is a {kind}"
+            raise CheckpointError(what, "mv.load_model(path) builds the file's")
+        said = found.config
+    if (usual.get("pool"), said.get("pool")) == ("map_all", "map"):  # which the file, without its config, cannot tell
+        said = {**said, "pool": "map_all"}
+    values = {**usual, **{key: value for key, value in said.items() if key not in _SIZES}, **settings}
+    new_head = "num_classes" in settings and settings["num_classes"] != said.get("num_classes")
+    if new_head:
+        values["head"] = "linear"
+    model = undrawn(kind, values, dtype)
+    _say(_load(model, source, weights, new_head, fresh=True), weights, tell)
+    known = PREPARATIONS.get(name)
+    untold = isinstance(source, Foreign) and source.layout.name == "timm" and not source.config
+    if untold and not new_head and known is not None and len(known.mean) == model.settings.in_channels:
+        model.preparation = known
+    return model
+
+
+def _load(model: Any, source: Foreign | Checkpoint, path: str | Path, new_head: bool, fresh: bool = False) -> list[str]:
+    """Copy what ``source`` holds into ``model``; return a line for each thing that is not as in the file."""
+    replaced = model.replaced if new_head and isinstance(model, Model) else ()
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    settings: Any = getattr(model, "settings", None)
+    grid = old_grid = getattr(settings, "grid", None)
+    if isinstance(source, Foreign):
+        said = source.layout.settings_of(source.entries, source.config)
+        try:
+            state = source.read(shapes, getattr(settings, "heads", 1), replaced)
+        except MisfitError as error:
+            raise MisfitError(error.what, *_remedy(source, settings)) from error
+        if grid is not None and "pos_embed" in state:
+            old_grid = source.grid(grid, beside_patches(settings))
+    else:
+        state, said = parameters_of(source), {}
+        if grid is not None and "model" in source.meta and source.meta.get("kind", FIRST_KIND) == model.kind:
+            stored: Any = checked_settings(source, path)
+            old_grid, said = stored.grid, stored.config
+        source.arrays.clear()  # so that none is in memory twice
+        state = {name: a for name, a in state.items() if not name.startswith(replaced or (" ",))}
+    notes = []
+    if grid and old_grid and grid != old_grid:
+        height, width = pair("patch_size", settings.patch_size)
+        old = replace(settings, image_size=(old_grid[0] * height, old_grid[1] * width))
+        own = {name: stretched(shape) for name, shape in shapes.items()}  # of a table whose tokens differ nothing fits
+        if fit_positions(state, own, old, settings):
+            notes.append("pos_embed: {} × {} patches → {} × {}".format(*old_grid, *grid))
+    for key in ("activation", "norm_eps", "pool"):
+        if key in said and said[key] != (here := getattr(settings, key, said[key])):
+            notes.append(f"{key}: {said[key]} in the file, {here} here")
+    kept = {name: to_numpy(p.data) for name, p in model.named_parameters() if name.startswith(replaced or (" ",))}
+    state |= kept
+    try:
+        model.check_state_dict(state)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error.what}", f"{error.remedy}; or mv.load_model(path)") from error
+    if (heads := said.get("heads")) is not None and heads != (here := getattr(settings, "heads", heads)):
+        what = f"{path}: heads is {heads} in the file, {here} here: of equal shapes, but cut in other places"
+        raise MisfitError(what, f"make the model with the file's heads={heads}", {"heads": heads})
+    (model.take_state_dict if fresh else model.load_state_dict)(state)
+    if replaced:
+        classes = model.settings.num_classes
+        model.reset_head(classes)
+        notes.append(f"head: new, for {classes} classes")
+    elif isinstance(model, Model):
+        sizes = model.settings.num_classes, model.settings.in_channels
+        keep_preparation(model, source.about(*sizes) if isinstance(source, Foreign) else source.meta, path)
+    return notes
+
+
+def _remedy(source: Foreign, settings: Any) -> tuple[str, dict[str, Any]]:
+    """Return what to make a model with that the file fits, in words and as settings."""
+    here = settings.written_out() if settings is not None else {}
+    try:
+        said = source.settings()
+    except CheckpointError as error:
+        return error.what, {}
+    there = {key: value for key, value in said.items() if key in here and key != "image_size"}
+    differ = {k: v for k, v in there.items() if v != here[k] and here[k] is not None and k not in _NOT_SHAPES}
+    if not differ:
+        return "mv.load_model(path) builds the file's model, if it is one that minivit has", {}
+    told = ", ".join(f"{key}={value!r}" for key, value in differ.items())
+    more = "; for other classes than the file's: new_head=True" if differ.keys() == {"num_classes"} else ""
+    return f"make the model with the file's {told}{more}; or mv.load_model(path)", differ
+
+
+def _say(notes: list[str], path: str | Path, tell: Tell | None) -> None:
+    if tell is not None:
+        for note in notes:
+            tell(note)
+    elif notes:
+        warnings.warn(f"{printable(str(path))}, not as in the file: {'; '.join(notes)}", stacklevel=3)
