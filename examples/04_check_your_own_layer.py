@@ -23,7 +23,8 @@ def _(g: Any, out: Any, x: Any, weight: Any, eps: float, needs: tuple[bool, ...]
 
 
 x, weight = normal(mv.Key(0), (2, 3, 5)), normal(mv.Key(1), (5,))
-print(mv.check_grads(rms_norm, [x, weight]))  # orders 1 and 2
+report = mv.check_grads(rms_norm, [x, weight], order=3)  # the gradient, its gradient, and the gradient of that
+print(f"{report}\n\n{report.table()}\n")
 
 
 class RMSNorm(mv.nn.Module):

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from minivit import data, nn, ops, runs, study, train
     from minivit.autograd.check import GradientReport, check_grads, check_module
     from minivit.autograd.graph import first_order, no_grad
+    from minivit.autograd.handwritten import check_vjp
     from minivit.autograd.op import op
     from minivit.autograd.tensor import Tensor, grad, tensor
     from minivit.backend import Key
@@ -41,6 +42,7 @@ _HOMES = {
     "ViTClassifier": "train.classifier",
     "check_grads": "autograd.check",
     "check_module": "autograd.check",
+    "check_vjp": "autograd.handwritten",
     "create_model": "weights.load",
     "first_order": "autograd.graph",
     "grad": "autograd.tensor",
@@ -81,6 +83,7 @@ __all__ = [
     "__version__",
     "check_grads",
     "check_module",
+    "check_vjp",
     "create_model",
     "data",
     "first_order",

@@ -39,12 +39,13 @@ def found(tmp_path_factory):
         "train": ["train", "digits", "--epochs=2", *small, "--on-nan=rollback", "--name=run", "-o", str(folder)],
         "eval": ["eval", last],
         "predict": ["predict", last, "digit.png"],
+        "study": ["study", last, "--images=2"],
         "resume": ["train", "--resume", str(folder / "run"), "--epochs=3"],
     }
     return dict(zip(commands, audited(*commands.values(), cwd=folder), strict=True))
 
 
-@pytest.mark.parametrize("command", ["train", "eval", "predict", "resume"])
+@pytest.mark.parametrize("command", ["train", "eval", "predict", "study", "resume"])
 def test_a_command_is_clean(found, command):
     offences, events = found[command]
     print(f"{events} events")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 import re
@@ -15,9 +16,11 @@ import pytest
 
 import minivit as mv
 from minivit import ops
+from minivit.autograd.mutate import check_op
 from minivit.autograd.op import OPS, Op, op, raw
 from minivit.backend import Array, Key, normal
 from minivit.errors import ConfigError, DTypeError, GradientError, GraphError, NonFiniteError, UndecidedError
+from minivit.ops.samples import SAMPLES
 
 X = np.asarray(normal(Key(0), (3, 4)))
 
@@ -42,8 +45,11 @@ def test_accepts_right_gradients_to_the_last_bits():
     assert [(c.name, c.order) for c in report.checks] == [
         ("x", 1), ("w", 1), ("x", 2), ("w", 2), ("the cotangent", 2),
     ]  # fmt: skip
-    table = str(report).splitlines()
+    table = report.table().splitlines()
     assert len(table) == 6 and "relative error" in table[0] and "complex" in table[1] and "WRONG" not in str(report)
+    assert re.fullmatch(
+        r"x, w: right to order 2, worst relative error \S+e-1\d \(\w+, order \d, complex step\)", str(report)
+    )
 
 
 @pytest.mark.parametrize(("off", "method"), [(1e-9, "complex"), (1e-11, "auto"), (1e-5, "central")])
@@ -138,6 +144,63 @@ def test_finds_what_is_wrong_in_the_second_order_only():
         mv.check_grads(kept, [X], order=2)
 
 
+@pytest.mark.parametrize("name", ["softmax", "layer_norm", "gelu", "attention"])
+def test_order_3_of_the_operations_of_a_vit(name):
+    for sample in (s for s in SAMPLES if s.op == name):
+        report = check_op(sample.function, sample.build(), order=3)
+        third = [c for c in report.checks if c.order == 3]
+        assert {c.method for c in third} == {"complex"} and max(c.error for c in third) <= 1e-12
+        assert len(third) == 2 * sum(c.order == 1 for c in report.checks) + 1  # arguments, cotangent, a direction each
+
+
+def test_order_3_of_the_whole_table():
+    for sample in SAMPLES:
+        assert check_op(sample.function, sample.build(), order=3).passed
+
+
+def test_order_4_and_the_names_of_what_is_differentiated():
+    report = mv.check_grads(lambda x: ops.sin(x) * x, [X], order=4)
+    assert report.worst.error < 1e-13 and str(report).startswith("x: right to order 4, worst relative error ")
+    assert [c.name for c in report.checks if c.order == 4] == [
+        "x", "the cotangent", "the direction of x, order 2",
+        "the direction of x, order 3", "the direction of the cotangent, order 3",
+    ]  # fmt: skip
+
+
+def sine(factor: float) -> Op:
+    """Return sin x with gradients that are right to the second order; those of the third are times ``factor``."""
+    third = toy(np.sin, lambda g, out, x: g * ops.cos(x) * factor)
+    second = toy(np.cos, lambda g, out, x: -g * third(x))
+    return toy(np.sin, lambda g, out, x: g * second(x))
+
+
+def test_finds_what_is_wrong_in_the_third_order_only():
+    for order in (1, 2, 3):
+        assert mv.check_grads(sine(1.0), [X], order=order).passed
+    for factor in (1.0 + 1e-9, 0.0, -1.0, 1e6):
+        assert mv.check_grads(sine(factor), [X]).passed
+        for method in ("auto", "central")[: 1 if abs(factor - 1.0) < 1e-6 else 2]:
+            with pytest.raises(GradientError, match="wrong gradient of order 3 for x"):
+                mv.check_grads(sine(factor), [X], order=3, method=method)
+
+
+def test_finds_a_direction_treated_as_a_constant():
+    @op()
+    def doubled(x: Array) -> Array:
+        return x * 2.0
+
+    doubled.vjps(lambda g, out, x: halved(g) * 4.0)
+
+    @op()
+    def halved(x: Array) -> Array:
+        return x * 0.5
+
+    halved.vjps(lambda g, out, x: mv.tensor(raw(g) * 0.5) if isinstance(g, mv.Tensor) else g * 0.5)
+    assert mv.check_grads(doubled, [X], order=2).passed
+    with pytest.raises(GradientError, match="order 3 for the direction of x, order 2"):
+        mv.check_grads(doubled, [X], order=3)
+
+
 def test_finds_a_cotangent_treated_as_a_constant():
     @op()
     def doubled(x: Array) -> Array:
@@ -181,7 +244,7 @@ def test_arguments_bear_the_names_of_the_signature():
 def test_refuses_what_it_cannot_check():
     with pytest.raises(GraphError, match="no argument holds floating numbers"):
         mv.check_grads(ops.exp, [np.array([1, 2])])
-    for settings in ({"method": "forward"}, {"order": 3}):
+    for settings in ({"method": "forward"}, {"order": 0}, {"order": 1.5}, {"order": True}):
         with pytest.raises(ConfigError):
             mv.check_grads(ops.exp, [X], **settings)
 
@@ -217,10 +280,87 @@ def test_check_module_wants_float64():
         mv.check_module(Affine(np.float32), X.astype(np.float32))
 
 
+class Halves(mv.nn.Module):
+    """Three layers, of which one is used and one cut off."""
+
+    def __init__(self, cut: Any) -> None:
+        self.used, self.cut_off, self.idle = (mv.nn.Linear(4, 2) for _ in range(3))
+        self.cut = cut
+
+    def forward(self, x: Any) -> Any:
+        return self.used(x) + self.cut(self.cut_off(x))
+
+
+def test_parameters_that_the_output_does_not_reach_are_named():
+    module = Halves(lambda x: x).to(np.float64)
+    said = r"does not depend on 2 of 6 parameters: idle\.weight, idle\.bias\n  → .* freeze them: p\.requires_grad"
+    with pytest.raises(GraphError, match=said):
+        mv.check_module(module, X)
+    for p in module.idle.parameters():
+        p.requires_grad = False
+    assert mv.check_module(module, X, order=2).unreached == []
+    module.cut = lambda x: x.detach()  # the output depends on it, and no gradient does
+    with pytest.raises(GradientError, match=r"for cut_off\.weight (.|\n)*no graph leads to cut_off\.weight"):
+        mv.check_module(module, X)
+
+
+def test_a_report_says_of_what_nothing_was_seen():
+    report = mv.check_grads(lambda x, y: x * 2.0, [X, X[0]])
+    assert report.passed and report.unreached == ["y"] and "the output does not depend on y" in str(report)
+    head = mv.nn.Linear(2, 3).to(np.float64)
+    head.weight.data[...] = 0.0
+    report = mv.check_grads(lambda x: head(ops.tanh(x)), [X[:, :2]], order=1)
+    assert report.unreached == [] and "the gradient for x is 0 throughout" in str(report)
+    assert "\n" not in str(mv.check_grads(lambda x, y: x + y, [X, X[0]]))  # nothing of it has a second order: fine
+
+
+def test_a_report_shows_what_is_wrong_and_no_more():
+    right, wrong = (mv.check_grads(scaled(1.0 + off), [X], order=1, rtol=1e-3).checks[0] for off in (0.0, 1e-4))
+    report = mv.GradientReport([right, dataclasses.replace(wrong, name="w", tolerance=0.0)])
+    assert not report.passed and report.worst.name == "w"
+    lines = str(report).splitlines()
+    assert len(lines) == 2 and lines[1].startswith("w ") and lines[1].endswith("WRONG")
+    assert len(report.table().splitlines()) == 3
+    many = mv.check_grads(lambda *xs: functools.reduce(ops.mul, xs), [X] * 20, order=1)
+    assert str(many).startswith("argument 0, argument 1, argument 2, argument 3, argument 4 and 15 more: right, worst")
+
+
+def test_what_else_is_wrong_is_named_too():
+    with pytest.raises(GradientError, match=r"for x \(3, 4\)(.|\n)*\n  also wrong: z \(\S+\)\n  right: y\n  → mend"):
+        mv.check_grads(lambda x, y, z: scaled(2.0)(x) + y + scaled(3.0)(z), [X, X, X])
+
+
+def test_numpy_scalars_are_checked():
+    assert [c.name for c in mv.check_grads(lambda x, f: x * f, [X, np.float32(2.0)], order=1).checks] == ["x", "f"]
+    with pytest.raises(GradientError, match="for f"):
+        mv.check_grads(lambda x, f: x * scaled(2.0)(f), [X, np.float32(2.0)])
+
+
+def test_an_array_is_no_list_of_arguments():
+    for args in (X, mv.tensor(X)):
+        with pytest.raises(ConfigError, match=r"pass a list: \[x\]"):
+            mv.check_grads(ops.exp, args)
+
+
+@pytest.mark.parametrize("entries", [5, 2000])
+def test_the_wrong_entry_is_found_among_many_and_kinks_are_not_blamed(entries):
+    step = toy(lambda x: np.maximum(x, 0.0), lambda g, out, x: g * np.heaviside(raw(x), 0.25) * factor)
+    x = np.asarray(normal(Key(9), (entries,)))
+    x[3] = 0.0
+    factor = np.ones(entries)
+    with pytest.raises(UndecidedError, match=r"1 of its entries, the first \[3\], stands on a kink"):
+        mv.check_grads(step, [x], order=1)
+    x[entries - 1], factor[entries - 1] = 1.0, 1.5
+    with pytest.raises(GradientError, match=rf"worst entry \[{entries - 1}\]: "):
+        mv.check_grads(step, [x], order=1)
+
+
 def test_a_frozen_parameter_is_left_out():
     layer = mv.nn.Linear(3, 2).to(np.float64)
     layer.bias.requires_grad = False
-    assert [c.name for c in mv.check_module(layer, np.ones((2, 3))).checks] == ["weight"]
+    report = mv.check_module(layer, np.ones((2, 3)))
+    assert [c.name for c in report.checks] == ["weight"] and report.frozen == ["bias"]
+    assert str(report).endswith("\n  frozen, and not checked: bias")
     layer.weight.requires_grad = False
     with pytest.raises(GraphError, match="no parameter requires"):
         mv.check_module(layer, np.ones((2, 3)))
@@ -483,7 +623,7 @@ def test_what_is_not_analytic_in_one_argument_does_not_hide_behind_another(scale
     def fn(large: mv.Tensor, small: mv.Tensor, other: mv.Tensor) -> mv.Tensor:
         return ops.exp(large) * scale + odd(small) + ops.sin(other)
 
-    with pytest.raises(GradientError, match=r"wrong gradient of order 1 for small .* the central step"):
+    with pytest.raises(GradientError, match=r"(?s)wrong gradient of order 1 for small .* the central step"):
         mv.check_grads(fn, [X, X + 1.0, X - 1.0])
 
 
@@ -518,7 +658,7 @@ def test_the_traceback_under_pytest_ends_at_the_line_that_called_the_check(tmp_p
     assert "3 failed" in out
     places = re.findall(r"^(\S+\.py):(\d+):", out, re.MULTILINE)
     assert [(name, int(line)) for name, line in places if name == "test_mine.py"]
-    inner = ("check.py", "judge.py", "orders.py", "derivative.py", "graph.py", "tensor.py")
+    inner = ("check.py", "judge.py", "locate.py", "orders.py", "derivative.py", "graph.py", "tensor.py")
     assert not [name for name, _ in places if name.endswith(inner)], out
 
 

@@ -124,7 +124,7 @@ def test_without_a_command_there_is_help(capsys: pytest.CaptureFixture[str]) -> 
             ["predict", "a.npz", "b.png", "--format", "jsn"],
             "unknown format 'jsn'; known: table, json, csv; did you mean",
         ),
-        (["gradcheck", "--order", "3"], "--order: invalid choice: 3"),
+        (["gradcheck", "--order", "0"], "--order: takes a number from 1 to 9, not '0'"),
         (["summary", "--batch-sizes", "3"], "did you mean --batch-size"),
     ],
 )
@@ -868,6 +868,14 @@ def test_gradcheck_of_operations(capsys: pytest.CaptureFixture[str]) -> None:
     killed, total = lines[-1].split("killed ")[1].split()[0].split("/")
     assert killed == total
     assert int(total) > 50
+
+
+@pytest.mark.usefixtures("few_samples")
+def test_gradcheck_to_the_third_order(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["gradcheck", "--order", "3"]) == 0
+    head, mul, relu = capsys.readouterr().out.splitlines()[:3]
+    assert "order 2  order 3" in head
+    assert len([float(cell) for cell in mul.split()[2:5]]) == 3 and len(relu.split()) == 8
 
 
 @pytest.mark.usefixtures("few_samples")

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+EXAMPLES = sorted((ROOT / "examples").glob("[0-9]*.py"))
 
 
 def test_the_examples_are_there():
-    assert [e.name[:2] for e in EXAMPLES] == ["01", "02", "03", "04", "05"]
+    assert [e.name[:2] for e in EXAMPLES] == [f"{i:02}" for i in range(1, 11)]
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda e: e.stem)
@@ -25,6 +25,15 @@ def test_example_runs(example, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
     assert len(example.read_text().splitlines()) <= 120
+
+
+def test_the_example_of_a_test_passes_under_pytest(tmp_path):
+    example = ROOT / "examples" / "test_your_gradients.py"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", os.devnull, str(example)]
+    done = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, timeout=120, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    assert done.returncode == 0 and "4 passed" in done.stdout, done.stdout
 
 
 def test_the_readmes_lines_run(tmp_path, monkeypatch):

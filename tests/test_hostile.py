@@ -290,6 +290,7 @@ def test_commands_print_and_write_names_escaped(deceiving: Path, tmp_path: Path)
         (0, ["predict", last, image, "--format", "csv"]),
         (0, ["compare", str(folder), str(folder)]),
         (0, ["summary", last]),
+        (0, ["study", last, "-n", "3"]),
         (0, ["train", "--resume", str(folder)]),
         (1, ["eval", f"gone\x1b[2J{CLASSES[1]}\nx"]),
         (2, ["evil\x1b[2J\n"]),
@@ -301,7 +302,7 @@ def test_commands_print_and_write_names_escaped(deceiving: Path, tmp_path: Path)
             hidden = {c for c in text if not c.isprintable() and c != "\n"}
             assert not hidden, command
             assert not any(line.startswith("\u202e") or "→ run" in line[:6] for line in text.splitlines()), command
-    for file in ("config.toml", "command.txt", "report.html", "metrics.jsonl", "results.csv"):
+    for file in ("config.toml", "command.txt", "report.html", "metrics.jsonl", "results.csv", "study-1/study.html"):
         text = (folder / file).read_bytes().decode()
         assert not {c for c in text if not c.isprintable() and c not in "\r\n"}, file
     assert read_toml(folder / "config.toml")["data.name"] == str(deceiving.resolve())

@@ -10,7 +10,7 @@ import pytest
 import minivit as mv
 from minivit.backend import normal
 from minivit.errors import ConfigError
-from minivit.train import parameters
+from minivit.train import muon, parameters
 from minivit.train.optim import SGD, AdamW, Muon, layer_scales, orthogonalized
 
 SMALL = {"image_size": 8, "patch_size": 4, "in_channels": 1, "num_classes": 3, "dim": 8, "depth": 2, "heads": 2}
@@ -205,6 +205,45 @@ def test_muon_takes_the_matrices_of_the_blocks_and_no_others():
     opt.update()
     size = {n: float(np.abs(a).max()) for n, a in zip(opt.names, opt.store.split(opt.state["v"]), strict=True)}
     assert {n for n, most in size.items() if most == 0.0} == set(names)  # no second moments: Adam left them alone
+
+
+def test_matrices_in_batches_move_as_each_would_alone(monkeypatch):
+    """By the formula, one matrix at a time; and to the bit however many are in a batch, and after a resume."""
+    ends = []
+    for chunk in (1, 200, 1 << 16):
+        monkeypatch.setattr(muon, "CHUNK", chunk)
+        model = mv.ViT(**{**SMALL, "depth": 5}).to(np.float64)
+        opt = muon.Muon(model.named_parameters(), lr=0.01, weight_decay=0.3)
+        sizes = [len(batch) for batch in muon.batches(opt.matrices, chunk, opt.store.values.size)]
+        assert sorted(sizes) == {1: [1] * 20, 200: [1] * 15 + [2, 3], 1 << 16: [5, 5, 5]}[chunk]
+        before, gradients = model.state_dict(), [gradient(opt, t) for t in range(3)]
+        for g in gradients:
+            give(opt, g)
+            opt.update()
+            again = muon.Muon(model.named_parameters(), lr=0.01, weight_decay=0.3)
+            again.load_state_dict(opt.state_dict())
+            opt = again
+        ends.append(model.state_dict())
+    for name, p in ends[-1].items():
+        assert all((end[name] == p).all() for end in ends), name
+        expected = by_hand("muon", name, before[name], [g[name] for g in gradients], 0.01, 0.3 * is_decayed(name, p))
+        np.testing.assert_allclose(p, expected, rtol=1e-12, atol=1e-15, err_msg=name)
+
+
+def test_a_batch_is_a_view_of_matrices_at_even_distances():
+    flat = np.arange(40)
+    of = lambda *starts: [muon.Matrices(start, start + 6, (1, 2, 3)) for start in starts]
+    for expected in ([[0, 10, 20, 30]], [[3, 13, 23], [34]], [[0], [34]], [[4, 24]], [[1, 9], [16]]):
+        found = muon.batches(of(*itertools.chain(*expected)), 24, flat.size)
+        assert [[one.start for one in batch] for batch in found] == expected
+        for batch in found:
+            view = muon.laid_over(flat, batch)
+            assert np.shares_memory(view, flat) and view.shape == (len(batch), 1, 2, 3)
+            for one, matrices in zip(batch, view, strict=True):
+                assert (matrices.ravel() == flat[one.start : one.stop]).all()
+    [[joined]] = muon.batches([muon.Matrices(0, 12, (2, 2, 3)), *of(12)], 24, flat.size)
+    assert joined == (0, 18, (3, 2, 3))
+    assert max(len(batch) for batch in muon.batches(of(0, 10, 20, 30), 12, flat.size)) == 2
 
 
 def test_a_decay_of_zero_trains_head_and_norm_only():

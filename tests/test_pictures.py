@@ -12,8 +12,9 @@ from PIL import Image
 from minivit.backend import Key, random_bits, uniform
 from minivit.errors import ShapeError
 from minivit.show import lettering
+from minivit.show.colours import HEAT, heat
 from minivit.show.lettering import drawable_names, lettered
-from minivit.show.pictures import HEAT, PAPER, RED, attention_overlay, confusion_picture, heat, mosaic
+from minivit.show.pictures import PAPER, RED, attention_overlay, confusion_picture, mosaic
 
 IMAGES = (random_bits(Key(0), (7, 1, 8, 8)) >> 24).astype(np.uint8)
 ATTENTION = uniform(Key(1), (7, 4, 2))

@@ -20,7 +20,8 @@ from minivit.backend import Key, normal, random_bits
 from minivit.data.dataset import class_names
 from minivit.errors import ShapeError
 from minivit.measure.metrics import classification_metrics
-from minivit.show.curves import chart, ticks, write_svg
+from minivit.show.axes import ticks
+from minivit.show.curves import chart, write_svg
 from minivit.show.gallery import MISTAKES
 from minivit.show.page import write_report
 from minivit.show.pictures import RED, confusion_picture, predictions_picture

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from minivit.autograd.orders import FirstOrder, holding
+from minivit.autograd.orders import BESIDE, Scalar, holding, nearby
 from minivit.autograd.tensor import Tensor
 from minivit.backend import Key, normal
 from minivit.errors import NonFiniteError
@@ -34,9 +34,6 @@ NEAR_STEPS = (-5, -6, -4, -7, -3)
 LEAST_STEP = -10
 FLAT = -1  # a step as large as this that changes nothing shows that the function is constant here
 
-TOLERANCE = {("complex", 1): 1e-12, ("complex", 2): 1e-12, ("central", 1): 1e-7, ("central", 2): 1e-6}
-"""Largest relative error allowed, by method and order."""
-
 ROUGHLY = 1e-5
 """A difference that is this near the complex step confirms it."""
 
@@ -46,6 +43,13 @@ DOUBT = 10.0
 EPSILON = float(np.finfo(np.float64).eps)
 
 
+def tolerance(method: str, order: int) -> float:
+    """Return the largest relative error allowed."""
+    if method == "complex":
+        return 1e-12
+    return 1e-7 if order == 1 else 1e-6
+
+
 class Derivative:
     """The derivative of s when entries of the leaf ``name``, which are of about one ``size``, move along ``direction``.
 
@@ -53,7 +57,7 @@ class Derivative:
     D(h) = (s(x + h·v) - s(x - h·v)) / 2h; they are computed when asked for.
     """
 
-    def __init__(self, scalar: FirstOrder, name: str, direction: np.ndarray, size: float, gradient: np.ndarray) -> None:
+    def __init__(self, scalar: Scalar, name: str, direction: np.ndarray, size: float, gradient: np.ndarray) -> None:
         self.scalar, self.name, self.direction, self.size = scalar, name, direction, size
         self.leaf, self.here = scalar.leaves[name], scalar.here
         products = gradient * direction
@@ -72,15 +76,18 @@ class Derivative:
     def stepped(self) -> float | None:
         """ds/dh by a complex step, or None if the function cannot run on complex numbers."""
         h = COMPLEX_STEP * self.size
-        moved = {x: x.data.astype(np.complex128) for x in self.scalar.leaves.values()}
-        moved[self.leaf] = np.asarray(moved[self.leaf] + 1j * h * self.direction)
-        with holding(moved), np.errstate(all="ignore"), warnings.catch_warnings():
-            warnings.simplefilter("error", np.exceptions.ComplexWarning)  # an imaginary part thrown away
-            try:
-                value = float(np.imag(self.scalar.terms()).sum() / h)
-            except (TypeError, np.exceptions.ComplexWarning):
-                return None
-        return value if math.isfinite(value) else None
+        whole = [x for x in self.scalar.leaves.values() if x is not self.leaf]
+        for others in (whole, []):  # some functions want all complex, some the others as they are
+            moved = {x: x.data.astype(np.complex128) for x in others}
+            moved[self.leaf] = np.asarray(self.leaf.data + 1j * h * self.direction)
+            with holding(moved), np.errstate(all="ignore"), warnings.catch_warnings():
+                warnings.simplefilter("error", np.exceptions.ComplexWarning)  # an imaginary part thrown away
+                try:
+                    value = float(np.imag(self.scalar.terms()).sum() / h)
+                except Exception:  # whatever it says of complex numbers
+                    continue
+            return value if math.isfinite(value) else None
+        return None
 
     @functools.cached_property
     def is_analytic(self) -> bool | None:
@@ -109,11 +116,11 @@ class Derivative:
         ``by`` is a share of their size. With ``scale`` 0 the arguments are standard normal instead. With
         ``contradicted`` it is asked whether a difference contradicts the complex step there.
         """
-        moved = {}
-        for i, x in enumerate(self.scalar.leaves.values()):
-            noise = normal(Key(i, stream=0x0FF), x.shape)
-            sizes = np.abs(x.data) + np.where(x.data == 0.0, np.abs(x.data).max(initial=0.0) or 1.0, 0.0)
-            moved[x] = np.asarray(scale * (x.data + by * sizes * noise) if scale else noise)
+        leaves = self.scalar.leaves.values()
+        if scale:
+            moved = {x: np.asarray(scale * data) for x, data in nearby(leaves, by).items()}
+        else:
+            moved = {x: np.asarray(normal(Key(i, stream=BESIDE), x.shape)) for i, x in enumerate(leaves)}
         size = self.size * scale if scale else 1.0
         with holding(moved):
             beside = Derivative(self.scalar, self.name, self.direction, size, self.scalar.gradients[self.name])

@@ -89,6 +89,11 @@ _ages = itertools.count()  # a node is younger than its parents: order by age is
 _age = operator.attrgetter("age")
 
 
+def moment() -> int:
+    """Return a number greater than the ages of all nodes made so far, and less than those of the nodes to come."""
+    return next(_ages)
+
+
 class Node:
     """One recorded operation, or a leaf (``op`` None).
 

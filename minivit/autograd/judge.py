@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from minivit.autograd.derivative import DOUBT, EPSILON, TOLERANCE, Derivative
-from minivit.autograd.orders import FirstOrder, alike, holding
-from minivit.backend import Key, normal, random_bits
+from minivit.autograd.derivative import DOUBT, EPSILON, Derivative, tolerance
+from minivit.autograd.orders import BESIDE, Scalar, alike, holding
+from minivit.backend import Key, normal
 from minivit.errors import GradientError, UndecidedError
 
 __tracebackhide__ = True  # as in orders.py
@@ -27,6 +27,8 @@ ZERO = 1e-7
 ROUNDED = 100 * EPSILON
 """An error of this much of the function's size over its argument's is none: the gradient of a saturated softmax is a
 difference of numbers near 1, and a few times 2⁻⁵³ off, where the complex step knows that it is e⁻³⁰⁰."""
+
+TINY = float(np.finfo(np.float64).tiny)  # numbers below it lose digits, or are 0
 
 NEAR = 1e-3
 """Up to here a very small argument may be moved to see what it changes: see ``Part.usual``."""
@@ -50,7 +52,7 @@ class Check:
         return self.error <= self.tolerance
 
 
-def parts_of(scalar: FirstOrder, name: str, direction: np.ndarray) -> list[Part]:
+def parts_of(scalar: Scalar, name: str, direction: np.ndarray) -> list[Part]:
     """Return the parts of one argument, each of entries of about one size, to be moved along ``direction``."""
     gradient = scalar.gradients[name]
     return [Part(scalar, name, direction * some, size, gradient) for some, size in alike(scalar.leaves[name].numpy())]
@@ -86,7 +88,7 @@ class Part(Derivative):
         With ``may_be_zero``, derivatives that are zero but for rounding are compared with what is usual here.
         """
         how = "central" if method == "central" else "complex"
-        allowed = TOLERANCE[how, self.scalar.order] if rtol is None else rtol
+        allowed = tolerance(how, self.scalar.order) if rtol is None else rtol
 
         def result(value: float, scale: float) -> Check:
             error = max(abs(self.analytic - value) - atol, 0.0)
@@ -108,6 +110,8 @@ class Part(Derivative):
             return check
         excess = abs(self.analytic - numeric) - atol
         if excess > 0.0:
+            if max(self.terms, abs(numeric)) * self.size < TINY:
+                raise self.undecided(check, TINY / self.size)  # what moving it changes is too small for a number
             usual, own = self.usual()
             if excess <= ROUNDED * own or (excess <= ROUNDED * usual and self.wavers(how, self.analytic - numeric)):
                 return result(numeric, usual)
@@ -118,7 +122,7 @@ class Part(Derivative):
         if method == "auto" and self.is_analytic is None:
             return self.judge("central", rtol, atol, whole, may_be_zero=False)  # the complex step alone proves no fault
         if how == "complex":
-            finest = TOLERANCE["central", self.scalar.order]
+            finest = tolerance("central", self.scalar.order)
             confirmed = self.agrees(finest)
             if confirmed and excess > 0.1 * scale:
                 return result(numeric, scale)  # wrong: rounding cannot do that where a difference confirms the step
@@ -147,7 +151,7 @@ class Part(Derivative):
         changed, most = np.zeros(self.here.shape, bool), 0.0
         for scale in (1e-3, 1.0):
             moved = {
-                x: np.asarray(scale * (np.abs(x.data).mean() or 1.0) * normal(Key(i, stream=0x0FF), x.shape))
+                x: np.asarray(scale * (np.abs(x.data).mean() or 1.0) * normal(Key(i, stream=BESIDE), x.shape))
                 for i, x in enumerate(self.scalar.leaves.values())
             }
             try:
@@ -188,6 +192,20 @@ class Part(Derivative):
             return False
         own, of_step = self.shaken(1e-6, how)
         return self.terms <= DOUBT * own and abs(self.analytic - numeric) <= DOUBT * (own + of_step + noise)
+
+    def stands_on_kink(self) -> bool:
+        """Return whether s has another derivative forwards than backwards, however small the steps.
+
+        Of a smooth function both come together as the steps do, and rounding drives them apart.
+        """
+        apart = []
+        for k in (-4, -5, -6):
+            h = 10.0**k * self.size
+            try:
+                apart.append(float((self.moved(h) + self.moved(-h) - 2.0 * self.here).sum() / h))
+            except (ArithmeticError, ValueError):  # the function refuses what lies there
+                return False
+        return abs(apart[0]) > 0.0 and all(abs(a - apart[0]) <= 0.1 * abs(apart[0]) for a in apart)
 
     def shaken(self, by: float, how: str, excess: float = 0.0) -> tuple[float, float]:
         """Return how much the gradient's derivative, and the complex step's, change if all that goes in does ``by``.
@@ -244,31 +262,6 @@ class Part(Derivative):
             "check at arguments where the function changes more or cancels less, and off its kinks; or allow as much: "
             f"{share}atol={_up(noise)}",
         )
-
-
-def locate(scalar: FirstOrder, check: Check) -> str:
-    """Name the entry of the gradient that is farthest off (of 256 entries, if there are more)."""
-    leaf = scalar.leaves[check.name].numpy()
-    some = np.arange(leaf.size)
-    if leaf.size > 256:
-        some = np.unique(random_bits(Key(0), (256,)) % leaf.size)
-    worst, text = -1.0, ""
-    for entries, size in alike(leaf):
-        step = None
-        for i in some[entries.reshape(-1)[some]]:
-            unit = np.zeros(leaf.shape)
-            unit.reshape(-1)[i] = 1.0
-            part = Part(scalar, check.name, unit, size, scalar.gradients[check.name])
-            numeric = part.stepped if check.method == "complex" else None
-            if check.method == "central":
-                step = part.best()[2] if step is None else step  # what is best for one is good for the others
-                numeric = part.values[step] if part.compute(step) else None
-            numeric = math.nan if numeric is None else numeric
-            off = abs(part.analytic - numeric)
-            if not off <= worst:
-                index = tuple(int(j) for j in np.unravel_index(i, leaf.shape))
-                worst, text = off, f"worst entry {list(index)}: {part.analytic:.12g}, should be {numeric:.12g}"
-    return text
 
 
 def _nudged(x: np.ndarray, by: float, key: Key) -> np.ndarray:

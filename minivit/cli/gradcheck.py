@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="named model, checkpoint or a run's folder (by default all operations)")  # fmt: skip
     parser.epilog = "What is a model's name is that model; a checkpoint of the same name is ./NAME."
     parser.add_argument(
-        "--order", type=number(int), choices=(1, 2), default=2, help="2 (default): also second derivatives"
+        "--order", type=number(int, 1, 9), default=2, help="2 (default): also second derivatives; 3: third, too; …"
     )
     parser.add_argument(
         "--seed", type=number(int, 0, (1 << 63) - 1), default=0, help="seed of the random inputs and directions (0)"

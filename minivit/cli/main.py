@@ -23,12 +23,16 @@ COMMANDS = {
     "train": "train a model; without arguments, a Vision Transformer on handwritten digits",
     "eval": "measure a checkpoint on a data set",
     "predict": "classify images with a checkpoint",
+    "explain": "show on one page how a model reads an image, and the gradients that flow back",
+    "study": "draw what a model has learned: attention, filters, heads, layers",
     "data": "look a data set over before training on it, or download one",
     "lr-find": "find a learning rate to begin with",
     "compare": "compare runs: settings, accuracy and time",
     "summary": "show a model's layers, sizes, FLOPs and memory",
+    "graph": "draw the tape of a training step: operations, shapes, what is kept, gradients",
     "gradcheck": "prove the gradients of all operations, or of a model",
     "bench": "measure the speed of a training step, and of its operations",
+    "learn": "learn backpropagation by exercises that mark themselves",
     "doctor": "show what minivit runs on, and test it",
 }
 """What there is, each in a module of ``minivit.cli``: ``add_arguments(parser)`` and ``run(args)`` → exit code."""

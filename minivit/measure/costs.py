@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,8 +99,7 @@ def layer_costs(model: Module, images: Any) -> dict[str, LayerCosts]:
     """
     rows: dict[str, LayerCosts] = {}
     seen: set[Node] = set()
-    counted = {id(_owner(p.data)) for p in model.parameters()} | {id(_owner(images))}
-    alive = []  # what was counted must live on, or another array could get its id
+    kept = Kept([*(p.data for p in model.parameters()), images])
     # what learns nothing and is in no block, such as a dropout, belongs to the model itself
     idle = {
         path for path, module in model.named_modules() if "." not in path and next(module.parameters(), None) is None
@@ -123,18 +122,32 @@ def layer_costs(model: Module, images: Any) -> dict[str, LayerCosts]:
             seen.add(node)
             stack.extend(node.parents)
             row.flops += flops(node)
-            for array in _arrays((node.args, node.out)):
-                owner = _owner(array)
-                if id(owner) not in counted:
-                    counted.add(id(owner))
-                    alive.append(owner)
-                    row.kept += owner.nbytes
+            row.kept += kept.by(node)
 
     with watching(model, count, before=begin), first_order(), mode(True):
         model(images)
     for path, p in model.named_parameters():
         rows[layer_of(path.rpartition(".")[0])].parameters += p.size
     return rows
+
+
+class Kept:
+    """Counts the bytes of the arrays that recorded nodes hold for the backward pass, each array once.
+
+    Those in ``given``, parameters and images, are there without the graph, and count nothing.
+    """
+
+    def __init__(self, given: Iterable[Any]) -> None:
+        self._counted = {id(owner): owner for owner in map(_owner, given)}  # alive, so that no other gets an id of them
+
+    def by(self, node: Node) -> int:
+        """Return the bytes that ``node`` holds and none before it did."""
+        size = 0
+        for owner in map(_owner, _arrays((node.args, node.out))):
+            if id(owner) not in self._counted:
+                self._counted[id(owner)] = owner
+                size += owner.nbytes
+        return size
 
 
 def _arrays(value: Any) -> list[Any]:

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from minivit.errors import ConfigError, unknown_name, value_text
+from minivit.errors import ConfigError, value_text
 from minivit.models.embedding import make_positions, make_relative
 from minivit.nn.attention import EncoderBlock
 from minivit.nn.blocks import ParallelBlock, Plugged, PostNormBlock, ResidualPostNormBlock
@@ -59,8 +59,11 @@ def encoder_name(name: str, value: Any) -> Any:
     if not isinstance(value, str):
         raise ConfigError(f"{name} is {value_text(value)}", "give the name of a registered encoder, or a Module")
     if value not in ENCODERS:
-        error = unknown_name("encoder", value, ENCODERS)
-        raise ConfigError(error.what, f"import the file that registers it (minivit.register_encoder); {error.remedy}")
+        known = f"; registered are {', '.join(map(value_text, ENCODERS))}" if ENCODERS else ""
+        raise ConfigError(
+            f"{name} is {value_text(value)}, and no encoder is registered so",
+            f"import the file that registers it (minivit.register_encoder){known}",
+        )
     return value
 
 

@@ -93,7 +93,7 @@ class Settings:
         """What a message says of them: all sizes, and what else is not as by default."""
         defaults = {f.name: f.default for f in dataclasses.fields(self) if f.name != "seed"}
         told = {name: value for name, value in self.config.items() if name in defaults and value is not None}
-        shown = [n for n, v in told.items() if (type(v) in (int, tuple)) or v != defaults[n]]
+        shown = [n for n, v in told.items() if (type(v) in (int, tuple) and v) or v != defaults[n]]
         return ", ".join(f"{name} {told[name]}" for name in shown)
 
     def misfit(self, height: int, width: int) -> tuple[str, str] | None:
@@ -158,6 +158,15 @@ class Model(Module):
     def config(self) -> dict[str, Any]:
         """All settings but those that change no number: ``type(model)(**model.config)`` is one like it, untrained."""
         return self.settings.config
+
+    def check_portable(self) -> None:
+        """Raise ConfigError if a setting is a module itself, which no checkpoint can hold and no second model have."""
+        for name, value in self.config.items():
+            if isinstance(value, Module):
+                what = f"{name} is a {type(value).__name__} itself: settings could not say how to build another"
+                raise ConfigError(
+                    what, f"register what makes it (minivit.register_encoder), and set {name} to its name"
+                )
 
     def reset_head(self, num_classes: int) -> None:
         """Replace the head by one linear layer of zeros, as for fine-tuning; ConfigError if ``head`` is none."""

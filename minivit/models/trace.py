@@ -65,7 +65,8 @@ def trace(model: Any, images: Any, mask: Any = None, change: Change | None = Non
     and no patch is dropped.
     """
     x = watched(model.embed(images))
-    mask = model.mask(mask, x) if hasattr(model, "mask") else attention_mask(mask, x.shape[1], x.shape[0])
+    mask = attention_mask(mask, x.shape[1], x.shape[0])
+    mask = model.masked(mask, x) if hasattr(model, "masked") else mask
     tokens, parts, placed = [x], [], []
     for i, block in enumerate(model.blocks):
         placed.append(block.positions(x) if hasattr(block, "positions") else None)

@@ -96,38 +96,38 @@ class ViT(Model):
         tokens = [self.cls_token, self.dist_token, self.reg_token]
         return self.embed_drop(put_together(x, tokens, table(self.pos_embed, x)))  # → (B, T, dim)
 
-    def mask(self, mask: Any, x: Any) -> Any:
-        """Return what tokens x (B, T, dim) may not attend to, as scores (B, heads, T, T) have it: ``mask``, or more."""
-        mask = attention_mask(mask, x.shape[1], x.shape[0])
+    def masked(self, mask: Any, x: Any) -> Any:
+        """Return what tokens x (B, T, dim) may not attend to: ``mask``, (T, T) or (B, 1, T, T) or None, or more."""
         return masked_diagonal(mask, x) if self.settings.lsa else mask
 
     def features(self, images: Any, mask: Any = None, tokens: int | None = None) -> Any:
         """Return the tokens after the final norm (eq. 4): (B, C, H, W) → (B, T, dim), or only the first ``tokens``."""
         x = self.embed(images)
-        mask = self.mask(mask, x)
+        mask = attention_mask(mask, x.shape[1], x.shape[0])
         if self.patch_drop is not None:
             x, mask = self.patch_drop.apart(x, mask)
+        mask = self.masked(mask, x)
         *blocks, last = self.blocks
         for block in blocks:
             x = block(x, mask)
         return self.norm(last(x, mask, queries=tokens))
 
-    def pooled(self, x: Any) -> Any:
-        """Return what the head reads of tokens after the final norm, (B, T, dim) → (B, dim), or of pool "none" each."""
+    def read(self, x: Any) -> Any:
+        """Return what the head reads of tokens after the final norm: (B, T, dim) → (B, dim), or each, (B, N, dim)."""
         if self.pool == "cls":
-            return x[:, 0]  # (B, T, dim) → (B, dim)
-        x = x[:, self.prefix :] if self.prefix else x  # (B, T, dim) → (B, N, dim)
-        if self.attn_pool is not None:
-            return self.attn_pool(x)  # → (B, dim)
-        return x if self.pool == "none" else ops.mean(x, axis=1)  # → (B, dim)
+            x = x[:, 0]  # (B, T, dim) → (B, dim)
+        else:
+            x = x[:, self.prefix :] if self.prefix else x  # (B, T, dim) → (B, N, dim)
+            if self.pool != "none":
+                x = ops.mean(x, axis=1) if self.attn_pool is None else self.attn_pool(x)  # → (B, dim)
+        x = x if self.fc_norm is None else self.fc_norm(x)
+        return x if self.pre_logits is None else ops.tanh(self.pre_logits(x))
 
     def classify(self, x: Any) -> Any:
         """Return the logits of tokens after the final norm, of which pool "cls" reads the first only."""
         if self.head_dist is not None:  # DeiT, section 4: the mean of what the two tokens say
             return (self.head(x[:, 0]) + self.head_dist(x[:, 1])) * 0.5
-        x = self.pooled(x)
-        x = x if self.fc_norm is None else self.fc_norm(x)
-        return self.head(x if self.pre_logits is None else ops.tanh(self.pre_logits(x)))
+        return self.head(self.read(x))
 
     def forward(self, images: Any, mask: Any = None) -> Any:
         """Return logits (B, num_classes); ``mask`` (T, T) or (B, T, T) bool, True = may not attend."""

@@ -16,6 +16,9 @@ from minivit.nn.rules import Size, choice, count, flag, optional, pair, rate, si
 FIXED = ("sincos_1d", "sincos_2d")
 """Positions that are not learned."""
 
+MOST_FIXED = 1 << 26
+"""Numbers of fixed positions at most: a checkpoint does not hold them, so that a small one could ask for any size."""
+
 
 @dataclass(frozen=True)
 class ViTSettings(Settings):
@@ -67,7 +70,7 @@ class ViTSettings(Settings):
     layer_scale: float | None = setting(None, optional(rules.positive), "what factors of each branch start with, 1e-5")
     qk_norm: bool = setting(False, flag, "queries and keys are normalised")
     lsa: bool = setting(False, flag, "a learned temperature, and no token attends to itself: for few images")
-    transformer: Any = setting(None, encoder_name, "a registered encoder in the place of the blocks")
+    transformer: str | None = setting(None, encoder_name, "a registered encoder in the place of the blocks")
     weight_init: str = setting("paper", choice("paper", "mimetic"), "as the paper's code; mimetic is for few images")
     seed: int = setting(0, rules.seed, "what the parameters are drawn from")
     recompute: bool = setting(False, flag, "blocks keep their input only and run again on the way back", kept=False)
@@ -100,6 +103,8 @@ class ViTSettings(Settings):
              f"{pos} adds nothing to tokens that could be left out", "leave no_embed_class out, or choose others"),
             (s.position == "learned_2d" and s.dim % 2 == 1,
              f"{pos} has half of a token for x and half for y, and dim is {s.dim}", "choose an even dim"),
+            (s.position in FIXED and math.prod(s.grid) * s.dim > MOST_FIXED,
+             f"{pos} of {math.prod(s.grid):,} patches of {s.dim} numbers are too many", "use larger patches"),
             (s.patch_drop > 0 and (placed or s.position == "relative"),
              "patch_drop takes from blocks the patches that their positions are for", "add positions at the input"),
             (s.patch_drop > 0 and s.pool == "none",
@@ -118,7 +123,7 @@ class ViTSettings(Settings):
     def grid(self) -> tuple[int, int]:
         """Patches along height and width."""
         (h, w), (p, q) = pair("image_size", self.image_size), pair("patch_size", self.patch_size)
-        return h // p, w // q
+        return h // max(p, 1), w // max(q, 1)
 
     @property
     def prefix(self) -> dict[str, int]:

@@ -9,7 +9,7 @@ import numpy as np
 
 from minivit import ops
 from minivit.autograd.op import raw
-from minivit.backend import Key, array_module, device_of, on_device_of, uniform
+from minivit.backend import Key, array_module, device_of, on_device_of, to_device, uniform
 from minivit.nn import init
 from minivit.nn.layers import Dropout, Linear, added
 from minivit.nn.module import Module, Parameter, shape_text
@@ -140,8 +140,8 @@ def selection(x: Any, prefix: int, p: float, key: Key) -> Any:
 def select_mask(s: Any, mask: Any) -> Any:
     """Return the mask (B, 1, T', T') over the tokens that S (B, T', T) leaves, of one (T, T) or (B, 1, T, T)."""
     s = s[:, None]  # → (B, 1, T', T)
-    xp = array_module(s)
-    return s @ xp.asarray(raw(mask)).astype(s.dtype) @ s.swapaxes(-1, -2) > 0.5
+    mask = to_device(raw(mask), device_of(s)).astype(s.dtype)
+    return ops.matmul(ops.matmul(s, mask), s.swapaxes(-1, -2)) > 0.5
 
 
 def masked_diagonal(mask: Any, x: Any) -> Any:
@@ -153,7 +153,7 @@ def masked_diagonal(mask: Any, x: Any) -> Any:
     with on_device_of(raw(x)):
         place = xp.arange(x.shape[1])
         own = place[:, None] == place  # (T, T)
-        return own if mask is None else own | xp.asarray(raw(mask))
+        return own if mask is None else own | to_device(raw(mask), device_of(raw(x)))
 
 
 def log_scale(heads: int, dim_head: int) -> np.ndarray:

@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-
 from minivit import ops
-from minivit.backend import is_half
+from minivit.errors import ConfigError
 from minivit.nn import init
 from minivit.nn.attention import MultiHeadAttention
 from minivit.nn.layers import MLP, LayerNorm, Linear, added
-from minivit.nn.module import Constant, Module, Parameter, shape_text
+from minivit.nn.module import Module, Parameter, shape_text
 from minivit.nn.random import next_key
 from minivit.nn.refined import log_scale
 from minivit.ops.attention import attention_scores, masked_softmax, merge_heads, split_heads
@@ -33,8 +31,6 @@ class RelativePositions(Module):
         self.ways = (2 * grid[0] - 1) * (2 * grid[1] - 1)
         numbers = self.ways + (3 if prefix else 0)
         self.relative_position_bias_table = Parameter(init.zeros(numbers, heads), decays=False)
-        # the table is read by two products with 0 and 1: as exact as indices, and their gradient adds in a fixed order
-        self.down, self.across = Constant(picks(grid[0])), Constant(picks(grid[1]))
 
     def extra_repr(self) -> str:
         """Return the patches, and the heads."""
@@ -45,11 +41,9 @@ class RelativePositions(Module):
         (rows, columns), p = self.grid, self.prefix
         table: Any = self.relative_position_bias_table
         heads, patches = table.shape[1], rows * columns
-        fit = lambda x: ops.convert(x, table.dtype) if is_half(table.dtype) else x
         ways = table[: self.ways].transpose(1, 0).reshape((heads, 2 * rows - 1, 2 * columns - 1))
-        # (r², 2r - 1) · (heads, 2r - 1, 2c - 1) · (2c - 1, c²) → (heads, r², c²), r rows and c columns
-        bias = fit(self.down) @ ways @ fit(self.across).transpose(1, 0)
-        bias = bias.reshape((heads, rows, rows, columns, columns)).transpose((0, 1, 3, 2, 4))  # → (H, r, c, r', c')
+        bias = of_pairs(ways, columns).transpose((0, 2, 3, 1))  # → (H, 2r - 1, c, c') → (H, c, c', 2r - 1)
+        bias = of_pairs(bias, rows).transpose((0, 3, 1, 4, 2))  # → (H, c, c', r, r') → (H, r, c, r', c')
         bias = bias.reshape((heads, patches, patches))
         if not p:
             return bias
@@ -61,12 +55,17 @@ class RelativePositions(Module):
         return ops.concat([first, ops.concat([arriving, bias], axis=2)], axis=1)  # → (heads, T, T)
 
 
-def picks(n: int) -> np.ndarray:
-    """Return (n·n, 2n - 1): row a·n + b is 1 at the place of the way a - b, which are -(n - 1) to n - 1."""
-    if init.outlined():
-        return init.zeros(n * n, 2 * n - 1)
-    a, b = np.indices((n, n)).reshape(2, -1, 1)
-    return (a - b + n - 1 == np.arange(2 * n - 1)).astype(np.float32)
+def of_pairs(x: Any, n: int) -> Any:
+    """Return x (…, 2n - 1), a number for each way -(n - 1) to n - 1, as (…, n, n): [a, b] is that of the way a - b.
+
+    No place is looked up: rows of 2n, read n times with a stride of 2n - 1, begin one place earlier each time. So the
+    gradient is a sum in a fixed order.
+    """
+    lead = x.shape[:-1]
+    x = ops.pad(x, [(0, 0)] * len(lead) + [(0, 1)]).reshape((*lead, 1, 2 * n))
+    x = ops.broadcast_to(x, (*lead, n, 2 * n)).reshape((*lead, 2 * n * n))
+    x = x[..., : n * (2 * n - 1)].reshape((*lead, n, 2 * n - 1))[..., n - 1 :]  # → (…, n, n), of the way b - a
+    return ops.swapaxes(x, -1, -2)
 
 
 class ScoredAttention(MultiHeadAttention):
@@ -142,6 +141,10 @@ class AttentionPool(Module):
         self, dim: int, heads: int, mlp_dim: int, activation: str = "gelu",
         norm: Callable[[int], Module] = LayerNorm, qkv_bias: bool = True,
     ) -> None:  # fmt: skip
+        if dim % heads:
+            raise ConfigError(
+                f"dim {dim} is not divided by the {heads} heads that pool", "choose heads that divide dim"
+            )
         self.heads = heads
         self.latent = Parameter(init.normal(1, 1, dim, std=dim**-0.5), decays=False)
         self.q = Linear(dim, dim, qkv_bias)

@@ -224,6 +224,7 @@ _ROWS: dict[str, dict[str, Callable[[Draw], tuple[Any, ...]]]] = {
         "tuples, a place twice": lambda r: (r(3, 5), ((0, 2, 0), (1, 1, 1))),
         "a range and a list": lambda r: (r(3, 5), (range(3), [1, 1, 4])),
         "a boolean mask": lambda r: (r(3, 5), np.arange(15).reshape(3, 5) % 4 < 2),
+        "all there is": lambda r: (r(3, 1, 5), (slice(None), 0)),
         "0-d": lambda r: (r(), None),
     },
     "scatter": {
@@ -232,6 +233,8 @@ _ROWS: dict[str, dict[str, Callable[[Draw], tuple[Any, ...]]]] = {
         "tuples, a place twice": lambda r: (r(3), ((0, 2, 0), (1, 1, 1)), (3, 5)),
         "a boolean mask": lambda r: (r(7), np.arange(15).reshape(3, 5) % 2 == 1, (3, 5)),
         "0-d": lambda r: (r(), (1, 2), (3, 3)),
+        "all there is": lambda r: (r(3, 5), (slice(None), 0), (3, 1, 5)),
+        "all there is, backwards": lambda r: (r(5), slice(None, None, -1), (5,)),
     },
     "take_along_axis": {
         "the last axis, repeated": lambda r: (r(2, 3, 5), r.integers(5, 2, 3, 4)),

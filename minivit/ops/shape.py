@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -128,6 +129,8 @@ def scatter(x: Array, index: Any, shape: tuple[int, ...]) -> Array:
     """Return zeros of ``shape`` with x added at [index]; places named twice get the sum."""
     xp = array_module(x)
     index = _raw_index(index)
+    if _names_all(index, shape, x.shape):  # as [:, 0] of one token
+        return x.reshape(shape)
     out = xp.zeros(shape, x.dtype)
     if _may_repeat(index):
         if is_bfloat16(x.dtype):  # in which a sum soon stops
@@ -165,8 +168,18 @@ def _raw_index(index: Any) -> Any:
 def _may_repeat(index: Any) -> bool:
     """Tell whether an index may name a place twice: all may but slices, numbers, None, Ellipsis and boolean masks."""
     parts = index if isinstance(index, tuple) else (index,)
-    once = (slice, int, np.integer, type(None), type(Ellipsis))
-    return not all(isinstance(i, once) or (hasattr(i, "dtype") and i.dtype.kind == "b") for i in parts)
+    return not all(isinstance(i, _BASIC) or (hasattr(i, "dtype") and i.dtype.kind == "b") for i in parts)
+
+
+def _names_all(index: Any, shape: tuple[int, ...], found: tuple[int, ...]) -> bool:
+    """Tell whether an index that gives ``found`` of an array of ``shape`` names every place of it, in their order."""
+    parts = index if isinstance(index, tuple) else (index,)
+    in_order = all(i.step is None or i.step > 0 if isinstance(i, slice) else isinstance(i, _BASIC) for i in parts)
+    return in_order and math.prod(found) == math.prod(shape) and np.broadcast_to(False, shape)[index].shape == found
+
+
+_BASIC = (slice, int, np.integer, type(None), type(Ellipsis))
+"""What an index may be made of that takes a view."""
 
 
 # ---- patches ---------------------------------------------------------------------------------------------------------

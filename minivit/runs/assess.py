@@ -80,7 +80,7 @@ def run_split(trained: Trained, split: str, bar: Callable[..., Any] | None = Non
     now = job.data_meta()
     if changed := [k for k in trained.data if k in now and k != "name" and now[k] != trained.data[k]]:
         what = f"{now['name']} is not as it was when {folder} was trained: other {', '.join(changed)}"
-        raise DataError(what, "bring the data back, or name data and another split: --data NAME --split test")
+        raise DataError(what, "bring the data back, or name other data, and --split test")
     found = job.parts.train if split == "train" else job.parts.valid
     if found is None:
         remedy = "evaluate on test images, or train again with --val-fraction 0.1"

@@ -17,7 +17,7 @@ from minivit.runs.settings import RunSettings, parse_toml, read_bytes, resolve, 
 
 MAY_CHANGE = (
     "data.name", "data.bad_images",  # where the images are; that they are the same is checked by their content
-    "train.teacher",  # likewise
+    "train.teacher",  # likewise: that it is the same model is checked
     "train.init_from", "model.recompute",  # what a run in progress does not depend on
     "train.epochs", "train.patience", "train.max_time", "train.on_nan", "train.save_every",
     "train.device", "train.threads", "train.micro_batch",  # which the run tells: the numbers agree but for rounding

@@ -19,6 +19,7 @@ from minivit.runs.job import Job
 from minivit.show.lettering import drawable_names
 from minivit.show.page import write_report
 from minivit.show.pictures import attention_overlay, confusion_picture, mosaic, predictions_picture
+from minivit.study.asking import reads_class_token
 from minivit.train.inference import predict_logits
 
 SHOWN = 50  # images in a picture
@@ -67,7 +68,7 @@ def draw_attention(model: Any, loader: Loader, path: Path) -> None:
     with mode(False), no_grad():
         trace = model.trace(to_device(images, device))
     weights = to_numpy(trace.attention[-1].data).mean(axis=1)  # (B, heads, T, T) → (B, T, T)
-    of_class = trace.prefix > 0 and getattr(model, "pool", "cls") == "cls"
+    of_class = reads_class_token(trace)
     rows = weights[:, 0] if of_class else weights[:, trace.prefix :].mean(axis=1)  # → (B, T)
     weights = rows[:, trace.prefix :]  # → (B, patches)
     logits = predict_logits(model, images)

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from minivit.show.embedded import embedded
 from minivit.show.markup import escape, short
 from minivit.show.pictures import enlarged
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 MISTAKES, RIGHT = 24, 12  # how many are shown
 SHARP = 64  # pixels: larger images are photos, and are kept small
@@ -54,9 +50,9 @@ def gallery(
 
 
 def _picture(image: np.ndarray) -> str:
-    picture = enlarged(image[:3] if len(image) >= 3 else image[:1], scale=1)  # (C, H, W), drawn without alpha
+    picture = enlarged(image, scale=1)
     small = max(picture.size) <= SHARP
-    return f'<img alt=""{" class=sharp" if small else ""} src="{_embedded(picture, 0 if small else 2 * SHARP)}">'
+    return f'<img alt=""{" class=sharp" if small else ""} src="{embedded(picture, 0 if small else 2 * SHARP)}">'
 
 
 def samples_picture(path: str | Path | None) -> str:
@@ -67,15 +63,4 @@ def samples_picture(path: str | Path | None) -> str:
         return ""
     with Image.open(path) as picture:
         large = Path(path).stat().st_size > LARGE
-        return f'<img class="samples" alt="training images" src="{_embedded(picture, 1000 if large else 0)}">'
-
-
-def _embedded(picture: Image.Image, shrink: int) -> str:
-    """Return a picture as a data URL: a PNG, or with ``shrink`` a JPEG of at most so many pixels a side."""
-    buffer = io.BytesIO()
-    if shrink:
-        picture.thumbnail((shrink, shrink))
-        picture.save(buffer, "JPEG", quality=85)
-    else:
-        picture.save(buffer, "PNG", optimize=True)
-    return f"data:image/{'jpeg' if shrink else 'png'};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+        return f'<img class="samples" alt="training images" src="{embedded(picture, 1000 if large else 0)}">'

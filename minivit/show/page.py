@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,9 +11,9 @@ import numpy as np
 from minivit.errors import ShapeError
 from minivit.files import write_text
 from minivit.show.curves import chart
+from minivit.show.document import all_sections, document
 from minivit.show.gallery import gallery, mistakes, right_ones, samples_picture
 from minivit.show.markup import escape
-from minivit.show.style import PAGE_STYLE
 from minivit.show.tables import class_table, confusion_table
 
 
@@ -65,32 +63,8 @@ def write_report(
         "Configuration": _config(config),
         "Command and machine": _pre(map(escape, command.rstrip("\n").split("\n"))) if command else "",
     }
-    write_text(Path(path), _document(title, about, _figures(rows, test, split), sections))
-
-
-def _document(title: str, about: str, figures: str, sections: Mapping[str, str]) -> str:
-    """Return the page. Its Content-Security-Policy lets only the pictures and the style within it count."""
-    body = "".join(
-        f"<section>\n<h2>{escape(name)}</h2>\n{html}\n</section>\n" for name, html in sections.items() if html
-    )
-    digest = base64.b64encode(hashlib.sha256(PAGE_STYLE.encode()).digest()).decode()
-    policy = f"default-src 'none'; img-src data:; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{policy}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{escape(title)}</title>
-<style>{PAGE_STYLE}</style>
-</head>
-<body>
-<h1>{escape(title)}</h1>
-<p>{escape(about)}</p>
-{figures}
-{body}</body>
-</html>
-"""
+    body = f"<p>{escape(about)}</p>\n{_figures(rows, test, split)}\n{all_sections(sections)}"
+    write_text(Path(path), document(title, body))
 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:

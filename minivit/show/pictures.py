@@ -11,6 +11,7 @@ import numpy as np
 
 from minivit.errors import ShapeError
 from minivit.files import replacing
+from minivit.show.colours import heat
 from minivit.show.lettering import drawable_names, lettered, write
 
 if TYPE_CHECKING:
@@ -18,9 +19,6 @@ if TYPE_CHECKING:
 
 Colour = tuple[int, int, int]
 PAPER, INK, FAINT, RED, BLUE = (255, 255, 255), (31, 35, 40), (110, 118, 129), (207, 34, 46), (9, 105, 218)
-
-HEAT = np.array([(13, 8, 50), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 245, 160)], np.float64)
-"""Stops of a colour map whose lightness rises evenly from almost black over violet and orange to pale yellow."""
 
 TILE = 80  # pixels: about how large an image is shown
 GAP, MARGIN = 12, 20
@@ -68,7 +66,7 @@ def attention_overlay(
         plain = enlarged(image)
         tile = Image.new("RGB", (plain.width, 2 * plain.height + 3), PAPER)
         tile.paste(plain, (0, 0))
-        tile.paste(_under_heat(plain, weights), (0, plain.height + 3))
+        tile.paste(under_heat(plain, weights), (0, plain.height + 3))
         tiles.append(tile)
     captions, note = _verdicts(labels, predictions)
     _write_sheet(path, title, tiles, captions, columns, note, legend=True)
@@ -163,25 +161,21 @@ def _check(images: np.ndarray, **others: Sequence[object] | np.ndarray) -> None:
 
 
 def enlarged(image: np.ndarray, scale: int | None = None) -> Image.Image:
-    """Return an image (C, H, W) in RGB, every pixel a square of ``scale``, as sharp as the model gets it."""
+    """Return an image (C, H, W) in RGB, every pixel a square of ``scale``, as sharp as the model gets it.
+
+    Of more than three channels the first three are drawn, of two the first.
+    """
     from PIL import Image
 
     channels, height, width = image.shape
     scale = scale or max(1, round(TILE / max(height, width)))
-    pixels = (
-        np.broadcast_to(image.transpose(1, 2, 0), (height, width, 3)) if channels == 1 else image.transpose(1, 2, 0)
-    )
+    pixels = np.broadcast_to(image[: 3 if channels >= 3 else 1].transpose(1, 2, 0), (height, width, 3))
     picture = Image.fromarray(np.ascontiguousarray(pixels))
     return picture.resize((width * scale, height * scale), Image.Resampling.NEAREST)
 
 
-def heat(values: np.ndarray) -> np.ndarray:
-    """Return the colours, uint8 (…, 3), of ``values`` (…) in [0, 1]."""
-    stops = np.linspace(0, 1, len(HEAT))
-    return np.stack([np.interp(values, stops, HEAT[:, i]) for i in range(3)], axis=-1).round().astype(np.uint8)
-
-
-def _under_heat(picture: Image.Image, weights: np.ndarray) -> Image.Image:
+def under_heat(picture: Image.Image, weights: np.ndarray) -> Image.Image:
+    """Return a picture under the heat map of ``weights`` (rows, columns), from 0 to the largest of them."""
     from PIL import Image
 
     grid = Image.fromarray(weights.astype(np.float32))

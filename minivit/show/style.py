@@ -13,10 +13,11 @@ _CELLS = "".join(
     f".miss{n} {{ background: rgb(207 34 46 / {0.065 * n:.3f}); }}\n"
     for n in range(1, SHADES + 1)
 )
-PAGE_STYLE = f"""
-:root {{ color-scheme: light dark; {_LIGHT}}}
+PAPER_STYLE = f""":root {{ color-scheme: light dark; {_LIGHT}}}
 @media (prefers-color-scheme: dark) {{ :root {{ {_DARK}}} }}
-* {{ box-sizing: border-box; }}
+"""
+PAGE_STYLE = f"""
+{PAPER_STYLE}* {{ box-sizing: border-box; }}
 body {{ max-width: 1000px; margin: 0 auto; padding: 16px; background: var(--paper); color: var(--ink);
   font: 15px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }}
 h1 {{ font-size: 26px; margin: 8px 0 0; }}

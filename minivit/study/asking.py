@@ -41,6 +41,11 @@ def values(x: Any, what: str) -> np.ndarray:
     return array
 
 
+def reads_class_token(trace: Trace) -> bool:
+    """Tell whether the class is read from the first token; else it is read from the patches, all of them."""
+    return trace.prefix > 0 and getattr(trace.model, "pool", "cls") == "cls"
+
+
 def attention_of(trace: Trace) -> list[np.ndarray]:
     """Return the probabilities P of every block, (B, H, T, T), checked."""
     check_trace(trace)

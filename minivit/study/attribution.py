@@ -116,7 +116,7 @@ def way_to_logit(trace: Trace, classes: np.ndarray, read: slice) -> tuple[np.nda
     weight = np.stack([numbers(head.weight)[classes] for head in heads], axis=1)  # (K, D) → (B, R, D)
     bias = sum(0.0 if head.bias is None else numbers(head.bias)[classes] for head in heads) / len(heads)
     way, normed = weight * numbers(norm.weight), last
-    if norm is not model.norm:  # which stands after pooling
+    if norm is not model.norm and getattr(model, "pool", None) == "mean":  # it stands after the mean
         normed = last.mean(axis=1, keepdims=True)  # → (B, 1, D)
     if isinstance(norm, LayerNorm):
         way -= way.mean(axis=-1, keepdims=True)  # the norm takes the mean off: x - mean x, moved to the other factor

@@ -9,7 +9,7 @@ import numpy as np
 
 from minivit.errors import ShapeError
 from minivit.models.trace import Trace
-from minivit.study.asking import attention_of, check_trace, gradient_of, values
+from minivit.study.asking import attention_of, check_trace, gradient_of, reads_class_token, values
 
 
 def patch_map(trace: Trace, matrix: Any) -> np.ndarray:
@@ -23,8 +23,7 @@ def patch_map(trace: Trace, matrix: Any) -> np.ndarray:
     if matrix.shape[-2:] != (tokens, tokens):
         raise ShapeError(f"a matrix of shape {matrix.shape} over {tokens} tokens", f"give (…, {tokens}, {tokens})")
     first = trace.prefix
-    reads_token = first > 0 and getattr(trace.model, "pool", "cls") == "cls"
-    rows = matrix[..., :1, first:] if reads_token else matrix[..., first:, first:]
+    rows = matrix[..., :1, first:] if reads_class_token(trace) else matrix[..., first:, first:]
     return rows.mean(axis=-2).reshape(*matrix.shape[:-2], *trace.grid)  # (…, N) → (…, rows, columns)
 
 

@@ -19,6 +19,7 @@ def untrained_like(model: Any, seed: int = 0) -> Any:
     """
     if not isinstance(model, Model):
         raise ConfigError(f"a {type(model).__name__} has no settings to make another from", "give a registered model")
+    model.check_portable()
     made = type(model)(**model.config | {"seed": seed})
     for i, name in enumerate(("head", "head_dist")):
         head = getattr(made, name, None)

@@ -1,5 +1,6 @@
 """Training: optimizers, schedules, one step, whole runs, and their checkpoints."""
 
+from minivit.train.distill import Student, distillation
 from minivit.train.evaluation import evaluate
 from minivit.train.inference import predict_logits
 from minivit.train.observers import Observer
@@ -17,9 +18,11 @@ __all__ = [
     "Muon",
     "Observer",
     "Progress",
+    "Student",
     "TrainStep",
     "Trainer",
     "clip_grad_norm",
+    "distillation",
     "evaluate",
     "load_checkpoint",
     "parameters_hash",

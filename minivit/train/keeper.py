@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from minivit.errors import CheckpointError, ConfigError
+from minivit.models import Model
 from minivit.train.observers import Observer
 from minivit.train.progress import Row
 from minivit.train.records import Records
@@ -34,7 +35,12 @@ class Keeper(Observer):
     # ---- what it does when it is told ----
 
     def begin(self, trainer: Any) -> None:
-        """Make the folder ready: no half-written files, and no records but of what has been trained."""
+        """Make the folder ready: no half-written files, and no records but of what has been trained.
+
+        Raises ConfigError for a model that no checkpoint can hold.
+        """
+        if isinstance(trainer.model, Model):
+            trainer.model.check_portable()
         sweep(self.folder)
         self.records.begin(trainer.progress.batch, trainer.progress.history)
 

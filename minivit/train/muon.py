@@ -4,14 +4,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from minivit.backend import Array, array_module, product
+from minivit.backend.planning import is_on_gpu
 from minivit.errors import ConfigError
 from minivit.nn.module import Parameter
 from minivit.train.numbers import scaled_gradient, unless_stopped
 from minivit.train.optimizer import AdamW, check_momentum
-from minivit.train.parameters import FlatParameters, Span, overlaps, traits
+from minivit.train.parameters import CHUNK, FlatParameters, Group, Span, overlaps, traits
+
+TOGETHER = 1 << 24
+"""So many numbers of matrices are updated at a time on a GPU, or one parameter's: each takes some five times its memory
+meanwhile. On a CPU they are as few as fit into its cache."""
+
+
+class Matrices(NamedTuple):
+    """Hidden matrices that lie one after the other in the flat arrays, from ``start`` to ``stop``."""
+
+    start: int
+    stop: int
+    shape: tuple[int, int, int]  # how many, of how many rows and columns
 
 
 class Muon(AdamW):
@@ -37,7 +50,7 @@ class Muon(AdamW):
     ) -> None:
         self.momentum = check_momentum(momentum)
         super().__init__(named_parameters, lr, betas, eps, weight_decay, lr_scales)
-        self.matrices = []  # (start, stop, shape) in the flat arrays
+        self.matrices: list[Matrices] = []
         for name, p, (start, stop) in zip(self.names, self.parameters, self.store.spans, strict=True):
             if count := traits(p).matrices:
                 if p.ndim != 2 or count < 0 or p.shape[0] % count:
@@ -45,38 +58,84 @@ class Muon(AdamW):
                         f"{name} of shape {p.shape} cannot be {count} matrices stacked along its first axis",
                         "set its attribute matrices to what it is, 0 for no matrix",
                     )
-                self.matrices.append((start, stop, (count, p.shape[0] // count, p.shape[1])))
+                self.matrices.append(Matrices(start, stop, (count, p.shape[0] // count, p.shape[1])))
 
     def update_spans(self, spans: Sequence[Span]) -> None:
         """Update the given spans of the flat parameters; a matrix is updated as a whole, with the span it begins in."""
+        due: list[Matrices] = []
+        values = self.store.values
         for start, stop in overlaps(spans, self.store.updated):
             place, between = start, []
-            for a, b, shape in self.matrices:
+            for matrices in self.matrices:
+                a, b, _ = matrices
                 if a < stop and b > start:
                     between.append((place, max(place, a)))
                     place = min(self.store.aligned(b), stop)
                     if a >= start:
-                        self._update_matrices(slice(a, b), shape)
+                        due.append(matrices)
             super().update_spans([*between, (place, stop)])
+        for group in self.groups:
+            of_group = [matrices for matrices in due if group.start <= matrices.start < group.stop]
+            for batch in batches(of_group, TOGETHER if is_on_gpu(values) else CHUNK, values.size):
+                self._update_batch(batch, group)
 
-    def _update_matrices(self, piece: slice, shape: tuple[int, int, int]) -> None:
-        group = next(g for g in self.groups if g.start <= piece.start < g.stop)
+    def _update_batch(self, batch: Sequence[Matrices], group: Group) -> None:
         lr, decay = self._rates(group)
-        p, b = (flat[piece].reshape(shape) for flat in (self.store.values, self.state["m"]))
-        g = scaled_gradient(self.store, piece).reshape(shape)
+        p, b, g = (laid_over(flat, batch) for flat in (self.store.values, self.state["m"], self.store.grad))
         with unless_stopped(self.store, [p, b]):
-            self._update_matrix(p, g, b, lr, decay)
+            self._update_matrix(p, scaled_gradient(self.store, g), b, lr, decay)
 
     def _update_matrix(self, p: Array, g: Array, b: Array, lr: Any, decay: float) -> None:
         """Update matrices (…, n, k) by their gradient and their momentum ``b``."""
         g = g * (1.0 - self.momentum)
         after = b * self.momentum + g
         u = orthogonalized(after * self.momentum + g)
-        u *= lr * 0.2 * math.sqrt(max(p.shape[1:]))
+        u *= lr * 0.2 * math.sqrt(max(p.shape[-2:]))
         b[...] = after  # only now: if there was no memory for all this, nothing has changed yet
         if decay:
             p *= 1.0 - lr * decay
         p -= u
+
+
+def batches(matrices: Iterable[Matrices], most: int, size: int) -> list[list[Matrices]]:
+    """Return the matrices in batches of equal ones that begin at even distances, of ``most`` numbers or one at a time.
+
+    Those of equal sides that follow each other without a gap, such as the weights around an attention, become one. A
+    flat array of ``size`` numbers holds as many stretches, as long as that distance, as there are in a batch.
+    """
+    joined: list[Matrices] = []
+    for one in sorted(matrices):
+        before = joined[-1] if joined else None
+        if (
+            before
+            and before.stop == one.start
+            and before.shape[1:] == one.shape[1:]
+            and one.stop - before.start <= most
+        ):
+            shape = (before.shape[0] + one.shape[0], *one.shape[1:])
+            joined[-1] = Matrices(before.start, one.stop, shape)
+        else:
+            joined.append(one)
+    found: dict[tuple[int, int, int], list[list[Matrices]]] = {}
+    for one in joined:
+        rows = found.setdefault(one.shape, [[]])
+        row, count = rows[-1], len(rows[-1]) + 1
+        if row:
+            apart = one.start - row[-1].start
+            even = count == 2 or apart == row[1].start - row[0].start
+            if not even or count * math.prod(one.shape) > most or count * apart > size:
+                rows.append(row := [])
+        row.append(one)
+    return [row for rows in found.values() for row in rows]
+
+
+def laid_over(flat: Array, batch: Sequence[Matrices]) -> Array:
+    """Return the view of a flat array that a batch of matrices is: (batch, matrices of each, rows, columns)."""
+    (a, b, shape), count = batch[0], len(batch)
+    apart = batch[1].start - a if count > 1 else b - a
+    start = min(a, flat.size - count * apart)  # of stretches that hold one of the batch each
+    stretches = flat[start : start + count * apart].reshape(count, apart)
+    return stretches[:, a - start : b - start].reshape(count, *shape)
 
 
 def orthogonalized(x: Array) -> Array:

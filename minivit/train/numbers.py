@@ -156,11 +156,10 @@ def lesser(a: Any, b: Any) -> Any:
     return array_module(b).minimum(a, b) if is_array(b) else min(a, b)
 
 
-def scaled_gradient(store: FlatParameters, piece: slice) -> Array:
-    """Return a piece of the flat gradient, once in an update: on the GPU clipping has left its factor to do."""
-    grad, numbers = store.grad[piece], store.numbers
-    if numbers is not None and numbers.has_factor:
-        grad *= numbers.factor
+def scaled_gradient(store: FlatParameters, grad: Array) -> Array:
+    """Return ``grad``, a view of the store's, once in an update: on the GPU clipping has left its factor to do."""
+    if store.numbers is not None and store.numbers.has_factor:
+        grad *= store.numbers.factor
     return grad
 
 

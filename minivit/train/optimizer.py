@@ -112,7 +112,7 @@ class Optimizer:
         lr, decay = self._rates(group)
         p, *state = [flat[piece] for flat in (self.store.values, *self.state.values())]
         with unless_stopped(self.store, [p, *state]):
-            self.update_chunk(p, scaled_gradient(self.store, piece), lr, decay, *state)
+            self.update_chunk(p, scaled_gradient(self.store, self.store.grad[piece]), lr, decay, *state)
 
     def _rates(self, group: Group) -> tuple[Any, float]:
         """Return the learning rate and the weight decay of a group at this step."""

@@ -42,6 +42,7 @@ def save(model: Model, path: str | Path, data: Dataset | None = None) -> None:
         remedy = "register its class (minivit.models.registry); or keep its parameters, save_checkpoint(path, "
         remedy += "{f'model/{n}': a for n, a in model.state_dict().items()}, {}), and use load_weights"
         raise ConfigError(what, remedy)
+    model.check_portable()
     state, config = model.state_dict(), model.config
     if differ := _difference(model.settings, state):
         remedy = (
