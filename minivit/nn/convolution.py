@@ -42,8 +42,8 @@ def _around(padding: Any, x: Any, kernel: tuple[int, int], stride: tuple[int, in
 class Conv2d(Module):
     """Convolution: (B, in, H, W) → (B, out, down, across); weight (out, in, kh, kw), He-normal unless told, bias zero.
 
-    ``padding`` is as in :func:`minivit.ops.conv2d`, or "same": then there are ⌈size / stride⌉ places a side, and what is
-    put around follows from the images' size, as in TensorFlow (:func:`minivit.ops.same_padding`).
+    ``padding`` is as in :func:`minivit.ops.conv2d`, or "same": then there are ⌈size / stride⌉ places a side, and what
+    is put around follows from the images' size, as in TensorFlow (:func:`minivit.ops.same_padding`).
     """
 
     def __init__(

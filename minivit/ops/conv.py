@@ -7,12 +7,13 @@ sides, (height, width), or ((top, bottom), (left, right)), which may differ: :fu
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import inf
 from numbers import Integral
 from typing import Any, NamedTuple
 
 from minivit.autograd.op import op, raw
-from minivit.backend import Array, array_module
-from minivit.errors import ConfigError, ShapeError, value_text
+from minivit.backend import Array, array_module, is_floating
+from minivit.errors import ConfigError, DTypeError, ShapeError, value_text
 from minivit.ops.matmul import as_matrix, matmul
 from minivit.ops.reduce import max, mean, narrow, sum, wide
 from minivit.ops.shape import broadcast_to, getitem, pad, reshape, stack, swapaxes
@@ -202,7 +203,7 @@ def convolved(x: Array, weight: Array, bias: Array | None, stride: Any, padding:
 
 @conv2d.vjp
 def _(g: Any, out: Any, x: Any, weight: Any, bias: Any, stride: Any, padding: Any, needs: tuple[bool, ...]) -> Any:
-    kernel, rows = weight.shape[2:], reshape(g, (*g.shape[:2], -1))  # (B, out, down, across) → (B, out, L)
+    kernel, rows = weight.shape[2:], reshape(g, (*g.shape[:2], g.shape[2] * g.shape[3]))  # → (B, out, L)
     gx = gw = None
     if needs[0]:
         columns = matmul(swapaxes(reshape(weight, (weight.shape[0], -1)), 0, 1), rows)  # → (B, C·kh·kw, L)
@@ -249,30 +250,33 @@ def max_pool2d(x: Array, kernel_size: Any, stride: Any = None, padding: Any = 0)
     Twins: ops/cpu/conv.py.
     """
     w = pooled("max_pool2d", x, kernel_size, stride, padding)
-    parts, first = _largest(x, w)
-    chosen = array_module(x).take_along_axis(parts, first[:, :, None], 2)  # → (B, C, 1, L)
-    return chosen.reshape(*x.shape[:2], *w.grid)
+    if not is_floating(x.dtype):
+        raise DTypeError(f"max_pool2d: images of {x.dtype}, which has no -∞", "convert them: images.astype(np.float32)")
+    if x.dtype.kind != "c":
+        return w.over(w.padded(x, -inf)).max(axis=(2, 3))  # (B, C, kh, kw, down, across) → (B, C, down, across)
+    parts, chosen = _largest(x, w)
+    return array_module(x).where(chosen, parts, 0.0).sum(axis=2).reshape(*x.shape[:2], *w.grid)
 
 
 def _largest(x: Array, w: Windows) -> tuple[Array, Array]:
-    """Return the windows (B, C, kh·kw, L), and which of their pixels is the first with the largest real part."""
-    parts = w.over(w.padded(x, -float("inf"))).reshape(*x.shape[:2], w.taps, w.places)
-    return parts, wide(parts.real).argmax(axis=2)
+    """Return the windows (B, C, kh·kw, L), and a mask of the first pixel of each with the largest real part."""
+    parts = w.over(w.padded(x, -inf)).reshape(*x.shape[:2], w.taps, w.places)
+    first = wide(parts.real).argmax(axis=2)[:, :, None]  # → (B, C, 1, L)
+    return parts, first == array_module(x).arange(w.taps)[:, None]
 
 
 @max_pool2d.vjp
 def _(g: Any, out: Any, x: Any, kernel_size: Any, stride: Any, padding: Any, needs: tuple[bool, ...]) -> Any:
     w = pooled("max_pool2d", x, kernel_size, stride, padding)
-    _, first = _largest(raw(x), w)
-    chosen = first[:, :, None] == array_module(first).arange(w.taps)[:, None]  # (B, C, kh·kw, L)
-    columns = reshape(g, (*g.shape[:2], 1, -1)) * chosen.astype(g.dtype)
-    return fold(reshape(columns, (x.shape[0], -1, w.places)), w.size, w.kernel, w.stride, w.sides)
+    _, chosen = _largest(raw(x), w)
+    columns = reshape(g, (*g.shape[:2], 1, w.places)) * chosen.astype(g.dtype)
+    return fold(reshape(columns, (x.shape[0], x.shape[1] * w.taps, w.places)), w.size, w.kernel, w.stride, w.sides)
 
 
 @max_pool2d.composed
 def _(x: Any, kernel_size: Any, stride: Any = None, padding: Any = 0) -> Any:
     w = pooled("max_pool2d", x, kernel_size, stride, padding)
-    return max(stack([pixels for _, _, pixels in _taps(x, w, -float("inf"))]), 0)
+    return max(stack([pixels for _, _, pixels in _taps(x, w, -inf)]), 0)
 
 
 @op()
@@ -288,8 +292,8 @@ def avg_pool2d(x: Array, kernel_size: Any, stride: Any = None, padding: Any = 0)
 @avg_pool2d.vjp
 def _(g: Any, out: Any, x: Any, kernel_size: Any, stride: Any, padding: Any, needs: tuple[bool, ...]) -> Any:
     w = pooled("avg_pool2d", x, kernel_size, stride, padding)
-    shares = broadcast_to(reshape(g / w.taps, (*x.shape[:2], 1, -1)), (*x.shape[:2], w.taps, w.places))
-    return fold(reshape(shares, (x.shape[0], -1, w.places)), w.size, w.kernel, w.stride, w.sides)
+    shares = broadcast_to(reshape(g / w.taps, (*x.shape[:2], 1, w.places)), (*x.shape[:2], w.taps, w.places))
+    return fold(reshape(shares, (x.shape[0], x.shape[1] * w.taps, w.places)), w.size, w.kernel, w.stride, w.sides)
 
 
 @avg_pool2d.composed

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from numbers import Integral
 from typing import Any
 
 from minivit.autograd.op import op
@@ -83,14 +85,14 @@ def group_norm(x: Array, groups: int, weight: Array, bias: Array, eps: float = 1
     ``layer_norm``, the variance is taken in two passes. Source: arXiv 1803.08494. Twins: ops/cpu/normalize.py.
     """
     check_group_norm(x, groups, weight, bias)
-    x_hat, _ = _normalized(x.reshape(len(x), groups, -1), eps)  # (B, C, …) → (B, groups, C/groups · …)
+    x_hat, _ = _normalized(_in_groups(x, groups), eps)
     return narrow(x_hat.reshape(x.shape) * _of_channels(weight, x) + _of_channels(bias, x), x)
 
 
 def check_group_norm(x: Array, groups: int, weight: Array, bias: Array) -> None:
     """Raise unless the channels of x (B, C, …) make so many groups, and weight and bias are (C,)."""
     channels = x.shape[1] if x.ndim > 1 else 0
-    if isinstance(groups, bool) or not isinstance(groups, int) or groups < 1:
+    if isinstance(groups, bool) or not isinstance(groups, Integral) or groups < 1:
         raise ConfigError(f"group_norm: groups={value_text(groups)}", "it must be a whole number, at least 1")
     if channels == 0 or channels % groups:
         raise ShapeError(
@@ -102,6 +104,11 @@ def check_group_norm(x: Array, groups: int, weight: Array, bias: Array) -> None:
         raise ShapeError(what, f"give both as ({channels},)")
 
 
+def _in_groups(x: Any, groups: int) -> Any:
+    """Return x (B, C, …) as (B, groups, C/groups · …)."""
+    return x.reshape((x.shape[0], groups, math.prod(x.shape[1:]) // groups))
+
+
 def _of_channels(weight: Any, x: Any) -> Any:
     """Return a number for each channel of x (B, C, …) in a shape that broadcasts to it: (C, 1, …)."""
     return weight.reshape((-1, *[1] * (len(x.shape) - 2)))
@@ -109,7 +116,7 @@ def _of_channels(weight: Any, x: Any) -> Any:
 
 @group_norm.vjp
 def _(g: Any, out: Any, x: Any, groups: int, weight: Any, bias: Any, eps: float, needs: tuple[bool, ...]) -> Any:
-    x_hat, rstd = _normalized(x.reshape((x.shape[0], groups, -1)), eps)
+    x_hat, rstd = _normalized(_in_groups(x, groups), eps)
     gx = gw = None
     if needs[0]:
         part = (wide(g) * _of_channels(wide(weight), x)).reshape(x_hat.shape)  # as in layer_norm
@@ -123,7 +130,7 @@ def _(g: Any, out: Any, x: Any, groups: int, weight: Any, bias: Any, eps: float,
 
 @group_norm.composed
 def _(x: Any, groups: int, weight: Any, bias: Any, eps: float = 1e-5) -> Any:
-    parts = x.reshape((x.shape[0], groups, -1))
+    parts = _in_groups(x, groups)
     from_first = parts - parts[..., :1]
     x_hat = (from_first - mean(from_first, -1, True)) * (var(parts, -1, True) + eps) ** -0.5
     return x_hat.reshape(x.shape) * _of_channels(weight, x) + _of_channels(bias, x)

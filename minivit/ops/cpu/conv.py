@@ -102,7 +102,8 @@ def _(g: np.ndarray, kept: Any, needs: tuple[Any, ...]) -> Any:
     like, g, matrix = g, wide(g), as_matrix(weight)
     (out, depth), biased = matrix.shape, bool(needs[2])
     gx = np.empty_like(x, order="C") if needs[0] else None
-    total: Any = 0.0  # of the gradients of weight and bias, (O, C·kh·kw + 1); the larger axis first, which is faster
+    # the gradients of weight and bias, (O, C·kh·kw + 1): the longer axis first, for a faster product
+    total: Any = np.zeros_like(matrix, shape=(out, depth + biased) if out > depth else (depth + biased, out))
     room: Any = None
     with np.errstate(invalid="ignore"):
         for block, view in _windows_of(x, w, depth):
@@ -113,7 +114,7 @@ def _(g: np.ndarray, kept: Any, needs: tuple[Any, ...]) -> Any:
                 total += (left @ right.swapaxes(2, 3)).sum((0, 1))
             if gx is not None:
                 room = _spread(matrix.T @ rows, block, w, room, gx)
-    total = total if out > depth else total.T if needs[1] or biased else None
+    total = total if out > depth else total.T
     return (
         None if gx is None else narrow(gx, like),
         narrow(total[:, :depth].reshape(weight.shape), like) if needs[1] else None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -96,16 +97,17 @@ def _(g: np.ndarray, kept: Any, needs: tuple[bool, ...]) -> Any:
 @group_norm.twin("cpu")
 def _(x: np.ndarray, groups: int, weight: np.ndarray, bias: np.ndarray, eps: float) -> Any:
     check_group_norm(x, groups, weight, bias)
-    x_hat, std = _standardized(wide(x).reshape(len(x) * groups, -1), eps)  # (B, C, …) → (B · groups, C/groups · …)
-    x_hat = x_hat.reshape(*x.shape[:2], -1)  # → (B, C, …)
+    numbers = math.prod(x.shape[1:]) // groups
+    x_hat, std = _standardized(wide(x).reshape(len(x) * groups, numbers), eps)  # (B, C, …) → (B · groups, numbers)
+    x_hat = x_hat.reshape(*x.shape[:2], math.prod(x.shape[2:]))  # → (B, C, …)
     out = x_hat * wide(weight)[:, None]
     out += wide(bias)[:, None]
-    return narrow(out, x).reshape(x.shape), (x_hat, std, weight)
+    return narrow(out, x).reshape(x.shape), (x_hat, std, weight, groups)
 
 
 @group_norm.twin("cpu").vjp
 def _(g: np.ndarray, kept: Any, needs: tuple[bool, ...]) -> Any:
-    x_hat, std, weight = kept
+    x_hat, std, weight, groups = kept
     like, g = g, wide(g).reshape(x_hat.shape)
     product = g * x_hat
     along_x_hat, along_one = row_sums(product)[..., 0], row_sums(g)[..., 0]  # (B, C)
@@ -113,13 +115,13 @@ def _(g: np.ndarray, kept: Any, needs: tuple[bool, ...]) -> Any:
     g_bias = narrow(column_sums(along_one), like) if needs[2] else None
     if not needs[0]:
         return None, g_weight, g_bias
-    of_channels = wide(weight)
+    of_channels, each = wide(weight), len(weight) // groups
     gx = g * of_channels[:, None]
     along_x_hat, along_one = (  # means over a group, of all that reaches x_hat
-        (sums * of_channels).reshape(len(std), -1).sum(1, keepdims=True) / (x_hat.size // len(std))
+        (sums * of_channels).reshape(len(std), each).sum(1, keepdims=True) / (each * x_hat.shape[2])
         for sums in (along_x_hat, along_one)
     )
-    rows, gx = product.reshape(len(std), -1), gx.reshape(len(std), -1)  # → (B · groups, C/groups · …)
+    rows, gx = (a.reshape(len(std), each * x_hat.shape[2]) for a in (product, gx))  # → (B · groups, numbers)
     np.multiply(x_hat.reshape(rows.shape), along_x_hat, out=rows)
     rows += along_one
     gx -= rows
