@@ -157,6 +157,71 @@ def _unpatchify(patches: np.ndarray, patch: tuple[int, int], size: tuple[int, in
     return images
 
 
+def _windows(shape: tuple[int, ...], kernel: Any, stride: Any, padding: Any) -> tuple[tuple[int, int], Any]:
+    """Return how many windows there are, and for each (its place, its pixels: (place in it, place in the image))."""
+    (kh, kw), (sh, sw) = ((k, k) if isinstance(k, int) else k for k in (kernel, stride))
+    down, across = (padding, padding) if isinstance(padding, int) else padding
+    (top, bottom), (left, right) = ((p, p) if isinstance(p, int) else p for p in (down, across))
+    h, w = shape[2:]
+    grid = (top + h + bottom - kh) // sh + 1, (left + w + right - kw) // sw + 1
+    found = []
+    for r, c in np.ndindex(grid):
+        pixels = [((i, j), (r * sh + i - top, c * sw + j - left)) for i in range(kh) for j in range(kw)]
+        found.append(((r, c), [(at, (y, x)) for at, (y, x) in pixels if 0 <= y < h and 0 <= x < w]))
+    return grid, found
+
+
+def _conv2d(x: np.ndarray, weight: np.ndarray, bias: Any = None, stride: Any = 1, padding: Any = 0) -> np.ndarray:
+    grid, windows = _windows(x.shape, weight.shape[2:], stride, padding)
+    out = np.zeros((len(x), len(weight), *grid))
+    for b, o in np.ndindex(out.shape[:2]):
+        for (r, c), pixels in windows:
+            terms = [x[b, k, y, z] * weight[o, k, i, j] for (i, j), (y, z) in pixels for k in range(x.shape[1])]
+            out[b, o, r, c] = math.fsum(terms) + (0.0 if bias is None else bias[o])
+    return out
+
+
+def _pool(f: Callable[[list[float], int], float]) -> Callable[..., np.ndarray]:
+    """Make a function of a window's pixels and its size a pooling."""
+
+    def pooling(x: np.ndarray, kernel: Any, stride: Any = None, padding: Any = 0) -> np.ndarray:
+        size = kernel * kernel if isinstance(kernel, int) else math.prod(kernel)
+        grid, windows = _windows(x.shape, kernel, kernel if stride is None else stride, padding)
+        out = np.zeros((*x.shape[:2], *grid))
+        for b, c in np.ndindex(x.shape[:2]):
+            for place, pixels in windows:
+                out[(b, c, *place)] = f([x[(b, c, *at)] for _, at in pixels], size)
+        return out
+
+    return pooling
+
+
+def _unfold(x: np.ndarray, kernel: Any, stride: Any = 1, padding: Any = 0) -> np.ndarray:
+    grid, windows = _windows(x.shape, kernel, stride, padding)
+    out = np.zeros((*x.shape[:2], *((kernel, kernel) if isinstance(kernel, int) else kernel), *grid))
+    for place, pixels in windows:
+        for (i, j), (y, z) in pixels:
+            out[(slice(None), slice(None), i, j, *place)] = x[:, :, y, z]
+    return out.reshape(len(x), -1, math.prod(grid))
+
+
+def _fold(columns: np.ndarray, size: Any, kernel: Any, stride: Any = 1, padding: Any = 0) -> np.ndarray:
+    kernel = (kernel, kernel) if isinstance(kernel, int) else kernel
+    images = np.zeros((len(columns), columns.shape[1] // math.prod(kernel), *size))
+    grid, windows = _windows(images.shape, kernel, stride, padding)
+    parts = columns.reshape(*images.shape[:2], *kernel, *grid)
+    for place, pixels in windows:
+        for (i, j), (y, z) in pixels:
+            images[:, :, y, z] += parts[(slice(None), slice(None), i, j, *place)]
+    return images
+
+
+def _group_norm(x: np.ndarray, groups: int, weight: np.ndarray, bias: np.ndarray, eps: float = 1e-5) -> np.ndarray:
+    ones, zeros = np.ones(x[0].size // groups), np.zeros(x[0].size // groups)
+    x_hat = _layer_norm(x.reshape(len(x), groups, -1), ones, zeros, eps).reshape(*x.shape[:2], -1)
+    return (x_hat * weight[:, None] + bias[:, None]).reshape(x.shape)
+
+
 def _embed_tokens(patches: np.ndarray, cls: Any = None, positions: Any = None) -> np.ndarray:
     rows = [[*([] if cls is None else cls[0]), *image] for image in patches]
     return np.array(
@@ -183,11 +248,13 @@ FORWARD: dict[str, Callable[..., Any]] = {
     "abs": _each(math.fabs),
     "add": _each(operator.add),
     "attention": _attention,
+    "avg_pool2d": _pool(lambda pixels, size: math.fsum(pixels) / size),
     "broadcast_to": lambda x, shape: np.zeros(shape) + x,
     "clip": lambda x, low=None, high=None: _each(
         lambda v: max(-math.inf if low is None else low, min(math.inf if high is None else high, v))
     )(x),
     "concat": lambda axis, *arrays: np.concatenate(arrays, axis),
+    "conv2d": _conv2d,
     "convert": lambda x, to: x,
     "cos": _each(math.cos),
     "cross_entropy": _cross_entropy,
@@ -197,8 +264,10 @@ FORWARD: dict[str, Callable[..., Any]] = {
     "embed_tokens": _embed_tokens,
     "erf": _each(math.erf),
     "exp": _each(math.exp),
+    "fold": _fold,
     "gelu": _gelu,
     "getitem": _getitem,
+    "group_norm": _group_norm,
     "layer_norm": _layer_norm,
     "linear": _linear,
     "log": _each(math.log),
@@ -206,6 +275,7 @@ FORWARD: dict[str, Callable[..., Any]] = {
     "logsumexp": lambda x, axis=-1, keepdims=False: _reduced(_logsumexp)(x, axis, keepdims),
     "matmul": lambda a, b: np.einsum("...ij,...jk->...ik", a, b),
     "max": _reduced(max),
+    "max_pool2d": _pool(lambda pixels, size: max(pixels)),
     "maximum": _each(max),
     "mean": _reduced(_mean),
     "min": _reduced(min),
@@ -231,6 +301,7 @@ FORWARD: dict[str, Callable[..., Any]] = {
     "take_along_axis": _take_along_axis,
     "tanh": _each(math.tanh),
     "transpose": lambda x, axes=None: np.moveaxis(x, range(x.ndim)[::-1] if axes is None else axes, range(x.ndim)),
+    "unfold": _unfold,
     "unpatchify": _unpatchify,
     "var": _var,
     "where": _each(lambda condition, a, b: a if condition else b),

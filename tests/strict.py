@@ -210,9 +210,7 @@ class ndarray:
     @property
     def data(self) -> types.SimpleNamespace:
         """The address: as if the memory that it lies in started at 0, where CuPy's starts at a multiple of 512."""
-        owner = self._host
-        while isinstance(owner.base, np.ndarray):
-            owner = owner.base
+        owner = _owner(self._host)
         start = owner.__array_interface__["data"][0]
         address = self._host.__array_interface__["data"][0] - start + (start << 9)
         addressed[address] = self
@@ -301,13 +299,19 @@ def _sync_for_size() -> None:
     counters.sync()
 
 
+def _owner(host: np.ndarray) -> np.ndarray:
+    """Return the array that owns the memory; between it and a sliding window's view NumPy has an object of its own."""
+    owner, found = host, host.base
+    while found is not None:
+        owner, found = (found if isinstance(found, np.ndarray) else owner), getattr(found, "base", None)
+    return owner
+
+
 def _new(host: np.ndarray, device: int) -> ndarray:
     """Put a NumPy array on a device, and its memory on the books."""
     if host.dtype.char not in "?bhilqBHILQefdFD" and host.dtype.name != "bfloat16":
         raise TypeError(f"Unsupported dtype {host.dtype}")
-    owner = host
-    while isinstance(owner.base, np.ndarray):
-        owner = owner.base
+    owner = _owner(host)
     if (block := _blocks.get(key := id(owner))) is None:
         block = _blocks[key] = Block(owner, device)
         block.owner = weakref.ref(owner, lambda _, blocks=_blocks: blocks.pop(key))

@@ -12,6 +12,7 @@ import numpy as np
 
 from minivit.autograd.graph import Node, first_order
 from minivit.autograd.tensor import Tensor
+from minivit.autograd.twin import Twin
 from minivit.backend import Key, blas_threads, to_device, uniform
 from minivit.backend.outline import outline
 from minivit.errors import ConfigError
@@ -67,6 +68,9 @@ def flops(node: Node) -> int:
         return 2 * out * (shapes[0][-1] if shapes[0] else math.prod(shapes[1][1:]))
     if name == "matmul":  # (…, n, k) · (…, k, m)
         return 2 * out * (shapes[0][-1] if shapes[0] else shapes[1][-2])
+    if name == "conv2d":  # each of its numbers is the product of a window and a channel's weight (C, kh, kw)
+        arguments = node.args[0] if isinstance(node.op, Twin) else node.args
+        return 2 * out * math.prod(arguments[1].shape[1:])
     if name == "self_attention":  # (B, T, 3·heads·d) → (B, T or fewer, heads·d): QKᵀ and PV
         return 4 * out * shapes[0][-2]
     if name == "attention":  # q (…, T, d), k (…, S, d), v (…, S, e)

@@ -37,6 +37,9 @@ difference, reads the probabilities as they were rounded."""
 USUAL: dict[str, Callable[[Draw], tuple[Any, ...]]] = {
     "linear": lambda r: (r(2, 65, 192), r(576, 192) / 14, r(576), r(2, 65, 576)),
     "matmul": lambda r: (r(2, 65, 192), r(192, 64) / 14),
+    "conv2d": lambda r: (r(4, 16, 16, 16), r(32, 16, 3, 3) / 12, r(32), 1, 1),
+    "max_pool2d": lambda r: (r(2, 16, 16, 16), 3, 2, 1),
+    "group_norm": lambda r: (r(2, 64, 16, 16), 32, r.positive(64), r(64)),
     "layer_norm": lambda r: (r(2, 65, 192), r.positive(192), r(192)),
     "gelu": lambda r: (2 * r(2, 65, 768),),
     "softmax": lambda r: (2 * r(2, 65, 65),),

@@ -2,6 +2,8 @@
 
 from minivit.nn.attention import EncoderBlock, MultiHeadAttention
 from minivit.nn.blocks import ParallelBlock, PostNormBlock, ResidualPostNormBlock
+from minivit.nn.bottleneck import Bottleneck, ResNetBackbone, ResNetRoot
+from minivit.nn.convolution import Conv2d, GroupNorm, MaxPool2d, StdConv2d
 from minivit.nn.layers import MLP, Dropout, DropPath, LayerNorm, Linear, PatchEmbed
 from minivit.nn.module import Module, Parameter, RowSize
 from minivit.nn.random import random_key
@@ -11,12 +13,16 @@ from minivit.nn.scored import AttentionPool, RelativePositions, ScoredAttention
 __all__ = [
     "MLP",
     "AttentionPool",
+    "Bottleneck",
+    "Conv2d",
     "DropPath",
     "Dropout",
     "EncoderBlock",
+    "GroupNorm",
     "LayerNorm",
     "LayerScale",
     "Linear",
+    "MaxPool2d",
     "Module",
     "MultiHeadAttention",
     "ParallelBlock",
@@ -26,9 +32,12 @@ __all__ = [
     "PostNormBlock",
     "RMSNorm",
     "RelativePositions",
+    "ResNetBackbone",
+    "ResNetRoot",
     "ResidualPostNormBlock",
     "RowSize",
     "ScoredAttention",
+    "StdConv2d",
     "SwiGLU",
     "random_key",
 ]

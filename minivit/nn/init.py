@@ -186,3 +186,12 @@ def lecun_normal(fan_out: int, fan_in: int) -> np.ndarray:
         x = np.where(outside, backend.normal(key.child(attempt), x.shape), x)
         attempt += 1
     return (x * (fan_in**-0.5 / 0.87962566103423978)).astype(np.float32)  # the deviation that cutting leaves
+
+
+@_of_shape
+def he_normal(fan_out: int, fan_in: int) -> np.ndarray:
+    """Return a (fan_out, fan_in) matrix of normal numbers of variance 2/fan_in (He et al. 2015, section 2.2).
+
+    For a layer before a ReLU, which halves the variance. Source: arXiv 1502.01852.
+    """
+    return (backend.normal(next_key(), (fan_out, fan_in)) * (2.0 / fan_in) ** 0.5).astype(np.float32)

@@ -10,6 +10,7 @@ from minivit.ops import cpu as _cpu  # noqa: F401 - attaches the twins on NumPy 
 from minivit.ops import cuda as _cuda  # noqa: F401 - and those on CuPy arrays
 from minivit.ops.activation import ACTIVATIONS, gelu, relu, sigmoid, silu
 from minivit.ops.attention import attention, attention_weights, self_attention
+from minivit.ops.conv import avg_pool2d, conv2d, fold, max_pool2d, same_padding, unfold
 from minivit.ops.convert import convert
 from minivit.ops.dropout import drop_path, dropout
 from minivit.ops.elementwise import (
@@ -34,7 +35,7 @@ from minivit.ops.elementwise import (
 )
 from minivit.ops.loss import cross_entropy
 from minivit.ops.matmul import linear, matmul
-from minivit.ops.normalize import layer_norm, log_softmax, softmax
+from minivit.ops.normalize import group_norm, layer_norm, log_softmax, softmax
 from minivit.ops.numpy_calls import OfTheClass, array_function, array_ufunc, compare
 from minivit.ops.reduce import logsumexp, max, mean, min, sum, var
 from minivit.ops.shape import (
@@ -55,12 +56,12 @@ from minivit.ops.shape import (
 )
 
 __all__ = [
-    "ACTIVATIONS", "abs", "add", "attention", "attention_weights", "broadcast_to", "clip", "concat", "convert", "cos",
-    "cross_entropy", "div", "drop_path", "dropout", "embed_tokens", "erf", "exp", "gelu", "getitem", "layer_norm",
-    "linear", "log", "log_softmax", "logsumexp", "matmul", "max", "maximum", "mean", "min", "minimum", "mul", "neg",
-    "pad", "patchify", "pow", "relu", "reshape", "scatter", "self_attention", "sigmoid", "silu", "sin", "softmax",
-    "split", "sqrt", "stack", "sub", "sum", "swapaxes", "take_along_axis", "tanh", "transpose", "unpatchify", "var",
-    "where",
+    "ACTIVATIONS", "abs", "add", "attention", "attention_weights", "avg_pool2d", "broadcast_to", "clip", "concat",
+    "conv2d", "convert", "cos", "cross_entropy", "div", "drop_path", "dropout", "embed_tokens", "erf", "exp", "fold",
+    "gelu", "getitem", "group_norm", "layer_norm", "linear", "log", "log_softmax", "logsumexp", "matmul", "max",
+    "max_pool2d", "maximum", "mean", "min", "minimum", "mul", "neg", "pad", "patchify", "pow", "relu", "reshape",
+    "same_padding", "scatter", "self_attention", "sigmoid", "silu", "sin", "softmax", "split", "sqrt", "stack", "sub",
+    "sum", "swapaxes", "take_along_axis", "tanh", "transpose", "unfold", "unpatchify", "var", "where",
 ]  # fmt: skip
 
 

@@ -1,11 +1,14 @@
-"""Softmax and layer normalisation."""
+"""Softmax, layer normalisation and group normalisation."""
 
 from __future__ import annotations
 
+import math
+from numbers import Integral
 from typing import Any
 
 from minivit.autograd.op import op
 from minivit.backend import Array, array_module
+from minivit.errors import ConfigError, ShapeError, value_text
 from minivit.ops.elementwise import exp, sqrt
 from minivit.ops.reduce import centred, logsumexp, mean, narrow, sum, var, wide
 
@@ -72,3 +75,62 @@ def _(g: Any, out: Any, x: Any, weight: Any, bias: Any, eps: float, needs: tuple
 def _(x: Any, weight: Any, bias: Any, eps: float = 1e-6) -> Any:
     from_first = x - x[..., :1]  # keeps the digits of numbers far from 0
     return (from_first - mean(from_first, -1, True)) * (var(x, -1, True) + eps) ** -0.5 * weight + bias
+
+
+@op(save=("x", "weight"))
+def group_norm(x: Array, groups: int, weight: Array, bias: Array, eps: float = 1e-5) -> Array:
+    """Return (x - μ)/√(σ² + eps) · weight + bias, μ and σ² over a group of channels (Wu and He 2018, section 3).
+
+    x (B, C, …), C/groups channels next to each other a group, weight and bias (C,), for a channel each. As with
+    ``layer_norm``, the variance is taken in two passes. Source: arXiv 1803.08494. Twins: ops/cpu/normalize.py.
+    """
+    check_group_norm(x, groups, weight, bias)
+    x_hat, _ = _normalized(_in_groups(x, groups), eps)
+    return narrow(x_hat.reshape(x.shape) * _of_channels(weight, x) + _of_channels(bias, x), x)
+
+
+def check_group_norm(x: Array, groups: int, weight: Array, bias: Array) -> None:
+    """Raise unless the channels of x (B, C, …) make so many groups, and weight and bias are (C,)."""
+    channels = x.shape[1] if x.ndim > 1 else 0
+    if isinstance(groups, bool) or not isinstance(groups, Integral) or groups < 1:
+        raise ConfigError(f"group_norm: groups={value_text(groups)}", "it must be a whole number, at least 1")
+    if channels == 0 or channels % groups:
+        raise ShapeError(
+            f"group_norm: {channels} channels of {x.shape} (batch, channels, …) do not make {groups} groups",
+            "use a number of groups that divides the channels",
+        )
+    if weight.shape != (channels,) or bias.shape != (channels,):
+        what = f"group_norm: {channels} channels, but a weight of {weight.shape} and a bias of {bias.shape}"
+        raise ShapeError(what, f"give both as ({channels},)")
+
+
+def _in_groups(x: Any, groups: int) -> Any:
+    """Return x (B, C, …) as (B, groups, C/groups · …)."""
+    return x.reshape((x.shape[0], groups, math.prod(x.shape[1:]) // groups))
+
+
+def _of_channels(weight: Any, x: Any) -> Any:
+    """Return a number for each channel of x (B, C, …) in a shape that broadcasts to it: (C, 1, …)."""
+    return weight.reshape((-1, *[1] * (len(x.shape) - 2)))
+
+
+@group_norm.vjp
+def _(g: Any, out: Any, x: Any, groups: int, weight: Any, bias: Any, eps: float, needs: tuple[bool, ...]) -> Any:
+    x_hat, rstd = _normalized(_in_groups(x, groups), eps)
+    gx = gw = None
+    if needs[0]:
+        part = (wide(g) * _of_channels(wide(weight), x)).reshape(x_hat.shape)  # as in layer_norm
+        along_x_hat = x_hat * mean(part * x_hat, -1, True)
+        gx = narrow((rstd * (part - mean(part, -1, True) - along_x_hat)).reshape(x.shape), x)
+    elsewhere = (0, *range(2, len(x.shape)))  # all axes but the channels'
+    if needs[1]:
+        gw = narrow(sum(wide(g) * x_hat.reshape(x.shape), elsewhere), x)
+    return gx, gw, sum(g, elsewhere) if needs[2] else None
+
+
+@group_norm.composed
+def _(x: Any, groups: int, weight: Any, bias: Any, eps: float = 1e-5) -> Any:
+    parts = _in_groups(x, groups)
+    from_first = parts - parts[..., :1]
+    x_hat = (from_first - mean(from_first, -1, True)) * (var(parts, -1, True) + eps) ** -0.5
+    return x_hat.reshape(x.shape) * _of_channels(weight, x) + _of_channels(bias, x)

@@ -16,6 +16,7 @@ import numpy as np
 
 from minivit.autograd.op import OPS, Op
 from minivit.backend import Key, normal, random_bits
+from minivit.ops.image_samples import IMAGE_ROWS
 
 
 class Draw:
@@ -346,5 +347,5 @@ _ROWS: dict[str, dict[str, Callable[[Draw], tuple[Any, ...]]]] = {
     "drop_path": {"3-D": lambda r: (r(5, 2, 3), 0.4, _KEY), "later rows": lambda r: (r(7, 1), 0.5, _LATER)},
 }  # fmt: skip
 
-SAMPLES = [Sample(op, label, draw) for op, rows in _ROWS.items() for label, draw in rows.items()]
+SAMPLES = [Sample(op, label, draw) for op, rows in (_ROWS | IMAGE_ROWS).items() for label, draw in rows.items()]
 """The table: at least one row for every operation."""

@@ -11,6 +11,6 @@ float16, which BLAS does not know and in which scores and squares overflow, is w
 A twin's forward returns (out, kept); its gradient gets (g, kept, needs) and changes neither g nor what it did not make.
 """
 
-from minivit.ops.cpu import activation, attention, dropout, loss, matmul, normalize
+from minivit.ops.cpu import activation, attention, conv, dropout, loss, matmul, normalize
 
-__all__ = ["activation", "attention", "dropout", "loss", "matmul", "normalize"]
+__all__ = ["activation", "attention", "conv", "dropout", "loss", "matmul", "normalize"]

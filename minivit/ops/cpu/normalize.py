@@ -1,14 +1,15 @@
-"""The twins of :mod:`minivit.ops.normalize`: softmax and layer_norm."""
+"""The twins of :mod:`minivit.ops.normalize`: softmax, layer_norm and group_norm."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 
 from minivit.backend import is_half
 from minivit.ops.cpu.sums import column_sums, row_dots, row_sums, shares
-from minivit.ops.normalize import layer_norm, softmax
+from minivit.ops.normalize import check_group_norm, group_norm, layer_norm, softmax
 from minivit.ops.reduce import narrow, wide
 
 
@@ -53,15 +54,21 @@ def _centred(rows: np.ndarray, eps: float) -> tuple[np.ndarray, np.ndarray, np.n
     return offsets, mean, std
 
 
-@layer_norm.twin("cpu")
-def _(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, eps: float) -> Any:
-    rows = wide(x).reshape(-1, x.shape[-1])  # (…, D) → (rows, D)
+def _standardized(rows: np.ndarray, eps: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return rows (rows, D) less their means, divided by √(σ² + eps), and these (rows, 1)."""
     x_hat, mean, std = _centred(rows, eps)
     mean /= std
     if not mean @ mean < FAR * FAR:  # squares add up to at least the largest
         x_hat, _, std = _centred(rows - rows[:, :1], eps)
     std = std[:, None]
     x_hat /= std
+    return x_hat, std
+
+
+@layer_norm.twin("cpu")
+def _(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, eps: float) -> Any:
+    rows = wide(x).reshape(-1, x.shape[-1])  # (…, D) → (rows, D)
+    x_hat, std = _standardized(rows, eps)
     out = x_hat * weight
     out += bias
     return narrow(out, x).reshape(x.shape), (x_hat, std, weight)
@@ -83,5 +90,40 @@ def _(g: np.ndarray, kept: Any, needs: tuple[bool, ...]) -> Any:
     np.multiply(x_hat, along_x_hat, out=product)
     product += along_one
     gx -= product
+    gx /= std
+    return narrow(gx, like).reshape(like.shape), g_weight, g_bias
+
+
+@group_norm.twin("cpu")
+def _(x: np.ndarray, groups: int, weight: np.ndarray, bias: np.ndarray, eps: float) -> Any:
+    check_group_norm(x, groups, weight, bias)
+    numbers = math.prod(x.shape[1:]) // groups
+    x_hat, std = _standardized(wide(x).reshape(len(x) * groups, numbers), eps)  # (B, C, …) → (B · groups, numbers)
+    x_hat = x_hat.reshape(*x.shape[:2], math.prod(x.shape[2:]))  # → (B, C, …)
+    out = x_hat * wide(weight)[:, None]
+    out += wide(bias)[:, None]
+    return narrow(out, x).reshape(x.shape), (x_hat, std, weight, groups)
+
+
+@group_norm.twin("cpu").vjp
+def _(g: np.ndarray, kept: Any, needs: tuple[bool, ...]) -> Any:
+    x_hat, std, weight, groups = kept
+    like, g = g, wide(g).reshape(x_hat.shape)
+    product = g * x_hat
+    along_x_hat, along_one = row_sums(product)[..., 0], row_sums(g)[..., 0]  # (B, C)
+    g_weight = narrow(column_sums(along_x_hat), like) if needs[1] else None
+    g_bias = narrow(column_sums(along_one), like) if needs[2] else None
+    if not needs[0]:
+        return None, g_weight, g_bias
+    of_channels, each = wide(weight), len(weight) // groups
+    gx = g * of_channels[:, None]
+    along_x_hat, along_one = (  # means over a group, of all that reaches x_hat
+        (sums * of_channels).reshape(len(std), each).sum(1, keepdims=True) / (each * x_hat.shape[2])
+        for sums in (along_x_hat, along_one)
+    )
+    rows, gx = (a.reshape(len(std), each * x_hat.shape[2]) for a in (product, gx))  # → (B · groups, numbers)
+    np.multiply(x_hat.reshape(rows.shape), along_x_hat, out=rows)
+    rows += along_one
+    gx -= rows
     gx /= std
     return narrow(gx, like).reshape(like.shape), g_weight, g_bias
