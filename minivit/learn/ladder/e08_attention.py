@@ -253,9 +253,7 @@ BACKWARD_MISTAKES = (
         from_scores(lambda p, dp: dp - ops.sum(p * dp, -1, True)),
     ),
     Mistake(
-        "softmax left out",
-        "dP is passed on as dS. Between S and P stands the softmax.",
-        from_scores(lambda p, dp: dp),
+        "softmax left out", "dP is passed on as dS. Between S and P stands the softmax.", from_scores(lambda p, dp: dp)
     ),
     Mistake(
         "dK from dS without its transpose",

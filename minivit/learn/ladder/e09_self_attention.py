@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -120,9 +121,10 @@ def largest_of_all(s: Any, mask: Any, zeros: bool) -> Any:
     return np.nan_to_num(p) if zeros else p
 
 
-def masked_in_the_gradient(p: Any, dp: Any, mask: Any) -> Any:
-    """Return dS of weights over all keys, with zeros where the mask is True."""
-    return np.where(mask, 0.0, p * (dp - ops.sum(p * dp, -1, True)))
+def masked_going_back(g: Any, q: Any, k: Any, v: Any, mask: Any) -> Any:
+    """Return exercise 8's gradients of weights over all keys, dS with zeros where the mask is True."""
+    ds = lambda p, dp: np.where(mask, 0.0, p * (dp - ops.sum(p * dp, -1, True)))
+    return from_scores(ds)(g, q, k, v)
 
 
 def read_in_parts(qkv: Any, heads: int, mask: Any) -> Any:
@@ -196,9 +198,7 @@ FORWARD_MISTAKES = (
         weighed_by(lambda s, mask: ops.softmax(ops.where(mask, 0.0, s))),
     ),
     Mistake(
-        "scores not divided by √d",
-        "The scores are q·kᵀ as they are. Look at step 2.",
-        scaled_by(lambda heads, d: 1.0),
+        "scores not divided by √d", "The scores are q·kᵀ as they are. Look at step 2.", scaled_by(lambda heads, d: 1.0)
     ),
     Mistake(
         "divided by the root of all features",
@@ -233,17 +233,14 @@ FORWARD_MISTAKES = (
         "Not the largest score of a row is taken off, but their mean or the smallest, so that e^s is infinite.",
         weighed_by(shifted_by(lambda s: s.mean(axis=-1, keepdims=True))),
     ),
-    Mistake(
-        "maximum before the mask",
-        "The largest score of the row is taken before the mask. If it is a masked one, far above the others, all that "
-        "is allowed becomes 0: mask first.",
-        weighed_by(lambda s, mask: largest_of_all(s, mask, False)),
-    ),
-    Mistake(
-        "maximum before the mask, no NaN",
-        "The largest score of the row is taken before the mask. If it is a masked one, far above the others, all that "
-        "is allowed becomes 0, and a small number in the denominator only hides it: mask first.",
-        weighed_by(lambda s, mask: largest_of_all(s, mask, True)),
+    *(
+        Mistake(
+            f"maximum before the mask{more}",
+            "The largest score of the row is taken before the mask. If it is a masked one, far above the others, e^s "
+            "is 0 for all that is allowed: mask first.",
+            weighed_by(partial(largest_of_all, zeros=bool(more))),
+        )
+        for more in ("", ", 0 for 0/0")
     ),
     Mistake(
         "0 times infinity",
@@ -273,9 +270,7 @@ BACKWARD_MISTAKES = (
     Mistake(
         "mask in dS alone",
         "dS is masked, but the P that it is made of is not: its rows have weights for masked keys.",
-        packed(
-            lambda g, q, k, v, mask: from_scores(lambda p, dp: masked_in_the_gradient(p, dp, mask))(g, q, k, v, None)
-        ),
+        packed(masked_going_back),
     ),
     Mistake(
         "root of all features",
