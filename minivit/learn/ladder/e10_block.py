@@ -128,6 +128,13 @@ def swapped_norms(x: Any, *parameters: Any) -> Any:
     return block(x, *parameters[6:8], *parameters[2:6], *parameters[:2], *parameters[8:])
 
 
+def unprojected(x: Any, *parameters: Any) -> Any:
+    """Let the projection change nothing."""
+    own = list(parameters)
+    own[4:6] = np.eye(x.shape[-1]), 0.0 * own[5]
+    return block(x, *own)
+
+
 def bias_not_summed(g: Any, x: Any, *parameters: Any) -> Any:
     """Return the right gradients, but for the last bias as it comes."""
     return *backward_of(block, 13)(g, x, *parameters)[:12], g
@@ -198,7 +205,7 @@ FORWARD_MISTAKES = (
     Mistake(
         "projection forgotten",
         "What the heads return is added to x as it is. A linear layer, proj, stands between.",
-        lambda x, *p: block(x, *p[:4], np.eye(x.shape[-1]), 0.0 * p[5], *p[6:]),
+        unprojected,
     ),
     Mistake(
         "activation forgotten",

@@ -202,8 +202,7 @@ SOFTMAX_MISTAKES = (
     ),
     (
         "plain mean for weighted mean",
-        "What is taken off Ṡ is its plain mean over the row. In the derivation, step 2, each term of the sum has a "
-        "weight.",
+        "What is taken off Ṡ is its plain mean over the row. In step 2 each term of the sum has a weight.",
         plain_mean,
     ),
 )
@@ -224,15 +223,13 @@ SCALE_MISTAKES = (
     ("divided by d", "c is 1/d: the scores are divided by the root of d.", lambda q, v: 1.0 / q.shape[-1]),
     (
         "the values' width",
-        "c is made of the width of the values. It is the width of the queries, d, that counts.",
+        "c is made of the width of the values, not of d.",
         lambda q, v: v.shape[-1] ** -0.5,
     ),
     ("scale forgotten", "c is nowhere: S = c·Q·Kᵀ, c = 1/√d.", lambda q, v: 1.0),
 )
 BOTH_DOTTED = "Ṡ is c·Q̇·K̇ᵀ. The dot of a product is a sum of two terms, in each of which one factor has the dot."
-OVERFLOW = (
-    "e^s is infinite from s = 710 on, and 0 below -745: NaN. Take each row's largest score off, as in exercise 8."
-)
+OVERFLOW = "e^s is infinite from s = 710 on, and 0 below -745: NaN. Take each row's largest score off (exercise 8)."
 
 TANGENT_MISTAKES = (
     *(Mistake(name, says, tangent_of(attended(softmax=softmax))) for name, says, softmax in SOFTMAX_MISTAKES),
@@ -257,6 +254,13 @@ TANGENT_MISTAKES = (
     ),
 )
 
+PRODUCTS: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
+    ("dQ", "dS and K", "K", {"d_query": lambda ds, k: ds @ cut(k)}),
+    ("dQ", "dS and K", "dS", {"d_query": lambda ds, k: cut(ds) @ k}),
+    ("dK", "dSᵀ and Q", "Q", {"d_key": lambda ds, q: turned(ds) @ cut(q)}),
+    ("dK", "dSᵀ and Q", "dS", {"d_key": lambda ds, q: cut(turned(ds)) @ q}),
+)
+
 HVP_MISTAKES = (
     *(Mistake(name, says, moved(gradients(softmax=softmax))) for name, says, softmax in SOFTMAX_MISTAKES),
     *(Mistake(name, says, moved(gradients(scores=scores))) for name, says, scores in SCORES_MISTAKES),
@@ -268,9 +272,7 @@ HVP_MISTAKES = (
         "The factor c of the lines dQ = c·dS·K and dK = c·dSᵀ·Q is missing: it is in Ṡ, and here once more.",
         scaled(0.5),
     ),
-    Mistake(
-        "c twice in dQ and dK", "The factor c of the lines dQ = c·dS·K and dK = c·dSᵀ·Q is there twice.", scaled(-0.5)
-    ),
+    Mistake("c twice in dQ and dK", "The factor c of dQ = c·dS·K and dK = c·dSᵀ·Q is there twice.", scaled(-0.5)),
     Mistake(
         "c in one term only",
         "In the terms of (dQ)˙ and (dK)˙ in which K and Q move, c is missing. Mind the brackets.",
@@ -308,25 +310,13 @@ HVP_MISTAKES = (
         "(dS)˙ has one of its two terms: P ∘ (dP - r) is a product, and the bracket moves, too.",
         moved(gradients(d_scores=lambda p, bracket: p * cut(bracket))),
     ),
-    Mistake(
-        "dQ: keys held still",
-        "(dQ)˙ has one of its two terms: dQ is a product of dS and K, and K moves.",
-        moved(gradients(d_query=lambda ds, k: ds @ cut(k))),
-    ),
-    Mistake(
-        "dQ: dS held still",
-        "(dQ)˙ has one of its two terms: dQ is a product of dS and K, and dS moves.",
-        moved(gradients(d_query=lambda ds, k: cut(ds) @ k)),
-    ),
-    Mistake(
-        "dK: queries held still",
-        "(dK)˙ has one of its two terms: dK is a product of dSᵀ and Q, and Q moves.",
-        moved(gradients(d_key=lambda ds, q: turned(ds) @ cut(q))),
-    ),
-    Mistake(
-        "dK: dS held still",
-        "(dK)˙ has one of its two terms: dK is a product of dSᵀ and Q, and dS moves.",
-        moved(gradients(d_key=lambda ds, q: cut(turned(ds)) @ q)),
+    *(
+        Mistake(
+            f"{of}: {still} held still",
+            f"({of})˙ has one of its two terms: {of} is a product of {pair}, and {still} moves, too.",
+            moved(gradients(**line)),
+        )
+        for of, pair, still, line in PRODUCTS
     ),
     Mistake(
         "the gradient itself",
@@ -335,8 +325,7 @@ HVP_MISTAKES = (
     ),
     Mistake(
         "Gauss-Newton",
-        "This is the backward pass of exercise 8 fed with the tangent: Jᵀ·J·t. It has first derivatives only, and no "
-        "g.",
+        "This is the backward pass of exercise 8 fed with the tangent, Jᵀ·J·t: first derivatives only, and no g.",
         gauss_newton,
     ),
 )
