@@ -20,6 +20,8 @@ def samples(key: Key) -> list[Sample]:
     return [
         ("three numbers", (number(), number(), number())),
         ("three others", (number(), number(), number())),
+        ("x and w below 0", (-abs(number()), -abs(number()), number())),
+        ("small x and b", (0.1 * number(), number(), 0.1 * number())),
         ("a large x", (10.0 + number(), 0.1 * number(), number())),
         ("x = 0", (0.0, number(), number())),
         ("w = 0", (number(), 0.0, number())),

@@ -205,7 +205,7 @@ EXERCISE = Exercise(
                 ),
                 Mistake(
                     "sign of the sum",
-                    "The two terms are added. One of them comes from 1/Σ: what is the derivative of 1/s?",
+                    "The two terms are added. One of them comes from 1/Z: what is its derivative?",
                     sign_of_the_sum,
                 ),
                 Mistake(
@@ -220,8 +220,8 @@ EXERCISE = Exercise(
         "Forward: subtract something from each row before exp, and keep the axis (keepdims=True) so that it "
         "broadcasts back. Backward: compute p first; everything is said in p and g, x itself is no longer needed.",
         "Write down ∂p_i/∂x_j for one row, once for i = j and once for i ≠ j, each in p alone. Both cases are one "
-        "formula with the Kronecker δ_ij. Then put it into dx_j = Σ_i g_i ∂p_i/∂x_j.",
-        "The δ in the sum picks one term out; the rest is p_j times a number that is the same for all j of the row. "
+        "formula with [i = j]. Then put it into dx_j = Σ_i g_i ∂p_i/∂x_j.",
+        "[i = j] in the sum picks one term out; the rest is p_j times a number that is the same for all j of the row. "
         "Compute that number once for each row. No (K, K) matrix is needed: two products, one sum, one difference.",
     ),
 )

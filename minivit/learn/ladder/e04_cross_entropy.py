@@ -67,12 +67,12 @@ def not_taken_off(logits: Any, labels: Any, smoothing: float) -> Any:
 
 
 def uniform_without_label(logits: Any, labels: Any, smoothing: float) -> Any:
-    """Return targets with 1 - s for the label, s/K for the others."""
+    """Return targets with 1 - α for the label, α/K for the others."""
     return held_against(logits, labels, 1.0 - smoothing, smoothing / logits.shape[-1])
 
 
 def label_alone(logits: Any, labels: Any, smoothing: float) -> Any:
-    """Return targets with 1 - s for the label, and nothing for the others."""
+    """Return targets with 1 - α for the label, and nothing for the others."""
     return held_against(logits, labels, 1.0 - smoothing, 0.0)
 
 
@@ -145,7 +145,7 @@ ADDED = (
 TARGETS: tuple[tuple[str, str, Callable[..., Any]], ...] = (
     (
         "smoothing on the wrong side",
-        "The label has the share `smoothing` and the uniform part the rest: it is the other way round.",
+        "The label has the share α, the smoothing, and the uniform part the rest: it is the other way round.",
         exchanged,
     ),
     (
@@ -155,12 +155,12 @@ TARGETS: tuple[tuple[str, str, Callable[..., Any]], ...] = (
     ),
     (
         "uniform part not for the label",
-        "The label's class has 1 - s only. The uniform share goes to all K classes, the label's among them.",
+        "The label's class has 1 - α only. The uniform share goes to all K classes, the label's among them.",
         uniform_without_label,
     ),
     (
         "uniform part forgotten",
-        "The label's share is 1 - s, and the s that was taken off is given to nobody: Σ_k t_k is not 1.",
+        "The label's share is 1 - α, and the α that was taken off is given to nobody: Σ_k t_k is not 1.",
         label_alone,
     ),
     (
@@ -227,7 +227,7 @@ FORWARD_MISTAKES = (
     ),
     Mistake(
         "smoothing forgotten",
-        "The label has all of the target. `smoothing` is the share that goes to all classes alike.",
+        "The label has all of the target. α, the smoothing, is the share that goes to all classes alike.",
         lambda logits, labels, smoothing: forward(logits, labels, 0.0),
     ),
     *(Mistake(name, says, with_target(target)) for name, says, target in TARGETS),

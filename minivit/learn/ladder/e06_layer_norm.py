@@ -80,7 +80,7 @@ def of_weight(wrong: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def by_root_alone(g: Any, x: Any, weight: Any, *rest: Any, of: Callable[[Any], Any] = np.ones_like) -> Any:
-    """Return the gradients with ``of(x)`` in the place of x̂_i before the sum over a_j·x̂_j."""
+    """Return the gradients with ``of(x)`` in the place of x̂_i before the mean of dx̂_j·x̂_j."""
     direct, by_mean, _ = ways(g, x, weight, *rest)
     root = ops.sqrt(ops.var(x, -1, True) + rest[-1])
     through = of(x) * ops.mean(g * weight * forward(x, 1.0, 0.0, rest[-1]), -1, True) / root
@@ -318,11 +318,11 @@ EXERCISE = Exercise(
     hints=(
         "Write a helper that returns x̂ and s, keeping the last axis as length 1 where a mean is taken: backward needs "
         "both, too. dbias and dweight are one line each: a sum over all axes but the last.",
-        "For dx: put δx̂_j = (δx_j - δμ - x̂_j δs)/s into δL = Σ_j a_j δx̂_j and take the three parts for themselves. "
-        "In the second, Σ_j a_j δμ, the number δμ = (1/D) Σ_i δx_i does not depend on j and can go before the sum. "
+        "For dx: put δx̂_j = (δx_j - δμ - x̂_j δs)/s into δL = Σ_j dx̂_j δx̂_j and take the three parts for themselves. "
+        "In the second, Σ_j dx̂_j δμ, the number δμ = (1/D) Σ_i δx_i does not depend on j and can go before the sum. "
         "So can δs in the third.",
-        "The second part is then (1/D)(Σ_j a_j) Σ_i δx_i, and the third (1/D)(Σ_j a_j x̂_j) Σ_i x̂_i δx_i. The brackets "
-        "with their 1/D are means over the row, of a and of a·x̂. What stands before δx_i in all three parts, with "
+        "The second part is then (1/D)(Σ_j dx̂_j) Σ_i δx_i, and the third (1/D)(Σ_j dx̂_j x̂_j) Σ_i x̂_i δx_i. The "
+        "brackets with their 1/D are means over the row, of dx̂ and of dx̂·x̂. What stands before δx_i in all three parts, with "
         "their signs, divided by s, is dx_i.",
     ),
 )

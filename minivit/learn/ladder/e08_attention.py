@@ -136,7 +136,7 @@ FORWARD_MISTAKES = (
     ),
     Mistake(
         "divided by the root of the values' width",
-        "The scores are divided by √e, e the width of the values. It is the width of the queries that counts.",
+        "The scores are divided by √w, w the width of the values. It is the width of the queries that counts.",
         scaled_by(lambda q, v: 1.0 / math.sqrt(v.shape[-1])),
     ),
     Mistake(

@@ -337,7 +337,7 @@ EXERCISE = Exercise(
         Asked("backward", ("dqkv",), right, with_cotangents(samples, forward), BACKWARD_MISTAKES),
     ),
     hints=(
-        "Take your functions of exercises 7 and 8 and put them together; only the helper that makes P is new, for it "
+        "Copy your functions of exercises 7 and 8 and put them together; only the helper that makes P is new, for it "
         "knows the mask. Call the same helper in backward.",
         "In the helper: where mask is True put -1e30 in the place of the score, take each row's largest off, "
         "exponentiate, divide by the sum, and where mask is True put 0. A row with nothing allowed then comes out "

@@ -239,7 +239,7 @@ BACKWARD_MISTAKES = (
     ),
     Mistake(
         "MLP's branch goes no further",
-        "The MLP's parameters are right, but what comes back through norm2 is dropped: ∂loss/∂y is more than g.",
+        "The MLP's parameters are right, but what comes back through norm2 is dropped: ∂L/∂y is more than g.",
         going_back(then(lambda y, norm2, mlp, x: y + mlp(norm2(cut(y))))),
     ),
     Mistake(
@@ -255,13 +255,13 @@ BACKWARD_MISTAKES = (
     ),
     Mistake(
         "g onto the first road",
-        "The first road is given g. It carries all of ∂loss/∂y, what came back through the MLP included.",
+        "The first road is given g. It carries all of ∂L/∂y, what came back through the MLP included.",
         going_back(lambda x, norm1, attention, norm2, mlp: x + attention(norm1(x))
                    + mlp(norm2(cut(x) + attention(norm1(x))))),
     ),
     Mistake(
         "g onto the first road, too",
-        "The first road is given ∂loss/∂y and g once more. g is in ∂loss/∂y already: by the second road.",
+        "The first road is given ∂L/∂y and g once more. g is in ∂L/∂y already: by the second road.",
         going_back(lambda x, norm1, attention, norm2, mlp: after_attention(x, norm1, attention) + x - cut(x)
                    + mlp(norm2(after_attention(x, norm1, attention)))),
     ),
@@ -313,8 +313,7 @@ BACKWARD_MISTAKES = (
     ),
     Mistake(
         "bias not summed",
-        "dfc2_bias is (B, T, D), g itself. The bias was added to every token: one number of it collects from all of "
-        "them.",
+        "dfc2_bias is (B, T, D), g itself. The bias was added to every token: each number of it collects from all.",
         bias_not_summed,
     ),
     Mistake(
@@ -343,7 +342,7 @@ EXERCISE = Exercise(
     hints=(
         "Forward in ten lines, one box a line, each result under a name of its own: nothing is overwritten. Backward "
         "runs the same lines first, then goes through them from the last to the first.",
-        "Do the second half alone: a function (g, y) → (∂loss/∂y, the six gradients of norm2 and the MLP). Test it: "
+        "Do the second half alone: a function (g, y) → (∂L/∂y, the six gradients of norm2 and the MLP). Test it: "
         "with fc2's parameters zero it must give g. The first half is the same again with another branch.",
         "In each half: keep g aside, walk the branch back to the half's input, and then add what you kept. The result "
         "of the second half's addition is the g of the first half, for its branch and for its road.",

@@ -341,7 +341,7 @@ EXERCISE = Exercise(
     hints=(
         "Write S and P first, then under each line the same line with dots. Name the dotted ones alike (ts, tp, tdp, "
         "tr, tds): every one of them has the shape of what it belongs to, so a forgotten transpose shows.",
-        "Softmax: Ṗ = P ∘ (Ṡ - w) with w the mean of Ṡ over the row, each key weighted by its probability. It is the "
+        "Softmax: Ṗ = P ∘ (Ṡ - u) with u the mean of Ṡ over the row, each key weighted by its probability. It is the "
         "same function that the backward pass applies to dP.",
         "Of the six lines of the backward pass, dV and dP have one term with dots each (g stands still); r, dS, dQ and "
         "dK have two. In all there are ten terms; count yours.",

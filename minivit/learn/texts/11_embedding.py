@@ -69,7 +69,7 @@ TRY IT
 One image, C = 1, 2 x 4 pixels 0 … 7, patches of 2 x 2: the patches are [0, 1, 4, 5] and [2, 3, 6, 7].
 With weight and bias zero, every image has the same tokens, and token 0 is cls + positions[0].
 
-Check your work with:  minivit learn check . 11
+Check your work, in this folder:  minivit learn check . 11
 """
 
 import numpy as np
