@@ -26,7 +26,7 @@ THE FORWARD PASS, AND ITS TRAP
 
 Computed as it stands, (1) fails where it matters most. If the network is surely wrong, the label's logit is, say, 900
 below another's. Then p_label = e^(-900), which is 0 in float64, and -log 0 is infinite, while the true loss is 900.
-(A small number added inside the logarithm, or a p that is clipped, is no way out: it makes 28 of the 900.)
+(1e-12 added inside the logarithm, or p clipped there, is no way out: it makes 28 of the 900.)
 So take the logarithm on paper, where e^ and log cancel:
 
     log p_k = x_k - log Σ_j e^(x_j)                                                                       (2)

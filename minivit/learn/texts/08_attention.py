@@ -24,7 +24,7 @@ Why √d: if q and k have independent entries of variance 1, then q·k is a sum 
 by its standard deviation √d the scores stay of size 1, whatever d is, and softmax stays away from 0 and 1, where its
 derivative dies.
 
-Why softmax needs care: e^S is infinite from S = 710 on, and infinite by infinite is NaN. A number c taken off a whole
+Why softmax needs care: e^S is infinite from S = 710 on, and infinity by infinity is NaN. A number c taken off a whole
 row of S changes nothing in P, as e^(-c) cancels. Take off the row's own largest: then the largest exponent is 0.
 
 GOING BACK, ONE MATRIX PRODUCT AT A TIME
