@@ -51,7 +51,7 @@ THE TRAPS
     Leading axes: x may have two axes, or four, or one. x.T reverses all of them, and a sum over axis=0 is only right
     for two. x.reshape(-1, I) makes a matrix of x, whatever its leading axes are, even if there are none.
     If O = I, or the number of rows equals I, a transposed matrix has the right shape and the wrong numbers.
-    Sum, not mean: if L is a mean over a batch, the 1/N is in g already.
+    Sum, not mean: if L is a mean over a batch, the division is in g already.
 
 Check your work, in this folder:  minivit learn check . 2
 """

@@ -1,7 +1,7 @@
 """Exercise 14: attention in blocks
 
 out = softmax(Q·Kᵀ/√d)·V needs the softmax's rows, and a row has as many entries as there are keys: for 16,384 tokens
-the probabilities of one head are 2 GB in float64. Yet out is only T x e. FlashAttention (Dao et al. 2022, arXiv
+the probabilities of one head are 2 GB in float64. Yet out is only Tq x w. FlashAttention (Dao et al. 2022, arXiv
 2205.14135, algorithm 1; the softmax that is computed as its row comes in is Milakov and Gimelshein 2018, arXiv
 1805.02867) computes exactly the same numbers, to rounding, from blocks of keys and values, and never has more than a
 block of scores. The backward pass does not keep the probabilities either: it makes each block of them again.
@@ -47,7 +47,8 @@ THE DERIVATION: BACKWARD
        dV = Pᵀ·g              dP = g·Vᵀ           D_i = Σ_j P_ij·dP_ij
        dS = P ∘ (dP - D)      dQ = dS·K/√d        dK = dSᵀ·Q/√d
 
-   A block of P is made again from a block of scores and lse: no maximum, no sum is needed; lse holds both.
+   (D is the r of exercise 13.) A block of P is made again from a block of scores and lse: no maximum, no sum is needed,
+   as lse holds both.
 
 6. D_i is a sum over *all* keys, and a block has only some. But
 

@@ -8,7 +8,7 @@ and not through it.
 
 WHAT IS GIVEN
 
-    p, g, m, v: a parameter, its gradient, and the two means so far: arrays of one shape
+    p, g, m, v: a parameter, its gradient g = ∂L/∂p, and the two means so far: arrays of one shape
     t: the number of this step. The first step has t = 1, and before it m and v are zero
     lr: the learning rate of this step       beta1, beta2: in [0, 1), usually 0.9 and 0.999
     eps: a small number, usually 1e-8        decay: the weight decay, usually 0.05 to 0.3 for ViTs
