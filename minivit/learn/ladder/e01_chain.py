@@ -25,6 +25,7 @@ def samples(key: Key) -> list[Sample]:
         ("w = 0", (number(), 0.0, number())),
         ("u near 30, where tanh is flat", (30.0 + number(), 1.0, number())),
         ("u near -800, where e^(-u) overflows", (-800.0 + number(), 1.0, number())),
+        ("u near 800, where e^u overflows", (800.0 + number(), 1.0, number())),
     ]
 
 
@@ -38,6 +39,13 @@ def by_exponentials(x: float, w: float, b: float) -> float:
     """Return the forward pass with tanh from e^u and e^(-u), which overflow."""
     up, down = np.exp(w * np.float64(x) + b), np.exp(-w * np.float64(x) - b)
     v = (up - down) / (up + down)
+    return v * (x + v)
+
+
+def by_one_exponential(x: float, w: float, b: float) -> float:
+    """Return the forward pass with tanh from e^(2u), which overflows."""
+    up = np.exp(2.0 * (w * np.float64(x) + b))
+    v = (up - 1.0) / (up + 1.0)
     return v * (x + v)
 
 
@@ -119,6 +127,12 @@ EXERCISE = Exercise(
                     "tanh is computed from e^u and e^(-u), which are infinite from 710 on: the result is NaN. NumPy "
                     "has a tanh that knows better.",
                     by_exponentials,
+                ),
+                Mistake(
+                    "overflow of e^(2u)",
+                    "tanh is computed from e^(2u), which is infinite from u = 355 on: the result is NaN. NumPy has a "
+                    "tanh that knows better.",
+                    by_one_exponential,
                 ),
             ),
         ),

@@ -24,6 +24,7 @@ def samples(key: Key) -> list[Sample]:
         ("logits near 800, where e^x overflows", (800.0 + r(2, 5),)),
         ("logits near -800, where e^x is 0", (-800.0 + r(3, 4),)),
         ("one row near 800, the next near -800", (np.array([[800.0], [-800.0]]) + r(2, 3),)),
+        ("two of ten numbers near 3000, the others near 0", (r(2, 10) + 3000.0 * (np.arange(10) % 5 == 3),)),
     ]
 
 
@@ -78,6 +79,11 @@ def one_maximum(x: Any) -> Any:
     return e / e.sum(axis=-1, keepdims=True)
 
 
+def mean_taken_off(x: Any) -> Any:
+    """Return the softmax with the row's mean taken off, which leaves an exponent that overflows in a wide row."""
+    return no_shift(x - x.mean(axis=-1, keepdims=True))
+
+
 def no_shift(x: Any) -> Any:
     """Return e^x / Σ e^x as it stands: NaN where e^x overflows or all of a row is 0."""
     e = np.exp(x)
@@ -106,6 +112,12 @@ EXERCISE = Exercise(
                     "The maximum of all rows together is taken off. A row that lies far below it is 0 everywhere then, "
                     "and so is its sum: each row needs a number of its own.",
                     one_maximum,
+                ),
+                Mistake(
+                    "mean or smallest number taken off",
+                    "What is taken off a row leaves an exponent above 710 where its numbers lie far apart. No exponent "
+                    "may be above 0: neither a row's mean nor its smallest number makes sure of that.",
+                    mean_taken_off,
                 ),
                 Mistake(
                     "wrong axis",

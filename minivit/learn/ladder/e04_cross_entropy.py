@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -59,6 +60,46 @@ def others_only(logits: Any, labels: Any, smoothing: float) -> Any:
     """Return the loss with the smoothing shared by the other classes."""
     off = smoothing / max(logits.shape[-1] - 1, 1)
     return against(logits, held_against(logits, labels, 1.0 - smoothing, off))
+
+
+def log_of(change: Callable[[Any], Any]) -> Callable[..., Any]:
+    """Return the loss by the logarithm of changed probabilities."""
+
+    def gives(logits: Any, labels: Any, smoothing: float) -> Any:
+        target = held_against(logits, labels, 1.0 - smoothing, 0.0) + smoothing / logits.shape[-1]
+        return (np.log(change(ops.softmax(logits))) * target).sum() / -rows(logits)
+
+    return gives
+
+
+def kept_from_zero() -> Iterator[Mistake]:
+    """Yield the usual ways to have no logarithm of 0: a small number added to p, or taken where p is less."""
+
+    def made(what: str, small: float, change: Callable[[Any], Any]) -> Mistake:
+        says = (
+            f"The logarithm is that of {what}, so that it is never of 0: a row that is surely wrong gets a loss of "
+            f"{-np.log(small):.0f} where the true one is 900, and others are a little off. Take the logarithm on "
+            "paper: log p can be written without p."
+        )
+        return Mistake(f"logarithm of {what}", says, log_of(change))
+
+    for small in (1e-5, 1e-6, 1e-7, 1e-8, 1e-9):
+        yield made(f"p + {small:.0e}", small, plus(small))
+        yield made(f"p, {small:.0e} at least", small, clipped(small, 1.0))
+        yield made(f"p clipped by {small:.0e} on both sides", small, clipped(small, 1.0 - small))
+    kinds = np.finfo(np.float64)
+    for small in (1e-12, 1e-15, 1e-16, float(kinds.eps), 1e-20, 1e-30, 1e-300, float(kinds.tiny)):
+        yield made(f"p + {small:.2g}, or of p clipped there", small, plus(small))
+
+
+def plus(small: float) -> Callable[[Any], Any]:
+    """Return a function that adds ``small``."""
+    return lambda p: p + small
+
+
+def clipped(low: float, high: float) -> Callable[[Any], Any]:
+    """Return a function that clips to [low, high]."""
+    return lambda p: p.clip(low, high)
 
 
 def not_taken_off(logits: Any, labels: Any, smoothing: float) -> Any:
@@ -142,6 +183,7 @@ EXERCISE = Exercise(
                     "900. Take the logarithm on paper: log p can be written without p.",
                     log_of_softmax,
                 ),
+                *kept_from_zero(),
                 Mistake(
                     "sum for mean",
                     "The rows' losses are added up; the loss is their mean.",

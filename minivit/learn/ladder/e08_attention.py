@@ -19,6 +19,8 @@ def samples(key: Key) -> list[Sample]:
     r = Draw(key)
     far = large(r(2, 5, 4), 3200.0)
     far[:, ::2] *= -1.0
+    wide = large(r(2, 9, 4), 0.5)
+    wide[:, ::4, 0] = 2.0  # with a query of 3200, scores near 3200 for three of nine keys, near 800 for the others
     return [
         ("five tokens, no leading axis", (r(5, 3), r(5, 3), r(5, 3))),
         ("batch and heads", (r(2, 3, 4, 5), r(2, 3, 4, 5), r(2, 3, 4, 5))),
@@ -27,6 +29,7 @@ def samples(key: Key) -> list[Sample]:
         ("width one", (r(1, 7, 1), r(1, 7, 1), r(1, 7, 2))),
         ("as many tokens as features", (r(4, 4), r(4, 4), r(4, 4))),
         ("rows of scores around 800 and around -800", (far, large(r(2, 5, 4), 0.5), r(2, 5, 4))),
+        ("scores near 3200 and near 800 in a row", (large(r(2, 9, 4), 3200.0), wide, r(2, 9, 4))),
     ]
 
 
@@ -153,6 +156,12 @@ FORWARD_MISTAKES = (
         "The largest score of all is taken off every row. In a row far below it every e^s is 0, and so is their sum. "
         "Take off each row's own.",
         weighed_by(lambda s: unshifted(s - s.max())),
+    ),
+    Mistake(
+        "mean or smallest score taken off",
+        "What is taken off a row leaves an exponent above 710 where its scores lie far apart. No exponent may be above "
+        "0: neither a row's mean nor its smallest score makes sure of that.",
+        weighed_by(lambda s: unshifted(s - s.mean(axis=-1, keepdims=True))),
     ),
     Mistake(
         "queries and keys exchanged",

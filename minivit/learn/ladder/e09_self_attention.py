@@ -23,6 +23,8 @@ def samples(key: Key) -> list[Sample]:
     r = Draw(key)
     far = np.concatenate([large(r(2, 4, 2, 4), 3200.0), large(r(2, 4, 2, 4), 0.5), r(2, 4, 2, 4)], axis=2)
     far[:, ::2, :2] *= -1.0  # of every other token's queries
+    ahead = np.round(8.0 * r(1, 3, 3, 4)) / 8.0
+    ahead[:, :, 0, 0], ahead[:, :, 1, 0] = 1.0, (0.0, 0.0, 4000.0)  # scores near 2000 with the last token's key
     return [
         ("each token sees itself and those before", (r(2, 5, 3 * 3 * 2), 3, later(5))),
         ("a mask for each image", (r(3, 4, 3 * 2 * 3), 2, r.mask(3, 1, 4, 4) & (np.arange(4) > 0)[:, None])),
@@ -31,6 +33,7 @@ def samples(key: Key) -> list[Sample]:
         ("one token", (r(2, 1, 3 * 2 * 3), 2, np.zeros((1, 1), bool))),
         ("one head", (r(2, 3, 3 * 1 * 4), 1, later(3))),
         ("rows of scores around 800 and around -800", (far.reshape(2, 4, 3 * 2 * 4), 2, later(4))),
+        ("the largest scores masked, by 2000", (ahead.reshape(1, 3, 3 * 1 * 4), 1, later(3))),
     ]
 
 
@@ -201,6 +204,12 @@ FORWARD_MISTAKES = (
         "The largest score of all is taken off every row. In a row far below it every e^s is 0, and so is their sum. "
         "Take off each row's own.",
         weighed_by(lambda s, mask: np.where(mask, 0.0, unshifted(s - np.max(np.where(mask, -1e30, s)), mask))),
+    ),
+    Mistake(
+        "maximum before the mask",
+        "The largest score of a row is looked for among all keys. If a masked one is far above those allowed, their "
+        "exponentials are all 0, and so is their sum: mask first, and take the largest of those allowed.",
+        weighed_by(lambda s, mask: np.where(mask, 0.0, unshifted(s - np.max(s, -1, keepdims=True), mask))),
     ),
     Mistake(
         "overflow, and NaN where nothing is allowed",

@@ -11,6 +11,7 @@ from minivit import ops
 from minivit.autograd.tensor import grad_or_zeros, tensor
 from minivit.backend import Key
 from minivit.learn.exercise import Asked, Exercise, Mistake, Sample, backward_of, with_cotangents
+from minivit.learn.ladder.e08_attention import large
 from minivit.learn.mutants import cut
 from minivit.ops.attention import attention
 from minivit.ops.samples import Draw
@@ -24,6 +25,9 @@ def samples(key: Key) -> list[Sample]:
         shapes = [(*leading, queries, d), (*leading, keys, d), (*leading, keys, e)]
         return r(*shapes[0]) * scale, *(r(*shape) for shape in shapes[1:]), *(r(*shape) for shape in shapes)
 
+    far, still = drawn(4, 5, 4, 3, 2), (np.arange(4) > 0) * 1.0
+    queries, keys = large(far[0], 3200.0), large(far[1], 0.5)
+    queries[:, ::2, 0] *= -1.0
     return [
         ("one head", drawn(3, 4, 2, 5)),
         ("as many queries as keys as numbers", drawn(4, 4, 4, 4)),
@@ -31,6 +35,11 @@ def samples(key: Key) -> list[Sample]:
         ("one query", drawn(1, 5, 3, 3, 1)),
         ("one key: nothing to choose from", drawn(3, 1, 2, 2)),
         ("scores up to twenty", drawn(3, 5, 4, 3, 2, scale=5.0)),
+        # large features do not move: what they did to the tangent would hide all else
+        (
+            "rows of scores around 800 and around -800",
+            (queries, keys, far[2], far[3] * still, far[4] * still, far[5]),
+        ),
     ]
 
 
@@ -116,6 +125,12 @@ def no_row_sum(s: Any) -> Any:
     return cut(ops.softmax(s)) * (1.0 + s - cut(s))
 
 
+def overflowing(s: Any) -> Any:
+    """Return e^s / Σ e^s as it stands."""
+    e = ops.exp(s)
+    return e / ops.sum(e, -1, True)
+
+
 def diagonal(s: Any) -> Any:
     """Return the softmax, whose tangent is P ∘ (1 - P) ∘ Ṡ."""
     p = cut(ops.softmax(s))
@@ -151,6 +166,12 @@ SOFTMAX_MISTAKES = (
         "What is taken off Ṡ is its plain mean over the row. In the derivation, step 2, each term of the sum has a "
         "weight.",
         plain_mean,
+    ),
+    (
+        "overflow",
+        "e^s is infinite from s = 710 on, and 0 below -745: the quotient is NaN. P is computed as in exercise 8, each "
+        "row's largest score taken off.",
+        overflowing,
     ),
 )
 SCORES_MISTAKES = (
@@ -244,6 +265,16 @@ HVP_MISTAKES = (
         "dK: dS held still",
         "(dK)˙ has one of its two terms: dK is a product of dSᵀ and Q, and dS moves.",
         moved(gradients(d_key=lambda ds, q: cut(turned(ds)) @ q)),
+    ),
+    Mistake(
+        "scale forgotten in dQ and dK",
+        "(dQ)˙ and (dK)˙ lack the factor c = 1/√d that dQ and dK have: it stands still, and stays.",
+        moved(
+            gradients(
+                d_query=lambda ds, k: ds @ k * k.shape[-1] ** 0.5,
+                d_key=lambda ds, q: turned(ds) @ q * q.shape[-1] ** 0.5,
+            )
+        ),
     ),
     Mistake(
         "the gradient itself",

@@ -13,8 +13,8 @@ result from whatever comes after it, and returns the gradients at the arguments,
 g is called the cotangent. You cannot assume anything about it: the marks use random ones. Name your own intermediates
 the same way: dv is ∂L/∂v, "what arrives at v".
 
-Use NumPy (np.tanh, np.exp, …) and no other library. You may compute again in backward what forward has computed; that
-is what `recompute` does in large networks.
+Use NumPy (np.tanh, np.exp, …) and no other library. You must compute again in backward what you need of forward, as
+`recompute` does in large networks: backward is called by itself, and nothing that an earlier call left is there.
 
 WHAT IS GIVEN, WHAT IS ASKED
 

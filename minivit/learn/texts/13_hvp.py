@@ -13,7 +13,8 @@ influence functions need is only its product with a vector, and this costs no mo
     (∇²f)·t  =  d/dε ∇f(inputs + ε·t)  at ε = 0        t = (tq, tk, tv), a direction in which all inputs move
 
 It is the derivative *along a direction* of the gradient. Nothing is approximated: a difference quotient with a small
-ε would be good to some 6 digits only, and 12 are asked for.
+ε would be good to some 6 digits only, and 12 are asked for. (The complex step of exercise 1, taken through exercise 8,
+would do it, to all digits: use it to check, not as the answer.)
 
 WHAT IS GIVEN
 
