@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from minivit import ops
 from minivit.backend import Key
 from minivit.learn.exercise import Asked, Exercise, Mistake, Sample, backward_of, with_cotangents
 from minivit.learn.ladder import e08_attention as one_head
-from minivit.learn.ladder.e08_attention import large, scores, unshifted
+from minivit.learn.ladder.e08_attention import from_scores, large, scores, spanning, unshifted
 from minivit.ops.attention import merge_heads, split_heads
 from minivit.ops.samples import Draw
 
@@ -23,8 +24,7 @@ def samples(key: Key) -> list[Sample]:
     r = Draw(key)
     far = np.concatenate([large(r(2, 4, 2, 4), 3200.0), large(r(2, 4, 2, 4), 0.5), r(2, 4, 2, 4)], axis=2)
     far[:, ::2, :2] *= -1.0  # of every other token's queries
-    ahead = np.round(8.0 * r(1, 3, 3, 4)) / 8.0
-    ahead[:, :, 0, 0], ahead[:, :, 1, 0] = 1.0, (0.0, 0.0, 4000.0)  # scores near 2000 with the last token's key
+    q, k = spanning(r, 4, 2, 2)  # only the last token may attend to the last key, whose score is the largest
     return [
         ("each token sees itself and those before", (r(2, 5, 3 * 3 * 2), 3, later(5))),
         ("a mask for each image", (r(3, 4, 3 * 2 * 3), 2, r.mask(3, 1, 4, 4) & (np.arange(4) > 0)[:, None])),
@@ -33,7 +33,7 @@ def samples(key: Key) -> list[Sample]:
         ("one token", (r(2, 1, 3 * 2 * 3), 2, np.zeros((1, 1), bool))),
         ("one head", (r(2, 3, 3 * 1 * 4), 1, later(3))),
         ("rows of scores around 800 and around -800", (far.reshape(2, 4, 3 * 2 * 4), 2, later(4))),
-        ("the largest scores masked, by 2000", (ahead.reshape(1, 3, 3 * 1 * 4), 1, later(3))),
+        ("a masked score 3000 above the others", (merge_heads(np.stack([q, k, r(2, 2, 4, 4)])), 2, later(4))),
     ]
 
 
@@ -108,6 +108,31 @@ def masked_afterwards(s: Any, mask: Any) -> Any:
     return ops.where(mask, 0.0, ops.softmax(s))
 
 
+def shifted_by(shift: Callable[[Any], Any]) -> Callable[[Any, Any], Any]:
+    """Return weights by e^(s - shift(s)), s with -1e30 where masked."""
+    masked = lambda s, mask: np.where(mask, -1e30, s)
+    return lambda s, mask: np.where(mask, 0.0, unshifted(masked(s, mask) - shift(masked(s, mask))))
+
+
+def largest_of_all(s: Any, mask: Any, zeros: bool) -> Any:
+    """Return weights with the row's largest score taken off, masked ones included; 0/0 becomes 0 if ``zeros``."""
+    e = np.where(mask, 0.0, np.exp(s - s.max(axis=-1, keepdims=True)))
+    p = np.where(mask, 0.0, e / e.sum(axis=-1, keepdims=True))
+    return np.nan_to_num(p) if zeros else p
+
+
+def masked_going_back(g: Any, q: Any, k: Any, v: Any, mask: Any) -> Any:
+    """Return exercise 8's gradients of weights over all keys, dS with zeros where the mask is True."""
+    ds = lambda p, dp: np.where(mask, 0.0, p * (dp - ops.sum(p * dp, -1, True)))
+    return from_scores(ds)(g, q, k, v)
+
+
+def read_in_parts(qkv: Any, heads: int, mask: Any) -> Any:
+    """Return self-attention of qkv reshaped to (3, B, H, T, d) as it lies."""
+    b, t, features = qkv.shape
+    return forward(merge_heads(ops.reshape(qkv, (3, b, heads, t, features // (3 * heads)))), heads, mask)
+
+
 def packed_by_reshape(g: Any, qkv: Any, heads: int, mask: Any) -> Any:
     """Return (dq, dk, dv), each (B, H, T, d), reshaped to (B, T, H·d) as they lie and joined."""
     parts = split_heads(right(g, qkv, heads, mask), 3, heads)  # (3, B, H, T, d)
@@ -173,9 +198,7 @@ FORWARD_MISTAKES = (
         weighed_by(lambda s, mask: ops.softmax(ops.where(mask, 0.0, s))),
     ),
     Mistake(
-        "scores not divided by √d",
-        "The scores are q·kᵀ as they are. Look at step 2.",
-        scaled_by(lambda heads, d: 1.0),
+        "scores not divided by √d", "The scores are q·kᵀ as they are. Look at step 2.", scaled_by(lambda heads, d: 1.0)
     ),
     Mistake(
         "divided by the root of all features",
@@ -206,10 +229,28 @@ FORWARD_MISTAKES = (
         weighed_by(lambda s, mask: np.where(mask, 0.0, unshifted(s - np.max(np.where(mask, -1e30, s)), mask))),
     ),
     Mistake(
-        "maximum before the mask",
-        "The largest score of a row is looked for among all keys. If a masked one is far above those allowed, their "
-        "exponentials are all 0, and so is their sum: mask first, and take the largest of those allowed.",
-        weighed_by(lambda s, mask: np.where(mask, 0.0, unshifted(s - np.max(s, -1, keepdims=True), mask))),
+        "mean or smallest taken off",
+        "Not the largest score of a row is taken off, but their mean or the smallest, so that e^s is infinite.",
+        weighed_by(shifted_by(lambda s: s.mean(axis=-1, keepdims=True))),
+    ),
+    *(
+        Mistake(
+            f"maximum before the mask{more}",
+            "The largest score of the row is taken before the mask. If it is a masked one, far above the others, e^s "
+            "is 0 for all that is allowed: mask first.",
+            weighed_by(partial(largest_of_all, zeros=bool(more))),
+        )
+        for more in ("", ", 0 for 0/0")
+    ),
+    Mistake(
+        "0 times infinity",
+        "All of it is NaN: where mask is False, mask·(-∞) is 0·∞. Choose by np.where, do not multiply.",
+        lambda qkv, heads, mask: forward(qkv, heads, mask) * np.nan,
+    ),
+    Mistake(
+        "reshape alone",
+        "qkv is cut by one reshape to (3, B, H, T, d). It cannot exchange axes: each head has pieces of other tokens.",
+        read_in_parts,
     ),
     Mistake(
         "overflow, and NaN where nothing is allowed",
@@ -225,6 +266,22 @@ BACKWARD_MISTAKES = (
         "mask forgotten going back",
         "The weights are computed again in backward without the mask.",
         lambda g, qkv, heads, mask: right(g, qkv, heads, np.zeros_like(mask)),
+    ),
+    Mistake(
+        "mask in dS alone",
+        "dS is masked, but the P that it is made of is not: its rows have weights for masked keys.",
+        packed(masked_going_back),
+    ),
+    Mistake(
+        "root of all features",
+        "dQ and dK have the factor 1/√(H·d). A head's scores are sums over its own features.",
+        parts_as(lambda dq, dk, dv: [dq / math.sqrt(dq.shape[1]), dk / math.sqrt(dq.shape[1]), dv]),
+    ),
+    Mistake(
+        "packed by one reshape",
+        "dQ, dK and dV, stacked to (3, B, H, T, d), are reshaped to (B, T, 3·H·d) as they lie. Bring the axes into the "
+        "order of qkv first.",
+        lambda g, qkv, heads, mask: ops.reshape(split_heads(right(g, qkv, heads, mask), 3, heads), qkv.shape),
     ),
     Mistake(
         "mask after the softmax",

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from minivit import ops
 from minivit.backend import Key
 from minivit.learn.exercise import Asked, Exercise, Mistake, Sample, backward_of, with_cotangents
@@ -110,6 +112,17 @@ def g_for_dy(x: Any, norm1: Any, attention: Any, norm2: Any, mlp: Any) -> Any:
     return x + a + mlp(norm2(x + cut(a)))
 
 
+def twice(x: Any) -> Any:
+    """Return x, whose gradient comes back twice: what a road gets that is given the branch's news."""
+    return x + x - cut(x)
+
+
+def roads_overwritten(x: Any, norm1: Any, attention: Any, norm2: Any, mlp: Any) -> Any:
+    """Let nothing come back by the two roads, and twice as much by the branches."""
+    y = cut(x) + attention(norm1(twice(x)))
+    return cut(y) + mlp(norm2(twice(y)))
+
+
 def swapped_norms(x: Any, *parameters: Any) -> Any:
     """Exchange the parameters of the two norms."""
     return block(x, *parameters[6:8], *parameters[2:6], *parameters[:2], *parameters[8:])
@@ -178,6 +191,16 @@ FORWARD_MISTAKES = (
     Mistake("norms exchanged", "norm1's weight and bias are used where norm2's belong, and the other way about.",
             swapped_norms),
     Mistake(
+        "norm1 twice",
+        "norm2 is made with norm1's weight and bias.",
+        lambda x, *parameters: block(x, *parameters[:6], *parameters[:2], *parameters[8:]),
+    ),
+    Mistake(
+        "projection forgotten",
+        "What the heads return is added to x as it is. A linear layer, proj, stands between.",
+        lambda x, *p: block(x, *p[:4], np.eye(x.shape[-1]), 0.0 * p[5], *p[6:]),
+    ),
+    Mistake(
         "activation forgotten",
         "There is nothing between the MLP's two linear layers: two of them without a bend between are one.",
         wired(then(lambda y, norm2, mlp, x: y + mlp(norm2(y), activation=lambda h: h))),
@@ -228,6 +251,18 @@ BACKWARD_MISTAKES = (
         "The first road is given g. It carries all of ∂loss/∂y, what came back through the MLP included.",
         going_back(lambda x, norm1, attention, norm2, mlp: x + attention(norm1(x))
                    + mlp(norm2(cut(x) + attention(norm1(x))))),
+    ),
+    Mistake(
+        "g onto the first road, too",
+        "The first road is given ∂loss/∂y and g once more. g is in ∂loss/∂y already: by the second road.",
+        going_back(lambda x, norm1, attention, norm2, mlp: after_attention(x, norm1, attention) + x - cut(x)
+                   + mlp(norm2(after_attention(x, norm1, attention)))),
+    ),
+    Mistake(
+        "roads overwritten",
+        "On both roads goes what the branch has given back, in the place of what came in: is one name, g, used for "
+        "both? The branch has then overwritten what the road needs.",
+        going_back(roads_overwritten),
     ),
     Mistake(
         "norm1 reads its own output",

@@ -11,7 +11,6 @@ from minivit import ops
 from minivit.autograd.tensor import grad_or_zeros, tensor
 from minivit.backend import Key
 from minivit.learn.exercise import Asked, Exercise, Mistake, Sample, backward_of, with_cotangents
-from minivit.learn.ladder.e08_attention import large
 from minivit.learn.mutants import cut
 from minivit.ops.attention import attention
 from minivit.ops.samples import Draw
@@ -25,9 +24,11 @@ def samples(key: Key) -> list[Sample]:
         shapes = [(*leading, queries, d), (*leading, keys, d), (*leading, keys, e)]
         return r(*shapes[0]) * scale, *(r(*shape) for shape in shapes[1:]), *(r(*shape) for shape in shapes)
 
-    far, still = drawn(4, 5, 4, 3, 2), (np.arange(4) > 0) * 1.0
-    queries, keys = large(far[0], 3200.0), large(far[1], 0.5)
-    queries[:, ::2, 0] *= -1.0
+    # few digits: scores are exact in whatever order they are summed
+    far = tuple(np.round(8.0 * x) / 8.0 for x in drawn(4, 5, 4, 3))
+    far[0][:, 0], far[1][:, 0], far[3][:, 0] = (320.0, -320.0, 320.0, -320.0), 5.0, 0.0
+    far[4][:, 0] = 0.0
+
     return [
         ("one head", drawn(3, 4, 2, 5)),
         ("as many queries as keys as numbers", drawn(4, 4, 4, 4)),
@@ -35,11 +36,7 @@ def samples(key: Key) -> list[Sample]:
         ("one query", drawn(1, 5, 3, 3, 1)),
         ("one key: nothing to choose from", drawn(3, 1, 2, 2)),
         ("scores up to twenty", drawn(3, 5, 4, 3, 2, scale=5.0)),
-        # large features do not move: what they did to the tangent would hide all else
-        (
-            "rows of scores around 800 and around -800",
-            (queries, keys, far[2], far[3] * still, far[4] * still, far[5]),
-        ),
+        ("rows of scores near 800 and near -800", far),
     ]
 
 
@@ -107,11 +104,59 @@ def moved(gradient: Callable[..., Any]) -> Callable[..., Any]:
     return lambda g, q, k, v, *t: along(lambda *leaves: gradient(g, *leaves), (q, k, v), t)
 
 
-def hvp(g: Any, q: Any, k: Any, v: Any, *t: Any) -> Any:
-    """Return the Hessian of Σ g ∘ attention times t: the gradient of its gradient's product with t."""
-    leaves = [tensor(x, requires_grad=True) for x in (q, k, v)]
-    first = grad_or_zeros(ops.sum(attention(*leaves) * g), leaves, create_graph=True)
-    return tuple(x.numpy() for x in grad_or_zeros(sum(ops.sum(x * y) for x, y in zip(first, t, strict=True)), leaves))
+def hvp_of(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return hvp of another function than attention, made of q, k and v."""
+
+    def hvp(g: Any, q: Any, k: Any, v: Any, *t: Any) -> Any:
+        leaves = [tensor(x, requires_grad=True) for x in (q, k, v)]
+        first = grad_or_zeros(ops.sum(function(*leaves) * g), leaves, create_graph=True)
+        total = sum(ops.sum(x * y) for x, y in zip(first, t, strict=True))
+        return tuple(x.numpy() for x in grad_or_zeros(total, leaves))
+
+    return hvp
+
+
+hvp = hvp_of(attention)
+
+
+def scaled_by(scale: Callable[[Any, Any], float]) -> Callable[..., Any]:
+    """Return attention with another factor before q·kᵀ, made of q and v."""
+    return lambda q, k, v: attention(q, k, v, None, scale(q, v))
+
+
+def both_dotted_tangent(q: Any, k: Any, v: Any, tq: Any, tk: Any, tv: Any) -> Any:
+    """Return Ṗ·V + P·V̇, with c·Q̇·K̇ᵀ for Ṡ."""
+    return along(lambda s, v: ops.softmax(s) @ v, (scores_of(q, k), v), (scores_of(tq, tk), tv))
+
+
+def both_dotted(g: Any, q: Any, k: Any, v: Any, tq: Any, tk: Any, tv: Any) -> Any:
+    """Return the hvp with c·Q̇·K̇ᵀ for Ṡ."""
+    of = lambda q, k, v, s: gradients(scores=lambda q, k: s)(g, q, k, v)
+    return along(of, (q, k, v, scores_of(q, k)), (tq, tk, tv, scores_of(tq, tk)))
+
+
+def overflowing(s: Any) -> Any:
+    """Return e^s / Σ e^s as it stands."""
+    e = ops.exp(s)
+    return e / ops.sum(e, -1, True)
+
+
+def dv_for_dp(g: Any, q: Any, k: Any, v: Any, *t: Any) -> Any:
+    """Return the hvp with g·Vᵀ for (dP)˙."""
+    hq, hk, _ = moved(gradients())(g, q, k, v, *t[:2], v)
+    return hq, hk, hvp(g, q, k, v, *t)[2]
+
+
+def scaled(power: float, terms: str = "both") -> Callable[..., Any]:
+    """Return the hvp with d to a power before (dQ)˙ and (dK)˙, or before the terms only in which Q and K move."""
+    of = gradients(d_query=lambda ds, k: cut(ds) @ k, d_key=lambda ds, q: turned(cut(ds)) @ q)
+
+    def gives(g: Any, q: Any, *args: Any) -> Any:
+        (hq, hk, hv), factor = hvp(g, q, *args), q.shape[-1] ** power - 1.0
+        more = (hq, hk) if terms == "both" else moved(of)(g, q, *args)[:2]
+        return hq + factor * more[0], hk + factor * more[1], hv
+
+    return gives
 
 
 def unscaled(q: Any, k: Any) -> Any:
@@ -123,12 +168,6 @@ def unscaled(q: Any, k: Any) -> Any:
 def no_row_sum(s: Any) -> Any:
     """Return the softmax, whose tangent is P ∘ Ṡ."""
     return cut(ops.softmax(s)) * (1.0 + s - cut(s))
-
-
-def overflowing(s: Any) -> Any:
-    """Return e^s / Σ e^s as it stands."""
-    e = ops.exp(s)
-    return e / ops.sum(e, -1, True)
 
 
 def diagonal(s: Any) -> Any:
@@ -167,12 +206,6 @@ SOFTMAX_MISTAKES = (
         "weight.",
         plain_mean,
     ),
-    (
-        "overflow",
-        "e^s is infinite from s = 710 on, and 0 below -745: the quotient is NaN. P is computed as in exercise 8, each "
-        "row's largest score taken off.",
-        overflowing,
-    ),
 )
 SCORES_MISTAKES = (
     (
@@ -187,10 +220,26 @@ SCORES_MISTAKES = (
     ),
     ("scale forgotten in the scores", "Ṡ lacks the factor 1/√d that S has.", unscaled),
 )
+SCALE_MISTAKES = (
+    ("divided by d", "c is 1/d: the scores are divided by the root of d.", lambda q, v: 1.0 / q.shape[-1]),
+    (
+        "the values' width",
+        "c is made of the width of the values. It is the width of the queries, d, that counts.",
+        lambda q, v: v.shape[-1] ** -0.5,
+    ),
+    ("scale forgotten", "c is nowhere: S = c·Q·Kᵀ, c = 1/√d.", lambda q, v: 1.0),
+)
+BOTH_DOTTED = "Ṡ is c·Q̇·K̇ᵀ. The dot of a product is a sum of two terms, in each of which one factor has the dot."
+OVERFLOW = (
+    "e^s is infinite from s = 710 on, and 0 below -745: NaN. Take each row's largest score off, as in exercise 8."
+)
 
 TANGENT_MISTAKES = (
     *(Mistake(name, says, tangent_of(attended(softmax=softmax))) for name, says, softmax in SOFTMAX_MISTAKES),
     *(Mistake(name, says, tangent_of(attended(scores=scores))) for name, says, scores in SCORES_MISTAKES),
+    *(Mistake(name, says, tangent_of(scaled_by(scale))) for name, says, scale in SCALE_MISTAKES),
+    Mistake("both factors with a dot", BOTH_DOTTED, both_dotted_tangent),
+    Mistake("overflow", OVERFLOW, tangent_of(attended(softmax=overflowing))),
     Mistake(
         "probabilities held still",
         "Only the values move. out = P·V is a product of two things that move.",
@@ -211,16 +260,29 @@ TANGENT_MISTAKES = (
 HVP_MISTAKES = (
     *(Mistake(name, says, moved(gradients(softmax=softmax))) for name, says, softmax in SOFTMAX_MISTAKES),
     *(Mistake(name, says, moved(gradients(scores=scores))) for name, says, scores in SCORES_MISTAKES),
+    *(Mistake(name, says, hvp_of(scaled_by(scale))) for name, says, scale in SCALE_MISTAKES),
+    Mistake("both factors with a dot", BOTH_DOTTED, both_dotted),
+    Mistake("overflow", OVERFLOW, moved(gradients(softmax=overflowing))),
+    Mistake(
+        "c forgotten in dQ and dK",
+        "The factor c of the lines dQ = c·dS·K and dK = c·dSᵀ·Q is missing: it is in Ṡ, and here once more.",
+        scaled(0.5),
+    ),
+    Mistake(
+        "c twice in dQ and dK", "The factor c of the lines dQ = c·dS·K and dK = c·dSᵀ·Q is there twice.", scaled(-0.5)
+    ),
+    Mistake(
+        "c in one term only",
+        "In the terms of (dQ)˙ and (dK)˙ in which K and Q move, c is missing. Mind the brackets.",
+        scaled(0.5, "moved"),
+    ),
+    Mistake("V for its dot", "(dP)˙ is g·Vᵀ, which is dP itself: what moves in that line?", dv_for_dp),
     Mistake(
         "probabilities held still",
         "Ṗ is missing everywhere: P is a constant in your lines. It moves with Q and K, in dV, in r and in dS.",
         moved(gradients(softmax=fixed_softmax)),
     ),
-    Mistake(
-        "values held still",
-        "(dP)˙ is missing: dP = g·Vᵀ, and V moves.",
-        moved(gradients(values=cut)),
-    ),
+    Mistake("values held still", "(dP)˙ is missing: dP = g·Vᵀ, and V moves.", moved(gradients(values=cut))),
     Mistake(
         "row sums held still",
         "ṙ is missing: r is a sum over the keys of things that move.",
@@ -265,16 +327,6 @@ HVP_MISTAKES = (
         "dK: dS held still",
         "(dK)˙ has one of its two terms: dK is a product of dSᵀ and Q, and dS moves.",
         moved(gradients(d_key=lambda ds, q: cut(turned(ds)) @ q)),
-    ),
-    Mistake(
-        "scale forgotten in dQ and dK",
-        "(dQ)˙ and (dK)˙ lack the factor c = 1/√d that dQ and dK have: it stands still, and stays.",
-        moved(
-            gradients(
-                d_query=lambda ds, k: ds @ k * k.shape[-1] ** 0.5,
-                d_key=lambda ds, q: turned(ds) @ q * q.shape[-1] ** 0.5,
-            )
-        ),
     ),
     Mistake(
         "the gradient itself",

@@ -259,9 +259,7 @@ BACKWARD_MISTAKES = (
         from_lines(keys=last_block),
     ),
     Mistake(
-        "last block dropped",
-        "The keys after the last whole block get no gradient, and give none to dq.",
-        last_dropped,
+        "last block dropped", "The keys after the last whole block get no gradient, and give none to dq.", last_dropped
     ),
     Mistake(
         "scale forgotten in dq and dk",

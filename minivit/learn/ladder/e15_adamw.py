@@ -273,7 +273,7 @@ RUN_MISTAKES = (
     Mistake(
         "m and v begin anew",
         "m and v are zero at the beginning of every step. They are made once, before the loop.",
-        run_by(keeps=(0.0, 0.0)),
+        run_by(keeps=(0.0, 0.0))
     ),
     Mistake("v begins anew", "m lives on from step to step, v does not.", run_by(keeps=(1.0, 0.0))),
     Mistake("m begins anew", "v lives on from step to step, m does not.", run_by(keeps=(0.0, 1.0))),
@@ -281,30 +281,30 @@ RUN_MISTAKES = (
     Mistake(
         "t from 0",
         "The first step is made with t = 0, and one divides by zero. enumerate and range begin at 0; t begins at 1.",
-        run_by(from_step_number(lambda t: t), number=lambda i: i),
+        run_by(from_step_number(lambda t: t), number=lambda i: i)
     ),
     Mistake("t from 2", "The first step is made with t = 2: is t raised twice?", run_by(number=lambda i: i + 2)),
     Mistake(
         "first learning rate for all",
         "Every step is made with lrs[0]. Each has a rate of its own.",
-        run_by(rate=lambda lrs, i: lrs[0]),
+        run_by(rate=lambda lrs, i: lrs[0])
     ),
     Mistake(
         "everything decays",
         "The parameter is decayed although decays is False.",
-        run_by(decayed=lambda decays: True),
+        run_by(decayed=lambda decays: True)
     ),
     Mistake(
         "nothing decays",
         "The parameter is not decayed although decays is True.",
-        run_by(decayed=lambda decays: False),
+        run_by(decayed=lambda decays: False)
     ),
     Mistake("decays the wrong way about", "It decays if decays is False, and does not if it is True.",
             run_by(decayed=lambda decays: not decays)),
     Mistake(
         "corrected means carried on",
         "m and v are replaced by m̂ and v̂, and so corrected anew in every step.",
-        run_by(means_kept_corrected),
+        run_by(means_kept_corrected)
     ),
     Mistake("decay in the gradient", "decay·p is added to the gradient, in every step.", run_by(coupled)),
     Mistake("a step too few", "The last gradient is not used.", run_by(steps=lambda count: count - 1)),
