@@ -88,7 +88,7 @@ def wrong_values(attempt: Attempt) -> Finding | None:
         output, name, says = general
         return Finding(function, "wrong", name, (says, *_entry(attempt, output), *_others(attempt, output)))
     output = (attempt.plain or attempt.near)[0]
-    others = (*_where_right(attempt, output), *_others(attempt, output))
+    others = (*_row_sums(attempt, output), *_where_right(attempt, output), *_others(attempt, output))
     return Finding(function, "wrong", None, (*_entry(attempt, output), *others))
 
 
@@ -271,9 +271,25 @@ def _entry(attempt: Attempt, output: str) -> tuple[str, ...]:
 
 
 def _apart(a: float, b: float) -> tuple[str, str]:
-    """Return two numbers in as many digits as tell them apart, 12 or more."""
-    shown = [(f"{a:.{digits}g}", f"{b:.{digits}g}") for digits in range(12, 18)]
-    return next((pair for pair in shown if pair[0] != pair[1]), shown[-1])
+    """Return two numbers in 12 digits, or in two more than it takes to tell them apart."""
+    tell = next((digits for digits in range(1, 17) if f"{a:.{digits}g}" != f"{b:.{digits}g}"), 17)
+    digits = min(max(12, tell + 2), 17)
+    return f"{a:.{digits}g}", f"{b:.{digits}g}"
+
+
+def _row_sums(attempt: Attempt, output: str) -> tuple[str, ...]:
+    """Say what rows add up to, if in every sample those of what is right add up to 0: a property to look for."""
+    i = attempt.wrong[output][0]
+    got, scale = attempt.output(i, output), attempt.scales[i][output]
+    if not got.ndim or got.shape != attempt.rights[i][output].shape or not np.isfinite(got).all():
+        return ()
+    zero = all(np.abs(one[output].sum(axis=-1)).max(initial=0.0) < 1e-9 * of[output]
+               for one, of in zip(attempt.rights, attempt.scales, strict=True))  # fmt: skip
+    sums = np.atleast_1d(got.sum(axis=-1)).ravel()
+    if not zero or np.abs(sums).max(initial=0.0) < 1e-9 * scale:
+        return ()
+    shown = ", ".join(f"{x:.3g}" for x in sums[:3]) + (", …" if sums.size > 3 else "")
+    return (f"Every row of {output} should add up to 0, along the last axis; here they add up to {shown}.",)
 
 
 def _where_right(attempt: Attempt, output: str) -> tuple[str, ...]:
