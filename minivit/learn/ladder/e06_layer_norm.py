@@ -322,7 +322,7 @@ EXERCISE = Exercise(
         "In the second, Σ_j dx̂_j δμ, the number δμ = (1/D) Σ_i δx_i does not depend on j and can go before the sum. "
         "So can δs in the third.",
         "The second part is then (1/D)(Σ_j dx̂_j) Σ_i δx_i, and the third (1/D)(Σ_j dx̂_j x̂_j) Σ_i x̂_i δx_i. The "
-        "brackets with their 1/D are means over the row, of dx̂ and of dx̂·x̂. What stands before δx_i in the three parts, "
-        "with their signs, divided by s, is dx_i.",
+        "brackets with their 1/D are means over the row, of dx̂ and of dx̂·x̂. What stands before δx_i in all three "
+        "parts, with their signs, divided by s, is dx_i.",
     ),
 )

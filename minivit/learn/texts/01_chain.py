@@ -13,9 +13,9 @@ result from whatever comes after it, and returns the gradients at the arguments,
 g is called the cotangent. You cannot assume anything about it: the marks use random ones. Name your own intermediates
 the same way: dv is ∂L/∂v, "what arrives at v".
 
-backward is called by itself, with all it needs as arguments: what it needs of forward it computes again. (That is what
-`recompute` does in large networks.) Use NumPy (np.tanh, np.exp, …) and no other library. What your functions print is
-shown with the first sample that is wrong.
+backward is called by itself, and nothing that an earlier call left is there: what it needs of forward it must compute
+again (as `recompute` does in large networks). Use NumPy (np.tanh, np.exp, …) and no other library. What your functions
+print is shown with the first sample that is wrong.
 
 All fifteen texts write alike: L for that unseen number, Σ_k for a sum over k, [k = j] for 1 if k = j and 0 if not,
 δx for a small change of x; and in a shape, "…" for any number of leading axes, perhaps none.

@@ -23,8 +23,8 @@ WHAT IS GIVEN
 
 You have made every piece already: linear in exercise 2, gelu in 5, layer norm in 6, self-attention from a packed qkv
 in 9. Paste your own in here (rename them, as all are called forward and backward; give layer norm 1e-6 for eps, and
-self-attention np.zeros((T, T), bool) for mask), or take minivit's, which are imported below; nothing else of minivit can be imported
-where the file is marked. Each is a pair, and all pairs work alike:
+self-attention np.zeros((T, T), bool) for mask), or take minivit's, which are imported below; nothing else of minivit
+can be imported where the file is marked. Each is a pair, and all pairs work alike:
 
     out = layer_norm(x, weight, bias)                                       (…, D) → (…, D)
     dx, dweight, dbias = layer_norm_backward(g, x, weight, bias)

@@ -59,8 +59,8 @@ THE DERIVATION
 TRAPS
 
 - (B, C, H, W) → (B, N, C·P·Q) by one reshape has the right shape and is wrong: it takes runs of pixels along a row.
-- Square images with square patches forgive mistaking rows for columns, at least in the shapes. One sample is square, the
-  others are not.
+- Square images with square patches forgive mistaking rows for columns, at least in the shapes. Most samples are not
+  square.
 - weight's gradient is wanted as (D, C, P, Q), in weight's order.
 - Nothing of g[:, 0] reaches bias, weight or the images.
 
