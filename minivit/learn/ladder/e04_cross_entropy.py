@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -231,22 +233,18 @@ FORWARD_MISTAKES = (
         lambda logits, labels, smoothing: forward(logits, labels, 0.0),
     ),
     *(Mistake(name, says, with_target(target)) for name, says, target in TARGETS),
-    *(
-        Mistake(
-            f"{text} in the logarithm",
-            ADDED.format(text),
-            of_probability(lambda p, c=float(text): p + c),  # type: ignore[misc]
-        )
-        for text in SMALL
+    Mistake(
+        "a column for every label",
+        "logits[:, labels] takes a whole column for every label, not one entry of each row. (α is not used, either.)",
+        lambda logits, labels, smoothing: -np.mean(ops.log_softmax(logits)[:, labels]),
     ),
     *(
-        Mistake(
-            f"p clipped at {text}",
-            f"p is clipped at {text} before its logarithm. That changes the loss of surely wrong rows: "
-            "log p can be written without p.",
-            of_probability(lambda p, c=float(text): ops.maximum(p, c)),  # type: ignore[misc]
+        Mistake(how.format(text), ADDED.format(text), of_probability(partial(change, float(text))))
+        for how, change, texts in (
+            ("{} in the logarithm", operator.add, SMALL),
+            ("p clipped at {}", ops.maximum, SMALL[:4]),
         )
-        for text in SMALL[:4]
+        for text in texts
     ),
     Mistake(
         "softmax along the first axis",
@@ -280,9 +278,7 @@ BACKWARD_MISTAKES = (
         less_one_everywhere,
     ),
     Mistake(
-        "target minus p",
-        "The sign is wrong: the loss has a minus before the logarithm.",
-        lambda *args: -RIGHT(*args),
+        "target minus p", "The sign is wrong: the loss has a minus before the logarithm.", lambda *args: -RIGHT(*args)
     ),
     Mistake(
         "smoothing forgotten",
