@@ -188,6 +188,11 @@ EXERCISE = Exercise(
                     from_p(lambda p, g: p * (g - ops.sum(g, -1, True))),
                 ),
                 Mistake(
+                    "mean for the sum",
+                    "A mean over the row is taken where the derivation has a sum: it is K times too small.",
+                    from_p(lambda p, g: p * (g - ops.mean(g * p, -1, True))),
+                ),
+                Mistake(
                     "p left off the sum",
                     "The first term has its p_j, the sum has not: every entry of the Jacobian has the factor p_j, or "
                     "p_i, which is the same as it is symmetric. Mind the brackets.",

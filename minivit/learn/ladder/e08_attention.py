@@ -242,6 +242,12 @@ BACKWARD_MISTAKES = (
         from_scores(lambda p, dp: p * (dp - ops.sum(p * dp))),
     ),
     Mistake(
+        "axis of the row sum not kept",
+        "In dS the sum over each row has lost its axis, so that it is taken off columns where the shapes allow it: "
+        "keepdims=True.",
+        from_scores(lambda p, dp: p * (dp - ops.sum(p * dp, -1))),
+    ),
+    Mistake(
         "p left off the row sum",
         "In dS the first term has its p_j, the sum over the row has not. Both parts of the derivative have the factor "
         "p_j: mind the brackets.",

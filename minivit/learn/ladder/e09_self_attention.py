@@ -14,7 +14,7 @@ from minivit import ops
 from minivit.backend import Key
 from minivit.learn.exercise import Asked, Exercise, Mistake, Sample, backward_of, with_cotangents
 from minivit.learn.ladder import e08_attention as one_head
-from minivit.learn.ladder.e08_attention import from_scores, large, scores, spanning, unshifted
+from minivit.learn.ladder.e08_attention import large, scores, spanning, turned, unshifted
 from minivit.ops.attention import merge_heads, split_heads
 from minivit.ops.samples import Draw
 
@@ -73,12 +73,6 @@ def read_by_head(qkv: Any, heads: int) -> Any:
     return ops.reshape(ops.swapaxes(ops.reshape(qkv, (b, t, heads, 3, -1)), 2, 3), (b, t, features))
 
 
-def packed_by_head(dqkv: Any, heads: int) -> Any:
-    """Return features that lie as (3, H, d) so that they lie as (H, 3, d): the inverse of :func:`read_by_head`."""
-    b, t, features = dqkv.shape
-    return ops.reshape(ops.swapaxes(ops.reshape(dqkv, (b, t, 3, heads, -1)), 2, 3), (b, t, features))
-
-
 def merged_by_reshape(qkv: Any, heads: int, mask: Any) -> Any:
     """Return the heads' outputs (B, H, T, d) reshaped to (B, T, H·d) as they lie."""
     return ops.reshape(split_heads(forward(qkv, heads, mask), 1, heads)[0], (*qkv.shape[:2], -1))
@@ -121,10 +115,15 @@ def largest_of_all(s: Any, mask: Any, zeros: bool) -> Any:
     return np.nan_to_num(p) if zeros else p
 
 
-def masked_going_back(g: Any, q: Any, k: Any, v: Any, mask: Any) -> Any:
-    """Return exercise 8's gradients of weights over all keys, dS with zeros where the mask is True."""
-    ds = lambda p, dp: np.where(mask, 0.0, p * (dp - ops.sum(p * dp, -1, True)))
-    return from_scores(ds)(g, q, k, v)
+def by_hand(weights: Callable[[Any, Any], Any], in_ds: bool = False) -> Callable[..., Any]:
+    """Return the backward of the text with other weights, and dS masked, too, if ``in_ds``."""
+
+    def backward(g: Any, q: Any, k: Any, v: Any, mask: Any) -> tuple[Any, ...]:
+        p, dp = weights(scores(q, k), mask), ops.matmul(g, turned(v))
+        ds = np.where(in_ds & mask, 0.0, p * (dp - ops.sum(p * dp, -1, True)))
+        return *backward_of(scores, 2)(ds, q, k), ops.matmul(turned(p), g)
+
+    return packed(backward)
 
 
 def read_in_parts(qkv: Any, heads: int, mask: Any) -> Any:
@@ -244,8 +243,8 @@ FORWARD_MISTAKES = (
     ),
     Mistake(
         "0 times infinity",
-        "All of it is NaN: where mask is False, mask·(-∞) is 0·∞. Choose by np.where, do not multiply.",
-        lambda qkv, heads, mask: forward(qkv, heads, mask) * np.nan,
+        "Where mask is False, mask·(-∞) is 0·∞: NaN. Choose by np.where, do not multiply.",
+        weighed_by(lambda s, mask: np.where(mask, 0.0, np.nan * s)),
     ),
     Mistake(
         "reshape alone",
@@ -270,7 +269,7 @@ BACKWARD_MISTAKES = (
     Mistake(
         "mask in dS alone",
         "dS is masked, but the P that it is made of is not: its rows have weights for masked keys.",
-        packed(masked_going_back),
+        by_hand(lambda s, mask: ops.softmax(s), in_ds=True),
     ),
     Mistake(
         "root of all features",
@@ -287,13 +286,12 @@ BACKWARD_MISTAKES = (
         "mask after the softmax",
         "The gradient is that of weights that are set to 0 after a softmax over all keys. Take the weights as the "
         "forward has them.",
-        backward_of(weighed_by(masked_afterwards), 1),
+        by_hand(masked_afterwards),
     ),
     Mistake(
         "gradient from tokens that see nothing",
-        "Gradient flows from a token that may attend to nothing: P in backward has equal weights in its row, where the "
-        "forward has zeros.",
-        backward_of(weighed_by(uniform_rows), 1),
+        "Gradient flows from a token that may attend to nothing: its row of P has equal weights here, and not zeros.",
+        by_hand(uniform_rows),
     ),
     Mistake(
         "queries and keys exchanged",
@@ -314,7 +312,7 @@ BACKWARD_MISTAKES = (
         "parts within heads",
         "The gradient is packed with queries, keys and values together for each head. They are packed as they came: "
         "first all queries.",
-        lambda g, qkv, heads, mask: packed_by_head(right(g, qkv, heads, mask), heads),
+        lambda g, qkv, heads, mask: backward_of(read_by_head, 1)(right(g, qkv, heads, mask), qkv, heads),
     ),
     Mistake(
         "packed by a reshape",
