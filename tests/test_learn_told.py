@@ -1,4 +1,4 @@
-"""What a learner is told first: digits before mistakes, an early sample before a late one; and nothing that misleads."""
+"""What a learner is told first: digits before mistakes, an early sample before a late one, nothing that misleads."""
 
 from __future__ import annotations
 

@@ -155,11 +155,14 @@ class Attempt:
         for mistake in self.asked.mistakes if self.plain else ():
             values = self.values_of(mistake.gives)
             of = {name: [None if one is None else one[name] for one in values] for name in self.asked.outputs}
-            changed = [name for name in of if self._changes(name, of[name])]
-            names = [name for name in changed if name in self.wrong and self.fits(name, of[name])]
-            if names and set(changed) <= {*names, *self.plain}:
-                found.append((mistake, names, set(self.plain) <= set(names)))
+            names = [name for name in self.plain if self.fits(name, of[name]) and self._changes(name, of[name])]
+            if names and all(self._may_change(name, of[name]) for name in of if name not in self.plain):
+                found.append((mistake, names, len(names) == len(self.plain)))
         return [one for one in found if one[2]] or found
+
+    def _may_change(self, name: str, wanted: Sequence[np.ndarray | None]) -> bool:
+        """Return whether a mistake may give ``wanted`` for an output that is not plainly wrong."""
+        return not self._changes(name, wanted) or (name in self.wrong and self.fits(name, wanted))
 
     def _changes(self, name: str, wanted: Sequence[np.ndarray | None]) -> bool:
         """Return whether ``wanted`` is not what is right, by more than the tolerance, in a sample that can be read."""
