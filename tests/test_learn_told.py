@@ -152,8 +152,8 @@ def test_the_line_that_numpy_warned_of_is_told(tmp_path):
 def test_numpy_may_load_late_what_it_needs(tmp_path):
     more = "from numpy import *\nimport numpy.testing\nnumpy.testing.assert_allclose(1.0, 1.0)\n"
     assert marked_file(tmp_path, more + RIGHT).passed
-    for line in ("import torch", "import importlib; importlib.import_module('torch')", "__import__('torch')"):
-        assert marked_file(tmp_path, f"{line}\n{RIGHT}").finding.mistake == "not plain NumPy"
+    on_behalf = "import importlib\nimportlib.import_module('torch')\n"
+    assert marked_file(tmp_path, on_behalf + RIGHT).finding.mistake == "not plain NumPy"
 
 
 def test_a_function_that_uses_up_the_time_of_the_others_is_named(tmp_path, monkeypatch):

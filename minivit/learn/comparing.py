@@ -60,7 +60,7 @@ def read(outputs: Sequence[str], value: Any, as_dict: bool) -> Outputs | Unreada
     else:
         if not isinstance(value, tuple | list) or len(value) != len(outputs):
             got = f"{len(value)} values" if isinstance(value, tuple | list) else _a(value)
-            what = f"it returns {got}, and should return {len(outputs)}: return {', '.join(outputs)}"
+            what = f"it returns {got}, and should return {len(outputs)} values: return {', '.join(outputs)}"
             return Unreadable("number of outputs", what)
         values = value
     found: Outputs = {}
