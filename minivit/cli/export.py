@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     from minivit.data.dataset import class_names
     from minivit.errors import ConfigError, printable
     from minivit.runs.folder import find_checkpoint, run_of
-    from minivit.runs.read import read_test
+    from minivit.runs.read import read_test_of
     from minivit.runs.trained import open_trained
     from minivit.show.text import bytes_text, percent_interval
     from minivit.weights.card import Facts
@@ -49,12 +49,15 @@ def run(args: argparse.Namespace) -> int:
     folder = run_of(trained.path)
     stem = Path(trained.path).stem if folder is None else folder.name
     stem = Path(args.checkpoint).resolve().name if folder is None and trained.path != args.checkpoint else stem
-    output = args.output or stem + {"onnx": ".onnx", "google": "-google.npz"}.get(args.to, f"-{args.to}")
-    if Path(output).exists() and Path(output).samefile(trained.path):
-        raise ConfigError(f"{output} is the checkpoint itself", "name another file")
+    output = args.output
+    if output is None:
+        output = stem + {"onnx": ".onnx", "google": "-google.npz"}.get(args.to, f"-{args.to}")
+    for place in (Path(output), Path(output) / "model.safetensors"):
+        if place.exists() and place.samefile(trained.path):
+            raise ConfigError(f"{place} is the checkpoint itself", "name another place")
     tested = None
     if folder is not None and Path(find_checkpoint(str(folder))).resolve() == Path(trained.path).resolve():
-        tested = read_test(folder)  # of this checkpoint, not of another of the run's
+        tested = read_test_of(folder, trained.meta.get("train", {}).get("epoch"))
     accuracy = "" if not tested else f"{percent_interval(tested)} of {tested['count']:,} test images"
     names = tuple(class_names(trained.classes, trained.model.config["num_classes"]))
     facts = Facts(trained.preparation, names, str(trained.data.get("name", "")), accuracy)

@@ -20,7 +20,9 @@ def foreign_fit(preparation: Preparation) -> tuple[Fit, str]:
     """Return how other systems are told to bring pictures to the model's size, and what is not quite as minivit's."""
     fit = read_fit(preparation.fit)
     if fit.how == "crop":
-        return Fit("centre"), ""
+        return Fit(
+            "centre"
+        ), "minivit cuts pictures before it scales them ('crop'), here after: up to a pixel elsewhere"
     if fit.how == "stretch":
         return Fit("squash"), "larger pictures are averaged over areas in minivit ('stretch'), here bicubic"
     return fit, ""
@@ -99,6 +101,7 @@ def hf_preparation(s: Any, preparation: Preparation) -> tuple[Table, str]:
     kind = "ViTImageProcessor" if (high, wide) == (height, width) else "DeiTImageProcessor"
     if fit.how == "centre" and height == width:
         kind, size = "BitImageProcessor", {"shortest_edge": high}  # the one that scales the shorter side and cuts
+        untold = untold or ("its cut lies half a pixel elsewhere" if (high - height) % 2 else "")
     elif fit.how == "centre":
         untold = "pictures are squashed to the model's rectangle here, where minivit cuts its proportions out"
     crops = kind != "ViTImageProcessor"

@@ -21,6 +21,7 @@ from minivit.weights.card import Facts, card, onnx_about
 from minivit.weights.checkpoint import write_arrays
 from minivit.weights.configs import foreign_fit, hf_config, hf_preparation, timm_config
 from minivit.weights.expressed import GOOGLE, HF, ONNX, SYSTEMS, TIMM, arrays_for, check_kind
+from minivit.weights.native import check_described
 from minivit.weights.onnx_graph import build_graph
 from minivit.weights.safetensors import differing, write_safetensors
 from minivit.weights.stored import open_stored
@@ -41,9 +42,10 @@ def export(
     - "google": vit_jax's .npz;
     - "onnx": an ONNX file, ``images`` (batch, C, H, W) → ``logits``, of float32 and of any batch (package onnx).
 
-    Arrays keep their bits and dtype, but for Google's, which lacks 16 bits, and for ONNX. ``data``, the images that the
-    model was trained on, says how pictures are prepared and what the classes are called; without it a model whose
-    weights came from elsewhere keeps its own. ``tell`` is called with a line for what is not quite as here. ::
+    Arrays keep their bits and dtype, but that Google's of 16 bits are widened to float32, and that ONNX is float32.
+    ``data``, the images that the model was trained on, says how pictures are prepared and what the classes are called;
+    without it a model whose weights came from elsewhere keeps its own. ``tell`` is called with a line for what is not
+    quite as here. ::
 
         mv.export(model, "digits-hf", "huggingface", data=train_images)
 
@@ -75,6 +77,7 @@ def write_export(model: Any, path: str | Path, to: str, facts: Facts, overwrite:
     if to not in SYSTEMS:
         raise unknown_name("system", to, SYSTEMS)
     check_kind(model)
+    check_described(model, model.state_dict())
     path = Path(path)
     if not path.name or "\0" in str(path):
         raise ConfigError(f"{str(path)!r} is no name of a file", "give the path of the file or folder to write")
@@ -99,11 +102,12 @@ def _check_free(path: Path, to: str, overwrite: bool) -> None:
         if path.is_dir():
             raise ConfigError(f"{path} is a folder, and {to} is one file", "name a file")
         return
-    others = sorted(set(os.listdir(path)) - set(FILES)) if path.is_dir() and not path.is_symlink() else [path.name]
-    if others:
-        what = (
-            f"{path} is no folder of exported weights: it holds {others[0]}" if path.is_dir() else f"{path} is a file"
+    if path.is_symlink() or not path.is_dir():
+        raise ConfigError(
+            f"{path} is a {'link' if path.is_symlink() else 'file'}, and {to} is a folder", "name another"
         )
+    if others := sorted(set(os.listdir(path)) - set(FILES)):
+        what = f"{path} is no folder of exported weights: it holds {others[0]}"
         raise ConfigError(what, "only such folders are replaced: name another")
 
 
@@ -127,11 +131,13 @@ def _write_folder(model: Any, path: Path, to: str, facts: Facts) -> list[str]:
     else:
         tables["config.json"] = hf_config(s, dtype, facts.classes)
         tables["preprocessor_config.json"], untold = hf_preparation(s, facts.preparation)
+        if dtype != "float32":
+            notes.append(f"transformers makes the model {dtype}; after model.float() it takes float32 images")
     notes += [untold] if untold else []
     mode = {1: '"L"', 3: '"RGB"', 4: '"RGBA"'}.get(s.in_channels, "MODE")
     text = card(model, to, facts, dtype, notes).replace("convert(MODE)", f"convert({mode})")
     path.parent.mkdir(parents=True, exist_ok=True)
-    made = path.with_name(f".{path.name[:100]}.{os.urandom(8).hex()}.minivit-tmp")
+    made = path.with_name(f".{os.fsdecode(os.fsencode(path.name)[:150])}.{os.urandom(8).hex()}.minivit-tmp")
     made.mkdir()
     try:
         with replacing(made / "model.safetensors") as f:

@@ -41,7 +41,7 @@ def write_safetensors(f: BinaryIO, arrays: Mapping[str, np.ndarray], about: Mapp
     text += b" " * (-len(text) % 8)
     f.write(len(text).to_bytes(8, "little") + text)
     for name in order:
-        f.write(memoryview(raw_bytes(arrays[name])))
+        f.write(raw_bytes(arrays[name]).data)
 
 
 def raw_bytes(array: np.ndarray) -> np.ndarray:
