@@ -18,12 +18,15 @@ from minivit.cli.main import main
 from minivit.data import Preparation
 from minivit.errors import CheckpointError, ConfigError, DataError
 from minivit.weights import export as exporting
+from minivit.weights import expressed
 from minivit.weights.card import Facts, code
 from minivit.weights.export import FILES, write_export
 from minivit.weights.expressed import FEATURES, GOOGLE, HF, ONNX, SYSTEMS, TIMM, check_expressible
+from minivit.weights.foreign import open_foreign
 from minivit.weights.safetensors import write_safetensors
 from minivit.weights.stored import open_stored
 from tests.test_options import OPTIONS, SMALL, small
+from tests.test_weights import GOLDENS
 
 IMAGES = normal(mv.Key(4), (7, 2, 12, 8)).astype(np.float32)
 FACTS = Facts(Preparation("centre bicubic 0.5", (0.25, 0.5), (0.5, 0.75)), ("cat", "dog", "a `b` <i>"), "digits")
@@ -114,6 +117,31 @@ def test_dtypes_keep_their_numbers(tmp_path, to, dtype):
         assert kinds == {{"float64": "<f8", "float16": "<f2", "bfloat16": "bfloat16"}[dtype]}
 
 
+@pytest.mark.parametrize(
+    "system, to",
+    [("timm", TIMM), ("timm_avg", TIMM), ("hugging_face", HF), ("deit", HF), ("google", GOOGLE), ("big_vision", GOOGLE),
+     ("big_vision_map", GOOGLE)],
+)  # fmt: skip
+def test_a_systems_own_file_comes_out_as_it_came_in(tmp_path, system, to):
+    with np.load(GOLDENS) as golden:
+        found = {key.removeprefix(f"{system}/"): golden[key] for key in golden.files if key.startswith(f"{system}/")}
+    (tmp_path / "in").mkdir()
+    path = tmp_path / "in" / ("x.npz" if to == GOOGLE else "model.safetensors")
+    for key in [key for key in found if key.startswith("file/")]:
+        (path.parent / key.removeprefix("file/")).write_bytes(found[key].tobytes())
+    if to == GOOGLE:
+        np.savez(path, **{key.removeprefix("array/"): a for key, a in found.items() if key.startswith("array/")})
+    model = mv.load_model(path)
+    facts = Facts(Preparation("squash bilinear 1", (0.5,) * 3, (0.5,) * 3), model.class_names)
+    before, after = open_foreign(path), open_foreign(written(tmp_path, model, to, facts))
+    assert after.layout is before.layout
+    wanted = {n: e for n, e in before.entries.items() if not n.startswith(before.layout.passed or ("-",))}
+    assert after.entries.keys() == wanted.keys()
+    assert all(np.array_equal(after.entries[n].read(), entry.read()) for n, entry in wanted.items())
+    here, there = (f.settings() for f in (before, after))
+    assert here == there
+
+
 # ---- what cannot be said ---------------------------------------------------------------------------------------------
 
 
@@ -200,6 +228,15 @@ def test_the_format_of_safetensors(tmp_path):
     )
     for name, entry in open_stored(tmp_path / "x").entries.items():
         assert np.array_equal(entry.load(), arrays[name]) and entry.shape == arrays[name].shape
+
+
+def test_a_setting_that_is_not_known_here(tmp_path, monkeypatch):
+    model = small(np.float32, drop_path=0.1)
+    monkeypatch.setattr(expressed, "KNOWN", expressed.KNOWN - {"drop_path"})
+    for to in SYSTEMS:
+        with pytest.raises(ConfigError, match=r"drop_path is 0\.1 cannot be exported"):
+            write_export(model, tmp_path / "out", to, FACTS)
+    assert mv.ViT.Settings.described.keys() >= expressed.KNOWN
 
 
 def test_a_model_that_its_settings_do_not_describe(tmp_path):

@@ -61,15 +61,30 @@ FEATURES = (
 """What layouts differ in. The encoder of somebody else's is in none of them."""
 
 
+KNOWN = {
+    "image_size", "patch_size", "in_channels", "num_classes", "dim", "depth", "heads", "mlp_dim", "dim_head",
+    "qkv_bias", "activation", "norm_eps", "dropout", "attention_dropout", "embed_dropout", "drop_path",
+    "patch_drop", "pool", "class_token", "registers", "distilled", "fc_norm", "position", "position_at",
+    "no_embed_class", "head", "block", "norm", "mlp", "layer_scale", "qk_norm", "lsa", "transformer", "weight_init",
+    "seed", "recompute",
+}  # fmt: skip
+"""The settings whose meaning for the numbers is known here: of another one only the default can be exported."""
+
+
 def check_kind(model: Any) -> None:
-    """Raise ConfigError for a model that is no ViT with blocks of its own."""
+    """Raise ConfigError for a model that is no ViT with patches and blocks of its own."""
     kind = getattr(model, "kind", "") or type(model).__name__
     if not isinstance(model, Model) or kind != "vit":
         what = f"the model is a {kind}: only models of the kind 'vit' can be exported"
         raise ConfigError(what, "keep it as minivit's own checkpoint, an .npz that np.load opens: mv.save(model, path)")
-    if model.settings.transformer is not None:
-        what = f"the encoder {model.settings.transformer!r} in the place of the blocks is no other system's"
+    s = model.settings
+    if s.transformer is not None:
+        what = f"the encoder {s.transformer!r} in the place of the blocks is no other system's"
         raise ConfigError(what, "keep it as minivit's own checkpoint: mv.save(model, path)")
+    for name, described in s.described.items():
+        if name not in KNOWN and (value := getattr(s, name)) != described.default:
+            what = f"a ViT whose {name} is {value!r} cannot be exported: no other system's layout for it is known"
+            raise ConfigError(what, "keep it as minivit's own checkpoint: mv.save(model, path)")
 
 
 def check_expressible(s: Any, to: str) -> None:
