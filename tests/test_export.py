@@ -14,6 +14,7 @@ import pytest
 
 import minivit as mv
 from minivit.backend import normal
+from minivit.cli import export as command
 from minivit.cli.main import main
 from minivit.data import Preparation
 from minivit.errors import CheckpointError, ConfigError, DataError
@@ -274,6 +275,7 @@ def test_the_function(tmp_path):
 
 
 def test_the_command(tmp_path, monkeypatch, capsys):
+    assert command.SYSTEMS == SYSTEMS
     monkeypatch.chdir(tmp_path)
     model = small(np.float32, image_size=8, activation="gelu_tanh")
     model.preparation, model.class_names = FACTS.preparation, FACTS.classes

@@ -11,6 +11,7 @@ from typing import Any
 from minivit.data import Preparation
 from minivit.data.catalog import NAMES
 from minivit.errors import printable, shortened
+from minivit.show.text import plural
 
 FEW_CLASSES = 200
 
@@ -53,7 +54,7 @@ def card(model: Any, to: str, facts: Facts, dtype: str, notes: list[str]) -> str
     lines = [
         "---", f"library_name: {library}", "pipeline_tag: image-classification", "tags:",
         "- image-classification", "- vision-transformer", "- minivit", "---", "",
-        f"# Vision Transformer, {s.depth} blocks of {s.dim} numbers, {patch} patches", "",
+        f"# Vision Transformer, {plural(s.depth, 'block')} of {s.dim} numbers, {patch} patches", "",
         f"An image classifier (Dosovitskiy et al. 2020, arXiv 2010.11929) of {model.num_parameters():,} parameters, "
         f"{dtype}, written by minivit.", "",
         f"- **Images:** {size} (channels × height × width). Pictures are prepared so: "

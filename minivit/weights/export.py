@@ -156,7 +156,10 @@ def _write_folder(model: Any, path: Path, to: str, facts: Facts) -> list[str]:
 
 
 def _take_place(made: Path, path: Path) -> None:
-    """Rename a folder to ``path``, where nothing is, or an exported folder that may go."""
+    """Rename a folder to ``path``, where nothing is, or an exported folder that may go.
+
+    A process that is killed between the two renames leaves the old one beside its place, under a hidden name.
+    """
     before = None
     if os.path.lexists(path):
         before = path.with_name(f"{made.name}-old")
