@@ -1,4 +1,4 @@
-"""The hybrid: a ViT that takes its patches from a ResNet's features (Dosovitskiy et al. 2020, section 3.1, "Hybrid")."""
+"""The hybrid: a ViT whose patches are of a ResNet's features (Dosovitskiy et al. 2020, section 3.1, "Hybrid")."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from minivit import ops
 from minivit.models.registry import register, setting
 from minivit.models.vit import ViT
 from minivit.models.vit_settings import ViTSettings
-from minivit.nn.bottleneck import GROUPS, LIKE, ResNetBackbone, ResNetRoot
+from minivit.nn.bottleneck import GROUPS, LIKE, ResNetBackbone, ResNetRoot, resnet_stride
 from minivit.nn.layers import PatchEmbed, PatchProjection, checked_images
 from minivit.nn.module import RowSize
 from minivit.nn.rules import choice, count, depths, pair
@@ -20,7 +20,9 @@ class HybridSettings(ViTSettings):
     """Settings of a :class:`Hybrid`: a ViT's, and its ResNet's."""
 
     stages: tuple[int, ...] = setting(
-        (), depths, "bottlenecks in each stage of the ResNet, each but the first of which halves the map; [] is its root"
+        (),
+        depths,
+        "bottlenecks in each stage of the ResNet, each but the first of which halves the map; [] is its root",
     )
     width: int = setting(64, count, "channels of the ResNet's root; a stage has 4 times as many, the next twice that")
     stem_eps: str = setting("timm", choice(*LIKE), "what the ResNet adds to variances, timm's or google's")
@@ -28,7 +30,7 @@ class HybridSettings(ViTSettings):
     @property
     def stride(self) -> int:
         """Pixels of the image, along a side, for each place of the map of features."""
-        return 4 << max(len(self.stages) - 1, 0)
+        return resnet_stride(self.stages)
 
     @property
     def channels(self) -> int:
@@ -42,7 +44,7 @@ class HybridSettings(ViTSettings):
         return [
             (any(side % stride for side in sides), found, f"use a patch_size that {stride} divides, or other stages"),
             (self.width % GROUPS > 0,
-             f"width is {self.width}, and norms have {GROUPS} groups of channels", f"use a width that {GROUPS} divides"),
+             f"width is {self.width}, and norms have {GROUPS} groups", f"use a width that {GROUPS} divides"),
             *super().contradictions(),
         ]  # fmt: skip
 
@@ -56,7 +58,7 @@ class HybridSettings(ViTSettings):
 class HybridEmbed(PatchEmbed):
     """Images (B, C, H, W) → tokens (B, N, dim), a linear map of patches of a ResNet's features.
 
-    ``patch_size`` is in pixels of the image; in places of the map it is ``places``. Google's and timm's names say that.
+    ``patch_size`` is in pixels of the image, ``places`` in places of the map: (1, 1) in most, (8, 8) in R+ViT-Ti/16.
     """
 
     def __init__(self, s: HybridSettings) -> None:
@@ -99,7 +101,7 @@ class Hybrid(ViT):
     Settings = HybridSettings
     encoder = (*ViT.encoder, "stages", "width", "stem_eps")
 
-    def make(self, s: HybridSettings) -> None:
+    def make(self, s: Any) -> None:
         """Make the layers of a ViT, and what embeds patches in the place of its own."""
         super().make(s)
         self.patch_embed = HybridEmbed(s)

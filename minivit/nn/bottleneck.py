@@ -1,8 +1,8 @@
 """The ResNet that hybrids have before their encoder (ViT section 3.1; Kolesnikov et al. 2020, BiT, arXiv 1912.11370).
 
 Weights are standardised and groups of 32 channels' normalised in the place of a batch's; all is padded as "same".
-Parameters have timm's names below ``patch_embed.backbone`` of its ``vit_*_r*`` models. ``like`` says whose eps are added
-to variances, "timm" or "google": as weights were trained.
+Parameters have timm's names below ``patch_embed.backbone`` of its ``vit_*_r*`` models. ``like`` says whose eps are
+added to variances, "timm" or "google": as weights were trained.
 """
 
 from __future__ import annotations
@@ -97,6 +97,11 @@ class ResNetStage(Module):
         for block in self.blocks:
             x = block(x)
         return x
+
+
+def resnet_stride(depths: Sequence[int]) -> int:
+    """Return how many pixels, along a side, there are for each place of a ResNetBackbone's features."""
+    return 4 << max(len(depths) - 1, 0)  # the root's 4; each stage after the first halves the map
 
 
 class ResNetBackbone(Module):
