@@ -13,9 +13,13 @@ import pytest
 import minivit as mv
 from minivit import ops, study
 from minivit.backend import normal, permutation, tile
+from minivit.data import Dataset
 from minivit.errors import CheckpointError, ConfigError, DTypeError, MisfitError, ShapeError
 from minivit.models import Hybrid, build, configuration, count_parameters, model_outline
 from minivit.models.registry import read_settings
+from minivit.runs.explaining import image_of_file, write_page
+from minivit.runs.trained import open_trained
+from minivit.study.account import account
 from minivit.train import capture
 from minivit.train.optim import AdamW
 from minivit.weights import google
@@ -24,6 +28,7 @@ from minivit.weights.names import Sizes
 from minivit.weights.native import load_model
 from minivit.weights.transfer import init_from
 from tests import strict
+from tests.browser import CHROMIUM, Page
 from tests.test_options import disturbed, relative
 from tests.weight_files import safetensors
 
@@ -161,6 +166,16 @@ def test_a_named_hybrid_takes_a_file(tmp_path):
         assert again.preparation.fit == ("centre bicubic 0.9" if eps == "timm" else "squash bilinear 1")
     found = open_foreign(tmp_path / "google.npz")
     assert found is not None and found.kind == "hybrid"
+
+
+def test_googles_file_of_a_root_alone(tmp_path):
+    model = small(dtype=np.float32, **SMALL | {"image_size": 16, "stem_eps": "google", "activation": "gelu_tanh"})
+    arrays = {name: np.array(p.data) for name, p in model.named_parameters()}
+    np.savez(tmp_path / "google.npz", **google.LAYOUT.written(arrays, Sizes(2, (2, 2))))
+    again = mv.load_model(tmp_path / "google.npz")
+    assert (again.settings.stages, again.settings.patch_size, again.settings.grid) == ((), 8, (2, 2))
+    images = np.ascontiguousarray(IMAGES[:, :, :, :16])
+    assert np.array_equal(again(images).data, model(images).data)
 
 
 # ---- what it is ------------------------------------------------------------------------------------------------------
@@ -307,3 +322,39 @@ def test_the_study_of_attention_knows_a_hybrid():
     assert study.position_similarity(model).shape == (2, 3, 2, 3)
     assert study.filter_components(model, 4).values.shape == (4, 2, 7, 7)
     assert study.untrained_like(model).config == model.config
+
+
+def explained(folder: Path) -> Path:
+    """Return the page of an image, and save its model's checkpoint beside it."""
+    model = small(**SMALL | {"stages": (1,), "image_size": 16, "in_channels": 3}, dtype=np.float32)
+    pixels = (np.arange(3 * 16 * 16) * 7 % 256).astype(np.uint8).reshape(1, 3, 16, 16)
+    mv.save(model, folder / "model.npz", data=Dataset(pixels, np.zeros(1, np.int64), ("a", "b", "c"), "noise"))
+    np.save(folder / "image.npy", pixels)
+    trained = open_trained(str(folder / "model.npz"))
+    write_page(trained, image_of_file(trained, str(folder / "image.npy"), 0), folder / "page.html", "given")
+    return folder / "page.html"
+
+
+def test_the_steps_begin_with_features():
+    model = small(**SMALL | {"stages": (1,)})
+    told = account(model, IMAGES[0].astype(np.float64)).numbers
+    seen = model.patch_embed.features(IMAGES[:1].astype(np.float64)).numpy()[0]
+    assert seen.shape == (6, 128 * 4) and np.array_equal(told["seen"], seen[:, :4])
+    np.testing.assert_allclose(seen @ told["weight"].ravel() + told["bias"][0], told["embedded"][:, 0], rtol=1e-10)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium is installed: the page was not opened")
+def test_the_page_says_what_a_patch_is(tmp_path):
+    with Page(explained(tmp_path)) as page:
+        assert page.run("check().worst") < 1e-5 and page.run("check().rows") < 0.01
+        words = page.run("document.body.innerText")
+        assert "A ResNet comes first: 128 features of every 4 × 4 pixels" in words
+        assert "3 × 16 × 16 → 128 × 4 × 4 → 4 × 512" in words and "A patch is 2 × 2 places of its map" in words
+        assert "(512 terms)" in words and "NaN" not in words
+        assert page.errors == []
+
+
+def test_a_resnet_has_no_attention(tmp_path):
+    model = small("resnet", np.float32, **RESNET)
+    with pytest.raises(ConfigError, match="a ResNet has no trace"):
+        study.trace_model(model, np.zeros((1, 2, 6, 8), np.float32))
