@@ -147,6 +147,28 @@ def test_what_does_not_fit_is_told(tmp_path):
         mv.load_model(path)
 
 
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"backbone.stem.conv.weight": (33, 2, 7, 7)}, "width is 33, and norms have 32 groups"),
+        ({"backbone.stem.conv.weight": (0, 2, 7, 7)}, "width is 0"),
+        ({"backbone.stem.conv.weight": (32, 2, 5, 5)}, r"misshapen   .*stem.conv.weight: \(32, 2, 5, 5\)"),
+        ({"proj.weight": (12, 256, 0, 0)}, "patch height 0"),
+        ({"proj.weight": (12, 1, 7000, 1)}, "patch_size is .56000, 8."),
+        ({"proj.weight": None}, "it has no patch_embed.proj.weight"),
+        ({f"backbone.stages.{i}.blocks.0.conv1.weight": (1, 1, 1, 1) for i in range(20)}, "patch_size is 2097152"),
+    ],
+)
+def test_a_file_made_to_mislead(changed, says, tmp_path):
+    path, state = write("timm_stages", tmp_path), state_of("timm_stages")
+    for name, shape in changed.items():
+        state.pop(f"patch_embed.{name}", None)
+        state |= {} if shape is None else {f"patch_embed.{name}": np.zeros(shape, np.float32)}
+    path.write_bytes(safetensors(state))
+    with pytest.raises(CheckpointError, match=says):
+        mv.load_model(path)
+
+
 def test_a_named_hybrid_takes_a_file(tmp_path):
     """The weights of a named one, as both systems write them, give the same model, in Google's eps and in timm's."""
     settings = {"dim": 8, "depth": 1, "heads": 2, "mlp_dim": 8, "image_size": 64, "width": 32, "num_classes": 4}
@@ -288,16 +310,27 @@ def test_another_image_size_and_other_channels(tmp_path):
         model.resize((24, 32), 2)
 
 
+def test_a_resnet_goes_on_with_larger_images(tmp_path):
+    model = small("resnet", np.float32, **RESNET)
+    mv.save(model, tmp_path / "a.npz")
+    larger = build("resnet", RESNET | {"image_size": (12, 16), "num_classes": 5})
+    init_from(larger, tmp_path / "a.npz")
+    assert np.array_equal(larger.stages[1][0].conv1.weight.data, model.stages[1][0].conv1.weight.data)
+    with pytest.raises(MisfitError, match="depths is \\[1, 2\\] there, \\[2, 2\\] here"):
+        init_from(build("resnet", RESNET | {"depths": (2, 2)}), tmp_path / "a.npz")
+
+
 # ---- captured on a GPU -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("kind", "settings"), [("hybrid", SMALL | {"stages": (1,)}), ("resnet", RESNET)])
-def test_it_is_recorded_on_a_gpu_to_the_bit(any_cupy, monkeypatch, kind, settings):
+def test_it_is_recorded_on_a_gpu_to_the_bit(any_cupy, monkeypatch, kind, settings, precision):
     monkeypatch.setattr(tile.Kernel, "ready", lambda *args, **constants: False)
 
     def losses(device: str) -> tuple[Any, list[float]]:
         model = disturbed(build(kind, settings), 0.1).to(device)
-        step = mv.TrainStep(model, AdamW(model.named_parameters(), lr=1e-2), clip_norm=1.0)
+        step = mv.TrainStep(model, AdamW(model.named_parameters(), lr=1e-2), clip_norm=1.0, precision=precision)
         images = normal(mv.Key(1), (3, *model.settings.image_shape)).astype(np.float32)
         return step, [step(images, np.arange(3)) for _ in range(3)]
 
@@ -305,7 +338,8 @@ def test_it_is_recorded_on_a_gpu_to_the_bit(any_cupy, monkeypatch, kind, setting
     assert step.why_launched == "" and len(step.underway.capture.nodes()) == 1
     monkeypatch.setattr(capture, "SHAPES", 0)
     assert losses("cuda")[1] == recorded
-    assert recorded == pytest.approx(losses("cpu")[1], rel=1e-3)
+    if precision == "float32":
+        assert recorded == pytest.approx(losses("cpu")[1], rel=1e-3)
 
 
 # ---- studied ---------------------------------------------------------------------------------------------------------

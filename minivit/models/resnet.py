@@ -73,6 +73,7 @@ class ResNet(Model):
     """
 
     Settings = ResNetSettings
+    encoder = ("in_channels", "depths", "width", "group")  # images may be of any size
 
     def make(self, s: ResNetSettings) -> None:
         """Make the layers."""

@@ -131,7 +131,7 @@ class Foreign:
 
     def _lacking(self) -> str:
         words = {text for name in self.entries for part, text in self.layout.lacking.items() if part in name}
-        if words:
+        if words and self.kind == "vit":
             return f"it has {', '.join(sorted(words))}"
         wanted = [row.theirs for name in _TELLING[:3] if (row := self.layout.row(name)) is not None]
         return f"it has no {', '.join(n for names in wanted for n in names)}, or of other shapes"
