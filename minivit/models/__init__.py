@@ -3,6 +3,7 @@
 Importing any file of this package registers minivit's own models.
 """
 
+from minivit.models.hybrid import Hybrid
 from minivit.models.preparations import names_alike, preparation
 from minivit.models.registry import (
     KINDS,
@@ -20,13 +21,16 @@ from minivit.models.registry import (
     register,
     setting,
 )
+from minivit.models.resnet import ResNet
 from minivit.models.vit import ViT
 from minivit.models.zoo import usual_model
 
 __all__ = [
     "KINDS",
     "MODELS",
+    "Hybrid",
     "Model",
+    "ResNet",
     "Settings",
     "ViT",
     "build",

@@ -268,6 +268,8 @@ def seven_steps(trace: Trace, images: Any, first: int) -> dict[str, np.ndarray]:
         "head_bias": np.mean([first_bias(head.bias, first, number) for head in heads], axis=0),
         "logits": number(trace.logits)[0],
     }
+    if hasattr(model.patch_embed, "features"):  # the first few of each patch's, which are no pixels
+        found["seen"] = number(model.patch_embed.features(images))[0, :, :4]
     beside = [number(p)[0] for p in (getattr(model, name, None) for name in BESIDE) if p is not None]
     placed = table(getattr(model, "pos_embed", None), trace.tokens[0])
     if beside:
