@@ -18,6 +18,7 @@ from minivit.errors import CheckpointError, ConfigError, DTypeError, MisfitError
 from minivit.models import Hybrid, build, configuration, count_parameters, model_outline
 from minivit.models.registry import read_settings
 from minivit.runs.explaining import image_of_file, write_page
+from minivit.runs.settings import parse_assignment, resolve
 from minivit.runs.trained import open_trained
 from minivit.study.account import account
 from minivit.train import capture
@@ -249,6 +250,26 @@ def test_every_gradient_by_a_complex_step(case):
 def test_settings_that_cannot_be(kind, settings, says):
     with pytest.raises(ConfigError, match=says):
         read_settings(kind, settings)
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ("model.stages=2", "model.stages = 2 (command line) is not a list of whole numbers"),
+        ('model.stages=[1,"a"]', "is not a list of whole numbers"),
+        ("model.stages=[1,0]", "model.stages is 0 (command line)"),
+        ("model.image_size=[8,8,8]", "is not a whole number or [height, width]"),
+    ],
+)
+def test_a_list_on_the_command_line(given, says):
+    with pytest.raises(ConfigError) as caught:
+        resolve({"model.name": "hybrid_cifar"} | dict([parse_assignment(given)]))
+    assert says in str(caught.value)
+
+
+def test_a_list_is_as_long_as_one_likes():
+    found = resolve({"model.name": "resnet_digits"} | dict([parse_assignment("model.depths=[1,2,1]")]))
+    assert found.model_values()["depths"] == (1, 2, 1)
 
 
 def test_images_of_another_kind_are_refused():
