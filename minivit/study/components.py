@@ -45,7 +45,7 @@ def filter_components(model: Any, n: int = 28) -> Components:
     as there are: min(D, C·P·Q). The entry of the largest size is positive, as the sign is nobody's.
     """
     check_count(n)
-    weight = values(patch_embed(model).proj.weight, "the patch filters").astype(np.float64)
+    weight = values(patch_embed(model).filters, "the patch filters").astype(np.float64)
     return principal(weight.reshape(len(weight), -1), n, weight.shape[1:])  # (D, C, P, Q) → (D, C·P·Q)
 
 
