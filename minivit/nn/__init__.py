@@ -9,6 +9,7 @@ from minivit.nn.module import Module, Parameter, RowSize
 from minivit.nn.random import random_key
 from minivit.nn.refined import LayerScale, PatchDropout, RMSNorm, SwiGLU
 from minivit.nn.scored import AttentionPool, RelativePositions, ScoredAttention, SequencePool
+from minivit.nn.token_attention import TokenPerformer, TokensToToken, TokenTransformer
 from minivit.nn.tokenizers import ConvTokenizer, ShiftedPatchEmbed
 
 __all__ = [
@@ -44,6 +45,9 @@ __all__ = [
     "ShiftedPatchEmbed",
     "StdConv2d",
     "SwiGLU",
+    "TokenPerformer",
+    "TokenTransformer",
     "Tokenizer",
+    "TokensToToken",
     "random_key",
 ]

@@ -142,6 +142,29 @@ class PatchProjection(Module):
         return ops.linear(patches, self.weight, self.bias)
 
 
+def checked_images(images: Any, expected: tuple[int, int, int], dtype: Any) -> tuple[Any, Any]:
+    """Return images (B, C, H, W) as a Tensor, and the dtype to round them to, None if they have the model's ``dtype``.
+
+    Raises ShapeError for others than ``expected``, (C, H, W), and DTypeError for others than the model's.
+    """
+    if not is_array(raw(images)):
+        remedy = "make an array of them: np.asarray(images, np.float32)"
+        raise DTypeError(f"the model takes images as an array or a Tensor, got a {type(images).__name__}", remedy)
+    if len(images.shape) != 4 or images.shape[1:] != expected:
+        raise ShapeError(
+            f"the model takes images of shape (B, {', '.join(map(str, expected))}), got {tuple(images.shape)}",
+            "axes are batch, channel, height, width; resize the images or build the model for them",
+        )
+    alike = images.dtype == dtype or {images.dtype.char, dtype.char} == {"d", "D"}  # or a gradient check's step
+    rounds = is_half(dtype) and images.dtype == np.float32
+    if not (alike or rounds):
+        remedy = "scale and standardise them: mv.data.standardize(images, mean, std), as in training"
+        if images.dtype.kind not in "iub":
+            remedy = f"convert the images: images.{'astype' if is_array(images) else 'to'}({spelled(dtype)})"
+        raise DTypeError(f"the model takes {dtype} images, got {images.dtype}", remedy)
+    return images if isinstance(images, Tensor) else Tensor(images), dtype if rounds else None  # a twin may run then
+
+
 class Tokenizer(Module):
     """Base of what makes tokens (B, N, dim) of images (B, C, H, W), of a grid over the image, row by row.
 
@@ -175,33 +198,9 @@ class Tokenizer(Module):
         """The filters that see the image, (D, C, P, Q)."""
         raise NotImplementedError(f"{type(self).__name__} has no filters")
 
-    def checked(self, images: Any) -> tuple[Any, Any]:
-        """Return images (B, C, H, W) as a Tensor, and the dtype to round them to, None where they have the model's.
-
-        Raises DTypeError or ShapeError for others.
-        """
-        expected = (self.in_channels, *self.image_size)
-        if not is_array(raw(images)):
-            remedy = "make an array of them: np.asarray(images, np.float32)"
-            raise DTypeError(f"the model takes images as an array or a Tensor, got a {type(images).__name__}", remedy)
-        if len(images.shape) != 4 or images.shape[1:] != expected:
-            raise ShapeError(
-                f"the model takes images of shape (B, {', '.join(map(str, expected))}), got {tuple(images.shape)}",
-                "axes are batch, channel, height, width; resize the images or build the model for them",
-            )
-        dtype = self.filters.dtype
-        alike = images.dtype == dtype or {images.dtype.char, dtype.char} == {"d", "D"}  # or a gradient check's step
-        rounds = is_half(dtype) and images.dtype == np.float32
-        if not (alike or rounds):
-            remedy = "scale and standardise them: mv.data.standardize(images, mean, std), as in training"
-            if images.dtype.kind not in "iub":
-                remedy = f"convert the images: images.{'astype' if is_array(images) else 'to'}({spelled(dtype)})"
-            raise DTypeError(f"the model takes {dtype} images, got {images.dtype}", remedy)
-        return images if isinstance(images, Tensor) else Tensor(images), dtype if rounds else None  # a twin may run
-
     def rounded(self, images: Any) -> Any:
-        """Return images (B, C, H, W) in the model's dtype, as :meth:`checked` takes them."""
-        images, dtype = self.checked(images)
+        """Return images (B, C, H, W) in the model's dtype; float32 will do for a half."""
+        images, dtype = checked_images(images, (self.in_channels, *self.image_size), self.filters.dtype)
         return images if dtype is None else ops.convert(images, dtype)
 
 
@@ -231,6 +230,6 @@ class PatchEmbed(Tokenizer):
 
     def forward(self, images: Any) -> Any:
         """Return the tokens (B, N, dim) of images (B, C, H, W) in the model's dtype; float32 will do for a half."""
-        images, dtype = self.checked(images)
+        images, dtype = checked_images(images, (self.in_channels, *self.image_size), self.proj.weight.dtype)
         patches = ops.patchify(images, self.patch_size, dtype)  # (B, C, H, W) → (B, N, C·P·Q)
         return self.proj(patches)  # → (B, N, dim)
