@@ -102,7 +102,7 @@ def test_logits_and_gradients_are_the_others(case):
         assert learned == (not name.endswith(".w")) and (grad is not None) == learned, name
         for k in range(3 if learned else 0):
             terms = grad * wave(grad.shape, 300 + k)
-            assert abs(terms.sum() - along[k]) <= 1e-9 * np.abs(terms).sum(), name
+            assert abs(terms.sum() - along[k]) <= 1e-9 * np.abs(terms).sum() + 1e-15, name
     single = model.to(np.float32)(images)
     assert single.dtype == np.float32 and relative(single.numpy(), of["logits"]) < 1e-5
 
@@ -325,7 +325,7 @@ def test_a_performer_is_near_to_attention():
         layer = nn.TokenPerformer(6, 4, 1e-5).to(np.float64)
     w = layer.w.data
     np.testing.assert_allclose(w @ w.T, len(w) * np.eye(len(w)), atol=1e-5)
-    x = normal(mv.Key(1), (2, 5, 4)) * 0.5
+    x = normal(mv.Key(1), (2, 5, 4)) * 0.3
     layer.w.data = normal(mv.Key(2), (20_000, 4))
     near = layer.features(mv.tensor(x)).numpy()
     exact = np.exp(x @ x.swapaxes(1, 2))
@@ -341,7 +341,7 @@ def test_the_study_of_attention_knows_it(case):
     trace = study.trace_model(model, images_of(model))
     rows, columns = trace.grid
     if "cct" in case:
-        with pytest.raises(ConfigError, match=r"pool 'seq'.*no logit|makes no logit"):
+        with pytest.raises(ConfigError, match=r"pool .seq.. makes no logit"):
             study.direct_attribution(trace, 1)
     else:
         found = study.direct_attribution(trace, 1)

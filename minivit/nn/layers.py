@@ -200,7 +200,7 @@ class Tokenizer(Module):
 
     def rounded(self, images: Any) -> Any:
         """Return images (B, C, H, W) in the model's dtype; float32 will do for a half."""
-        images, dtype = checked_images(images, (self.in_channels, *self.image_size), self.filters.dtype)
+        images, dtype = checked_images(images, (self.in_channels, *self.image_size), next(self.parameters()).dtype)
         return images if dtype is None else ops.convert(images, dtype)
 
 

@@ -31,6 +31,11 @@ class ShiftedPatchEmbed(PatchEmbed):
         """Channels of the patches: those of the image, and of the four beside it."""
         return 5 * self.in_channels
 
+    @property
+    def filters(self) -> Any:
+        """The filters that see the image as it is, (D, C, P, Q); those of the shifted ones come after them."""
+        return self.proj.weight[:, : self.in_channels]
+
     def forward(self, images: Any) -> Any:
         """Return the tokens (B, N, dim) of images (B, C, H, W)."""
         images = self.rounded(images)
