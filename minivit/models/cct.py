@@ -48,8 +48,8 @@ class CCTSettings(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.kernel % 2 == 0:
-            raise ConfigError(f"kernel is {self.kernel}", "choose an odd one, which has a middle")
+        if self.kernel % 2 == 0 or self.kernel > 63:
+            raise ConfigError(f"kernel is {self.kernel}", "choose an odd one, which has a middle, of at most 63")
         if self.convs > 8:  # each would halve what is left
             raise ConfigError(f"convs is {self.convs}", "choose 1 to 8: the images would be a single token before")
 
@@ -66,11 +66,13 @@ class CCTSettings(Settings):
         return {}
 
     def largest_array(self) -> tuple[int, str]:
-        """Return the numbers of the attention probabilities of one image, or of what the first convolution makes."""
+        """Return the numbers of the attention probabilities of one image, or of the first convolution."""
         tokens = math.prod(self.grid)
-        _, h, w = self.image_shape
-        channels = self.dim if self.convs == 1 else 64
-        made = h * w * channels // max(1, self.kernel // 2 - 1) ** 2, "a convolution that"
+        channels, h, w = self.image_shape
+        stride = max(1, self.kernel // 2 - 1)
+        places = -(-h // stride) * -(-w // stride)
+        numbers = max(self.dim if self.convs == 1 else 64, channels * self.kernel**2)
+        made = places * numbers, f"the windows of {places:,} places, an array that"
         return max((self.heads * tokens**2, f"{tokens:,} tokens, whose attention"), made)
 
 
