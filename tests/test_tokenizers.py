@@ -44,7 +44,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "t2t_transformer": ("vit", T2T | {"tokenizer": "t2t_transformer"}),
 }
 LITTLE = {  # as above, on smaller images
-    "cct_3x2": ("cct", SIZES | {"image_size": (10, 7), "convs": 2, "position": "sincos_1d"}),
+    "cct_3x2": ("cct", SIZES | {"image_size": (6, 5), "convs": 2, "position": "sincos_1d"}),
     "cct_3x1": CASES["cct_3x1"],
     "shifted_lsa": CASES["shifted_lsa"],
     "t2t": ("vit", T2T | {"image_size": (8, 12), "patch_size": 4, "tokenizer": "t2t"}),
@@ -111,7 +111,7 @@ def test_logits_and_gradients_are_the_others(case):
 def test_every_gradient_by_a_complex_step_and_a_trace_that_adds_up(case):
     model = small(case).eval()
     images = images_of(model, 2)
-    report = mv.check_module(model, images, order=1)
+    report = mv.check_module(model, images, order=1 if "t2t" in case else 2)
     assert report.worst.method == "complex" and report.worst.error <= 1e-12
     learned = [p for p in model.parameters() if p.requires_grad]
     assert len(report.checks) >= len(learned)

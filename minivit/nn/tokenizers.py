@@ -34,7 +34,8 @@ class ShiftedPatchEmbed(PatchEmbed):
     @property
     def filters(self) -> Any:
         """The filters that see the image as it is, (D, C, P, Q); those of the shifted ones come after them."""
-        return self.proj.weight[:, : self.in_channels]
+        weight: Any = self.proj.weight
+        return weight[:, : self.in_channels]
 
     def forward(self, images: Any) -> Any:
         """Return the tokens (B, N, dim) of images (B, C, H, W)."""
