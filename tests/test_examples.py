@@ -37,11 +37,14 @@ def test_the_example_of_a_test_passes_under_pytest(tmp_path):
 
 
 def test_the_readmes_lines_run(tmp_path, monkeypatch):
-    """The Python block, word for word but for a single epoch; what it promises in passing is there."""
-    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
+    """The first two Python blocks, word for word but for a single epoch; what it promises in passing is there."""
+    block, study, *_ = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
     names: dict = {}
     monkeypatch.chdir(tmp_path)  # they save a model
     exec(block.replace("range(10)", "range(1)"), names)
     assert "range(10)" in block
+    exec(study, names)
+    assert names["seen"].shape == (*names["images"].shape[:1], 2, 2)
+    assert len(names["terms"]) > 4 * 4 + 4  # heads and MLPs of four layers, and more
     assert names["logits"].shape == (1797, 10)
     assert (names["logits"].argmax(1) == names["test"].labels).mean() > 0.5

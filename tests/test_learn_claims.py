@@ -1,4 +1,4 @@
-"""What the texts of exercises 5 to 9 tell the learner is true: the values to hold against, the identities, the erf."""
+"""What the texts tell the learner is true: the values to hold against, the identities, the erf; and what samples do."""
 
 from __future__ import annotations
 
@@ -10,8 +10,20 @@ import numpy as np
 import pytest
 
 from minivit.backend import Key
-from minivit.learn.exercise import backward_of
-from minivit.learn.ladder import e05_gelu, e06_layer_norm, e07_heads, e08_attention, e09_self_attention
+from minivit.learn.exercise import Exercise, backward_of
+from minivit.learn.ladder import (
+    e03_softmax,
+    e04_cross_entropy,
+    e05_gelu,
+    e06_layer_norm,
+    e07_heads,
+    e08_attention,
+    e09_self_attention,
+    e10_block,
+    e12_vit,
+    e13_hvp,
+    e15_adamw,
+)
 from minivit.ops.samples import Draw
 
 ONES = np.ones(5)
@@ -102,3 +114,72 @@ def test_masked_tokens_get_the_gradient_that_the_text_says(draw):
     dqkv = e09_self_attention.right(draw(2, 4, 6), qkv, 2, mask).reshape(2, 4, 3, 6)
     assert not out[:, 1].any() and not dqkv[:, 1, 0].any() and dqkv[:, 1, 1:].all()
     assert not dqkv[:, 2, 1:].any() and dqkv[:, 2, 0].all()
+
+
+def finite(s: np.ndarray, shift) -> np.ndarray:
+    """Return in which rows no e^(s - shift) is infinite."""
+    with np.errstate(over="ignore"):
+        return np.isfinite(np.exp(s - shift(s, axis=-1, keepdims=True))).all(axis=-1)
+
+
+def test_only_the_largest_of_a_row_saves_the_rows_that_are_drawn_far_apart(draw):
+    by_label = dict(e03_softmax.samples(Key(5)))
+    [near], [far] = by_label["rows that span 1000"], by_label["a row of ten, one of them near 3000"]
+    assert finite(near, np.mean).all() and not finite(near, np.min).any() and not finite(far, np.mean).any()
+    s = e08_attention.scores(*e08_attention.spanning(draw, 10))
+    assert finite(s, np.max).all() and not finite(s, np.min).any()
+    assert not finite(s[::2], np.mean).any() and finite(s[1::2], np.mean).all()
+    qkv, heads, mask = dict(e09_self_attention.samples(Key(5)))["a masked score 3000 above the others"]
+    q, k, _ = e07_heads.split(qkv, heads)
+    s = e08_attention.scores(q, k)
+    assert (s.argmax(axis=-1) == 3).all() and mask[:3, 3].all() and s[..., 3].min() > 745 + s[..., :3].max()
+
+
+def test_a_small_number_in_the_logarithm_makes_28_of_900():
+    [args] = [args for label, args in e04_cross_entropy.samples(Key(5)) if label.startswith("surely wrong")]
+    assert e04_cross_entropy.forward(*args) == pytest.approx(900, abs=5)
+    assert e04_cross_entropy.of_probability(lambda p: p + 1e-12)(*args) == pytest.approx(28, abs=0.5)
+
+
+def backward(exercise: Exercise, *args):
+    return exercise.asked[1].right(*args)
+
+
+def test_a_block_whose_branches_add_nothing_passes_g_on(draw):
+    x, *parameters, heads = e10_block.samples(Key(5))[0][1]
+    names = dict(zip(e10_block.NAMES, parameters, strict=True))
+    for name in ("proj_weight", "proj_bias", "fc2_weight", "fc2_bias"):
+        names[name] = 0.0 * names[name]
+    g = draw(*x.shape)
+    assert np.array_equal(e10_block.EXERCISE.asked[0].right(x, *names.values(), heads), x)
+    assert np.array_equal(backward(e10_block.EXERCISE, g, x, *names.values(), heads)[0], g)
+
+
+def test_a_vits_gradients_have_the_identities_of_the_text():
+    _, _, dcls, dpositions, _, _, _, dhead_bias, *_ = backward(
+        e12_vit.EXERCISE, np.array(0.7), *e12_vit.samples(Key(5))[0][1]
+    )
+    assert abs(dhead_bias.sum()) < 1e-15 and np.abs(dcls - dpositions[0]).max() < 1e-15 < np.abs(dcls).max()
+
+
+def test_the_hessian_is_symmetric_and_quotients_have_the_digits_of_the_text(draw):
+    g, q, k, v, *t = e13_hvp.with_g(Key(5))[0][1]
+    s = [draw(*x.shape) for x in t]
+    dot = lambda a, b: sum((x * y).sum() for x, y in zip(a, b, strict=True))
+    along = e13_hvp.hvp(g, q, k, v, *t)
+    assert dot(s, along) == pytest.approx(dot(t, e13_hvp.hvp(g, q, k, v, *s)), rel=1e-12)
+    at = lambda h: backward_of(e08_attention.forward, 3)(g, *(x + h * y for x, y in zip((q, k, v), t, strict=True)))
+    off = lambda h, low, step: max(
+        np.abs((a - b) / step - x).max() / np.abs(x).max() for a, b, x in zip(at(h), at(low), along, strict=True)
+    )
+    assert 1e-12 < off(1e-5, -1e-5, 2e-5) < 1e-9 < off(1e-8, 0.0, 1e-8) < 1e-6
+
+
+def test_adamw_has_the_sizes_of_the_text(draw):
+    p, g = draw(3), draw(3)
+    zero = np.zeros(3)
+    moved = lambda step, t=1, beta1=0.9, beta2=0.999: p - step(p, g, zero, zero, t, 0.01, beta1, beta2, 1e-300, 0.0)[0]
+    assert moved(e15_adamw.step) == pytest.approx(0.01 * np.sign(g), rel=1e-12)
+    assert moved(e15_adamw.step, beta1=0.3, beta2=0.5) == pytest.approx(0.01 * np.sign(g), rel=1e-12)
+    uncorrected, late = (moved(e15_adamw.step, t) / moved(e15_adamw.step) for t in (e15_adamw.NEVER, 2))
+    assert uncorrected == pytest.approx(0.1 / 0.001**0.5, rel=1e-6) and late == pytest.approx(0.75, abs=0.01)

@@ -217,7 +217,7 @@ def test_models_of_any_kind(
     checkpoint, dataset = saved(tmp_path, **settings)
     monkeypatch.setattr(studies, "load_split", lambda *given: [dataset])
     trained = open_trained(str(checkpoint))
-    found = studies.make_study(trained, None, "test", False, (), 4, str(tmp_path / "out"), Bar)
+    found = studies.make_study(trained, dataset.name, "test", False, (), 4, str(tmp_path / "out"), Bar)
     assert {name for name, pair in found["figures"].items() if "why_not" in pair["trained"]} == none
     assert all(found["said"].values())
     page = Page((tmp_path / "out" / "study.html").read_text(encoding="utf-8"))

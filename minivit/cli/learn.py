@@ -85,6 +85,8 @@ def start(words: Sequence[str], as_json: bool) -> int:
     if not words or not words[0]:
         raise ConfigError("start: into which folder?", "minivit learn start learn")
     folder = Path(words[0])
+    if words[0].isdigit() and not folder.exists():
+        raise ConfigError("start: into which folder?", f"minivit learn start learn {' '.join(words)}")
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"{folder} is a file, not a folder", "give a folder: minivit learn start learn")
     written, there = start(folder, exercises(words[1:]))
@@ -107,22 +109,7 @@ def _names(paths: Sequence[Path]) -> str:
 
 def check(words: Sequence[str], as_json: bool) -> int:
     """Mark files: those of a folder, those of some numbers in it, or one."""
-    from minivit.errors import ConfigError
-    from minivit.learn.workbook import exercises, find
-
-    place, numbers = Path(words[0] if words else "."), words[1:]
-    if words and words[0].isdigit() and not place.exists():  # in the folder itself: minivit learn check 3
-        place, numbers = Path("."), words
-    if not place.exists():
-        raise ConfigError(f"there is no {place}", f"minivit learn start {place} makes a folder of exercises")
-    if not place.is_dir() and not place.is_file():
-        raise ConfigError(f"{place} is neither a folder nor a file", "give a folder of exercises, or one of its files")
-    chosen = exercises(numbers) if numbers else find(place)
-    if not chosen:
-        what = f"{place} is no exercise's file" if place.is_file() else f"there are no exercises in {place}"
-        raise ConfigError(what, "say which it is: check FILE 3" if place.is_file() else f"minivit learn start {place}")
-    if place.is_file() and len(chosen) > 1:
-        raise ConfigError(f"{place} is one file, for one exercise", "minivit learn check FILE 3")
+    place, chosen = _chosen(words)
     marks = _marked(place, chosen)
     if as_json:
         _print_json(marks)
@@ -130,6 +117,42 @@ def check(words: Sequence[str], as_json: bool) -> int:
         print(_report(marks[0]) if len(marks) == 1 else _reports(marks))
         print(f"\n{_next(marks, place)}")
     return OK if all(mark.passed for mark in marks) else FAILURE
+
+
+def _chosen(words: Sequence[str]) -> tuple[Path, list[Exercise]]:
+    """Return the folder or file that the words name, and the exercises; ConfigError says which words would do."""
+    from minivit.errors import ConfigError
+    from minivit.learn.workbook import elsewhere, exercises, find
+
+    place, numbers = Path(words[0] if words else "."), list(words[1:])
+    if words and words[0].isdigit() and not place.exists():  # in the folder itself: minivit learn check 3
+        place, numbers = Path("."), list(words)
+    if not place.exists():
+        folder = place.parent if place.suffix else place  # a file that is not there is in no folder of its name
+        verb = "check" if folder.is_dir() else "start"
+        does = "marks what is there" if verb == "check" else "makes a folder of exercises"
+        raise ConfigError(f"there is no {place}", f"minivit learn {verb} {_shown(folder)} {does}")
+    if not place.is_dir() and not place.is_file():
+        raise ConfigError(f"{place} is neither a folder nor a file", "give a folder of exercises, or one of its files")
+    chosen, own = exercises(numbers) if numbers else find(place), find(place)
+    if place.is_file():
+        if not chosen:
+            raise ConfigError(
+                f"{place} is no exercise's file", f"say which it is: minivit learn check {_shown(place)} 3"
+            )
+        if len(chosen) > 1:
+            raise ConfigError(f"{place} is one file, for one exercise", f"minivit learn check {_shown(place)} 3")
+        if own and own != chosen:
+            what = f"{place} is the file of exercise {own[0].number}, not of {chosen[0].number}"
+            raise ConfigError(what, f"minivit learn check {_shown(place)}; or give your file a name of its own")
+        return place, chosen
+    inner = elsewhere(place, chosen or exercises([]))
+    if inner and not set(own) & set(chosen):
+        what = f"there are none of these exercises in {place}" if numbers else f"there are no exercises in {place}"
+        raise ConfigError(what, " ".join(["they are in a folder there: minivit learn check", _shown(inner), *numbers]))
+    if not chosen:
+        raise ConfigError(f"there are no exercises in {place}", f"minivit learn start {_shown(place)}")
+    return place, chosen
 
 
 def hint(words: Sequence[str], as_json: bool) -> int:
@@ -141,7 +164,8 @@ def hint(words: Sequence[str], as_json: bool) -> int:
     steps = ["1", "2", "3"]
     if not 1 <= len(words) <= 2 or words[1:] not in ([], *([step] for step in steps)):
         what = f"hint {' '.join(words)}: there is none" if words else "hint: for which exercise?"
-        raise ConfigError(what, "minivit learn hint 3; then hint 3 2, and hint 3 3")
+        number = words[0] if words and words[0].isdigit() else "3"
+        raise ConfigError(what, f"minivit learn hint {number}; then hint {number} 2, and hint {number} 3")
     [exercise] = exercises(words[:1])
     step = int(words[1]) if len(words) == 2 else 1
     text = exercise.hints[step - 1]
@@ -223,6 +247,7 @@ def _report(mark: Mark) -> str:
             "Read it from the top: what is given, what is asked, and the derivation up to its last step. Take that "
             f"step on paper. Then write {first}{then}, in place of the lines that raise NotImplementedError."
         ]
+    says += [] if says and mark.state == "wrong" and "It printed:" in says else mark.printed
     head = f"{_shown(mark.path.name)}: {_state(mark)}"
     return f"{head}\n\n{_wrapped(says)}" if says else head
 
@@ -247,7 +272,9 @@ def _next(marks: Sequence[Mark], place: Path) -> str:
     if mark.state == "missing":
         return f"Write the file:  minivit learn start {_shown(folder)} {mark.exercise.number}"
     stuck = f"Stuck?  minivit learn hint {mark.exercise.number}"
-    return f"Then:   {again}" if mark.state == "untouched" else f"Again:  {again}\n{stuck}"
+    if mark.state == "untouched":
+        return f"Open {_shown(mark.path)}.\nThen:   {again}"
+    return f"Again:  {again}\n{stuck}"
 
 
 def _shown(path: object) -> str:

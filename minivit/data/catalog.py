@@ -118,7 +118,7 @@ def _find(name: str | PathLike[str]) -> tuple[str, Path]:
         with reading(str(folder), "check its permissions"):
             missing = not folder.is_dir() or all(path.name.startswith(".") for path in folder.iterdir())
         if missing:  # or a download has been broken off
-            remedy = f"download it: minivit data get {name}; or name its folder: --data FOLDER"
+            remedy = f"download it: minivit data get {name}; or give its folder instead"
             why = f"{folder} is empty" if folder.is_dir() else f"there is no folder {folder}"
             raise DataError(f"{name} is not on this machine: {why}", remedy)
         kind, path = find_files(folder) or ("other files", folder)

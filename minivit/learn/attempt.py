@@ -17,6 +17,9 @@ from minivit.learn.exercise import Asked, Mistake, Sample
 NAMING = 1e-10
 """A wrong answer is that of a mistake if they differ by no more than this share of the scale."""
 
+NEAR = 1e-6
+"""What is off by no more than this share of the scale, in every sample, comes of right formulas."""
+
 ROUNDINGS, MOST = 16.0, 1e-10
 """An entry may be off by so many times what a rounding of the arguments makes of it, up to a share of the scale."""
 
@@ -67,10 +70,8 @@ class Attempt:
     @cached_property
     def tolerance(self) -> float:
         """The share of the scale within which two wrong answers are the same one: more in single precision."""
-        least = min(
-            (self.output(i, name).dtype.itemsize for i in self.readable for name in self.asked.outputs), default=8
-        )
-        return {2: 2e-2, 4: 3e-5}.get(least, NAMING)
+        kept = [self.output(i, name) for i in self.readable for name in self.asked.outputs]
+        return max((_digits(x, NAMING) for x in kept), default=NAMING)
 
     def fits(self, name: str, wanted: Sequence[np.ndarray | None], tolerance: float = 0.0) -> bool:
         """Return whether output ``name`` equals ``wanted``, an array for each sample, in all samples that can be read.
@@ -114,6 +115,25 @@ class Attempt:
         found = {name: [i for i in self.readable if not self.right_in(i, name)] for name in self.asked.outputs}
         return {name: places for name, places in found.items() if places}
 
+    @cached_property
+    def near(self) -> list[str]:
+        """The wrong outputs that are right but for their digits, in every sample."""
+        return [name for name in self.wrong if all(self._near(i, name) for i in self.readable)]
+
+    def _near(self, i: int, name: str) -> bool:
+        """Return whether the output is right to NEAR, or to what its precision, if that is a lower one, lets it be."""
+        got, right, scale = self.output(i, name), self.rights[i][name], self.scales[i][name]
+        share = _digits(got, NEAR)
+        if agree(got, right, scale, share) or share == NEAR:
+            return agree(got, right, scale, share)
+        coarser = float(np.finfo(got.dtype).eps) / float(np.finfo(np.float64).eps)
+        return agree(got, right, 1.0, share * scale + min(ROUNDINGS * coarser * self._noise(i, name), 1e-2 * scale))
+
+    @cached_property
+    def plain(self) -> list[str]:
+        """The wrong outputs that are wrong by more than digits: these are a mistake's."""
+        return [name for name in self.wrong if name not in self.near]
+
     def values_of(self, gives: Callable[..., Any]) -> list[Outputs | None]:
         """Return what ``gives`` gives in each sample, None where it cannot."""
         return [self._value_of(gives, args) for _, args in self.samples]
@@ -126,18 +146,33 @@ class Attempt:
                 return None
 
     def mistakes(self) -> list[tuple[Mistake, list[str], bool]]:
-        """Return the listed mistakes that fit: (mistake, the wrong outputs that it explains, whether it is whole).
+        """Return the listed mistakes that fit: (mistake, the wrong outputs that it explains, whether these are all).
 
-        One that gives every output, right ones too, is whole, and comes alone; else those come that give some of the
-        wrong outputs.
+        One that explains all comes alone; else those come that give some of the wrong outputs. A mistake explains an
+        output that it changes, and is none of the learner's if it changes one that is right.
         """
         found: list[tuple[Mistake, list[str], bool]] = []
-        for mistake in self.asked.mistakes:
+        for mistake in self.asked.mistakes if self.plain else ():
             values = self.values_of(mistake.gives)
-            fitting = {
-                name for name in self.asked.outputs
-                if self.fits(name, [None if one is None else one[name] for one in values])
-            }  # fmt: skip
-            if names := [name for name in self.wrong if name in fitting]:
-                found.append((mistake, names, len(fitting) == len(self.asked.outputs)))
+            of = {name: [None if one is None else one[name] for one in values] for name in self.asked.outputs}
+            names = [name for name in self.plain if self.fits(name, of[name]) and self._changes(name, of[name])]
+            if names and all(self._may_change(name, of[name]) for name in of if name not in self.plain):
+                found.append((mistake, names, len(names) == len(self.plain)))
         return [one for one in found if one[2]] or found
+
+    def _may_change(self, name: str, wanted: Sequence[np.ndarray | None]) -> bool:
+        """Return whether a mistake may give ``wanted`` for an output that is not plainly wrong."""
+        return not self._changes(name, wanted) or (name in self.wrong and self.fits(name, wanted))
+
+    def _changes(self, name: str, wanted: Sequence[np.ndarray | None]) -> bool:
+        """Return whether ``wanted`` is not what is right, by more than the tolerance, in a sample that can be read."""
+        return any(
+            (there := wanted[i]) is not None
+            and not agree(there, self.rights[i][name], self._scale(i, name, there), 2.0 * self.tolerance)
+            for i in self.readable
+        )
+
+
+def _digits(x: np.ndarray, usual: float) -> float:
+    """Return the share of the scale to which an array can be right: ``usual`` for float64."""
+    return {2: 2e-2, 4: 3e-5}.get(x.dtype.itemsize, usual)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import linecache
+import sys
 import traceback
 import tracemalloc
 from collections.abc import Callable, Sequence
@@ -13,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-PRINTED = 600
+PRINTED = 2000
 """So many characters of what a call prints are kept."""
 
 
@@ -31,7 +32,8 @@ class Outcome:
 
     ``unwritten`` says that it raised NotImplementedError. ``changed`` are the positions of arguments that the call
     wrote into; ``overwritten`` says that a later call changed what this one had returned. ``printed`` is the beginning
-    of what it printed. ``peak`` is how many bytes NumPy held at once, where that was measured.
+    of what it printed, ``warned`` NumPy's first warning (an overflow, a division by 0, no number) with the line.
+    ``peak`` is how many bytes NumPy held at once, where that was measured.
     """
 
     value: Any = None
@@ -42,6 +44,7 @@ class Outcome:
     changed: tuple[int, ...] = ()
     overwritten: bool = False
     printed: str = ""
+    warned: str = ""
     peak: int = 0
 
     @property
@@ -56,9 +59,13 @@ def call(function: Callable[..., Any], args: Sequence[Any], file: str, measured:
     ``measured`` asks for the peak of what NumPy holds meanwhile, the arguments left out.
     """
     given, out = [copied(x) for x in args], Outcome()
-    printed = _Short()
+    printed, warn = _Short(), _Warned(out, file)
     try:
-        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed), np.errstate(all="ignore"):
+        with (
+            contextlib.redirect_stdout(printed),
+            contextlib.redirect_stderr(printed),
+            np.errstate(all="call", under="ignore", call=warn),
+        ):
             if measured:
                 tracemalloc.start()
             out.value = function(*given)
@@ -73,6 +80,23 @@ def call(function: Callable[..., Any], args: Sequence[Any], file: str, measured:
     out.printed = printed.getvalue()
     out.changed = tuple(i for i, (x, y) in enumerate(zip(args, given, strict=True)) if not same(x, y))
     return out
+
+
+@dataclass
+class _Warned:
+    """What NumPy calls when a number overflows or is none: the first time is kept, with the learner's line."""
+
+    out: Outcome
+    file: str
+
+    def __call__(self, what: str, flag: int) -> None:
+        """Keep "overflow in line 12: e = np.exp(x)"."""
+        frame = None if self.out.warned else sys._getframe(1)
+        while frame is not None and frame.f_code.co_filename != self.file:
+            frame = frame.f_back
+        if frame is not None:
+            text = linecache.getline(self.file, frame.f_lineno).strip()[:100]
+            self.out.warned = f"{what}, in line {frame.f_lineno}: {text}"
 
 
 class _Short(io.StringIO):

@@ -32,7 +32,7 @@ class Child:
         self.path, self.given = path, given  # what of minivit.learn.given the file may import
         self.functions: list[str] = []
         self._ended: Outcome | None = None  # how the process came to its end
-        self._left = TOTAL
+        self._spent: dict[str, float] = {}  # seconds, by the function's name
         self._running = False
 
     def __enter__(self) -> Child:
@@ -76,14 +76,23 @@ class Child:
             if outcomes and (outcomes[-1].name == "no end" or self._ended is not None):
                 outcomes.append(outcomes[-1])
                 continue
-            started, seconds = time.monotonic(), min(SECONDS, max(0.1, self._left))
+            left = TOTAL - sum(self._spent.values())
+            if left <= 0.0:
+                outcomes.append(self._too_slow())
+                continue
+            started, seconds = time.monotonic(), min(SECONDS, max(0.5, left))
             reply = self._ask({"do": "call", "name": name, "args": args, "measured": measured, "seconds": seconds})
             outcomes.append(reply if isinstance(reply, Outcome) else _outcome(reply))
-            self._left -= time.monotonic() - started
+            self._spent[name] = self._spent.get(name, 0.0) + time.monotonic() - started
         changed = self._ask({"do": "overwritten"})
         for i, outcome in enumerate(outcomes):
             outcome.overwritten = isinstance(changed, list) and i in changed
         return outcomes
+
+    def _too_slow(self) -> Outcome:
+        slowest = max(self._spent, key=lambda name: self._spent[name])
+        took = f"the calls of {slowest} took {self._spent[slowest]:.0f} s of them"
+        return Outcome(name="too slow", fault=f"marking a file has {TOTAL:g} s, and {took}: it has to be faster")
 
     def _ask(self, request: dict[str, Any], extra: float = 0.0) -> Any:
         """Return the reply to a request, or the Outcome that says how the process ended."""

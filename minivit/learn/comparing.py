@@ -53,14 +53,15 @@ def read(outputs: Sequence[str], value: Any, as_dict: bool) -> Outputs | Unreada
         values: Sequence[Any] = [value[name] for name in outputs]
     elif len(outputs) == 1:
         if isinstance(value, tuple):
-            return Unreadable("a tuple", f"it returns a tuple of {len(value)}, and should return {outputs[0]} alone: "
-                              "is there a comma behind it?")  # fmt: skip
+            ask = "is there a comma behind it?" if len(value) == 1 else "how are they joined into one array?"
+            what = f"it returns a tuple of {len(value)}, and should return {outputs[0]} alone: {ask}"
+            return Unreadable("a tuple", what)
         values = [value]
     else:
         if not isinstance(value, tuple | list) or len(value) != len(outputs):
             got = f"{len(value)} values" if isinstance(value, tuple | list) else _a(value)
-            return Unreadable("number of outputs", f"it returns {got}, and should return {len(outputs)}: "
-                              f"{', '.join(outputs)}")  # fmt: skip
+            what = f"it returns {got}, and should return {len(outputs)} values: return {', '.join(outputs)}"
+            return Unreadable("number of outputs", what)
         values = value
     found: Outputs = {}
     for name, x in zip(outputs, values, strict=True):
@@ -87,6 +88,8 @@ def _array(name: str, x: Any) -> np.ndarray | Unreadable:
 
 
 def _a(value: object) -> str:
+    if isinstance(value, np.ndarray):
+        return f"one array, of shape {value.shape}"
     kind = value.kind if isinstance(value, Thing) else type(value).__name__
     return f"{'an' if kind[:1] in 'aeiou' else 'a'} {kind}"
 

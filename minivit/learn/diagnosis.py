@@ -11,12 +11,12 @@ from minivit.learn.attempt import Attempt
 from minivit.learn.comparing import Outputs, agree
 
 
-def diagnose(attempt: Attempt) -> tuple[str, str] | None:
-    """Return (name, what the learner reads) of the first general mistake that explains a wrong output everywhere."""
-    for output in attempt.wrong:
+def diagnose(attempt: Attempt) -> tuple[str, str, str] | None:
+    """Return (output, name, what the learner reads) of the first general mistake that explains a wrong output."""
+    for output in attempt.plain or attempt.near:
         for name, check in GENERAL.items():
             if says := check(attempt, output):
-                return name, says
+                return output, name, says
     return None
 
 
@@ -26,12 +26,8 @@ def _all(attempt: Attempt, name: str, change: Callable[[np.ndarray], np.ndarray 
 
 
 def _single(attempt: Attempt, name: str) -> str:
-    right = all(
-        agree(attempt.output(i, name), attempt.rights[i][name], attempt.scales[i][name], attempt.tolerance)
-        for i in attempt.readable
-    )
     kinds = {str(attempt.output(i, name).dtype) for i in attempt.readable} - {"float64"}
-    if not right or not kinds:
+    if name not in attempt.near or not kinds:
         return ""
     return (
         f"{name} is right, but in {min(kinds)}, to 7 digits or fewer. Exercises are marked in float64: look for "
@@ -123,18 +119,27 @@ def _scaled(attempt: Attempt, name: str) -> str:
     )
 
 
+LENGTHS = {
+    "n": (1.0, "Is there a sum where a mean should be, or √n as a factor where it should divide?"),
+    "1/n": (-1.0, "Is there a mean where a sum should be, or is something divided by n that should not be?"),
+    "√n": (0.5, "Is a scale of 1/√n missing?"),
+    "1/√n": (-0.5, "Is a scale of 1/√n there twice, or 1/n in its place, or is there one that should not be?"),
+}
+"""A factor of a length: the length's power, and what to ask."""
+
+
 def _scaled_by_length(attempt: Attempt, name: str) -> str:
     """Find a factor n, 1/n, √n or 1/√n, n the length of an argument's axis."""
     factors = _factors(attempt, name)
     if not factors:
         return ""
-    for text, power in {"": 1.0, "1/": -1.0, "√": 0.5, "1/√": -0.5}.items():
+    for text, (power, ask) in LENGTHS.items():
         for of, lengths in _lengths(attempt):
             known = [i for i in factors if i in lengths]
             if len(known) < len(factors) or len({lengths[i] for i in known}) < 2:
                 continue
             if np.allclose([factors[i] for i in known], [lengths[i] ** power for i in known], rtol=1e-9, atol=0.0):
-                return f"{name} is {text}n times what it should be, n being {of}. Is a mean taken for a sum, or back?"
+                return f"{name} is {text} times what it should be, n being {of}. {ask}"
     return ""
 
 
@@ -174,9 +179,16 @@ def _summed(attempt: Attempt, name: str) -> str:
             for keep in (False, True):
                 change = lambda x, r=reduced, a=axis, k=keep: _reduced(x, r, a, k)
                 if _all(attempt, name, change):
-                    over = "all axes" if axis is None else f"axis {axis}"
-                    return f"{name} is {word} over {over}, which should stay."
+                    return f"{name} is {word} over {_axis(attempt, name, axis)}, which should stay."
     return ""
+
+
+def _axis(attempt: Attempt, name: str, axis: int | None) -> str:
+    """Return words for an axis of an output: the learner may think of another array's."""
+    shape = max((one[name].shape for one in attempt.rights), key=len)
+    if axis is None or not shape:
+        return "all its axes"
+    return f"its only axis, of length {shape[0]}" if len(shape) == 1 else f"axis {axis} of its shape {shape}"
 
 
 def _reduced(x: np.ndarray, reduced: Callable[..., np.ndarray], axis: int | None, keep: bool) -> np.ndarray | None:
@@ -210,6 +222,24 @@ def _shifted(attempt: Attempt, name: str) -> str:
     return f"{name} is off by the same number everywhere, in every sample: {gaps[0]:.6g}."
 
 
+def _not_finite(attempt: Attempt, name: str) -> str:
+    """Find an output that is wrong only where it is not a number, or infinite."""
+    where = attempt.wrong[name]
+    for i in where:
+        got, right, scale = attempt.output(i, name), attempt.rights[i][name], attempt.scales[i][name]
+        finite = np.isfinite(got)
+        if got.shape != right.shape or finite.all():
+            return ""
+        if not agree(np.where(finite, got, 0.0), np.where(finite, right, 0.0), scale, attempt.tolerance):
+            return ""
+    labels = "; ".join(attempt.samples[i][0] for i in where)
+    places = f"in: {labels}" if len(where) < len(attempt.readable) else "in every sample"
+    return (
+        f"{name} is right but where it is NaN or infinite, {places}. Does exp overflow there, or is 0 divided by 0, or "
+        "infinity taken off infinity?"
+    )
+
+
 def _nearly(attempt: Attempt, name: str) -> str:
     right = [one[name] for one in attempt.rights]
     if not attempt.fits(name, right, 1e-4):
@@ -220,12 +250,15 @@ def _nearly(attempt: Attempt, name: str) -> str:
     )
     return (
         f"{name} is near, but off by {worst:.0e} of its size where 1e-12 is allowed. So much is left by a difference "
-        "quotient, by float32 on the way, or by a constant that is only nearly right (eps elsewhere, rounded digits)."
+        "quotient, by float32 on the way, by a constant that is only nearly right (eps elsewhere, rounded digits), or "
+        "by a small number that is added lest something is 0."
     )
 
 
 GENERAL: dict[str, Callable[[Attempt, str], str]] = {
     "float32": _single,
+    "nearly right": _nearly,
+    "not a number": _not_finite,
     "zero": _zero,
     "sign": _sign,
     "transposed": _transposed,
@@ -239,6 +272,5 @@ GENERAL: dict[str, Callable[[Attempt, str], str]] = {
     "summed over an axis that stays": _summed,
     "reversed": _flipped,
     "off by a constant": _shifted,
-    "nearly right": _nearly,
 }
 """Name → a function of an attempt and the name of a wrong output: what the learner reads, "" where it does not fit."""

@@ -14,7 +14,7 @@ from minivit.files import open_regular, write_text
 from minivit.learn.child import Child
 from minivit.learn.exercise import Exercise
 from minivit.learn.ladder import arguments_of, ladder, text_of
-from minivit.learn.marking import Finding, mark, stopped
+from minivit.learn.marking import Finding, mark, printed, stopped
 
 LARGEST_FILE = 1 << 20
 
@@ -23,7 +23,8 @@ LARGEST_FILE = 1 << 20
 class Mark:
     """The mark of one exercise: ``state`` is "solved", "wrong", "unwritten" (in part), "untouched" or "missing".
 
-    ``finding`` is what is to be said: of the function that is wrong or not written, else None.
+    ``finding`` is what is to be said: of the function that is wrong or not written, else None. ``solved`` are the
+    functions that are right, and ``printed`` is what they and the file printed.
     """
 
     exercise: Exercise
@@ -31,6 +32,7 @@ class Mark:
     state: str
     finding: Finding | None = None
     solved: tuple[str, ...] = ()
+    printed: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -69,6 +71,15 @@ def find(path: Path) -> list[Exercise]:
     return [exercise for exercise in ladder() if exercise.file == path.name]
 
 
+def elsewhere(folder: Path, chosen: Sequence[Exercise]) -> Path | None:
+    """Return a folder within ``folder`` that has the file of one of the exercises, the first by name, or None."""
+    try:
+        inner = sorted(path for path in folder.iterdir() if path.is_dir())
+    except OSError:
+        return None
+    return next((path for path in inner if any(os.path.lexists(path / one.file) for one in chosen)), None)
+
+
 def mark_file(exercise: Exercise, path: Path) -> Mark:
     """Mark one file, in a process of its own."""
     if not os.path.lexists(path):
@@ -76,13 +87,14 @@ def mark_file(exercise: Exercise, path: Path) -> Mark:
     try:
         source = _read(path)
     except (OSError, DataError) as error:
-        return Mark(exercise, path, "wrong", Finding("", "wrong", "cannot be read", (str(error),)))
+        return Mark(exercise, path, "wrong", Finding("", "wrong", "cannot be read", (f"{error}.",)))
     if source == text_of(exercise).encode():
         return Mark(exercise, path, "untouched")
     with Child(path.absolute(), exercise.given) as child:
         loaded = child.load()
         if loaded.stopped:
-            return Mark(exercise, path, "wrong", Finding("", "wrong", loaded.name or "stopped", stopped(loaded)))
+            return Mark(exercise, path, "wrong", Finding("", "wrong", loaded.name or "stopped", stopped(loaded)),
+                        printed=printed(loaded))  # fmt: skip
         missing = [asked.name for asked in exercise.asked if asked.name not in child.functions]
         if missing:
             says = f"There is no function {missing[0]} in the file: the name stands in what you were given, keep it."
@@ -94,7 +106,10 @@ def mark_file(exercise: Exercise, path: Path) -> Mark:
                 break
     solved = tuple(finding.function for finding in findings if finding.state == "right")
     state = "solved" if findings[-1].state == "right" else findings[-1].state
-    return Mark(exercise, path, state, None if state == "solved" else findings[-1], solved)
+    said = (printed(loaded), *(finding.says for finding in findings if finding.state == "right"))
+    return Mark(
+        exercise, path, state, None if state == "solved" else findings[-1], solved, next(filter(None, said), ())
+    )
 
 
 def _read(path: Path) -> bytes:

@@ -334,8 +334,7 @@ _ROWS: dict[str, dict[str, Callable[[Draw], tuple[Any, ...]]]] = {
     },
     "cross_entropy": {
         # weights that do not add up to 1: a gradient right for probabilities only would pass with them
-        "2-D": lambda r: (r(5, 3), r.positive(5, 3)),
-        "3-D": lambda r: (r(2, 3, 5), r.positive(2, 3, 5)),
+        "2-D": lambda r: (r(5, 3), r.positive(5, 3)), "3-D": lambda r: (r(2, 3, 5), r.positive(2, 3, 5)),
         "a single row": lambda r: (r(5), r.positive(5)),
         "200 apart": lambda r: (r.far_apart(3, 5), r.positive(3, 5)),
         "smoothed": lambda r: (r(5, 3), r.positive(5, 3), None, 0.3),

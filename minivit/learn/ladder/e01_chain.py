@@ -20,11 +20,14 @@ def samples(key: Key) -> list[Sample]:
     return [
         ("three numbers", (number(), number(), number())),
         ("three others", (number(), number(), number())),
+        ("x and w below 0", (-abs(number()), -abs(number()), number())),
+        ("small x and b", (0.1 * number(), number(), 0.1 * number())),
         ("a large x", (10.0 + number(), 0.1 * number(), number())),
         ("x = 0", (0.0, number(), number())),
         ("w = 0", (number(), 0.0, number())),
         ("u near 30, where tanh is flat", (30.0 + number(), 1.0, number())),
         ("u near -800, where e^(-u) overflows", (-800.0 + number(), 1.0, number())),
+        ("u near 800, where e^u overflows", (800.0 + number(), 1.0, number())),
     ]
 
 
@@ -34,11 +37,15 @@ def forward(x: Any, w: Any, b: Any) -> Any:
     return v * (x + v)
 
 
-def by_exponentials(x: float, w: float, b: float) -> float:
-    """Return the forward pass with tanh from e^u and e^(-u), which overflow."""
-    up, down = np.exp(w * np.float64(x) + b), np.exp(-w * np.float64(x) - b)
-    v = (up - down) / (up + down)
-    return v * (x + v)
+def by_exponentials(up: float, down: float) -> Callable[..., float]:
+    """Return the forward pass with tanh from e^(up·u) and e^(-down·u), which overflow."""
+
+    def gives(x: float, w: float, b: float) -> float:
+        u = w * np.float64(x) + b
+        v = (np.exp(up * u) - np.exp(-down * u)) / (np.exp(up * u) + np.exp(-down * u))
+        return v * (x + v)
+
+    return gives
 
 
 def x_inside_only(x: Any, w: Any, b: Any) -> Any:
@@ -59,6 +66,12 @@ def v_once(x: Any, w: Any, b: Any) -> Any:
     return v * (x + fixed(v))
 
 
+def v_plain(x: Any, w: Any, b: Any) -> Any:
+    """Return y, without a gradient through its v²."""
+    v = ops.tanh(w * x + b)
+    return v * x + fixed(v * v)
+
+
 def straight_through(x: Any, w: Any, b: Any) -> Any:
     """Return y, with 1 for the derivative of tanh."""
     u = w * x + b
@@ -66,12 +79,16 @@ def straight_through(x: Any, w: Any, b: Any) -> Any:
     return v * (x + v)
 
 
-def slope_of_u(x: Any, w: Any, b: Any) -> Any:
-    """Return y, with 1 - u² for the derivative of tanh."""
-    u = w * x + b
-    slope = 1.0 - fixed(u) * fixed(u)
-    v = u * slope + fixed(ops.tanh(fixed(u)) - fixed(u) * slope)
-    return v * (x + v)
+def with_slope(slope_of: Callable[[Any, Any], Any]) -> Callable[..., Any]:
+    """Return y, with another derivative of tanh, made of u and v."""
+
+    def gives(x: Any, w: Any, b: Any) -> Any:
+        u = w * x + b
+        slope = fixed(slope_of(u, ops.tanh(u)))
+        v = u * slope + fixed(ops.tanh(fixed(u)) - fixed(u) * slope)
+        return v * (x + v)
+
+    return gives
 
 
 def other_dx(change: Callable[..., Any]) -> Callable[..., Any]:
@@ -84,6 +101,12 @@ def other_dx(change: Callable[..., Any]) -> Callable[..., Any]:
         return change(beside, within, g), dw, db
 
     return gives
+
+
+def partners_exchanged(g: Any, x: Any, w: Any, b: Any) -> tuple[Any, ...]:
+    """Return the gradients with the factor x in what goes from u to x, and w in what goes to w."""
+    du = RIGHT(g, x, w, b)[2]
+    return backward_of(x_outside_only, 3)(g, x, w, b)[0] + du * x, du * w, du
 
 
 RIGHT = backward_of(forward, 3)
@@ -118,7 +141,19 @@ EXERCISE = Exercise(
                     "overflow",
                     "tanh is computed from e^u and e^(-u), which are infinite from 710 on: the result is NaN. NumPy "
                     "has a tanh that knows better.",
-                    by_exponentials,
+                    by_exponentials(1.0, 1.0),
+                ),
+                Mistake(
+                    "overflow of e^(2u)",
+                    "tanh is computed from e^(2u), which is infinite from u = 355 on: ∞/∞ is NaN. NumPy has a tanh "
+                    "that knows better.",
+                    by_exponentials(2.0, 0.0),
+                ),
+                Mistake(
+                    "overflow of e^(-2u)",
+                    "tanh is computed from e^(-2u), which is infinite below u = -355: ∞/∞ is NaN. NumPy has a tanh "
+                    "that knows better.",
+                    by_exponentials(0.0, 2.0),
                 ),
             ),
         ),
@@ -146,6 +181,11 @@ EXERCISE = Exercise(
                     backward_of(v_once, 3),
                 ),
                 Mistake(
+                    "v² forgotten",
+                    "dv is g·x, which is the derivative of v·x alone. y has another term with v in it.",
+                    backward_of(v_plain, 3),
+                ),
+                Mistake(
                     "derivative of tanh forgotten",
                     "What arrives at v is passed on to u as it is. tanh has a slope, and only at u = 0 is it 1.",
                     backward_of(straight_through, 3),
@@ -153,7 +193,18 @@ EXERCISE = Exercise(
                 Mistake(
                     "slope in u",
                     "The slope of tanh is taken as 1 - u². Look again at what is squared in the derivation.",
-                    backward_of(slope_of_u, 3),
+                    backward_of(with_slope(lambda u, v: 1.0 - u * u), 3),
+                ),
+                Mistake(
+                    "slope without its square",
+                    "The slope of tanh is taken as 1 - v. Look again at what is squared in the derivation.",
+                    backward_of(with_slope(lambda u, v: 1.0 - v), 3),
+                ),
+                Mistake(
+                    "partners exchanged",
+                    "What goes from u to x has the factor x, and what goes to w the factor w. What is the derivative "
+                    "of w·x in x?",
+                    partners_exchanged,
                 ),
                 Mistake(
                     "g forgotten",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,8 @@ def samples(key: Key) -> list[Sample]:
         ("logits near 800, where e^x overflows", (800.0 + r(2, 5),)),
         ("logits near -800, where e^x is 0", (-800.0 + r(3, 4),)),
         ("one row near 800, the next near -800", (np.array([[800.0], [-800.0]]) + r(2, 3),)),
+        ("rows that span 1000", (np.array([0.0, 0.0, 1000.0]) + r(2, 3),)),
+        ("a row of ten, one of them near 3000", (np.where(np.arange(10) == 9, 3000.0, 0.0) + r(1, 10),)),
     ]
 
 
@@ -36,6 +39,11 @@ def diagonal(g: Any, x: Any) -> Any:
     """Return the gradient with nothing but the Jacobian's diagonal."""
     p = ops.softmax(x)
     return g * p * (1.0 - p)
+
+
+def from_p(bracket: Callable[[Any, Any], Any]) -> Callable[..., Any]:
+    """Return a backward that is made of p and g."""
+    return lambda g, x: bracket(ops.softmax(x), g)
 
 
 def first_term(g: Any, x: Any) -> Any:
@@ -72,16 +80,17 @@ def sign_of_the_sum(g: Any, x: Any) -> Any:
     return p * (g + ops.sum(g * p, -1, True))
 
 
-def one_maximum(x: Any) -> Any:
-    """Return the softmax with the largest of all rows taken off each: 0/0 in a row far below."""
-    e = np.exp(x - x.max())
-    return e / e.sum(axis=-1, keepdims=True)
+def shifted_by(shift: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Return the softmax by e^(x - shift(x)): NaN where that overflows or all of a row is 0."""
+
+    def softmax(x: Any) -> Any:
+        e = np.exp(x - shift(x))
+        return e / e.sum(axis=-1, keepdims=True)
+
+    return softmax
 
 
-def no_shift(x: Any) -> Any:
-    """Return e^x / Σ e^x as it stands: NaN where e^x overflows or all of a row is 0."""
-    e = np.exp(x)
-    return e / e.sum(axis=-1, keepdims=True)
+no_shift = shifted_by(lambda x: 0.0)
 
 
 EXERCISE = Exercise(
@@ -105,7 +114,19 @@ EXERCISE = Exercise(
                     "one maximum for all rows",
                     "The maximum of all rows together is taken off. A row that lies far below it is 0 everywhere then, "
                     "and so is its sum: each row needs a number of its own.",
-                    one_maximum,
+                    shifted_by(lambda x: x.max()),
+                ),
+                Mistake(
+                    "mean taken off",
+                    "The row's mean is taken off. In a row whose numbers lie far apart the largest exponent is still "
+                    "far above 0: take off what makes it 0.",
+                    shifted_by(lambda x: x.mean(axis=-1, keepdims=True)),
+                ),
+                Mistake(
+                    "smallest taken off",
+                    "The row's smallest number is taken off, so that all exponents are above 0: which number makes "
+                    "sure that none is?",
+                    shifted_by(lambda x: x.min(axis=-1, keepdims=True)),
                 ),
                 Mistake(
                     "wrong axis",
@@ -155,13 +176,41 @@ EXERCISE = Exercise(
                     over_all,
                 ),
                 Mistake(
+                    "sum down the columns",
+                    "The sum runs along the first axis, over the rows. Rows know nothing of each other: it runs along "
+                    "the last axis.",
+                    from_p(lambda p, g: p * (g - ops.sum(g * p, 0, True))),
+                ),
+                Mistake(
+                    "plain sum for weighted sum",
+                    "What is taken off g is the sum of all g of the row. The sum over i in the derivation has another "
+                    "factor in each term.",
+                    from_p(lambda p, g: p * (g - ops.sum(g, -1, True))),
+                ),
+                Mistake(
+                    "mean for the sum",
+                    "A mean over the row is taken where the derivation has a sum: it is K times too small.",
+                    from_p(lambda p, g: p * (g - ops.mean(g * p, -1, True))),
+                ),
+                Mistake(
+                    "p left off the sum",
+                    "The first term has its p_j, the sum has not: every entry of the Jacobian has the factor p_j, or "
+                    "p_i, which is the same as it is symmetric. Mind the brackets.",
+                    from_p(lambda p, g: p * g - ops.sum(g * p, -1, True)),
+                ),
+                Mistake(
+                    "overflow going back",
+                    "backward computes p once more, without the shift that forward makes: NaN. Call forward.",
+                    lambda g, x: no_shift(x) * (g - ops.sum(g * no_shift(x), -1, True)),
+                ),
+                Mistake(
                     "the outer p forgotten",
                     "The bracket is right. One factor that every entry of the Jacobian has is missing before it.",
                     unweighted,
                 ),
                 Mistake(
                     "sign of the sum",
-                    "The two terms are added. One of them comes from 1/Σ: what is the derivative of 1/s?",
+                    "The two terms are added. One of them comes from 1/Z: what is its derivative?",
                     sign_of_the_sum,
                 ),
                 Mistake(
@@ -176,8 +225,8 @@ EXERCISE = Exercise(
         "Forward: subtract something from each row before exp, and keep the axis (keepdims=True) so that it "
         "broadcasts back. Backward: compute p first; everything is said in p and g, x itself is no longer needed.",
         "Write down ∂p_i/∂x_j for one row, once for i = j and once for i ≠ j, each in p alone. Both cases are one "
-        "formula with the Kronecker δ_ij. Then put it into dx_j = Σ_i g_i ∂p_i/∂x_j.",
-        "The δ in the sum picks one term out; the rest is p_j times a number that is the same for all j of the row. "
+        "formula with [i = j]. Then put it into dx_j = Σ_i g_i ∂p_i/∂x_j.",
+        "[i = j] in the sum picks one term out; the rest is p_j times a number that is the same for all j of the row. "
         "Compute that number once for each row. No (K, K) matrix is needed: two products, one sum, one difference.",
     ),
 )

@@ -64,6 +64,11 @@ FORWARD_MISTAKES = (
         lambda x: x * (2.0 * gate(x) - 1.0),
     ),
     Mistake(
+        "half of the gate",
+        "The gate runs from -½ to ½: it is the integral from 0 to x. What is left of 0, which is ½, is missing.",
+        lambda x: x * (gate(x) - 0.5),
+    ),
+    Mistake(
         "twice too large",
         "All is twice too large, as if the gate ran from 0 to 2. What is Φ(0)?",
         lambda x: 2.0 * forward(x),
@@ -81,6 +86,11 @@ BACKWARD_MISTAKES = (
         "This is the derivative of x·Φ with Φ taken as a number. The gate moves with x, too: the product rule has two "
         "terms.",
         lambda g, x: g * gate(x),
+    ),
+    Mistake(
+        "g on one term only",
+        "g multiplies Φ only, and not the other term. g belongs to the whole of gelu′: mind the brackets.",
+        lambda g, x: g * gate(x) + x * density(x),
     ),
     Mistake(
         "x held fixed",

@@ -79,6 +79,20 @@ def of_weight(wrong: Callable[..., Any]) -> Callable[..., Any]:
     return backward
 
 
+def by_root_alone(g: Any, x: Any, weight: Any, *rest: Any, of: Callable[[Any], Any] = np.ones_like) -> Any:
+    """Return the gradients with ``of(x)`` in the place of x̂_i before the mean of dx̂_j·x̂_j."""
+    direct, by_mean, _ = ways(g, x, weight, *rest)
+    root = ops.sqrt(ops.var(x, -1, True) + rest[-1])
+    through = of(x) * ops.mean(g * weight * forward(x, 1.0, 0.0, rest[-1]), -1, True) / root
+    return direct + by_mean - through, *right(g, x, weight, *rest)[1:]
+
+
+def dx_over_s(g: Any, x: Any, *rest: Any) -> Any:
+    """Return the gradients with the term through s divided by s once more."""
+    direct, by_mean, by_root = ways(g, x, *rest)
+    return direct + by_mean + by_root / ops.sqrt(ops.var(x, -1, True) + rest[-1]), *right(g, x, *rest)[1:]
+
+
 def no_weight(g: Any, x: Any, weight: Any, bias: Any, eps: float) -> Any:
     """Return the gradients with g, not g·weight, as what reaches x̂."""
     return (right(g, x, np.ones_like(weight), bias, eps)[0], *right(g, x, weight, bias, eps)[1:])
@@ -214,6 +228,28 @@ BACKWARD_MISTAKES = (
         dx_from(lambda direct, by_mean, by_root: direct + by_mean - by_root),
     ),
     Mistake(
+        "2 not cancelled",
+        "In dx, the term that goes through s is twice too large. The root's derivative is 1/(2s): what is left of the "
+        "2 from the squares?",
+        dx_from(lambda direct, by_mean, by_root: direct + by_mean + 2.0 * by_root),
+    ),
+    Mistake(
+        "x̂ left off the term through s",
+        "In dx, the term that goes through s lacks its x̂_i: it is not one number for the whole row. Look at what δs "
+        "is made of.",
+        by_root_alone,
+    ),
+    Mistake(
+        "x for x̂ in the term through s",
+        "In dx, the term that goes through s has x_i where x̂_i belongs: look at δs once more.",
+        lambda g, x, *rest: by_root_alone(g, x, *rest, of=lambda x: x),
+    ),
+    Mistake(
+        "one s too many",
+        "In dx, the term that goes through s is divided by s once more. (x_j - μ)/s is x̂_j: is that s counted twice?",
+        dx_over_s,
+    ),
+    Mistake(
         "weight forgotten on the way to x̂",
         "dx is right for a weight of ones. What reaches x̂ is not g: x̂ is multiplied by something before it is the "
         "output.",
@@ -282,11 +318,11 @@ EXERCISE = Exercise(
     hints=(
         "Write a helper that returns x̂ and s, keeping the last axis as length 1 where a mean is taken: backward needs "
         "both, too. dbias and dweight are one line each: a sum over all axes but the last.",
-        "For dx: put δx̂_j = (δx_j - δμ - x̂_j δs)/s into δL = Σ_j a_j δx̂_j and take the three parts for themselves. "
-        "In the second, Σ_j a_j δμ, the number δμ = (1/D) Σ_i δx_i does not depend on j and can go before the sum. "
+        "For dx: put δx̂_j = (δx_j - δμ - x̂_j δs)/s into δL = Σ_j dx̂_j δx̂_j and take the three parts for themselves. "
+        "In the second, Σ_j dx̂_j δμ, the number δμ = (1/D) Σ_i δx_i does not depend on j and can go before the sum. "
         "So can δs in the third.",
-        "The second part is then (1/D)(Σ_j a_j) Σ_i δx_i, and the third (1/D)(Σ_j a_j x̂_j) Σ_i x̂_i δx_i. The brackets "
-        "with their 1/D are means over the row, of a and of a·x̂. What stands before δx_i in all three parts, with "
-        "their signs, divided by s, is dx_i.",
+        "The second part is then (1/D)(Σ_j dx̂_j) Σ_i δx_i, and the third (1/D)(Σ_j dx̂_j x̂_j) Σ_i x̂_i δx_i. The "
+        "brackets with their 1/D are means over the row, of dx̂ and of dx̂·x̂. What stands before δx_i in all three "
+        "parts, with their signs, divided by s, is dx_i.",
     ),
 )

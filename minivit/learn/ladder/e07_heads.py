@@ -58,6 +58,12 @@ def split_as(order: str, wanted: str = "pbhtd") -> Callable[..., Any]:
     return lambda qkv, heads: cut(qkv, sizes_of(qkv, heads), order, wanted)
 
 
+def parts_reshaped(qkv: Any, heads: int) -> Any:
+    """Return the three parts cut apart, and each then reshaped to (B, H, T, d) as it lies."""
+    sizes = sizes_of(qkv, heads)
+    return ops.reshape(ops.stack(ops.split(qkv, 3, -1)), tuple(sizes[a] for a in "pbhtd"))
+
+
 def joined_as(order: str) -> Callable[..., Any]:
     """Return a backward of split that brings the axes into another order before they are joined."""
     return lambda g, qkv, heads: ops.reshape(cut(g, sizes_of(qkv, heads), "pbhtd", order), qkv.shape)
@@ -104,6 +110,12 @@ SPLIT_MISTAKES = (
         split_as("bthdp"),
     ),
     Mistake(
+        "each part reshaped",
+        "Queries, keys and values are told apart, but each part is then reshaped to (B, H, T, d) as it lies. A reshape "
+        "cannot exchange tokens and heads: cut into (B, T, H, d), then transpose.",
+        parts_reshaped,
+    ),
+    Mistake(
         "parts in reverse",
         "Entry 0 has the values and entry 2 the queries.",
         lambda qkv, heads: split(qkv, heads)[::-1],
@@ -137,6 +149,12 @@ SPLIT_BACKWARD_MISTAKES = (
         "tokens not before the heads",
         "The batch is in its place, but the tokens are not: for each token, all that belongs to it lies together.",
         joined_as("bphtd"),
+    ),
+    Mistake(
+        "each part reshaped",
+        "The gradient of each part, (B, H, T, d), is reshaped to (B, T, H·d) as it lies. Exchange heads and tokens "
+        "first.",
+        backward_of(parts_reshaped, 1),
     ),
     Mistake(
         "parts in reverse",

@@ -27,12 +27,23 @@ def samples(key: Key) -> list[Sample]:
         ("width one", (r(1, 7, 1), r(1, 7, 1), r(1, 7, 2))),
         ("as many tokens as features", (r(4, 4), r(4, 4), r(4, 4))),
         ("rows of scores around 800 and around -800", (far, large(r(2, 5, 4), 0.5), r(2, 5, 4))),
+        ("rows of scores that span 750 and 3000", (*spanning(r, 10), r(10, 3))),
     ]
 
 
 def large(x: np.ndarray, first: float) -> np.ndarray:
     """Return x with another first feature, and few digits: products and sums have no rounding, in whatever order."""
     return np.concatenate([np.full_like(x[..., :1], first), np.round(8.0 * x[..., 1:]) / 8.0], axis=-1)
+
+
+def spanning(r: Draw, tokens: int, *leading: int) -> tuple[np.ndarray, np.ndarray]:
+    """Draw queries and keys of width 4 whose last key has scores around 750 or 3000, and the others around 0.
+
+    The first is too far for e^(s - smallest), but not for e^(s - mean) of ten tokens; the other is for both.
+    """
+    q, k = large(r(*leading, tokens, 4), 0.5), large(r(*leading, tokens, 4), 0.0)
+    q[..., ::2, 0], k[..., -1, 0] = 2.0, 3000.0
+    return q, k
 
 
 def forward(q: Any, k: Any, v: Any, mask: Any = None) -> Any:
@@ -74,12 +85,13 @@ def from_scores(wrong: Callable[[Any, Any], Any]) -> Callable[..., Any]:
     return backward
 
 
-def scaled_gradients(power: int) -> Callable[..., Any]:
-    """Return a backward whose dq and dk are √d to a power too large."""
+def scaled_gradients(power: int, of_values: int = 0) -> Callable[..., Any]:
+    """Return a backward whose dq and dk are √d to a power too large, and dv √d to another."""
 
     def backward(g: Any, q: Any, k: Any, v: Any, mask: Any = None) -> Any:
         dq, dk, dv = right(g, q, k, v, mask)
-        return dq * math.sqrt(q.shape[-1]) ** power, dk * math.sqrt(q.shape[-1]) ** power, dv
+        root = math.sqrt(q.shape[-1])
+        return dq * root**power, dk * root**power, dv * root**of_values
 
     return backward
 
@@ -124,7 +136,7 @@ FORWARD_MISTAKES = (
     ),
     Mistake(
         "divided by the root of the values' width",
-        "The scores are divided by √e, e the width of the values. It is the width of the queries that counts.",
+        "The scores are divided by √w, w the width of the values. It is the width of the queries that counts.",
         scaled_by(lambda q, v: 1.0 / math.sqrt(v.shape[-1])),
     ),
     Mistake(
@@ -155,6 +167,18 @@ FORWARD_MISTAKES = (
         weighed_by(lambda s: unshifted(s - s.max())),
     ),
     Mistake(
+        "mean taken off",
+        "The mean of the row of scores is taken off. Where one score is far above the others its exponent is still far "
+        "above 0: take off what makes it 0.",
+        weighed_by(lambda s: unshifted(s - s.mean(axis=-1, keepdims=True))),
+    ),
+    Mistake(
+        "smallest taken off",
+        "The row's smallest score is taken off, so that all exponents are above 0: which number makes sure that none "
+        "is?",
+        weighed_by(lambda s: unshifted(s - s.min(axis=-1, keepdims=True))),
+    ),
+    Mistake(
         "queries and keys exchanged",
         "S is transposed: row i holds what the key of token i has with all queries. Rows belong to queries.",
         lambda q, k, v: forward(k, q, v),
@@ -169,8 +193,19 @@ BACKWARD_MISTAKES = (
     ),
     Mistake(
         "1/√d twice",
-        "The factor of the scores is there twice. It stands once in the forward, and goes into dS or into dQ and dK.",
+        "The factor of the scores is there twice (or is 1/d). It stands once in the forward, and goes into dS or into "
+        "dQ and dK.",
         scaled_gradients(-1),
+    ),
+    Mistake(
+        "√d multiplies",
+        "The gradient is multiplied by √d. In the forward √d divides, and so it does here.",
+        scaled_gradients(2),
+    ),
+    Mistake(
+        "1/√d in dV",
+        "dV has the factor of the scores. Only what goes through S has it, and V does not.",
+        scaled_gradients(0, -1),
     ),
     Mistake(
         "only the diagonal",
@@ -196,9 +231,35 @@ BACKWARD_MISTAKES = (
         from_scores(lambda p, dp: p * (dp - ops.mean(dp, -1, True))),
     ),
     Mistake(
-        "softmax left out",
-        "dP is passed on as dS. Between S and P stands the softmax.",
-        from_scores(lambda p, dp: dp),
+        "plain sum for weighted sum",
+        "In dS the plain sum of dP over the row is taken off. Each term of the sum over k in the derivation has "
+        "another factor.",
+        from_scores(lambda p, dp: p * (dp - ops.sum(dp, -1, True))),
+    ),
+    Mistake(
+        "sum over everything",
+        "In dS the sum runs over all entries at once. Each row has its own: it runs along the last axis, and keeps it.",
+        from_scores(lambda p, dp: p * (dp - ops.sum(p * dp))),
+    ),
+    Mistake(
+        "axis of the row sum not kept",
+        "In dS the sum over each row has lost its axis, so that it is taken off columns where the shapes allow it: "
+        "keepdims=True.",
+        from_scores(lambda p, dp: p * (dp - ops.sum(p * dp, -1))),
+    ),
+    Mistake(
+        "p left off the row sum",
+        "In dS the first term has its p_j, the sum over the row has not. Both parts of the derivative have the factor "
+        "p_j: mind the brackets.",
+        from_scores(lambda p, dp: p * dp - ops.sum(p * dp, -1, True)),
+    ),
+    Mistake(
+        "P left out of dS",
+        "In dS the bracket is right, and the factor before it, which every term of the derivative has, is missing.",
+        from_scores(lambda p, dp: dp - ops.sum(p * dp, -1, True)),
+    ),
+    Mistake(
+        "softmax left out", "dP is passed on as dS. Between S and P stands the softmax.", from_scores(lambda p, dp: dp)
     ),
     Mistake(
         "dK from dS without its transpose",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from minivit import ops
 from minivit.backend import Key
 from minivit.learn.exercise import Asked, Exercise, Mistake, Sample, backward_of, with_cotangents
 from minivit.learn.ladder import e08_attention as one_head
-from minivit.learn.ladder.e08_attention import large, scores, unshifted
+from minivit.learn.ladder.e08_attention import large, scores, spanning, turned, unshifted
 from minivit.ops.attention import merge_heads, split_heads
 from minivit.ops.samples import Draw
 
@@ -23,6 +24,7 @@ def samples(key: Key) -> list[Sample]:
     r = Draw(key)
     far = np.concatenate([large(r(2, 4, 2, 4), 3200.0), large(r(2, 4, 2, 4), 0.5), r(2, 4, 2, 4)], axis=2)
     far[:, ::2, :2] *= -1.0  # of every other token's queries
+    q, k = spanning(r, 4, 2, 2)  # only the last token may attend to the last key, whose score is the largest
     return [
         ("each token sees itself and those before", (r(2, 5, 3 * 3 * 2), 3, later(5))),
         ("a mask for each image", (r(3, 4, 3 * 2 * 3), 2, r.mask(3, 1, 4, 4) & (np.arange(4) > 0)[:, None])),
@@ -31,6 +33,7 @@ def samples(key: Key) -> list[Sample]:
         ("one token", (r(2, 1, 3 * 2 * 3), 2, np.zeros((1, 1), bool))),
         ("one head", (r(2, 3, 3 * 1 * 4), 1, later(3))),
         ("rows of scores around 800 and around -800", (far.reshape(2, 4, 3 * 2 * 4), 2, later(4))),
+        ("a masked score 3000 above the others", (merge_heads(np.stack([q, k, r(2, 2, 4, 4)])), 2, later(4))),
     ]
 
 
@@ -70,12 +73,6 @@ def read_by_head(qkv: Any, heads: int) -> Any:
     return ops.reshape(ops.swapaxes(ops.reshape(qkv, (b, t, heads, 3, -1)), 2, 3), (b, t, features))
 
 
-def packed_by_head(dqkv: Any, heads: int) -> Any:
-    """Return features that lie as (3, H, d) so that they lie as (H, 3, d): the inverse of :func:`read_by_head`."""
-    b, t, features = dqkv.shape
-    return ops.reshape(ops.swapaxes(ops.reshape(dqkv, (b, t, 3, heads, -1)), 2, 3), (b, t, features))
-
-
 def merged_by_reshape(qkv: Any, heads: int, mask: Any) -> Any:
     """Return the heads' outputs (B, H, T, d) reshaped to (B, T, H·d) as they lie."""
     return ops.reshape(split_heads(forward(qkv, heads, mask), 1, heads)[0], (*qkv.shape[:2], -1))
@@ -103,6 +100,36 @@ def uniform_rows(s: Any, mask: Any) -> Any:
 def masked_afterwards(s: Any, mask: Any) -> Any:
     """Return the softmax over all keys, with zeros where the mask is True."""
     return ops.where(mask, 0.0, ops.softmax(s))
+
+
+def shifted_by(shift: Callable[[Any], Any]) -> Callable[[Any, Any], Any]:
+    """Return weights by e^(s - shift(s)), s with -1e30 where masked."""
+    masked = lambda s, mask: np.where(mask, -1e30, s)
+    return lambda s, mask: np.where(mask, 0.0, unshifted(masked(s, mask) - shift(masked(s, mask))))
+
+
+def largest_of_all(s: Any, mask: Any, zeros: bool) -> Any:
+    """Return weights with the row's largest score taken off, masked ones included; 0/0 becomes 0 if ``zeros``."""
+    e = np.where(mask, 0.0, np.exp(s - s.max(axis=-1, keepdims=True)))
+    p = np.where(mask, 0.0, e / e.sum(axis=-1, keepdims=True))
+    return np.nan_to_num(p) if zeros else p
+
+
+def by_hand(weights: Callable[[Any, Any], Any], in_ds: bool = False) -> Callable[..., Any]:
+    """Return the backward of the text with other weights, and dS masked, too, if ``in_ds``."""
+
+    def backward(g: Any, q: Any, k: Any, v: Any, mask: Any) -> tuple[Any, ...]:
+        p, dp = weights(scores(q, k), mask), ops.matmul(g, turned(v))
+        ds = np.where(in_ds & mask, 0.0, p * (dp - ops.sum(p * dp, -1, True)))
+        return *backward_of(scores, 2)(ds, q, k), ops.matmul(turned(p), g)
+
+    return packed(backward)
+
+
+def read_in_parts(qkv: Any, heads: int, mask: Any) -> Any:
+    """Return self-attention of qkv reshaped to (3, B, H, T, d) as it lies."""
+    b, t, features = qkv.shape
+    return forward(merge_heads(ops.reshape(qkv, (3, b, heads, t, features // (3 * heads)))), heads, mask)
 
 
 def packed_by_reshape(g: Any, qkv: Any, heads: int, mask: Any) -> Any:
@@ -170,9 +197,7 @@ FORWARD_MISTAKES = (
         weighed_by(lambda s, mask: ops.softmax(ops.where(mask, 0.0, s))),
     ),
     Mistake(
-        "scores not divided by √d",
-        "The scores are q·kᵀ as they are. Look at step 2.",
-        scaled_by(lambda heads, d: 1.0),
+        "scores not divided by √d", "The scores are q·kᵀ as they are. Look at step 2.", scaled_by(lambda heads, d: 1.0)
     ),
     Mistake(
         "divided by the root of all features",
@@ -203,6 +228,30 @@ FORWARD_MISTAKES = (
         weighed_by(lambda s, mask: np.where(mask, 0.0, unshifted(s - np.max(np.where(mask, -1e30, s)), mask))),
     ),
     Mistake(
+        "mean or smallest taken off",
+        "Not the largest score of a row is taken off, but their mean or the smallest, so that e^s is infinite.",
+        weighed_by(shifted_by(lambda s: s.mean(axis=-1, keepdims=True))),
+    ),
+    *(
+        Mistake(
+            f"maximum before the mask{more}",
+            "The largest score of the row is taken before the mask. If it is a masked one, far above the others, e^s "
+            "is 0 for all that is allowed: mask first.",
+            weighed_by(partial(largest_of_all, zeros=bool(more))),
+        )
+        for more in ("", ", 0 for 0/0")
+    ),
+    Mistake(
+        "0 times infinity",
+        "Where mask is False, mask·(-∞) is 0·∞: NaN. Choose by np.where, do not multiply.",
+        weighed_by(lambda s, mask: np.where(mask, 0.0, np.nan * s)),
+    ),
+    Mistake(
+        "reshape alone",
+        "qkv is cut by one reshape to (3, B, H, T, d). It cannot exchange axes: each head has pieces of other tokens.",
+        read_in_parts,
+    ),
+    Mistake(
         "overflow, and NaN where nothing is allowed",
         "Two things give NaN: e^s, which is infinite from s = 710 on (take each row's largest score off first), and a "
         "row with nothing allowed, whose sum is 0 (its weights should be 0).",
@@ -218,16 +267,31 @@ BACKWARD_MISTAKES = (
         lambda g, qkv, heads, mask: right(g, qkv, heads, np.zeros_like(mask)),
     ),
     Mistake(
+        "mask in dS alone",
+        "dS is masked, but the P that it is made of is not: its rows have weights for masked keys.",
+        by_hand(lambda s, mask: ops.softmax(s), in_ds=True),
+    ),
+    Mistake(
+        "root of all features",
+        "dQ and dK have the factor 1/√(H·d). A head's scores are sums over its own features.",
+        parts_as(lambda dq, dk, dv: [dq / math.sqrt(dq.shape[1]), dk / math.sqrt(dq.shape[1]), dv]),
+    ),
+    Mistake(
+        "packed by one reshape",
+        "dQ, dK and dV, stacked to (3, B, H, T, d), are reshaped to (B, T, 3·H·d) as they lie. Bring the axes into the "
+        "order of qkv first.",
+        lambda g, qkv, heads, mask: ops.reshape(split_heads(right(g, qkv, heads, mask), 3, heads), qkv.shape),
+    ),
+    Mistake(
         "mask after the softmax",
         "The gradient is that of weights that are set to 0 after a softmax over all keys. Take the weights as the "
         "forward has them.",
-        backward_of(weighed_by(masked_afterwards), 1),
+        by_hand(masked_afterwards),
     ),
     Mistake(
         "gradient from tokens that see nothing",
-        "Gradient flows from a token that may attend to nothing: P in backward has equal weights in its row, where the "
-        "forward has zeros.",
-        backward_of(weighed_by(uniform_rows), 1),
+        "Gradient flows from a token that may attend to nothing: its row of P has equal weights here, and not zeros.",
+        by_hand(uniform_rows),
     ),
     Mistake(
         "queries and keys exchanged",
@@ -248,7 +312,7 @@ BACKWARD_MISTAKES = (
         "parts within heads",
         "The gradient is packed with queries, keys and values together for each head. They are packed as they came: "
         "first all queries.",
-        lambda g, qkv, heads, mask: packed_by_head(right(g, qkv, heads, mask), heads),
+        lambda g, qkv, heads, mask: backward_of(read_by_head, 1)(right(g, qkv, heads, mask), qkv, heads),
     ),
     Mistake(
         "packed by a reshape",
@@ -271,7 +335,7 @@ EXERCISE = Exercise(
         Asked("backward", ("dqkv",), right, with_cotangents(samples, forward), BACKWARD_MISTAKES),
     ),
     hints=(
-        "Take your functions of exercises 7 and 8 and put them together; only the helper that makes P is new, for it "
+        "Copy your functions of exercises 7 and 8 and put them together; only the helper that makes P is new, for it "
         "knows the mask. Call the same helper in backward.",
         "In the helper: where mask is True put -1e30 in the place of the score, take each row's largest off, "
         "exponentiate, divide by the sum, and where mask is True put 0. A row with nothing allowed then comes out "

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from minivit import ops
 from minivit.backend import Key
 from minivit.learn.exercise import Asked, Exercise, Mistake, Sample, backward_of, with_cotangents
@@ -110,9 +112,27 @@ def g_for_dy(x: Any, norm1: Any, attention: Any, norm2: Any, mlp: Any) -> Any:
     return x + a + mlp(norm2(x + cut(a)))
 
 
+def twice(x: Any) -> Any:
+    """Return x, whose gradient comes back twice: what a road gets that is given the branch's news."""
+    return x + x - cut(x)
+
+
+def roads_overwritten(x: Any, norm1: Any, attention: Any, norm2: Any, mlp: Any) -> Any:
+    """Let nothing come back by the two roads, and twice as much by the branches."""
+    y = cut(x) + attention(norm1(twice(x)))
+    return cut(y) + mlp(norm2(twice(y)))
+
+
 def swapped_norms(x: Any, *parameters: Any) -> Any:
     """Exchange the parameters of the two norms."""
     return block(x, *parameters[6:8], *parameters[2:6], *parameters[:2], *parameters[8:])
+
+
+def unprojected(x: Any, *parameters: Any) -> Any:
+    """Let the projection change nothing."""
+    own = list(parameters)
+    own[4:6] = np.eye(x.shape[-1]), 0.0 * own[5]
+    return block(x, *own)
 
 
 def bias_not_summed(g: Any, x: Any, *parameters: Any) -> Any:
@@ -178,6 +198,16 @@ FORWARD_MISTAKES = (
     Mistake("norms exchanged", "norm1's weight and bias are used where norm2's belong, and the other way about.",
             swapped_norms),
     Mistake(
+        "norm1 twice",
+        "norm2 is made with norm1's weight and bias.",
+        lambda x, *parameters: block(x, *parameters[:6], *parameters[:2], *parameters[8:]),
+    ),
+    Mistake(
+        "projection forgotten",
+        "What the heads return is added to x as it is. A linear layer, proj, stands between.",
+        unprojected,
+    ),
+    Mistake(
         "activation forgotten",
         "There is nothing between the MLP's two linear layers: two of them without a bend between are one.",
         wired(then(lambda y, norm2, mlp, x: y + mlp(norm2(y), activation=lambda h: h))),
@@ -209,7 +239,7 @@ BACKWARD_MISTAKES = (
     ),
     Mistake(
         "MLP's branch goes no further",
-        "The MLP's parameters are right, but what comes back through norm2 is dropped: ∂loss/∂y is more than g.",
+        "The MLP's parameters are right, but what comes back through norm2 is dropped: ∂L/∂y is more than g.",
         going_back(then(lambda y, norm2, mlp, x: y + mlp(norm2(cut(y))))),
     ),
     Mistake(
@@ -225,9 +255,21 @@ BACKWARD_MISTAKES = (
     ),
     Mistake(
         "g onto the first road",
-        "The first road is given g. It carries all of ∂loss/∂y, what came back through the MLP included.",
+        "The first road is given g. It carries all of ∂L/∂y, what came back through the MLP included.",
         going_back(lambda x, norm1, attention, norm2, mlp: x + attention(norm1(x))
                    + mlp(norm2(cut(x) + attention(norm1(x))))),
+    ),
+    Mistake(
+        "g onto the first road, too",
+        "The first road is given ∂L/∂y and g once more. g is in ∂L/∂y already: by the second road.",
+        going_back(lambda x, norm1, attention, norm2, mlp: after_attention(x, norm1, attention) + x - cut(x)
+                   + mlp(norm2(after_attention(x, norm1, attention)))),
+    ),
+    Mistake(
+        "roads overwritten",
+        "On both roads goes what the branch has given back, in the place of what came in: is one name, g, used for "
+        "both? The branch has then overwritten what the road needs.",
+        going_back(roads_overwritten),
     ),
     Mistake(
         "norm1 reads its own output",
@@ -271,8 +313,7 @@ BACKWARD_MISTAKES = (
     ),
     Mistake(
         "bias not summed",
-        "dfc2_bias is (B, T, D), g itself. The bias was added to every token: one number of it collects from all of "
-        "them.",
+        "dfc2_bias is (B, T, D), g itself. The bias was added to every token: each number of it collects from all.",
         bias_not_summed,
     ),
     Mistake(
@@ -301,7 +342,7 @@ EXERCISE = Exercise(
     hints=(
         "Forward in ten lines, one box a line, each result under a name of its own: nothing is overwritten. Backward "
         "runs the same lines first, then goes through them from the last to the first.",
-        "Do the second half alone: a function (g, y) → (∂loss/∂y, the six gradients of norm2 and the MLP). Test it: "
+        "Do the second half alone: a function (g, y) → (∂L/∂y, the six gradients of norm2 and the MLP). Test it: "
         "with fc2's parameters zero it must give g. The first half is the same again with another branch.",
         "In each half: keep g aside, walk the branch back to the half's input, and then add what you kept. The result "
         "of the second half's addition is the g of the first half, for its branch and for its road.",

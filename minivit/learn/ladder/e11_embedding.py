@@ -211,6 +211,11 @@ BACKWARD_MISTAKES = (
         but(backward, 1, lambda d, *args: ops.reshape(ops.transpose(d, (0, 2, 3, 1)), d.shape)),
     ),
     Mistake(
+        "weight's gradient as a matrix",
+        "dweight is (D, C·P·Q), the matrix's gradient. Its numbers are right; give them weight's own shape.",
+        but(backward, 1, lambda d, *args: ops.reshape(d, (len(d), -1))),
+    ),
+    Mistake(
         "rows off by one",
         "The last row of g is taken for the class token's, and the first for a patch's. Which row did forward put cls "
         "in?",

@@ -55,7 +55,7 @@ class Model:
         return block(z, *self.blocks[i])
 
     def encode(self, z: Any) -> Any:
-        """Return zL of z0."""
+        """Return zN of z0."""
         for i in range(len(self.blocks)):
             z = self.step(i, z)
         return z
@@ -69,7 +69,7 @@ class Model:
         return u[:, 0]
 
     def head(self, u: Any, z: Any) -> Any:
-        """Return the logits of u; z is zL."""
+        """Return the logits of u; z is zN."""
         return linear(self.row(u), *self.head_of)
 
     def loss_of(self, logits: Any) -> Any:
@@ -205,7 +205,7 @@ FORWARD_MISTAKES = (
     Mistake("blocks in reverse", "The last block is run first.", with_(step=backwards)),
     Mistake(
         "a block too few",
-        "The last block is not run. L is the length of the first axis of each array of blocks.",
+        "The last block is not run. N is the length of the first axis of each array of blocks.",
         with_(step=lambda self, i, z: self.step_right(i, z) if i + 1 < len(self.blocks) else z),
     ),
 )  # fmt: skip
@@ -228,17 +228,17 @@ BACKWARD_MISTAKES = (
     ),
     Mistake(
         "every token read",
-        "∂loss/∂u has the head's gradient in every row. What does the loss do if a row that is not read changes?",
+        "∂L/∂u has the head's gradient in every row. What does the loss do if a row that is not read changes?",
         back_with(row=all_rows(lambda u: 1.0)),
     ),
     Mistake(
         "every token read, as in a mean",
-        "∂loss/∂u has a T-th of the head's gradient in every row, as if the head read the mean of all tokens.",
+        "∂L/∂u has a T-th of the head's gradient in every row, as if the head read the mean of all tokens.",
         back_with(row=all_rows(lambda u: 1.0 / u.shape[1])),
     ),
     Mistake(
         "last norm skipped",
-        "∂loss/∂u goes into the last block as it is. The norm stands between.",
+        "∂L/∂u goes into the last block as it is. The norm stands between.",
         back_with(norm=lambda self, z: z - cut(z) + Model.norm(self, cut(z))),
     ),
     Mistake(
@@ -248,12 +248,12 @@ BACKWARD_MISTAKES = (
     ),
     Mistake(
         "head reads the row before the norm",
-        "linear_backward of the head is given zL's row. What went into the head has passed the norm.",
+        "linear_backward of the head is given zN's row. What went into the head has passed the norm.",
         back_with(head=lambda self, u, z: misread(linear, u[:, 0], z[:, 0], *self.head_of)),
     ),
     Mistake(
         "all blocks read the last tokens",
-        "Each block's backward is given zL. Every block had an input of its own: is it still there after the loop?",
+        "Each block's backward is given zN. Every block had an input of its own: is it still there after the loop?",
         back_with(step=read_at(lambda self, i: -1)),
     ),
     Mistake(
@@ -263,7 +263,7 @@ BACKWARD_MISTAKES = (
     ),
     Mistake(
         "blocks read their own output",
-        "Block i's backward is given z_{i+1}. With L + 1 arrays kept, the index is easily off by one.",
+        "Block i's backward is given z_{i+1}. With N + 1 arrays kept, the index is easily off by one.",
         back_with(step=read_at(lambda self, i: i + 1)),
     ),
     Mistake(
@@ -279,7 +279,7 @@ BACKWARD_MISTAKES = (
     ),
     Mistake(
         "blocks passed by",
-        "The embedding is given ∂loss/∂zL. It made z0: what has come out of the first block's backward belongs here.",
+        "The embedding is given ∂L/∂zN. It made z0: what has come out of the first block's backward belongs here.",
         back_with(encode=lambda self, z: Model.encode(self, cut(z)) + z - cut(z)),
     ),
     Mistake(
@@ -306,12 +306,12 @@ EXERCISE = Exercise(
         ),
     ),
     hints=(
-        "Let one function run the chain and return everything that backward wants: the list z0 … zL, u and the logits. "
+        "Let one function run the chain and return everything that backward wants: the list z0 … zN, u and the logits. "
         "forward takes its last result, backward all of them.",
         "Make the blocks' gradients first, as zeros of the parameters' shapes, and write each block's twelve into "
-        "place i. For ∂loss/∂u: zeros of u's shape, of which one row is filled.",
+        "place i. For ∂L/∂u: zeros of u's shape, of which one row is filled.",
         "Backward, in this order: cross_entropy_backward with g; linear_backward at u's row; layer_norm_backward at "
-        "the last of the list; then for i from L-1 down to 0 block_backward at z_i, the first of what it returns being "
+        "the last of the list; then for i from N-1 down to 0 block_backward at z_i, the first of what it returns being "
         "the g of the next; and embed_backward, whose first result nobody wants.",
     ),
 )

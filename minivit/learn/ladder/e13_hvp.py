@@ -24,6 +24,11 @@ def samples(key: Key) -> list[Sample]:
         shapes = [(*leading, queries, d), (*leading, keys, d), (*leading, keys, e)]
         return r(*shapes[0]) * scale, *(r(*shape) for shape in shapes[1:]), *(r(*shape) for shape in shapes)
 
+    # few digits: scores are exact in whatever order they are summed
+    far = tuple(np.round(8.0 * x) / 8.0 for x in drawn(4, 5, 4, 3))
+    far[0][:, 0], far[1][:, 0], far[3][:, 0] = (320.0, -320.0, 320.0, -320.0), 5.0, 0.0
+    far[4][:, 0] = 0.0
+
     return [
         ("one head", drawn(3, 4, 2, 5)),
         ("as many queries as keys as numbers", drawn(4, 4, 4, 4)),
@@ -31,6 +36,7 @@ def samples(key: Key) -> list[Sample]:
         ("one query", drawn(1, 5, 3, 3, 1)),
         ("one key: nothing to choose from", drawn(3, 1, 2, 2)),
         ("scores up to twenty", drawn(3, 5, 4, 3, 2, scale=5.0)),
+        ("rows of scores near 800 and near -800", far),
     ]
 
 
@@ -98,11 +104,59 @@ def moved(gradient: Callable[..., Any]) -> Callable[..., Any]:
     return lambda g, q, k, v, *t: along(lambda *leaves: gradient(g, *leaves), (q, k, v), t)
 
 
-def hvp(g: Any, q: Any, k: Any, v: Any, *t: Any) -> Any:
-    """Return the Hessian of Σ g ∘ attention times t: the gradient of its gradient's product with t."""
-    leaves = [tensor(x, requires_grad=True) for x in (q, k, v)]
-    first = grad_or_zeros(ops.sum(attention(*leaves) * g), leaves, create_graph=True)
-    return tuple(x.numpy() for x in grad_or_zeros(sum(ops.sum(x * y) for x, y in zip(first, t, strict=True)), leaves))
+def hvp_of(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return hvp of another function than attention, made of q, k and v."""
+
+    def hvp(g: Any, q: Any, k: Any, v: Any, *t: Any) -> Any:
+        leaves = [tensor(x, requires_grad=True) for x in (q, k, v)]
+        first = grad_or_zeros(ops.sum(function(*leaves) * g), leaves, create_graph=True)
+        total = sum(ops.sum(x * y) for x, y in zip(first, t, strict=True))
+        return tuple(x.numpy() for x in grad_or_zeros(total, leaves))
+
+    return hvp
+
+
+hvp = hvp_of(attention)
+
+
+def scaled_by(scale: Callable[[Any, Any], float]) -> Callable[..., Any]:
+    """Return attention with another factor before q·kᵀ, made of q and v."""
+    return lambda q, k, v: attention(q, k, v, None, scale(q, v))
+
+
+def both_dotted_tangent(q: Any, k: Any, v: Any, tq: Any, tk: Any, tv: Any) -> Any:
+    """Return Ṗ·V + P·V̇, with c·Q̇·K̇ᵀ for Ṡ."""
+    return along(lambda s, v: ops.softmax(s) @ v, (scores_of(q, k), v), (scores_of(tq, tk), tv))
+
+
+def both_dotted(g: Any, q: Any, k: Any, v: Any, tq: Any, tk: Any, tv: Any) -> Any:
+    """Return the hvp with c·Q̇·K̇ᵀ for Ṡ."""
+    of = lambda q, k, v, s: gradients(scores=lambda q, k: s)(g, q, k, v)
+    return along(of, (q, k, v, scores_of(q, k)), (tq, tk, tv, scores_of(tq, tk)))
+
+
+def overflowing(s: Any) -> Any:
+    """Return e^s / Σ e^s as it stands."""
+    e = ops.exp(s)
+    return e / ops.sum(e, -1, True)
+
+
+def dv_for_dp(g: Any, q: Any, k: Any, v: Any, *t: Any) -> Any:
+    """Return the hvp with g·Vᵀ for (dP)˙."""
+    hq, hk, _ = moved(gradients())(g, q, k, v, *t[:2], v)
+    return hq, hk, hvp(g, q, k, v, *t)[2]
+
+
+def scaled(power: float, terms: str = "both") -> Callable[..., Any]:
+    """Return the hvp with d to a power before (dQ)˙ and (dK)˙, or before the terms only in which Q and K move."""
+    of = gradients(d_query=lambda ds, k: cut(ds) @ k, d_key=lambda ds, q: turned(cut(ds)) @ q)
+
+    def gives(g: Any, q: Any, *args: Any) -> Any:
+        (hq, hk, hv), factor = hvp(g, q, *args), q.shape[-1] ** power - 1.0
+        more = (hq, hk) if terms == "both" else moved(of)(g, q, *args)[:2]
+        return hq + factor * more[0], hk + factor * more[1], hv
+
+    return gives
 
 
 def unscaled(q: Any, k: Any) -> Any:
@@ -148,8 +202,7 @@ SOFTMAX_MISTAKES = (
     ),
     (
         "plain mean for weighted mean",
-        "What is taken off Ṡ is its plain mean over the row. In the derivation, step 2, each term of the sum has a "
-        "weight.",
+        "What is taken off Ṡ is its plain mean over the row. In step 2 each term of the sum has a weight.",
         plain_mean,
     ),
 )
@@ -166,10 +219,24 @@ SCORES_MISTAKES = (
     ),
     ("scale forgotten in the scores", "Ṡ lacks the factor 1/√d that S has.", unscaled),
 )
+SCALE_MISTAKES = (
+    ("divided by d", "c is 1/d: the scores are divided by the root of d.", lambda q, v: 1.0 / q.shape[-1]),
+    (
+        "the values' width",
+        "c is made of the width of the values, not of d.",
+        lambda q, v: v.shape[-1] ** -0.5,
+    ),
+    ("scale forgotten", "c is nowhere: S = c·Q·Kᵀ, c = 1/√d.", lambda q, v: 1.0),
+)
+BOTH_DOTTED = "Ṡ is c·Q̇·K̇ᵀ. The dot of a product is a sum of two terms, in each of which one factor has the dot."
+OVERFLOW = "e^s is infinite from s = 710 on, and 0 below -745: NaN. Take each row's largest score off (exercise 8)."
 
 TANGENT_MISTAKES = (
     *(Mistake(name, says, tangent_of(attended(softmax=softmax))) for name, says, softmax in SOFTMAX_MISTAKES),
     *(Mistake(name, says, tangent_of(attended(scores=scores))) for name, says, scores in SCORES_MISTAKES),
+    *(Mistake(name, says, tangent_of(scaled_by(scale))) for name, says, scale in SCALE_MISTAKES),
+    Mistake("both factors with a dot", BOTH_DOTTED, both_dotted_tangent),
+    Mistake("overflow", OVERFLOW, tangent_of(attended(softmax=overflowing))),
     Mistake(
         "probabilities held still",
         "Only the values move. out = P·V is a product of two things that move.",
@@ -187,19 +254,37 @@ TANGENT_MISTAKES = (
     ),
 )
 
+PRODUCTS: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
+    ("dQ", "dS and K", "K", {"d_query": lambda ds, k: ds @ cut(k)}),
+    ("dQ", "dS and K", "dS", {"d_query": lambda ds, k: cut(ds) @ k}),
+    ("dK", "dSᵀ and Q", "Q", {"d_key": lambda ds, q: turned(ds) @ cut(q)}),
+    ("dK", "dSᵀ and Q", "dS", {"d_key": lambda ds, q: cut(turned(ds)) @ q}),
+)
+
 HVP_MISTAKES = (
     *(Mistake(name, says, moved(gradients(softmax=softmax))) for name, says, softmax in SOFTMAX_MISTAKES),
     *(Mistake(name, says, moved(gradients(scores=scores))) for name, says, scores in SCORES_MISTAKES),
+    *(Mistake(name, says, hvp_of(scaled_by(scale))) for name, says, scale in SCALE_MISTAKES),
+    Mistake("both factors with a dot", BOTH_DOTTED, both_dotted),
+    Mistake("overflow", OVERFLOW, moved(gradients(softmax=overflowing))),
+    Mistake(
+        "c forgotten in dQ and dK",
+        "The factor c of the lines dQ = c·dS·K and dK = c·dSᵀ·Q is missing: it is in Ṡ, and here once more.",
+        scaled(0.5),
+    ),
+    Mistake("c twice in dQ and dK", "The factor c of dQ = c·dS·K and dK = c·dSᵀ·Q is there twice.", scaled(-0.5)),
+    Mistake(
+        "c in one term only",
+        "In the terms of (dQ)˙ and (dK)˙ in which K and Q move, c is missing. Mind the brackets.",
+        scaled(0.5, "moved"),
+    ),
+    Mistake("V for its dot", "(dP)˙ is g·Vᵀ, which is dP itself: what moves in that line?", dv_for_dp),
     Mistake(
         "probabilities held still",
         "Ṗ is missing everywhere: P is a constant in your lines. It moves with Q and K, in dV, in r and in dS.",
         moved(gradients(softmax=fixed_softmax)),
     ),
-    Mistake(
-        "values held still",
-        "(dP)˙ is missing: dP = g·Vᵀ, and V moves.",
-        moved(gradients(values=cut)),
-    ),
+    Mistake("values held still", "(dP)˙ is missing: dP = g·Vᵀ, and V moves.", moved(gradients(values=cut))),
     Mistake(
         "row sums held still",
         "ṙ is missing: r is a sum over the keys of things that move.",
@@ -225,25 +310,13 @@ HVP_MISTAKES = (
         "(dS)˙ has one of its two terms: P ∘ (dP - r) is a product, and the bracket moves, too.",
         moved(gradients(d_scores=lambda p, bracket: p * cut(bracket))),
     ),
-    Mistake(
-        "dQ: keys held still",
-        "(dQ)˙ has one of its two terms: dQ is a product of dS and K, and K moves.",
-        moved(gradients(d_query=lambda ds, k: ds @ cut(k))),
-    ),
-    Mistake(
-        "dQ: dS held still",
-        "(dQ)˙ has one of its two terms: dQ is a product of dS and K, and dS moves.",
-        moved(gradients(d_query=lambda ds, k: cut(ds) @ k)),
-    ),
-    Mistake(
-        "dK: queries held still",
-        "(dK)˙ has one of its two terms: dK is a product of dSᵀ and Q, and Q moves.",
-        moved(gradients(d_key=lambda ds, q: turned(ds) @ cut(q))),
-    ),
-    Mistake(
-        "dK: dS held still",
-        "(dK)˙ has one of its two terms: dK is a product of dSᵀ and Q, and dS moves.",
-        moved(gradients(d_key=lambda ds, q: cut(turned(ds)) @ q)),
+    *(
+        Mistake(
+            f"{of}: {still} held still",
+            f"({of})˙ has one of its two terms: {of} is a product of {pair}, and {still} moves, too.",
+            moved(gradients(**line)),
+        )
+        for of, pair, still, line in PRODUCTS
     ),
     Mistake(
         "the gradient itself",
@@ -252,8 +325,7 @@ HVP_MISTAKES = (
     ),
     Mistake(
         "Gauss-Newton",
-        "This is the backward pass of exercise 8 fed with the tangent: Jᵀ·J·t. It has first derivatives only, and no "
-        "g.",
+        "This is the backward pass of exercise 8 fed with the tangent, Jᵀ·J·t: first derivatives only, and no g.",
         gauss_newton,
     ),
 )
@@ -269,7 +341,7 @@ EXERCISE = Exercise(
     hints=(
         "Write S and P first, then under each line the same line with dots. Name the dotted ones alike (ts, tp, tdp, "
         "tr, tds): every one of them has the shape of what it belongs to, so a forgotten transpose shows.",
-        "Softmax: Ṗ = P ∘ (Ṡ - w) with w the mean of Ṡ over the row, each key weighted by its probability. It is the "
+        "Softmax: Ṗ = P ∘ (Ṡ - u) with u the mean of Ṡ over the row, each key weighted by its probability. It is the "
         "same function that the backward pass applies to dP.",
         "Of the six lines of the backward pass, dV and dP have one term with dots each (g stands still); r, dS, dQ and "
         "dK have two. In all there are ten terms; count yours.",

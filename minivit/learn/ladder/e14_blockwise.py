@@ -8,9 +8,23 @@ from typing import Any
 import numpy as np
 
 from minivit import ops
-from minivit.backend import Array, Key, normal
+from minivit.backend import Key, normal
 from minivit.learn.exercise import Asked, Exercise, Limit, Mistake, Sample, backward_of
-from minivit.learn.streamed import in_blocks, last_top, newest_top, no_top, own_top, running_top, scores_of, shifted
+from minivit.learn.streamed import (
+    from_lines,
+    in_blocks,
+    inner_of_block,
+    last_block,
+    last_dropped,
+    last_top,
+    newest_top,
+    no_top,
+    own_top,
+    running_top,
+    scores_of,
+    shifted,
+    top_from_zero,
+)
 from minivit.ops.samples import Draw
 
 LARGE = 768
@@ -97,6 +111,12 @@ def no_division(q: Any, k: Any, v: Any, block: int) -> tuple[Any, Any]:
     return np.exp(s - last_top(s, block)) @ v, forward(q, k, v, block)[1]
 
 
+def sum_for_lse(q: Any, k: Any, v: Any, block: int) -> tuple[Any, Any]:
+    """Return attention, and the shifted sum."""
+    out, lse = without_top(q, k, v, block)
+    return out, np.exp(lse)
+
+
 def without_top(q: Any, k: Any, v: Any, block: int) -> tuple[Any, Any]:
     """Return attention, and the logarithm of the shifted sum."""
     out, lse = forward(q, k, v, block)
@@ -106,48 +126,6 @@ def without_top(q: Any, k: Any, v: Any, block: int) -> tuple[Any, Any]:
 def unscaled(q: Any, k: Any, v: Any, block: int) -> tuple[Any, Any]:
     """Return attention of scores without 1/√d."""
     return forward(q * q.shape[1] ** 0.5, k, v, block)
-
-
-# ---- and in the backward pass ----------------------------------------------------------------------------------------
-
-
-def from_lines(
-    probabilities: Any = lambda s, lse, block: np.exp(s - lse[:, None]),
-    inner: Any = lambda p, dp, block: ops.sum(p * dp, -1, True),
-    scale: Any = lambda q: q.shape[1] ** -0.5,
-    of_scores: Any = lambda q: q.shape[1] ** -0.5,
-    keys: Any = lambda k, block: k,
-) -> Callable[..., Any]:
-    """Return attention's gradients with a line of its backward changed: P, D, 1/√d in two places, the keys in dQ."""
-
-    def gives(g: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, block: int) -> tuple[Any, ...]:
-        p = probabilities(q @ k.T * of_scores(q), lse, block)
-        dp = g @ v.T
-        ds = p * (dp - inner(p, dp, block)) * scale(q)
-        return ds @ keys(k, block), ds.T @ q, p.T @ g
-
-    return gives
-
-
-def inner_of_block(p: Array, dp: Array, block: int) -> Array:
-    """Return for every key the sum over its block."""
-    return in_blocks(lambda x: np.broadcast_to(x.sum(-1, keepdims=True), x.shape), p * dp, block)
-
-
-def whole_blocks(x: Array, block: int) -> Array:
-    """Return x (Tk, …) with zeros after the last whole block."""
-    return x * (np.arange(len(x)) < len(x) // block * block)[:, None]
-
-
-def last_block(x: Array, block: int) -> Array:
-    """Return x (Tk, …) with zeros before the last block."""
-    return x * (np.arange(len(x)) >= (len(x) - 1) // block * block)[:, None]
-
-
-def last_dropped(*args: Any) -> tuple[Any, ...]:
-    """Return the gradients of the keys of whole blocks, and what those give to dq."""
-    dq, *of_keys = from_lines(keys=whole_blocks)(*args)
-    return dq, *(whole_blocks(x, args[-1]) for x in of_keys)
 
 
 FORWARD_MISTAKES = (
@@ -185,6 +163,12 @@ FORWARD_MISTAKES = (
         shifted(no_top, no_top, no_top),
     ),
     Mistake(
+        "maximum from 0",
+        "The running maximum begins at 0. In a row whose scores are all far below 0 it stays there, and the sum is 0: "
+        "with which number does a maximum of nothing begin?",
+        shifted(top_from_zero, top_from_zero, top_from_zero),
+    ),
+    Mistake(
         "one maximum for all queries",
         "The maximum is taken over the whole block of scores. Rows may be far apart: every query needs its own, or all "
         "its exponentials are 0. Look at axis= in the maximum.",
@@ -213,6 +197,7 @@ FORWARD_MISTAKES = (
         sum_of_the_last_block,
     ),
     Mistake("not divided", "out is the accumulator: the division by l is missing.", no_division),
+    Mistake("lse is the sum", "lse is l itself. It is the logarithm of a sum, with the maximum: step 4.", sum_for_lse),
     Mistake(
         "lse without the maximum",
         "lse is the logarithm of the sum of e^(s - m). It should be that of the sum of e^s: step 4.",
@@ -259,18 +244,16 @@ BACKWARD_MISTAKES = (
         from_lines(keys=last_block),
     ),
     Mistake(
-        "last block dropped",
-        "The keys after the last whole block get no gradient, and give none to dq.",
-        last_dropped,
+        "last block dropped", "The keys after the last whole block get no gradient, and give none to dq.", last_dropped
     ),
     Mistake(
-        "scale forgotten in dq and dk",
-        "dQ and dK lack the factor 1/√d: the scores are Q·Kᵀ times it.",
+        "scale forgotten in the gradient",
+        "The factor 1/√d is missing: the scores are Q·Kᵀ times it.",
         from_lines(scale=lambda q: 1.0),
     ),
     Mistake(
-        "scale twice in dq and dk",
-        "dQ and dK have the factor 1/√d twice.",
+        "scale twice in the gradient",
+        "The factor 1/√d is there twice. (If q is scaled beforehand, dK has it already, and dQ not.)",
         from_lines(scale=lambda q: 1.0 / q.shape[1]),
     ),
     Mistake(

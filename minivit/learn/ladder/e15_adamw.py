@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,12 +9,24 @@ import numpy as np
 
 from minivit.backend import Key
 from minivit.learn.exercise import Asked, Exercise, Mistake, Sample
-from minivit.nn.module import Parameter
+from minivit.learn.stepped import (
+    NEVER,
+    Step,
+    corrections,
+    coupled,
+    from_step_number,
+    means_kept_corrected,
+    not_squared,
+    other_corrections,
+    other_numerator,
+    other_step,
+    shares_exchanged,
+    shares_forgotten,
+    step,
+    uncorrected_m,
+    uncorrected_v,
+)
 from minivit.ops.samples import Draw
-from minivit.train.optimizer import AdamW
-
-NEVER = 10**9
-"""A step so late that nothing is left to correct: β to that power is 0."""
 
 
 def samples(key: Key) -> list[Sample]:
@@ -33,107 +44,6 @@ def samples(key: Key) -> list[Sample]:
         ("gradients of the size of eps", drawn(3, 2, t=3, size=1e-6, settings=(0.02, 0.9, 0.999, 1e-6, 0.2))),
         ("one number, no decay", drawn(1, t=5, settings=(0.5, 0.7, 0.9, 1e-3, 0.0))),
     ]
-
-
-def step(p: Any, g: Any, m: Any, v: Any, t: int, *settings: float) -> tuple[Any, Any, Any]:
-    """Return (p, m, v) after minivit's AdamW has made step number t with lr, beta1, beta2, eps and decay."""
-    lr, beta1, beta2, eps, decay = settings
-    parameter = Parameter(np.array(p, np.float64), decays=True)
-    optimizer = AdamW([("p", parameter)], lr, (beta1, beta2), eps, decay)
-    optimizer.load_state_dict({"steps": np.asarray(t - 1), "m/p": np.asarray(m), "v/p": np.asarray(v)})
-    parameter.grad = np.array(g, np.float64)
-    optimizer.step()
-    state = optimizer.state_dict()
-    return np.array(parameter.data), state["m/p"], state["v/p"]
-
-
-Step = Callable[..., tuple[Any, Any, Any]]
-
-
-def corrections(t: int, beta1: float, beta2: float) -> tuple[float, float]:
-    """Return 1 - β₁ᵗ and √(1 - β₂ᵗ)."""
-    return 1.0 - beta1**t, math.sqrt(1.0 - beta2**t)
-
-
-def rescaled(args: tuple[Any, ...], of_step: float = 1.0, of_root: float = 1.0) -> tuple[Any, Any, Any]:
-    """Return :func:`step` with ``of_step`` before m̂ and ``of_root`` before √v̂, and the decay as it is.
-
-    a·m̂/(b·√v̂ + eps) is (a/b)·m̂/(√v̂ + eps/b).
-    """
-    *state, lr, beta1, beta2, eps, decay = args
-    factor = of_step / of_root
-    return step(*state, lr * factor, beta1, beta2, eps / of_root, decay / factor)
-
-
-def uncorrected_m(*args: Any) -> tuple[Any, Any, Any]:
-    """Step by m, not m̂."""
-    return rescaled(args, of_step=corrections(args[4], *args[6:8])[0])
-
-
-def uncorrected_v(*args: Any) -> tuple[Any, Any, Any]:
-    """Step by v, not v̂."""
-    return rescaled(args, of_root=corrections(args[4], *args[6:8])[1])
-
-
-def from_step_number(number: Callable[[int], int]) -> Step:
-    """Return the step with other bias corrections: those of step ``number(t)``; of step 0 they are divisions by 0."""
-
-    def gives(p: Any, g: Any, m: Any, v: Any, t: int, *settings: float) -> tuple[Any, Any, Any]:
-        counted = number(t)
-        new = step(p, g, m, v, max(counted, 1), *settings)
-        return new if counted else (np.full_like(p, np.nan), *new[1:])
-
-    return gives
-
-
-def other_step(change: Callable[[Any, Any, Any, Any], Any]) -> Step:
-    """Return the step with another way from (shrunk p, Adam's step, old p, settings) to the new p."""
-
-    def gives(p: Any, g: Any, m: Any, v: Any, t: int, *settings: float) -> tuple[Any, Any, Any]:
-        moved, *means = step(p, g, m, v, t, *settings)
-        lr, _, beta2, eps, decay = settings
-        shrunk = (1.0 - lr * decay) * p
-        v_hat = means[1] / (1.0 - beta2**t)
-        return change(shrunk, shrunk - moved, p, (v_hat, lr, eps, decay)), *means
-
-    return gives
-
-
-def coupled(p: Any, g: Any, m: Any, v: Any, t: int, *settings: float) -> tuple[Any, Any, Any]:
-    """Add decay·p to the gradient."""
-    return step(p, g + settings[-1] * p, m, v, t, *settings[:-1], 0.0)
-
-
-def shares_exchanged(p: Any, g: Any, m: Any, v: Any, t: int, *settings: float) -> tuple[Any, Any, Any]:
-    """Give the old means the share 1 - β."""
-    lr, beta1, beta2, eps, decay = settings
-    (a, b), (a2, b2) = corrections(t, 1.0 - beta1, 1.0 - beta2), corrections(t, beta1, beta2)
-    return rescaled((p, g, m, v, t, lr, 1.0 - beta1, 1.0 - beta2, eps, decay), a / a2, b / b2)
-
-
-def shares_forgotten(p: Any, g: Any, m: Any, v: Any, *settings: float) -> tuple[Any, Any, Any]:
-    """Add g and g² whole."""
-    _, _, beta1, beta2, _, _ = settings
-    rest, rest2 = 1.0 - beta1, 1.0 - beta2
-    p, m, v = rescaled((p, g, m * rest, v * rest2, *settings), 1.0 / rest, rest2**-0.5)
-    return p, m / rest, v / rest2
-
-
-def means_kept_corrected(p: Any, g: Any, m: Any, v: Any, t: int, *settings: float) -> tuple[Any, Any, Any]:
-    """Return m̂ and v̂ in the place of m and v."""
-    p, m, v = step(p, g, m, v, t, *settings)
-    first, root = corrections(t, *settings[1:3])
-    return p, m / first, v / root**2
-
-
-def not_squared(p: Any, g: Any, m: Any, v: Any, t: int, *settings: float) -> tuple[Any, Any, Any]:
-    """Make v of g in the place of g²: as m is made, with β₂."""
-    lr, _, beta2, eps, decay = settings
-    moved, m1, v1 = step(p, g, m, v, t, *settings)
-    wrong = step(p, g, v, v, t, lr, beta2, beta2, eps, decay)[1]
-    rest = (1.0 - beta2**t) ** -1.0
-    shrunk, factor = (1.0 - lr * decay) * p, (np.sqrt(v1 * rest) + eps) / (np.sqrt(wrong * rest) + eps)
-    return shrunk - (shrunk - moved) * factor, m1, wrong
 
 
 STEP_MISTAKES = (
@@ -171,6 +81,27 @@ STEP_MISTAKES = (
     ),
     Mistake("only v corrected", "m is used as it is. It began at zero, as v did: step 2.", uncorrected_m),
     Mistake("only m corrected", "v is used as it is. It began at zero, as m did: step 2.", uncorrected_v),
+    Mistake(
+        "beta1 in both corrections",
+        "v is corrected with beta1. Each mean has its own β: look at the index in v̂.",
+        other_corrections(lambda t, beta1, beta2: (1.0 - beta1**t, 1.0 - beta1**t)),
+    ),
+    Mistake(
+        "beta2 in both corrections",
+        "m is corrected with beta2. Each mean has its own β: look at the index in m̂.",
+        other_corrections(lambda t, beta1, beta2: (1.0 - beta2**t, 1.0 - beta2**t)),
+    ),
+    Mistake(
+        "corrections without t",
+        "m and v are divided by 1 - β, in every step. That is the geometric sum of one step: after t steps it is more.",
+        other_corrections(lambda t, beta1, beta2: (1.0 - beta1, 1.0 - beta2)),
+    ),
+    Mistake(
+        "multiplied by the sum",
+        "m and v are multiplied by the sum of their weights. A mean has weights that add up to 1: which way does one "
+        "get there?",
+        other_corrections(lambda t, beta1, beta2: (1.0 / (1.0 - beta1**t), 1.0 / (1.0 - beta2**t))),
+    ),
     Mistake(
         "t counted from 0",
         "The corrections are those of step t - 1, and in the first step one divides by 0. t is 1 in the first step.",
@@ -220,7 +151,22 @@ STEP_MISTAKES = (
     Mistake(
         "gradient not squared",
         "v is made of g as it is. It is the mean of its squares: what should the root of a negative number be?",
-        not_squared,
+        not_squared(lambda g: g),
+    ),
+    Mistake(
+        "size for square",
+        "v is made of |g|. It is the mean of g²: only of a square is the root taken.",
+        not_squared(np.abs),
+    ),
+    Mistake(
+        "g in the place of m̂",
+        "The step is made of this step's gradient over √v̂: that is RMSprop. Adam's has m̂ above.",
+        other_numerator(lambda g, m, first: g),
+    ),
+    Mistake(
+        "m̂ of the old m",
+        "m̂ is made of the m that came in. First the new m and v, then m̂ and v̂ of them.",
+        other_numerator(lambda g, m, first: m / first),
     ),
     Mistake(
         "uphill",
@@ -273,7 +219,7 @@ RUN_MISTAKES = (
     Mistake(
         "m and v begin anew",
         "m and v are zero at the beginning of every step. They are made once, before the loop.",
-        run_by(keeps=(0.0, 0.0)),
+        run_by(keeps=(0.0, 0.0))
     ),
     Mistake("v begins anew", "m lives on from step to step, v does not.", run_by(keeps=(1.0, 0.0))),
     Mistake("m begins anew", "v lives on from step to step, m does not.", run_by(keeps=(0.0, 1.0))),
@@ -281,32 +227,37 @@ RUN_MISTAKES = (
     Mistake(
         "t from 0",
         "The first step is made with t = 0, and one divides by zero. enumerate and range begin at 0; t begins at 1.",
-        run_by(from_step_number(lambda t: t), number=lambda i: i),
+        run_by(from_step_number(lambda t: t), number=lambda i: i)
     ),
     Mistake("t from 2", "The first step is made with t = 2: is t raised twice?", run_by(number=lambda i: i + 2)),
     Mistake(
         "first learning rate for all",
         "Every step is made with lrs[0]. Each has a rate of its own.",
-        run_by(rate=lambda lrs, i: lrs[0]),
+        run_by(rate=lambda lrs, i: lrs[0])
     ),
     Mistake(
         "everything decays",
         "The parameter is decayed although decays is False.",
-        run_by(decayed=lambda decays: True),
+        run_by(decayed=lambda decays: True)
     ),
     Mistake(
         "nothing decays",
         "The parameter is not decayed although decays is True.",
-        run_by(decayed=lambda decays: False),
+        run_by(decayed=lambda decays: False)
     ),
     Mistake("decays the wrong way about", "It decays if decays is False, and does not if it is True.",
             run_by(decayed=lambda decays: not decays)),
     Mistake(
         "corrected means carried on",
         "m and v are replaced by m̂ and v̂, and so corrected anew in every step.",
-        run_by(means_kept_corrected),
+        run_by(means_kept_corrected)
     ),
     Mistake("decay in the gradient", "decay·p is added to the gradient, in every step.", run_by(coupled)),
+    Mistake(
+        "one step only",
+        "p comes back after the first step. Does the return stand within the loop?",
+        run_by(steps=lambda count: 1),
+    ),
     Mistake("a step too few", "The last gradient is not used.", run_by(steps=lambda count: count - 1)),
 )  # fmt: skip
 

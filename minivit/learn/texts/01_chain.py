@@ -13,8 +13,12 @@ result from whatever comes after it, and returns the gradients at the arguments,
 g is called the cotangent. You cannot assume anything about it: the marks use random ones. Name your own intermediates
 the same way: dv is ∂L/∂v, "what arrives at v".
 
-Use NumPy (np.tanh, np.exp, …) and no other library. You may compute again in backward what forward has computed; that
-is what `recompute` does in large networks.
+backward is called by itself, and nothing that an earlier call left is there: what it needs of forward it must compute
+again (as `recompute` does in large networks). Use NumPy (np.tanh, np.exp, …) and no other library. What your functions
+print is shown with the first sample that is wrong.
+
+All fifteen texts write alike: L for that unseen number, Σ_k for a sum over k, [k = j] for 1 if k = j and 0 if not,
+δx for a small change of x; and in a shape, "…" for any number of leading axes, perhaps none.
 
 WHAT IS GIVEN, WHAT IS ASKED
 
@@ -46,14 +50,15 @@ changes L on each of them, and the changes add up:
 This is all there is: multiply along a path, add over paths. The order matters in one point only: before you go on from
 v to u, everything that arrives at v must have arrived. v is used twice, too.
 
-Draw it. A circle for each of x, w, b, u, v, y, an arrow from each number to the ones computed from it. Write the local
-derivative on every arrow: for the last line there are ∂y/∂v and ∂y/∂x with the respective other held fixed. Then read
-dv, du, dx, dw, db off the drawing, in this order.
+Draw it. Give the bracket a name, s = x + v, so that y = v·s. A circle for each of x, w, b, u, v, s, y, an arrow from
+each number to the ones computed from it, and on every arrow its local derivative, the other numbers held fixed: on the
+one from v to y, for instance, s. Then read ds, dv, du, dx, dw, db off the drawing, in this order.
 
 THE TRAPS
 
     x is used in two places, v in two places: count the arrows that leave each circle.
-    For |u| beyond 710, e^u is infinite. A tanh written with exponentials then gives NaN; NumPy's does not.
+    For u beyond 710, e^u is infinite (e^(2u) beyond 355). A tanh written with exponentials gives NaN there, or for
+    large negative u, or both; NumPy's does not.
     y = v·(x + v) has v² in it, whose derivative in v is not v.
 
 CHECKING WITHOUT AN ANSWER
@@ -64,9 +69,10 @@ ten digits (h = 1e-6). Better still, NumPy's functions take complex numbers, and
     imag(forward(x + 1e-30j, w, b)) / 1e-30                                                              (4)
 
 is ∂y/∂x to all sixteen digits, as nothing is subtracted. Multiply by g and compare with your dx. The marks come from
-gradients that are proven in this way.
+gradients that are proven in this way. (Handed in as backward, (4) would be marked as right, for its numbers are. It is
+the check and not the answer: it costs a forward pass for every single argument, a hundred million of them in a model.)
 
-Mark your work with:  minivit learn check . 1
+Check your work, in this folder:  minivit learn check . 1
 Three hints, each says more than the one before:  minivit learn hint 1
 """
 

@@ -25,7 +25,7 @@ L depends on x_ni through every y in which x_ni stands. So, by the chain rule, w
 
     dx_ni      = Σ_m Σ_o g_mo ∂y_mo/∂x_ni
     dweight_oi = Σ_m Σ_p g_mp ∂y_mp/∂weight_oi
-    dbias_o    = Σ_m Σ_p g_mp ∂y_mp/∂bias_o
+    dbias_o    = Σ_m Σ_p g_mp ∂y_mp/∂bias_o         p counts the outputs: o is taken, it stands on the left
 
 Most of these derivatives are 0. For instance
 
@@ -49,11 +49,11 @@ and the weight is no other case: it, too, is used once for every row.
 THE TRAPS
 
     Leading axes: x may have two axes, or four, or one. x.T reverses all of them, and a sum over axis=0 is only right
-    for two. (…, I).reshape(-1, I) makes rows of any number of leading axes, none among them.
+    for two. x.reshape(-1, I) makes a matrix of x, whatever its leading axes are, even if there are none.
     If O = I, or the number of rows equals I, a transposed matrix has the right shape and the wrong numbers.
-    Sum, not mean: if L is a mean over a batch, the 1/N is in g already.
+    Sum, not mean: if L is a mean over a batch, the division is in g already.
 
-Mark your work with:  minivit learn check . 2
+Check your work, in this folder:  minivit learn check . 2
 """
 
 import numpy as np

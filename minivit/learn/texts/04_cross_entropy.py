@@ -7,15 +7,16 @@ WHAT IS GIVEN, WHAT IS ASKED
 
     logits     (…, K)  a row of K numbers for each image (or token), along any leading axes, perhaps none
     labels     (…)     whole numbers from 0 to K-1: the class of each row
-    smoothing  number  s, from 0 up, below 1; 0 is no smoothing
+    smoothing  number  α, from 0 up, below 1; 0 is no smoothing
     loss       ()      loss = forward(logits, labels, smoothing), one number: a mean over all rows
-    g          ()      the cotangent, ∂L/∂loss: a loss may be part of a larger one, or be scaled (float16)
+    g          ()      the cotangent, ∂L/∂loss: a loss may be part of a larger one, L, or be scaled, as in training in
+                       float16
     dlogits    (…, K)  dlogits = backward(g, logits, labels, smoothing)
 
-For each row a target distribution t over the classes: the label's class gets 1 - s, and then all K classes, the
-label's among them, get s/K more (Szegedy et al. 2015, arXiv 1512.00567, section 7):
+For each row a target distribution t over the classes: the label's class gets 1 - α, and then all K classes, the
+label's among them, get α/K more (Szegedy et al. 2015, arXiv 1512.00567, section 7):
 
-    t_k = (1 - s)·[k = label] + s/K,        Σ_k t_k = 1
+    t_k = (1 - α)·[k = label] + α/K,        Σ_k t_k = 1            ([…] is 1 if true, else 0)
 
 With p = softmax(logits) of the row, the row's loss and the loss are
 
@@ -25,6 +26,7 @@ THE FORWARD PASS, AND ITS TRAP
 
 Computed as it stands, (1) fails where it matters most. If the network is surely wrong, the label's logit is, say, 900
 below another's. Then p_label = e^(-900), which is 0 in float64, and -log 0 is infinite, while the true loss is 900.
+(1e-12 added inside the logarithm, or p clipped there, is no way out: it makes 28 of the 900.)
 So take the logarithm on paper, where e^ and log cancel:
 
     log p_k = x_k - log Σ_j e^(x_j)                                                                       (2)
@@ -59,7 +61,7 @@ THE TRAPS
     With two leading axes, (images, tokens, K), the mean is over images · tokens rows.
     A mean without axis= is over the classes as well.
 
-Mark your work with:  minivit learn check . 4
+Check your work, in this folder:  minivit learn check . 4
 """
 
 import numpy as np

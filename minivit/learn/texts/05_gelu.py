@@ -82,9 +82,11 @@ and as nothing is subtracted, h may be as small as 1e-20 and the result is right
 
     forward(np.array([0.5 + 1e-20j])).imag / 1e-20        against        backward(np.ones(1), np.array([0.5]))
 
-It asks of forward to be analytic: no abs, no comparison, no cast to float on the way.
+Try it: "python -i 05_gelu.py" runs this file and leaves you at a prompt. It asks of forward to be analytic: no abs, no
+comparison, no cast to float on the way. And it is the check, not the answer: the marks see numbers only, and cannot
+tell a measured derivative from a derived one, but the formula is what you are here for.
 
-Check your work with:  minivit learn check . 5
+Check your work, in this folder:  minivit learn check . 5
 """
 
 import math

@@ -26,7 +26,7 @@ large numbers that are almost equal: in rows around two million, as one sample h
 GOING BACK: weight AND bias
 
 Number the rows r = 1 … R (all leading axes together). weight_j multiplies x̂_rj in every row, bias_j is added in every
-row. Whoever is used several times gets the sum of what comes back from every use:
+row. What is used several times gets the sum of what comes back from every use:
 
     dbias_j = Σ_r g_rj · ∂out_rj/∂bias_j,        dweight_j = Σ_r g_rj · ∂out_rj/∂weight_j.
 
@@ -37,21 +37,21 @@ GOING BACK: x
 
 Rows do not mix, so take one row and leave r away. What reaches x̂ is
 
-    a_j = ∂L/∂x̂_j,        also read off the last line of the forward.
+    dx̂_j = ∂L/∂x̂_j,        also read off the last line of the forward.
 
 Now x_i acts on the row's x̂_1 … x̂_D by three ways: directly, through μ, and through s. Shift the row by small numbers
 δx_j, and see by how much everything else shifts, to first order:
 
-    δμ        = 1/D · Σ_j δx_j
+    δμ        = 1/D · Σ_i δx_i
     δ(x_j-μ)  = δx_j - δμ
-    δ(σ²)     = 2/D · Σ_j (x_j - μ) · (δx_j - δμ)
-              = 2/D · Σ_j (x_j - μ) · δx_j                  as Σ_j (x_j - μ) = 0: through σ², μ does not matter
+    δ(σ²)     = 2/D · Σ_i (x_i - μ) · (δx_i - δμ)
+              = 2/D · Σ_i (x_i - μ) · δx_i                  as Σ_i (x_i - μ) = 0: through σ², μ does not matter
     δs        = δ(σ²) / (2s)                                the derivative of a square root
-              = 1/D · Σ_j x̂_j · δx_j                        as (x_j - μ)/s = x̂_j
+              = 1/D · Σ_i x̂_i · δx_i                        as (x_i - μ)/s = x̂_i
     δx̂_j      = (δx_j - δμ) / s  -  (x_j - μ)/s² · δs       the quotient rule
               = 1/s · (δx_j - δμ - x̂_j · δs)
 
-The loss shifts by δL = Σ_j a_j · δx̂_j. Put δx̂_j in, and δμ and δs into that. You get sums over two indices; exchange
+The loss shifts by δL = Σ_j dx̂_j · δx̂_j. Put δx̂_j in, and δμ and δs into that. You get sums over two indices; exchange
 their order, so that everything stands as
 
     δL = Σ_i ( … ) · δx_i.
@@ -70,12 +70,12 @@ TRAPS
 
 - np.var divides by D and np.std(ddof=1) by D - 1. eps goes under the root.
 - Means along the last axis must keep it (keepdims=True) to be subtracted from the rows they belong to.
-- a is not g. Look at what stands between x̂ and the output.
+- dx̂ is not g. Look at what stands between x̂ and the output.
 - A g of ones with a weight of ones hides most mistakes in dx: the row's outputs then add up to the same number,
   whatever x is, and dx = 0. This is why gradients are checked with random cotangents, here and elsewhere.
 - The sums for dweight and dbias run over every leading axis. x (D,) has none: then there is nothing to sum.
 
-Check your work with:  minivit learn check . 6
+Check your work, in this folder:  minivit learn check . 6
 """
 
 import numpy as np

@@ -11,9 +11,10 @@ head of each image; afterwards the heads are put side by side again. You write f
     merge(x)                       x (B, H, T, d) → (B, T, H·d)
     merge_backward(g, x)           g (B, T, H·d) → dx (B, H, T, d)
 
-Each returns one array (split, too: the three parts along its first axis). g is the cotangent, ∂L/∂out of a scalar loss
-L. Nothing is computed here, numbers only move. It is where most
-hand-written attention goes wrong all the same, for whatever is moved wrongly has the right shape.
+Each returns one array (split, too: the three parts along its first axis). d is no argument: it is what is left,
+qkv.shape[-1] // (3·H); with a single / it is a float, which reshape refuses. g is the cotangent, ∂L/∂out of a scalar
+loss L. Nothing is computed here, numbers only move. It is where most hand-written attention goes wrong all the same,
+for whatever is moved wrongly has the right shape.
 
 WHERE WHICH NUMBER LIES
 
@@ -55,7 +56,7 @@ the place of input number n in the output: out[π(n)] = x[n]. Then
     ∂L/∂x[n] = Σ_m g[m] · ∂out[m]/∂x[n],
 
 and of these derivatives one is 1 and all others are 0. Which one remains says what the gradient is: g itself, moved.
-Ask into which direction, and then which of the things that you have already written moves numbers so.
+Number m of g goes back to the place that number m of the output came from: undo your steps, the last one first.
 
 As a matrix, moving is a permutation M, and the gradient is Mᵀ·g. For a permutation Mᵀ = M⁻¹. This is the whole of it:
 no number of g is changed, added to another, or lost. Two checks: split_backward(split(x, H), x, H) is x; and the sum of
@@ -73,7 +74,7 @@ TRAPS
 - g.reshape(qkv.shape) as a gradient has the right shape as well. None of these raises an error; with T = 1 or H = 1
   some of them are even right. Test with B, T, H, d all different.
 
-Check your work with:  minivit learn check . 7
+Check your work, in this folder:  minivit learn check . 7
 """
 
 import numpy as np

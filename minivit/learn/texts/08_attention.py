@@ -2,13 +2,13 @@
 
 WHAT IS GIVEN, WHAT IS ASKED
 
-q and k (…, T, d) hold T tokens' queries and keys of width d, v (…, T, e) their values of width e. In front there may be
+q and k (…, T, d) hold T tokens' queries and keys of width d, v (…, T, w) their values of width w. In front there may be
 any number of axes (batch, heads), or none; whatever is there is done for each of its entries by itself. All float64.
 
-    forward(q, k, v)        the attended values, (…, T, e);
-    backward(g, q, k, v)    dq (…, T, d), dk (…, T, d), dv (…, T, e), in this order.
+    forward(q, k, v)        the attended values, (…, T, w);
+    backward(g, q, k, v)    dq (…, T, d), dk (…, T, d), dv (…, T, w), in this order.
 
-g (…, T, e) is the cotangent: ∂L/∂out of a scalar loss L.
+g (…, T, w) is the cotangent: ∂L/∂out of a scalar loss L.
 
 FORWARD
 
@@ -16,7 +16,7 @@ With capitals for the matrices of one entry (Vaswani et al. 2017, arXiv 1706.037
 
     S = Q·Kᵀ / √d          (T, T)    S_ij: how well the query of token i fits the key of token j
     P = softmax of S       (T, T)    over the keys: each row of P is positive and sums to 1
-    O = P·V                (T, e)    row i: the mean of all values, weighted by row i of P
+    O = P·V                (T, w)    row i: the mean of all values, weighted by row i of P
 
     P_ij = e^(S_ij) / Σ_k e^(S_ik)
 
@@ -24,7 +24,7 @@ Why √d: if q and k have independent entries of variance 1, then q·k is a sum 
 by its standard deviation √d the scores stay of size 1, whatever d is, and softmax stays away from 0 and 1, where its
 derivative dies.
 
-Why softmax needs care: e^S is infinite from S = 710 on, and infinite by infinite is NaN. A number c taken off a whole
+Why softmax needs care: e^S is infinite from S = 710 on, and infinity by infinity is NaN. A number c taken off a whole
 row of S changes nothing in P, as e^(-c) cancels. Take off the row's own largest: then the largest exponent is 0.
 
 GOING BACK, ONE MATRIX PRODUCT AT A TIME
@@ -37,8 +37,8 @@ What multiplies δA_ik is dA_ik; the bracket is a matrix product of dC with B th
 
     dA = dC·Bᵀ,        dB = Aᵀ·dC.
 
-Do not learn by heart where the transposes go: only one way do the shapes fit, if they are all different. Here Q, K and
-S leave room for errors that fit, as S is square. So write down the indices if in doubt.
+Do not learn by heart where the transposes go: if all sizes differ, the shapes fit in only one way. Here Q, K and S
+leave room for errors that fit, as S is square. So write down the indices if in doubt.
 
 1. O = P·V has this form, and dC is g. It gives dV and dP.
 2. From dP to dS: through the softmax, below.
@@ -47,8 +47,8 @@ S leave room for errors that fit, as S is square. So write down the indices if i
 
 GOING BACK THROUGH THE SOFTMAX
 
-Rows do not mix. Take one row, s → p, p_k = e^(s_k) / Z with Z = Σ_l e^(s_l). Then ∂Z/∂s_j = e^(s_j), and by the
-quotient rule
+This is exercise 3, with s for its x, a row of S, and dp for its g. Rows do not mix. Take one row, s → p,
+p_k = e^(s_k) / Z with Z = Σ_l e^(s_l). Then ∂Z/∂s_j = e^(s_j), and by the quotient rule
 
     ∂p_k/∂s_j = p_k·[k = j] - p_k·p_j,        [k = j] being 1 if k = j, else 0.
 
@@ -74,19 +74,20 @@ TRAPS
 - The factor 1/√d is missing in dQ and dK more often than in the forward.
 - dS as well as its transpose fits K and Q in both products. Only one of each pair is right.
 - .T turns round all axes. Of an array (B, H, T, d) you want the last two exchanged: np.swapaxes(x, -1, -2).
-- One sample has rows of scores around 800 next to rows around -800: each row needs its own largest.
+- One sample has rows of scores around 800 next to rows around -800: each row needs its own largest. In another one
+  score is far above the rest of its row: nothing but the largest will do.
 
-Check your work with:  minivit learn check . 8
+Check your work, in this folder:  minivit learn check . 8
 """
 
 import numpy as np
 
 
 def forward(q, k, v):
-    """Return softmax(q·kᵀ/√d)·v: q (…, T, d), k (…, T, d), v (…, T, e) → (…, T, e)."""
+    """Return softmax(q·kᵀ/√d)·v: q (…, T, d), k (…, T, d), v (…, T, w) → (…, T, w)."""
     raise NotImplementedError("write me")
 
 
 def backward(g, q, k, v):
-    """Return (dq, dk, dv): g (…, T, e) the cotangent of forward's output → (…, T, d), (…, T, d), (…, T, e)."""
+    """Return (dq, dk, dv): g (…, T, w) the cotangent of forward's output → (…, T, d), (…, T, d), (…, T, w)."""
     raise NotImplementedError("write me")

@@ -32,10 +32,12 @@ less than 1. Two things to mind:
 - A row with nothing allowed becomes -∞ - (-∞) = NaN. Instead of -∞ a large finite number (-1e30) avoids the NaN, but
   then all scores of that row are equal and P is 1/T everywhere, where it ought to be 0. So set P to 0 where mask is
   True once more, after the softmax: it changes nothing in the other rows, and mends these.
-- Adding -1e9 to the masked scores, as many do, comes to the same where something is allowed: e^(-1e9) is 0 exactly. In
-  rows with nothing allowed it does not. One sample has such a row.
+- Adding -1e9 to the masked scores, as many do, comes to the same where something is allowed: e^(-1e9) is 0 exactly.
+  Where nothing is allowed the added number cancels, and all tokens are attended. One sample has such a row. (Adding
+  mask·(-∞) makes NaN of everything: where mask is False that is 0·∞.)
 
-And as in exercise 8 take each row's largest score off before e^S.
+And as in exercise 8 take each row's largest score off before e^S: the largest of those allowed. A masked one may be
+thousands above them, and e^S is then 0 for all that is left. So mask first.
 
 GOING BACK
 
@@ -67,7 +69,7 @@ TRAPS
 - The order of the parts when joining is that of splitting: queries, keys, values.
 - Any one wrong order of axes gives an array of the right shape.
 
-Check your work with:  minivit learn check . 9
+Check your work, in this folder:  minivit learn check . 9
 """
 
 import numpy as np

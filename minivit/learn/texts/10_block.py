@@ -22,8 +22,9 @@ WHAT IS GIVEN
     heads, an int that divides D. A weight is (out, in), as in PyTorch. The layer norms' eps is 1e-6.
 
 You have made every piece already: linear in exercise 2, gelu in 5, layer norm in 6, self-attention from a packed qkv
-in 9. Paste your own in here (they have an eps and a mask more), or take minivit's, which are imported below; nothing
-else of minivit can be imported where the file is marked. Each is a pair, and all pairs work alike:
+in 9. Paste your own in here (rename them, as all are called forward and backward; give layer norm 1e-6 for eps, and
+self-attention np.zeros((T, T), bool) for mask), or take minivit's, which are imported below; nothing else of minivit
+can be imported where the file is marked. Each is a pair, and all pairs work alike:
 
     out = layer_norm(x, weight, bias)                                       (…, D) → (…, D)
     dx, dweight, dbias = layer_norm_backward(g, x, weight, bias)
@@ -40,8 +41,8 @@ arguments that its forward had: the numbers that went *into* the box, not those 
 WHAT IS ASKED
 
 forward: the block's output, (B, T, D).
-backward: for a cotangent g (B, T, D), that is ∂loss/∂out of some loss, the thirteen gradients ∂loss/∂x,
-    ∂loss/∂norm1_weight, … each of the shape of what it belongs to, in the order of the arguments.
+backward: for a cotangent g (B, T, D), that is ∂L/∂out of some loss L, the thirteen gradients ∂L/∂x,
+    ∂L/∂norm1_weight, … each of the shape of what it belongs to, in the order of the arguments.
 
 No new calculus is needed: this exercise is about wiring, and wiring is where real implementations go wrong.
 
@@ -51,25 +52,25 @@ THE DERIVATION
 
        s1 = box1(s0, w1),  s2 = box2(s1, w2),  …
 
-   Going back, start with g = ∂loss/∂(last s) and walk the list from its end. Every box turns the gradient of its
-   output into the gradient of its input and of its weights: (g, dw2) = box2_backward(g, s1, w2), then
-   (g, dw1) = box1_backward(g, s0, w1). It needs s1 and s0, which a backward is not given: it runs the forward pass
-   again and gives each result a name.
+   Going back, start with g = ∂L/∂(last s) and walk the list from its end. Every box turns the gradient of its
+   output into the gradient of its input and of its weights: (ds1, dw2) = box2_backward(g, s1, w2), then
+   (ds0, dw1) = box1_backward(ds1, s0, w1). It needs s1 and s0, which a backward is not given: it runs the forward
+   pass again and gives each result a name. Each gradient, too: g will be needed once more, in 4.
 
-2. A sum. If r = a + b then ∂loss/∂a = ∂loss/∂r and ∂loss/∂b = ∂loss/∂r: the same gradient goes into both, unchanged.
+2. A sum. If r = a + b then ∂L/∂a = ∂L/∂r and ∂L/∂b = ∂L/∂r: the same gradient goes into both, unchanged.
 
 3. A fork. If a value x is read in two places, a small change of x changes the loss by both ways, and to first order
-   the changes add up: ∂loss/∂x is the *sum* of what comes back from the places that read x.
+   the changes add up: ∂L/∂x is the *sum* of what comes back from the places that read x.
 
 4. The block has a fork and a sum twice. For one residual step r = x + f(x), with 2 and 3,
 
-       ∂loss/∂x = g + J_fᵀ·g         g = ∂loss/∂r, J_f the Jacobian of the whole branch f,
+       ∂L/∂x = g + J_fᵀ·g         g = ∂L/∂r, J_f the Jacobian of the whole branch f,
 
    and J_fᵀ·g is what you get by walking the branch backwards as in 1. The term g is what makes deep networks
    trainable: it reaches the first block however small the J_f are.
 
-5. The block is two such steps, one after the other. What leaves the second step backwards, ∂loss/∂y, is the g of the
-   first: all of ∂loss/∂y, not only g, goes into the attention's branch and onto its road.
+5. The block is two such steps, one after the other. What leaves the second step backwards, ∂L/∂y, is the g of the
+   first: all of ∂L/∂y, not only g, goes into the attention's branch and onto its road.
 
 TRAPS
 
@@ -81,9 +82,9 @@ TRAPS
 TRY IT
 
 With proj_weight, proj_bias, fc2_weight and fc2_bias all zero the branches add nothing: out is x, and dx is g,
-exactly. With only fc2_weight and fc2_bias zero, ∂loss/∂y is g.
+exactly. With only fc2_weight and fc2_bias zero, ∂L/∂y is g.
 
-Check your work with:  minivit learn check . 10
+Check your work, in this folder:  minivit learn check . 10
 """
 
 import numpy as np

@@ -59,7 +59,7 @@ THE DERIVATION
 TRAPS
 
 - (B, C, H, W) → (B, N, C·P·Q) by one reshape has the right shape and is wrong: it takes runs of pixels along a row.
-- Square images with square patches forgive mistaking rows for columns, at least in the shapes. The samples are not
+- Square images with square patches forgive mistaking rows for columns, at least in the shapes. Most samples are not
   square.
 - weight's gradient is wanted as (D, C, P, Q), in weight's order.
 - Nothing of g[:, 0] reaches bias, weight or the images.
@@ -69,7 +69,7 @@ TRY IT
 One image, C = 1, 2 x 4 pixels 0 … 7, patches of 2 x 2: the patches are [0, 1, 4, 5] and [2, 3, 6, 7].
 With weight and bias zero, every image has the same tokens, and token 0 is cls + positions[0].
 
-Check your work with:  minivit learn check . 11
+Check your work, in this folder:  minivit learn check . 11
 """
 
 import numpy as np

@@ -12,12 +12,13 @@ influence functions need is only its product with a vector, and this costs no mo
 
     (∇²f)·t  =  d/dε ∇f(inputs + ε·t)  at ε = 0        t = (tq, tk, tv), a direction in which all inputs move
 
-It is the derivative *along a direction* of the gradient. Nothing is approximated: a difference quotient with a small
-ε would be good to some 6 digits only, and 12 are asked for.
+It is the derivative *along a direction* of the gradient. Nothing is approximated: a difference quotient is good to 7
+digits, a central one to 10, and 12 are asked for. (The complex step of exercise 1, put through exercise 8, gives all of
+them. Check your work by it; it is not the answer.)
 
 WHAT IS GIVEN
 
-    q, tq (…, Tq, d)      k, tk (…, Tk, d)      v, tv (…, Tk, e)      g (…, Tq, e)
+    q, tq (…, Tq, d)      k, tk (…, Tk, d)      v, tv (…, Tk, w)      g (…, Tq, w)
 The leading axes "…" (heads, batch; or none) are the same everywhere: each head is by itself.
 
     S = c·Q·Kᵀ, c = 1/√d       P = softmax(S) over the last axis       out = P·V
@@ -29,7 +30,7 @@ The gradients of exercise 8 (solve that first; its answer stands here):
 
 WHAT IS ASKED
 
-tangent: d/dε attention(q + ε·tq, k + ε·tk, v + ε·tv) at ε = 0, of shape (…, Tq, e). This is forward mode: "if the
+tangent: d/dε attention(q + ε·tq, k + ε·tk, v + ε·tv) at ε = 0, of shape (…, Tq, w). This is forward mode: "if the
     inputs move that way, how does the output move?"
 hvp: d/dε of the three gradients (dQ, dK, dV) along the same direction, g held fixed, of the shapes of q, k and v.
 
@@ -45,7 +46,7 @@ THE DERIVATION
 
 2. Softmax. With E = exp(S), P = E / ΣE. From log P = S - log ΣE follows, by the rules,
 
-       Ṗ / P = Ṡ - (Σ E ∘ Ṡ)/ΣE
+       Ṗ / P = Ṡ - (Σ E ∘ Ṡ)/ΣE                         each Σ over a row, and kept as an axis of length 1
 
    and the last term can be written with P. The rows of P sum to 1 whatever S is, so the rows of Ṗ sum to 0: check
    yours. Compare with dS above. The Jacobian of softmax is symmetric: the rule forwards looks like the rule
@@ -67,25 +68,26 @@ TRAPS
   V, the gradient dQ moves when V does.
 - r is not a constant. It is a sum of products, and both factors move.
 - dQ = c·dS·K has two factors that move, dK too.
-- c is in Ṡ once, and once in the lines of dQ and dK.
+- c is in Ṡ once, and once in the lines of dQ and dK, there before both terms.
+- Rows of scores around 800 come, too: P as in exercise 8.
 
 TRY IT
 
 The Hessian is symmetric (Schwarz): for two directions t and s, Σ s ∘ hvp(t) = Σ t ∘ hvp(s). A forgotten term nearly
 always breaks this. hvp is linear in t. With one key (Tk = 1) P is 1 and stays 1: what is left of everything?
-And hvp is d/dε of a function that you have: (∇f(inputs + 1e-5·t) - ∇f(inputs - 1e-5·t))/2e-5 should agree to about 9
+And hvp is d/dε of a function that you have: (∇f(inputs + 1e-5·t) - ∇f(inputs - 1e-5·t))/2e-5 should agree to 9 or 10
 digits.
 
-Check your work with:  minivit learn check . 13
+Check your work, in this folder:  minivit learn check . 13
 """
 
 import numpy as np
 
 
 def tangent(q, k, v, tq, tk, tv):
-    """Return the derivative of attention(q, k, v) along (tq, tk, tv): (…, Tq, e).
+    """Return the derivative of attention(q, k, v) along (tq, tk, tv): (…, Tq, w).
 
-    q, tq (…, Tq, d), k, tk (…, Tk, d), v, tv (…, Tk, e).
+    q, tq (…, Tq, d), k, tk (…, Tk, d), v, tv (…, Tk, w).
     """
     raise NotImplementedError("write me")
 
@@ -93,6 +95,6 @@ def tangent(q, k, v, tq, tk, tv):
 def hvp(g, q, k, v, tq, tk, tv):
     """Return the derivatives (hq, hk, hv) along (tq, tk, tv) of the gradients of Σ g ∘ attention(q, k, v).
 
-    g (…, Tq, e) is held fixed; hq, hk and hv have the shapes of q, k and v.
+    g (…, Tq, w) is held fixed; hq, hk and hv have the shapes of q, k and v.
     """
     raise NotImplementedError("write me")

@@ -8,7 +8,7 @@ and not through it.
 
 WHAT IS GIVEN
 
-    p, g, m, v: a parameter, its gradient, and the two means so far: arrays of one shape
+    p, g, m, v: a parameter, its gradient g = ∂L/∂p, and the two means so far: arrays of one shape
     t: the number of this step. The first step has t = 1, and before it m and v are zero
     lr: the learning rate of this step       beta1, beta2: in [0, 1), usually 0.9 and 0.999
     eps: a small number, usually 1e-8        decay: the weight decay, usually 0.05 to 0.3 for ViTs
@@ -46,7 +46,8 @@ THE DERIVATION
        p ← (shrunk p) - (the step of Adam)
 
    Here, as in PyTorch and in minivit, the shrinking of one step is lr·decay of p, of the p from before the step. (In
-   the paper's algorithm 2 the schedule multiplies decay, and lr does not: the same thing with another unit.)
+   the paper's algorithm 2 the factor by which lr changes from step to step, its schedule, multiplies decay, but the
+   base value of lr does not: the same thing with another unit.)
 
 TRAPS
 
@@ -60,7 +61,7 @@ TRY IT
 One step from m = v = 0 with decay 0 and eps 0 moves every parameter by lr exactly, towards -sign(g), whatever β are.
 With g = 0 and m = v = 0 only the decay is left (and 0/(0 + eps) is 0).
 
-Check your work with:  minivit learn check . 15
+Check your work, in this folder:  minivit learn check . 15
 """
 
 import numpy as np
