@@ -96,6 +96,7 @@ def test_parameters_without_the_head(name: str, parameters: int) -> None:
 def test_a_name_of_timms_is_timms_model(name: str) -> None:
     parameters, classes, image, patch, dim, depth, heads, hidden, eps, activation, pool, *_ = TIMM[name]
     s = read_settings(*MODELS[name]).written_out()
+    patch *= getattr(read_settings(*MODELS[name]), "stride", 1)  # timm counts places of a ResNet's map
     assert (s["image_size"], s["patch_size"], s["dim"], s["depth"]) == (image, patch, dim, depth)
     gated = s["mlp"] == "swiglu"
     assert (s["heads"], s["mlp_dim"] * (1 + gated), s["norm_eps"]) == (heads, hidden, eps)
@@ -144,7 +145,7 @@ def test_names_by_pattern() -> None:
     assert mv.list_models("vit_*_patch14_224") == [
         f"vit_{size}_patch14_224" for size in ("giant", "gigantic", "huge", "large")
     ]
-    assert mv.list_models("resnet*") == []
+    assert mv.list_models("resnet5*") == []
 
 
 @pytest.mark.parametrize(

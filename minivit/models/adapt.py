@@ -42,14 +42,18 @@ def _text(value: Any) -> str:
 
 
 def fit_channels(state: dict[str, np.ndarray], channels: int) -> list[str]:
-    """Spread the patch weights evenly over other channels, so that grey images give the same tokens; return notes."""
-    name = "patch_embed.proj.weight"
+    """Spread the first weights evenly over other channels, so that grey images give the same tokens; return notes."""
+    name = next((name for name in _FIRST if name in state), "")
     weight = state.get(name)
     if weight is None or weight.ndim != 4 or weight.shape[1] == channels:
         return []
     mean = weight.sum(axis=1, keepdims=True) / channels  # (D, C, P, Q) → (D, 1, P, Q)
     state[name] = mean.repeat(channels, axis=1)  # → (D, C', P, Q)
     return [f"{name}: {weight.shape[1]} image channels → {channels}"]
+
+
+_FIRST = ("patch_embed.backbone.stem.conv.weight", "patch_embed.backbone.conv.weight", "patch_embed.proj.weight")
+"""The weights that see the image, by where they may be: before the patches, or theirs."""
 
 
 def fit_tokens(state: dict[str, np.ndarray], own: Mapping[str, np.ndarray], old: Any, new: Any) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 from minivit import ops
 from minivit.models.adapt import adapt_tokens, resize
@@ -32,7 +32,7 @@ class ViT(Model):
 
     Settings = ViTSettings
     replaced = ("head.", "head_dist.", "pre_logits.")
-    encoder = (
+    encoder: ClassVar[tuple[str, ...]] = (
         "in_channels", "patch_size", "tokenizer", "dim", "depth", "heads", "dim_head", "mlp_dim", "qkv_bias",
         "position", "position_at", "no_embed_class", "fc_norm", "block", "norm", "mlp", "layer_scale", "qk_norm",
         "lsa", "transformer",

@@ -11,8 +11,10 @@ from __future__ import annotations
 from typing import Any
 
 from minivit.data import Preparation
+from minivit.models.hybrid import Hybrid
 from minivit.models.preparations import prepare
 from minivit.models.registry import MODELS, configure
+from minivit.models.resnet import ResNet
 from minivit.models.vit import ViT
 
 _HALF = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)  # mean and std of Google's models, which see −1 to 1
@@ -162,6 +164,23 @@ _SMALL = {
     },
 }  # fmt: skip
 
+# Steiner et al. 2021, "How to train your ViT?", arXiv 2106.10270, section 3.3; patches in pixels of the image
+_R = {
+    f"vit_{name}_{image}": _sized(name.partition("_")[0], patch, image, stages=stages)
+    for name, patch, stages in (
+        ("tiny_r_s16_p8", 32, ()), ("small_r26_s32", 32, (2, 2, 2, 2)), ("base_r26_s32", 32, (2, 2, 2, 2)),
+        ("base_r50_s16", 16, (3, 4, 9)), ("large_r50_s32", 32, (3, 4, 6, 3)),
+    )
+    for image in (224, 384)
+    if (name, image) != ("base_r26_s32", 384)
+}  # fmt: skip
+# as large as vit_cifar: of 2.7 million parameters
+_SMALL_R = {"hybrid_cifar": {"image_size": 32, "patch_size": 4, "dim": 192, "depth": 6, "heads": 3, "stages": (1,)}}
+_RESNETS = {
+    "resnet_cifar": {"image_size": 32, "depths": (2, 2, 2, 2), "width": 32},
+    "resnet_digits": {"image_size": 8, "in_channels": 1, "depths": (1, 1), "width": 16},
+}
+
 _IMAGENETS = _DEIT | _DISTILLED | _DEIT3 | _GAP | _DINOV2
 configure(ViT.kind, _PAPER | _IMAGENETS | _FLEXI | _SMALL)
 prepare({name: _prepared(s["image_size"], _HALF) for name, s in _PAPER.items()})
@@ -179,6 +198,10 @@ prepare(
         "vit_small_patch8_224": _prepared(224, _IMAGENET),  # DINO's (Caron et al. 2021, arXiv 2104.14294)
     }
 )
+
+configure(Hybrid.kind, _SMALL_R | _R)
+prepare({name: _prepared(s["image_size"], _HALF) for name, s in _R.items()})
+configure(ResNet.kind, _RESNETS)
 
 USUAL_MODELS = {12: "vit_digits", 28: "vit_mnist", 1 << 15: "vit_cifar"}
 """The model for images of at most so many pixels a side, where none is named."""

@@ -1,13 +1,15 @@
 """The ResNet that hybrids have before their encoder (ViT section 3.1; Kolesnikov et al. 2020, BiT, arXiv 1912.11370).
 
 Weights are standardised and groups of 32 channels' normalised in the place of a batch's; all is padded as "same".
-Parameters have timm's names below ``patch_embed.backbone`` of its ``vit_*_r*`` models, whose ``eps`` these are, too.
+Parameters have timm's names below ``patch_embed.backbone`` of its ``vit_*_r*`` models. ``like`` says whose eps are
+added to variances, "timm" or "google": as weights were trained.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 from minivit import ops
 from minivit.nn.convolution import GroupNorm, MaxPool2d, StdConv2d
@@ -19,12 +21,25 @@ WIDTHS = (256, 512, 1024, 2048)
 """Channels after each stage."""
 
 
+class _Pair(NamedTuple):
+    conv: Any
+    norm: Any
+
+
+LIKE = {
+    "timm": _Pair(StdConv2d, partial(GroupNorm, GROUPS)),
+    "google": _Pair(partial(StdConv2d, eps=1e-5, of_deviation=True), partial(GroupNorm, GROUPS, eps=1e-6)),
+}
+"""Convolutions and norms by whose eps they have."""
+
+
 class ResNetRoot(Module):
     """Images (B, C, H, W) → (B, channels, ⌈H/4⌉, ⌈W/4⌉): a convolution of 7 by 7, then the largest of 3 by 3."""
 
-    def __init__(self, in_channels: int, channels: int = 64) -> None:
-        self.conv = StdConv2d(in_channels, channels, 7, stride=2)
-        self.norm = GroupNorm(GROUPS, channels)
+    def __init__(self, in_channels: int, channels: int = 64, like: str = "timm") -> None:
+        conv, norm = LIKE[like]
+        self.conv = conv(in_channels, channels, 7, stride=2)
+        self.norm = norm(channels)
         self.pool = MaxPool2d(3, stride=2, padding="same")
 
     def forward(self, x: Any) -> Any:
@@ -35,9 +50,10 @@ class ResNetRoot(Module):
 class Projection(Module):
     """What a bottleneck adds to, where that needs other channels or a stride: (B, in, H, W) → (B, out, …)."""
 
-    def __init__(self, in_channels: int, out_channels: int, stride: Size) -> None:
-        self.conv = StdConv2d(in_channels, out_channels, 1, stride)
-        self.norm = GroupNorm(GROUPS, out_channels)
+    def __init__(self, in_channels: int, out_channels: int, stride: Size, like: str = "timm") -> None:
+        conv, norm = LIKE[like]
+        self.conv = conv(in_channels, out_channels, 1, stride)
+        self.norm = norm(out_channels)
 
     def forward(self, x: Any) -> Any:
         """Return the projected x."""
@@ -45,15 +61,19 @@ class Projection(Module):
 
 
 class Bottleneck(Module):
-    """relu(x + f(x)), f three convolutions through a quarter of the channels, the second with the stride."""
+    """relu(x + f(x)), f three convolutions through a quarter of the channels, the second with the stride.
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int = 1) -> None:
+    The last norm's weight starts at 0, and so does f.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int = 1, like: str = "timm") -> None:
+        conv, norm = LIKE[like]
         within = count("out_channels // 4", out_channels // 4)
         projects = stride != 1 or in_channels != out_channels
-        self.downsample = Projection(in_channels, out_channels, stride) if projects else None
-        self.conv1, self.norm1 = StdConv2d(in_channels, within, 1), GroupNorm(GROUPS, within)
-        self.conv2, self.norm2 = StdConv2d(within, within, 3, stride), GroupNorm(GROUPS, within)
-        self.conv3, self.norm3 = StdConv2d(within, out_channels, 1), GroupNorm(GROUPS, out_channels)
+        self.downsample = Projection(in_channels, out_channels, stride, like) if projects else None
+        self.conv1, self.norm1 = conv(in_channels, within, 1), norm(within)
+        self.conv2, self.norm2 = conv(within, within, 3, stride), norm(within)
+        self.conv3, self.norm3 = conv(within, out_channels, 1), norm(out_channels, starts_at_zero=True)
 
     def forward(self, x: Any) -> Any:
         """Return (B, out, ⌈H/stride⌉, ⌈W/stride⌉)."""
@@ -66,10 +86,10 @@ class Bottleneck(Module):
 class ResNetStage(Module):
     """Bottlenecks of as many channels, the first with the stride."""
 
-    def __init__(self, in_channels: int, out_channels: int, depth: int, stride: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, depth: int, stride: int, like: str = "timm") -> None:
         depth = count("depth", depth, 1000)
         self.blocks = [
-            Bottleneck(out_channels if i else in_channels, out_channels, 1 if i else stride) for i in range(depth)
+            Bottleneck(out_channels if i else in_channels, out_channels, 1 if i else stride, like) for i in range(depth)
         ]
 
     def forward(self, x: Any) -> Any:
@@ -77,6 +97,11 @@ class ResNetStage(Module):
         for block in self.blocks:
             x = block(x)
         return x
+
+
+def resnet_stride(depths: Sequence[int]) -> int:
+    """Return how many pixels, along a side, there are for each place of a ResNetBackbone's features."""
+    return 4 << max(len(depths) - 1, 0)  # the root's 4; each stage after the first halves the map
 
 
 class ResNetBackbone(Module):
@@ -87,11 +112,16 @@ class ResNetBackbone(Module):
     """
 
     def __init__(
-        self, in_channels: int, depths: Sequence[int], widths: Sequence[int] = WIDTHS, width: int = 64
+        self,
+        in_channels: int,
+        depths: Sequence[int],
+        widths: Sequence[int] = WIDTHS,
+        width: int = 64,
+        like: str = "timm",
     ) -> None:
-        self.stem = ResNetRoot(in_channels, width)
+        self.stem = ResNetRoot(in_channels, width, like)
         self.stages = [
-            ResNetStage(before, after, depth, 1 if i == 0 else 2)
+            ResNetStage(before, after, depth, 1 if i == 0 else 2, like)
             for i, (before, after, depth) in enumerate(zip((width, *widths), widths, depths, strict=False))
         ]
 

@@ -79,7 +79,8 @@ class StdConv2d(Conv2d):
     """Convolution without a bias, by a standardised weight: each output channel's has mean 0 and variance 1.
 
     Qiao et al. 2019, "Micro-Batch Training with Batch-Channel Normalization and Weight Standardization", arXiv
-    1903.10520, eq. 5; ``eps`` is added to the variance. It pads as "same" unless told.
+    1903.10520, eq. 5; ``eps`` is added to the variance, or with ``of_deviation``, as Google's code has it, to its root.
+    It pads as "same" unless told.
     """
 
     def __init__(
@@ -90,30 +91,40 @@ class StdConv2d(Conv2d):
         stride: Size = 1,
         padding: Any = "same",
         eps: float = 1e-8,
+        of_deviation: bool = False,
     ) -> None:
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, bias=False)
-        self.eps = epsilon("eps", eps)
+        self.eps, self.of_deviation = epsilon("eps", eps), of_deviation
 
     def forward(self, x: Any) -> Any:
         """Return the convolution of x by the standardised weight."""
+        weight = ops.reshape(self._standardized(), self.weight.shape)
+        return ops.conv2d(x, weight, None, self.stride, _around(self.padding, x, self.kernel, self.stride))
+
+    def _standardized(self) -> Any:
         rows = ops.reshape(self.weight, (self.weight.shape[0], -1))  # (out, in, kh, kw) → (out, in·kh·kw)
+        if self.of_deviation:
+            rows = rows - ops.mean(rows, axis=1, keepdims=True)
+            return rows / (ops.sqrt(ops.mean(rows * rows, axis=1, keepdims=True)) + self.eps)
         xp = array_module(raw(rows))
         with on_device_of(raw(rows)):
             one, zero = (make(rows.shape[1], self.weight.dtype) for make in (xp.ones, xp.zeros))
-        weight = ops.reshape(ops.layer_norm(rows, one, zero, self.eps), self.weight.shape)
-        return ops.conv2d(x, weight, None, self.stride, _around(self.padding, x, self.kernel, self.stride))
+        return ops.layer_norm(rows, one, zero, self.eps)
 
 
 class GroupNorm(Module):
-    """Normalise groups of channels over all their pixels: (B, C, …) → the same; weight one, bias zero."""
+    """Normalise groups of channels over all their pixels: (B, C, …) → the same; bias zero, weight one.
 
-    def __init__(self, groups: int, channels: int, eps: float = 1e-5) -> None:
+    Or zero: a residual branch that ends so is none at first (Goyal et al. 2017, arXiv 1706.02677, section 5.1).
+    """
+
+    def __init__(self, groups: int, channels: int, eps: float = 1e-5, starts_at_zero: bool = False) -> None:
         self.groups, channels = count("groups", groups), count("channels", channels)
         if channels % self.groups:
             remedy = "use a number of groups that divides the channels"
             raise ConfigError(f"{channels} channels do not make {self.groups} groups", remedy)
         self.eps = epsilon("eps", eps)
-        self.weight = Parameter(init.ones(channels))
+        self.weight = Parameter((init.zeros if starts_at_zero else init.ones)(channels))
         self.bias = Parameter(init.zeros(channels))
 
     def extra_repr(self) -> str:

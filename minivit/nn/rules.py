@@ -34,6 +34,13 @@ def depth(name: str, value: Any) -> int:
     return count(name, value, 10_000)
 
 
+def depths(name: str, value: Any) -> tuple[int, ...]:
+    """A whole number from 1 to 1,000 for each of at most 8 stages."""
+    if not isinstance(value, tuple | list) or len(value) > 8:
+        raise ConfigError(f"{name} is {value_text(value)}", "it must be a list of whole numbers, at most 8, as [2, 2]")
+    return tuple(count(name, n, 1000) for n in value)
+
+
 def rate(name: str, value: Any) -> float:
     """A probability below 1."""
     if not _number(value) or not 0 <= value < 1:

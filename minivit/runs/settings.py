@@ -84,7 +84,12 @@ def known_settings(kind: str = "") -> dict[str, Types]:
 
 
 def _types_of(annotation: Any) -> Types:
-    """Return the types that a value of a setting may have as TOML has them, where a pair is a list."""
+    """Return the types that a value of a setting may have as TOML has them, where a pair is a list.
+
+    Where a list is all that it may be, it is as long as one likes.
+    """
+    if get_origin(annotation) is tuple:
+        return list
     parts = [part for part in get_args(annotation) or (annotation,) if part is not NoneType]
     types = tuple(list if get_origin(part) is tuple else part for part in parts)
     return types if len(types) > 1 else types[0]
@@ -98,8 +103,12 @@ def _checked(key: str, value: Any, origin: str, model: str) -> Any:
     if isinstance(value, tuple):
         value = list(value)
     allowed = kind if isinstance(kind, tuple) else (kind,)
-    if type(value) not in allowed or (isinstance(value, list) and [type(x) for x in value] != [int, int]):
-        names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", list: "[height, width]"}
+    wrong = isinstance(value, list) and (
+        any(type(x) is not int for x in value) or (kind is not list and len(value) != 2)
+    )
+    if type(value) not in allowed or wrong:
+        listed = "a list of whole numbers" if kind is list else "[height, width]"
+        names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", list: listed}
         raise ConfigError(
             f"{key} = {value_text(value)} ({origin}) is not {' or '.join(names[k] for k in allowed)}",
             'text in quotes: name = "digits"' if str in allowed else f"for example --set {key}={_example(allowed)}",
@@ -141,7 +150,7 @@ def _is_text(value: str) -> bool:
 
 
 def _example(kinds: tuple[type, ...]) -> str:
-    return {int: "8", float: "0.1", bool: "true"}[kinds[0]]
+    return {int: "8", float: "0.1", bool: "true", list: "[2,2]"}[kinds[0]]
 
 
 # ---- resolving -------------------------------------------------------------------------------------------------------

@@ -36,7 +36,8 @@ CAPTIONS = {
     "filters": Caption(
         "Filters of the patches",
         "The principal components of the filters that turn a patch into a token, as images, the strongest first "
-        "(figure 7, left, of the ViT paper): the patterns in a patch that a token's numbers differ by most.",
+        "(figure 7, left, of the ViT paper): the patterns in a patch that a token's numbers differ by most. Of a model "
+        "with convolutions before its patches, those of the first one.",
         "A component is a direction that many filters share and no single filter, its sign means nothing, and how much "
         "the layers behind use it is not seen here.",
     ),

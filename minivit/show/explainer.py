@@ -23,11 +23,10 @@ from minivit.show.style import PAPER_STYLE
 
 SCRIPTS = ("data.js", "draw.js", "steps.js", "maps.js", "numbers.js", "page.js")
 FIRST = (
-    "raw", "weight", "bias", "embedded", "class_token", "positions", "entering", "looks", "looks_scale", "norms",
-    "features", "head_weight", "head_bias", "logits", "scale",
+    "raw", "seen", "weight", "bias", "embedded", "class_token", "positions", "entering", "looks", "looks_scale",
+    "norms", "features", "head_weight", "head_bias", "logits", "scale",
 )  # fmt: skip
-"""What the seven steps are drawn from, and the script reads at its start: it stands before the script, all other arrays
-after it."""
+"""What is read at once, to draw the seven steps from: it stands before the script, all other arrays after it."""
 
 
 def write_explainer(

@@ -279,6 +279,8 @@ def seven_steps(trace: Trace, images: Any, first: int) -> dict[str, np.ndarray]:
     if not model.patch_embed.says:  # a linear map of the patch
         found["weight"] = number(model.patch_embed.proj.weight)[0]
         found["bias"] = first_bias(model.patch_embed.proj.bias, 0, number)
+    if hasattr(model.patch_embed, "features"):  # the first few of each patch's, which are no pixels
+        found["seen"] = number(model.patch_embed.features(images))[0, :, :4]
     beside = [number(p)[0] for p in (getattr(model, name, None) for name in BESIDE) if p is not None]
     placed = table(getattr(model, "pos_embed", None), trace.tokens[0])
     if beside:

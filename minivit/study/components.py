@@ -41,8 +41,9 @@ def position_similarity(model: Any) -> np.ndarray:
 def filter_components(model: Any, n: int = 28) -> Components:
     """Return the first n principal components of the patch filters, as images (n, C, P, Q), float64, of length 1.
 
-    Of the D filters, points of C·P·Q numbers, less their mean (Dosovitskiy et al. 2020, figure 7 left). At most as many
-    as there are: min(D, C·P·Q). The entry of the largest size is positive, as the sign is nobody's.
+    Of the D filters, points of C·P·Q numbers, less their mean (Dosovitskiy et al. 2020, figure 7 left): those of the
+    patches, or of the first convolution where one is before them. At most as many as there are: min(D, C·P·Q). The
+    entry of the largest size is positive, as the sign is nobody's.
     """
     check_count(n)
     weight = values(patch_embed(model).filters, "the patch filters").astype(np.float64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ import numpy as np
 from minivit.errors import CheckpointError, ConfigError, MisfitError, value_text
 from minivit.files import open_regular
 from minivit.models import model_outline, read_settings
+from minivit.nn.bottleneck import resnet_stride
 from minivit.nn.rules import pair
 from minivit.weights import google, huggingface, lucidrains, timm
 from minivit.weights.checkpoint import Checkpoint
@@ -23,7 +25,6 @@ from minivit.weights.names import Layout, Sizes, general_name
 from minivit.weights.stored import Entry, Stored, open_stored, unusable
 
 LAYOUTS = (google.LAYOUT, huggingface.LAYOUT, huggingface.DEIT, lucidrains.LAYOUT, timm.LAYOUT)
-KIND = "vit"
 _LONGEST_CONFIG = 8 << 20
 _NO_HEAD = "the file has no head: mv.create_model(name, weights=path, num_classes=…) gives it a new one"
 
@@ -45,6 +46,11 @@ class Foreign:
 
     # ---- what model it holds ----
 
+    @property
+    def kind(self) -> str:
+        """The kind of model: with a ResNet before the patches it is another one."""
+        return "hybrid" if any(self.shape(f"{root}conv.weight", Sizes()) for root in _ROOTS) else "vit"
+
     def shape(self, ours: str, sizes: Sizes) -> tuple[int, ...] | None:
         """Return the shape that one of our parameters has in the file; None if it has none, or not such a one."""
         row = self.layout.row(ours)
@@ -63,9 +69,7 @@ class Foreign:
         side = said.pop("patch_size", 1)
         sizes = Sizes(patch=(side, side))
         found = {name: self.shape(name, sizes) for name in _TELLING}
-        depth = 0
-        while self.shape(f"blocks.{depth}.norm1.weight", sizes) is not None:
-            depth += 1
+        depth = self._count("blocks.{}.norm1.weight")
         patch, fc2, qkv = (found[name] for name in _TELLING[:3])
         if patch is None or len(patch) != 4 or fc2 is None or len(fc2) != 2 or qkv is None or len(qkv) != 2:
             raise CheckpointError(f"{self.path} ({self.layout.name}) is no ViT: {self._lacking()}", _ASK)
@@ -82,7 +86,27 @@ class Foreign:
             out["heads"] = qkv[0] // (3 * 64)  # as in all of the usual models
         if type(out.get("heads")) is int and out["heads"] > 0 and qkv[0] % (3 * out["heads"]) == 0:
             out["dim_head"] = qkv[0] // (3 * out["heads"])
+        out |= self._stem(patch)
         return out | self._image_size(out)
+
+    def _stem(self, patch: tuple[int, ...]) -> dict[str, Any]:
+        """Return the settings of a ResNet before patches whose weight has the shape ``patch``, {} if there is none."""
+        root = next((found for at in _ROOTS if (found := self.shape(f"{at}conv.weight", Sizes()))), None)
+        if root is None:
+            return {}
+        if len(root) != 4:
+            raise CheckpointError(f"{self.path} ({self.layout.name}): the root of its ResNet is of shape {root}", _ASK)
+        stages: list[int] = []
+        while depth := self._count(f"patch_embed.backbone.stages.{len(stages)}.blocks.{{}}.conv1.weight"):
+            stages.append(depth)
+        stride = resnet_stride(stages)
+        p, q = patch[2] * stride, patch[3] * stride
+        sizes = {"patch_size": p if p == q else (p, q), "in_channels": root[1]}
+        return {"stages": tuple(stages), "width": root[0], **sizes}
+
+    def _count(self, name: str) -> int:
+        """Return how many numbers, from 0 on, put into ``name`` make one of ours that is there."""
+        return next(i for i in itertools.count() if self.shape(name.format(i), Sizes()) is None)
 
     def _options(self, found: Mapping[str, tuple[int, ...] | None], hidden: int) -> dict[str, Any]:
         """Return the settings of what not every ViT has, by what is there of it."""
@@ -107,7 +131,7 @@ class Foreign:
 
     def _lacking(self) -> str:
         words = {text for name in self.entries for part, text in self.layout.lacking.items() if part in name}
-        if words:
+        if words and self.kind == "vit":
             return f"it has {', '.join(sorted(words))}"
         wanted = [row.theirs for name in _TELLING[:3] if (row := self.layout.row(name)) is not None]
         return f"it has no {', '.join(n for names in wanted for n in names)}, or of other shapes"
@@ -170,7 +194,8 @@ class Foreign:
         shape = self.shape("patch_embed.proj.weight", Sizes())
         if said is not None and shape is not None and len(shape) == 4:
             height, width = self._pair(said)
-            grid = height // shape[2], width // shape[3]
+            p, q = pair("patch_size", self._stem(shape).get("patch_size", shape[2:]))
+            grid = height // max(p, 1), width // max(q, 1)
             if math.prod(grid) == patches:
                 return grid
         if math.prod(own) == patches:
@@ -222,6 +247,8 @@ _TELLING = (
     "blocks.0.mlp.fc1.weight", "blocks.0.norm1.bias", "blocks.0.ls1.gamma", "blocks.0.attn.q_norm.weight", "reg_token",
     "norm.weight", "fc_norm.weight", "attn_pool.latent", "pre_logits.weight", "head.weight", "head_dist.weight",
 )  # fmt: skip
+_ROOTS = ("patch_embed.backbone.stem.", "patch_embed.backbone.")
+"""Where the root of a ResNet is; the second where it is all of it."""
 _ASK = "build a model of the file's sizes: mv.load_model(path) does where the file says all, else mv.create_model"
 
 
@@ -286,8 +313,8 @@ def converted(foreign: Foreign) -> Checkpoint:
         remedy = "put its config.json beside it, or build the model and mv.load_weights(model, path)"
         raise CheckpointError(what, remedy)
     try:
-        made = read_settings(KIND, settings)
-        outline = model_outline(KIND, made.config, 16 * len(foreign.entries) + 64)
+        made = read_settings(foreign.kind, settings)
+        outline = model_outline(foreign.kind, made.config, 16 * len(foreign.entries) + 64)
     except ConfigError as error:
         raise CheckpointError(f"{foreign.path}: its model cannot be made: {error.what}", error.remedy) from error
     except (TypeError, ValueError, ArithmeticError) as error:
@@ -297,5 +324,9 @@ def converted(foreign: Foreign) -> Checkpoint:
     if (pos := state.get("pos_embed")) is not None and pos.shape != shapes["pos_embed"]:
         what = f"{foreign.path}: {pos.shape[1]} positions, but images of {settings['image_size']} make "
         raise CheckpointError(f"{what}{shapes['pos_embed'][1]}", "its config.json is another model's")
-    meta = {"kind": KIND, "model": made.config, **foreign.about(settings["num_classes"], settings["in_channels"])}
+    meta = {
+        "kind": foreign.kind,
+        "model": made.config,
+        **foreign.about(settings["num_classes"], settings["in_channels"]),
+    }
     return Checkpoint({f"model/{name}": array for name, array in state.items()}, meta)

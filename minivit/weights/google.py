@@ -16,6 +16,10 @@ _MAP = "MAPHead_0/MultiHeadDotProductAttention_0/"
 _ATTENTION = f"{_BLOCK}MultiHeadDotProductAttention_1/"
 _QKV = ",".join(f"{_ATTENTION}{part}/{{kind}}" for part in ("query", "key", "value"))
 
+_ROOT_ALONE, _STEM = "patch_embed.backbone.", "patch_embed.backbone.stem."
+_UNIT = "block{s+1}/unit{u+1}/"
+_OURS = "patch_embed.backbone.stages.{s}.blocks.{u}."
+
 ROWS = rows(
     f"""
     cls_token                    cls
@@ -53,6 +57,24 @@ ROWS = rows(
     attn_pool.mlp.fc2.bias       MAPHead_0/MlpBlock_0/Dense_1/bias
     head.weight                  head/kernel                                       kernel
     head.bias                    head/bias
+    {_STEM}conv.weight           conv_root/kernel                                  patch
+    {_STEM}norm.weight           gn_root/scale
+    {_STEM}norm.bias             gn_root/bias
+    {_ROOT_ALONE}conv.weight     conv_root/kernel                                  patch
+    {_ROOT_ALONE}norm.weight     gn_root/scale
+    {_ROOT_ALONE}norm.bias       gn_root/bias
+    {_OURS}downsample.conv.weight {_UNIT}conv_proj/kernel                          patch
+    {_OURS}downsample.norm.weight {_UNIT}gn_proj/scale
+    {_OURS}downsample.norm.bias  {_UNIT}gn_proj/bias
+    {_OURS}conv1.weight          {_UNIT}conv1/kernel                               patch
+    {_OURS}norm1.weight          {_UNIT}gn1/scale
+    {_OURS}norm1.bias            {_UNIT}gn1/bias
+    {_OURS}conv2.weight          {_UNIT}conv2/kernel                               patch
+    {_OURS}norm2.weight          {_UNIT}gn2/scale
+    {_OURS}norm2.bias            {_UNIT}gn2/bias
+    {_OURS}conv3.weight          {_UNIT}conv3/kernel                               patch
+    {_OURS}norm3.weight          {_UNIT}gn3/scale
+    {_OURS}norm3.bias            {_UNIT}gn3/bias
     """,
     patch=PATCH_LAST,
     heads_in=HEADS_IN,
@@ -93,7 +115,7 @@ def _first_name(name: str) -> str:
         for here, there in _NUMBERS.items():
             if name.startswith(here, match.end()):
                 return match[0] + there + name[match.end() + len(here) :]
-    return name
+    return re.sub(r"^(block\d+/unit)0+(?=[1-9])", r"\1", name)  # BiT's files write unit01
 
 
 class _Stack:
@@ -130,10 +152,11 @@ def _slices(name: str, entry: Entry) -> dict[str, Entry]:
 
 
 def settings_of(entries: Mapping[str, Entry], config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return heads, from the shape of the queries; GELU is the approximation by tanh, as in flax."""
+    """Return heads, from the shape of the queries; GELU is that of tanh, and eps of a ResNet are flax's."""
     query = entries.get(f"{_ATTENTION.replace('{i}', '0')}query/kernel")
     heads = {"heads": query.shape[1]} if query is not None and len(query.shape) == 3 else {}
-    return heads | {"activation": "gelu_tanh", "norm_eps": 1e-6}
+    stem = {"stem_eps": "google"} if "conv_root/kernel" in entries else {}
+    return heads | {"activation": "gelu_tanh", "norm_eps": 1e-6} | stem
 
 
 def data_of(config: Mapping[str, Any], preparation: Mapping[str, Any]) -> dict[str, Any]:

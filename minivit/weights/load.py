@@ -25,8 +25,11 @@ from minivit.weights.native import FIRST_KIND, checked_settings, keep_preparatio
 
 Tell = Callable[[str], object]
 
-_NOT_SHAPES = ("activation", "norm_eps")
-_SIZES = ("image_size", "patch_size", "in_channels", "dim", "depth", "mlp_dim", "heads", "dim_head", "seed")
+_NOT_SHAPES = ("activation", "norm_eps", "stem_eps")
+_SIZES = (
+    "image_size", "patch_size", "in_channels", "dim", "depth", "mlp_dim", "heads", "dim_head", "stages", "width",
+    "seed",
+)  # fmt: skip
 """The settings that a named model has of its name; the others are as the file has them, unless they are given."""
 
 
@@ -76,13 +79,13 @@ def create_model(name: str, *, weights: str | Path | None = None, tell: Tell | N
     foreign = open_foreign(weights)
     source = load_checkpoint(weights) if foreign is None else foreign
     if isinstance(source, Foreign):
-        said, dtype = source.settings(), source.dtype
+        held, said, dtype = source.kind, source.settings(), source.dtype
     else:
         found, dtype = checked_settings(source, weights), np.result_type(*parameters_of(source).values())
-        if found.kind != kind:
-            what = f"{weights} holds a model of the kind {found.kind}, {name} is a {kind}"
-            raise CheckpointError(what, "mv.load_model(path) builds the file's")
-        said = found.config
+        held, said = found.kind, found.config
+    if held != kind:
+        what = f"{weights} holds a model of the kind {held}, {name} is a {kind}"
+        raise CheckpointError(what, "mv.load_model(path) builds the file's")
     if (usual.get("pool"), said.get("pool")) == ("map_all", "map"):  # which the file, without its config, cannot tell
         said = {**said, "pool": "map_all"}
     values = {**usual, **{key: value for key, value in said.items() if key not in _SIZES}, **settings}
@@ -126,7 +129,7 @@ def _load(model: Any, source: Foreign | Checkpoint, path: str | Path, new_head: 
         own = {name: stretched(shape) for name, shape in shapes.items()}  # of a table whose tokens differ nothing fits
         if fit_positions(state, own, old, settings):
             notes.append("pos_embed: {} × {} patches → {} × {}".format(*old_grid, *grid))
-    for key in ("activation", "norm_eps", "pool"):
+    for key in ("activation", "norm_eps", "stem_eps", "pool"):
         if key in said and said[key] != (here := getattr(settings, key, said[key])):
             notes.append(f"{key}: {said[key]} in the file, {here} here")
     kept = {name: to_numpy(p.data) for name, p in model.named_parameters() if name.startswith(replaced or (" ",))}

@@ -57,16 +57,23 @@ PATCH_FLAT = Form(  # (D, P·Q·C) ↔ (D, C, P, Q)
 class Row:
     """Our parameter, and their arrays: more than one lie under each other along our first axis, in this order.
 
-    ``{i}`` in a name is the number of the block.
+    ``{i}`` in a name is the number of the block; ``{s}`` and ``{u}`` are those of a stage of a ResNet and of a
+    bottleneck in it, which ``{s+1}`` and ``{u+1}`` count from 1.
     """
 
     ours: str
     theirs: tuple[str, ...]
     form: Form = SAME
 
-    def at(self, i: str) -> Row:
-        """Return the row of block number ``i``."""
-        return Row(self.ours.replace("{i}", i), tuple(name.replace("{i}", i) for name in self.theirs), self.form)
+    def at(self, numbers: Mapping[str, str]) -> Row:
+        """Return the row of the block with these numbers, by their letters."""
+
+        def filled(name: str) -> str:
+            for letter, n in numbers.items():
+                name = name.replace(f"{{{letter}}}", n).replace(f"{{{letter}+1}}", str(int(n) + 1))
+            return name
+
+        return Row(filled(self.ours), tuple(map(filled, self.theirs)), self.form)
 
     def written(self, array: np.ndarray, sizes: Sizes) -> dict[str, np.ndarray]:
         """Return our array as theirs, by their names: views where that can be."""
@@ -107,12 +114,22 @@ def rows(table: str, **forms: Form) -> tuple[Row, ...]:
     return tuple(found)
 
 
-_BLOCK = re.compile(r"(?<=^blocks\.)\d+(?=\.)")
+_BLOCK = re.compile(r"^blocks\.(?P<i>\d+)\.|^patch_embed\.backbone\.stages\.(?P<s>\d+)\.blocks\.(?P<u>\d+)\.")
+
+
+def numbers_of(ours: str) -> dict[str, str]:
+    """Return the numbers in the name of one of our parameters by their letters, as :class:`Row` has them."""
+    match = _BLOCK.match(ours)
+    return {} if match is None else {letter: n for letter, n in match.groupdict().items() if n is not None}
 
 
 def general_name(ours: str) -> str:
-    """Return the name of one of our parameters with ``{i}`` for the number of its block."""
-    return _BLOCK.sub("{i}", ours)
+    """Return the name of one of our parameters with letters for the numbers of its block."""
+    match = _BLOCK.match(ours)
+    if match is None:
+        return ours
+    begin = "patch_embed.backbone.stages.{s}.blocks.{u}." if match["i"] is None else "blocks.{i}."
+    return begin + ours[match.end() :]
 
 
 @dataclass(frozen=True)
@@ -139,9 +156,9 @@ class Layout:
         """Return the row of one of our parameters, or None if this layout has no place for it."""
         if not self.rows:  # the names are ours
             return Row(ours, (ours,))
-        number = _BLOCK.search(ours)
-        row = next((row for row in self.rows if row.ours == general_name(ours)), None)
-        return row if row is None or number is None else row.at(number[0])
+        general = general_name(ours)
+        row = next((row for row in self.rows if row.ours == general), None)
+        return row if row is None else row.at(numbers_of(ours))
 
     def written(self, state: Mapping[str, np.ndarray], sizes: Sizes) -> dict[str, np.ndarray]:
         """Return our arrays under this layout's names, turned as it has them; KeyError for one it has no place for."""

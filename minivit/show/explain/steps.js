@@ -1,7 +1,8 @@
 // ---- the seven steps: each with its picture, shapes and numbers ----
 
-/** The numbers of a patch as the model takes them, channel by channel, row by row: (pixel/255 − mean) / std. */
+/** The numbers of a patch as the model takes them, channel by channel, row by row: (pixel/255 − mean) / std; or a few of its features. */
 function patchNumbers(n) {
+  if (about.places) return vector("seen", n, about.arrays.seen.shape[1]);
   const [p, q] = about.patch, {width, height, channels} = about.image, raw = numbers("raw"), found = [];
   const top = Math.floor(n / COLUMNS) * p, left = (n % COLUMNS) * q;
   for (let c = 0; c < channels; c++)
@@ -76,10 +77,14 @@ function makeSteps() {
   similar.style.width = `${Math.min(90, (120 * COLUMNS) / ROWS)}px`;
   const features = numbers("features"), logits = numbers("logits"), top = about.top;
   const wide = Math.ceil(features.length / Math.ceil(features.length / 32));
+  const terms = about.tokenizer ? 0 : numbers("weight").length, [down, across] = about.places ?? [1, 1], made = terms / (down * across);
+  const through = about.places ? `${shape(made, ROWS * down, COLUMNS * across)} → ` : "";
+  const whatIsPatch = about.places
+    ? `A ResNet comes first: ${made} features of every ${shape(p / down, q / across)} pixels, and of what is around them. A patch is ${down * across > 1 ? `${shape(down, across)} places` : "one place"} of its map, not pixels. Drawn is its place in the image.${about.image.remark}`
+    : `${ROWS} × ${COLUMNS} patches of ${shape(p, q)} pixels, each ${about.tokenizer ? "the place of a token; its numbers are" : "a row of numbers"} (pixel/255 − mean)/std.${about.image.remark}`;
   find("steps").replaceChildren(
-    card(1, "Patches", [cut], about.tokenizer ? shape(channels, height, width) : `${shape(channels, height, width)} → ${shape(N, channels * p * q)}`,
-      `${ROWS} × ${COLUMNS} patches of ${shape(p, q)} pixels, each ${about.tokenizer ? "the place of a token; its numbers are" : "a row of numbers"} (pixel/255 − mean)/std.${about.image.remark}`, "patch-1"),
-    card(2, "Patch embedding", [embedded()], about.tokenizer ? `${shape(channels, height, width)} → ${shape(N, D)}` : `${shape(N, channels * p * q)} → ${shape(N, D)}`,
+    card(1, "Patches", [cut], about.tokenizer ? shape(channels, height, width) : `${shape(channels, height, width)} → ${through}${shape(N, terms)}`, whatIsPatch, "patch-1"),
+    card(2, "Patch embedding", [embedded()], about.tokenizer ? `${shape(channels, height, width)} → ${shape(N, D)}` : `${shape(N, terms)} → ${shape(N, D)}`,
       about.tokenizer ? `Tokens are made by ${about.tokenizer}.` : "A linear map makes a token of each patch x: E·x + b. The first of its numbers:", "patch-2"),
     card(3, PREFIX > 1 || (PREFIX && !CLASS) ? "Tokens beside" : "Class token", [PREFIX ? make("div", {class: "stack"}, strip(numbers("class_token"), D, "the numbers of the tokens before the patches"), embedded()) : make("div", {class: "nothing"}, "none")],
       PREFIX ? `${shape(N, D)} → ${shape(T, D)}` : shape(T, D),
@@ -124,7 +129,8 @@ function followPatch() {
   say("patch-1", `${words}: ${some(x, 3)}`);
   const made = () => {
     const weight = numbers("weight"), bias = numbers("bias")[0];
-    return `${digits(x[0])}·${bracket(weight[0])} + … (${x.length} terms) + ${bracket(bias)} = ${digits(x.reduce((s, a, i) => s + a * weight[i], bias))}`;
+    const sum = about.places ? first[0] : x.reduce((s, a, i) => s + a * weight[i], bias);
+    return `${digits(x[0])}·${bracket(weight[0])} + … (${weight.length} terms) + ${bracket(bias)} = ${digits(sum)}`;
   };
   say("patch-2", about.tokenizer ? "" : made(), `the token: ${some(first, 3)}`);
   const similar = "positions" in about.arrays;
