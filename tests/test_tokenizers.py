@@ -297,6 +297,7 @@ def test_images_that_do_not_fit_and_windows_that_would_be_too_many():
             model(images_of(model)[:, :, 1:])
         with pytest.raises(MinivitError, match="standardise"):
             model((images_of(model) * 255).astype(np.uint8))
+        assert model(images_of(model)[:0]).shape == (0, 3)
     for settings in ({"tokenizer": "t2t_transformer"}, {"tokenizer": "t2t"}):
         values = T2T | settings | {"image_size": 224}
         assert build("vit", values | {"depth": 1}).settings.largest_array()[0] >= 196**2 * 2

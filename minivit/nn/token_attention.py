@@ -130,7 +130,7 @@ class TokensToToken(Tokenizer):
         for layer, (kernel, stride, padding) in zip(
             (self.attention1, self.attention2, self.project), self.splits, strict=True
         ):
-            windows = ops.unfold(x.reshape((len(x), -1, h // apart, w // apart)), kernel, stride, padding)
+            windows = ops.unfold(x.reshape((*x.shape[:2], h // apart, w // apart)), kernel, stride, padding)
             x, apart = layer(ops.swapaxes(windows, 1, 2)), apart * stride  # (B, C·k·k, T) → (B, T, C·k·k) → (B, T, D)
             x = x if layer is self.project else ops.swapaxes(x, 1, 2)  # → (B, D, T)
         return x  # (B, N, dim)
