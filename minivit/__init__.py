@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from minivit.train.inference import predict_logits
     from minivit.train.step import TrainStep
     from minivit.train.trainer import Trainer
+    from minivit.weights.export import export
     from minivit.weights.load import create_model, load_weights
     from minivit.weights.native import load_model, save
 
@@ -44,6 +45,7 @@ _HOMES = {
     "check_module": "autograd.check",
     "check_vjp": "autograd.handwritten",
     "create_model": "weights.load",
+    "export": "weights.export",
     "first_order": "autograd.graph",
     "grad": "autograd.tensor",
     "list_models": "models",
@@ -87,6 +89,7 @@ __all__ = [
     "check_vjp",
     "create_model",
     "data",
+    "export",
     "first_order",
     "grad",
     "list_models",

@@ -28,6 +28,7 @@ SAME_NAMES = {
     "attention.py": "the operation, and the layer that holds its weights",
     "random.py": "the keys, and where a layer gets its key from",
     "graph.py": "the nodes of a computation, and the command that draws them",
+    "export.py": "the writing of other systems' files, and its command",
     "lr_find.py": "the search for a learning rate, and its command",
     "folder.py": "a folder of images, and a folder of a run",
 }

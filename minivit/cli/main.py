@@ -25,6 +25,7 @@ COMMANDS = {
     "predict": "classify images with a checkpoint",
     "explain": "show on one page how a model reads an image, and the gradients that flow back",
     "study": "draw what a model has learned: attention, filters, heads, layers",
+    "export": "write a model for timm, Hugging Face, Google's vit_jax or ONNX",
     "data": "look a data set over before training on it, or download one",
     "lr-find": "find a learning rate to begin with",
     "compare": "compare runs: settings, accuracy and time",

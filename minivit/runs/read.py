@@ -99,3 +99,9 @@ def read_test(folder: Path) -> dict[str, Any] | None:
     """Return loss, accuracy, its interval and count of a run's test images; None if it was not tested."""
     row = _test_row(folder / "metrics.jsonl")
     return {key.removeprefix("test_"): x for key, x in row.items() if key.startswith("test_")} or None
+
+
+def read_test_of(folder: Path, epoch: int | None) -> dict[str, Any] | None:
+    """Return :func:`read_test`'s figures if the weights of this epoch are what was tested, not others of the run."""
+    tested = _test_row(folder / "metrics.jsonl").get("epoch")
+    return read_test(folder) if epoch is not None and tested == epoch else None

@@ -94,15 +94,20 @@ def sweep(folder: str | Path) -> None:
 
 def _write(f: BinaryIO, entries: Mapping[str, np.ndarray]) -> None:
     with zipfile.ZipFile(f, "w", zipfile.ZIP_STORED) as archive:
-        for name, array in entries.items():
-            # a ZipInfo's time is 1980 unless set
-            with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
-                np.lib.format.write_array(member, array, version=(1, 0), allow_pickle=False)
+        write_arrays(archive, entries)
         archive.comment = bytes(_SEAL_SIZE)  # its place: the comment ends the file
     size = f.tell() - _SEAL_SIZE
     digest = _digest(f, size)
     f.seek(size)
     f.write(_SEAL + digest)
+
+
+def write_arrays(archive: zipfile.ZipFile, entries: Mapping[str, np.ndarray]) -> None:
+    """Write arrays into an open archive as NumPy's savez does, but for the time: equal arrays give equal bytes."""
+    for name, array in entries.items():
+        # a ZipInfo's time is 1980 unless set
+        with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
+            np.lib.format.write_array(member, array, version=(1, 0), allow_pickle=False)
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------

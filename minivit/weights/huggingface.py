@@ -133,7 +133,7 @@ def _fit(about: Mapping[str, Any]) -> str:
     if about.get("do_center_crop", False):
         if type(size) is not int or type(crop) is not int or not 0 < crop <= size:
             return ""
-        part = crop / size
+        part = float(f"{crop / size:.12g}")  # as it is written below
         if math.floor(crop / part) != size:  # rounding took the last pixel
             part = crop / (size + 0.5)
     interpolation = {"2": "bilinear", "3": "bicubic"}.get(str(about.get("resample", 2)), "")  # Pillow's numbers

@@ -46,11 +46,7 @@ def save(model: Model, path: str | Path, data: Dataset | None = None) -> None:
         raise ConfigError(what, remedy)
     model.check_portable()
     state, config = model.state_dict(), model.config
-    if differ := _difference(model.settings, state):
-        remedy = (
-            f"replace the head by model.reset_head(num_classes); build what else differs by {type(model).__name__}(…)"
-        )
-        raise ConfigError(f"the model has layers that are not those of its settings: {differ}", remedy)
+    check_described(model, state)
     meta: dict[str, Any] = {"kind": model.kind, "model": config}
     if data is not None:
         if not isinstance(data, Dataset):
@@ -68,6 +64,15 @@ def save(model: Model, path: str | Path, data: Dataset | None = None) -> None:
         names = {"classes": list(model.class_names)} if model.class_names else {}
         meta["data"] = model.preparation.meta() | names
     save_checkpoint(path, {f"model/{name}": array for name, array in state.items()}, meta)
+
+
+def check_described(model: Model, state: Mapping[str, np.ndarray]) -> None:
+    """Raise ConfigError if a model's arrays, its ``state``, are not those that its settings ask for."""
+    if differ := _difference(model.settings, state):
+        remedy = (
+            f"replace the head by model.reset_head(num_classes); build what else differs by {type(model).__name__}(…)"
+        )
+        raise ConfigError(f"the model has layers that are not those of its settings: {differ}", remedy)
 
 
 def data_meta(data: Dataset) -> dict[str, Any]:

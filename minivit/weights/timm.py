@@ -52,7 +52,9 @@ def settings_of(entries: Mapping[str, Entry], config: Mapping[str, Any]) -> dict
         if args.get(theirs) is not None:
             out[ours] = args[theirs]
     pool = config.get("global_pool", "")
-    if pool and not (pool == "map" and "pool" in out):
+    if pool == "map" and args.get("pool_include_prefix") is True:
+        out["pool"] = "map_all"
+    elif pool and not (pool == "map" and "pool" in out):
         out["pool"] = {"token": "cls", "avg": "mean"}.get(str(pool), pool)
     out["activation"] = ACTIVATIONS.get(str(out["activation"]), out["activation"])
     return out
