@@ -26,12 +26,8 @@ FIRST = (
     "raw", "seen", "weight", "bias", "embedded", "class_token", "positions", "entering", "looks", "looks_scale",
     "norms", "features", "head_weight", "head_bias", "logits", "scale",
 )  # fmt: skip
-<<<<<<< HEAD
-"""What is read at once, to draw the seven steps from: it stands before the script, all other arrays after it."""
-=======
 """What the seven steps are drawn from, and the script reads at its start: it stands before the script, all other arrays
 after it."""
->>>>>>> w/join16
 
 
 def write_explainer(
