@@ -257,7 +257,7 @@ def test_a_model_without_attention_is_told_apart() -> None:
         study.rollout(mixing)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="no learned positions"):
         study.position_similarity(small(position="none"))
-    with pytest.raises(ConfigError, match="no PatchEmbed"):
+    with pytest.raises(ConfigError, match="no Tokenizer"):
         study.filter_components(mixing)
 
 

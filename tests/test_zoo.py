@@ -18,7 +18,7 @@ from minivit.data import Preparation, read_image
 from minivit.data.file_array import ImageFiles
 from minivit.data.fit import fitted, is_fit, read_fit
 from minivit.errors import CheckpointError, ConfigError, DataError
-from minivit.models import MODELS, configuration, count_parameters, names_alike, read_settings
+from minivit.models import MODELS, configuration, count_parameters, names_alike, read_settings, t2t
 from minivit.models.preparations import PREPARATIONS, prepare
 from minivit.runs.trained import open_trained
 from minivit.weights import huggingface
@@ -118,7 +118,7 @@ def test_images_are_prepared_as_timm_does(name: str) -> None:
 
 def test_every_name_of_timms_has_a_preparation_and_ones_own_have_none() -> None:
     assert PREPARATIONS.keys() == {name for name in MODELS if name in TIMM} | {
-        "vit_base_patch8_384", "vit_huge_patch14_518",
+        "vit_base_patch8_384", "vit_huge_patch14_518", *t2t.NAMES,
     }  # fmt: skip
     with pytest.raises(ConfigError, match="vit_digits is known for no weights"):
         mv.preparation("vit_digits")

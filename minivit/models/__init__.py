@@ -3,6 +3,7 @@
 Importing any file of this package registers minivit's own models.
 """
 
+from minivit.models.cct import CCT
 from minivit.models.hybrid import Hybrid
 from minivit.models.preparations import names_alike, preparation
 from minivit.models.registry import (
@@ -22,10 +23,12 @@ from minivit.models.registry import (
     setting,
 )
 from minivit.models.resnet import ResNet
+from minivit.models.t2t import NAMES as _T2T  # noqa: F401 - its names are registered
 from minivit.models.vit import ViT
 from minivit.models.zoo import usual_model
 
 __all__ = [
+    "CCT",
     "KINDS",
     "MODELS",
     "Hybrid",

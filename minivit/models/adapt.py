@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from minivit.backend import device_of, to_device, to_numpy
-from minivit.errors import MisfitError
+from minivit.errors import ConfigError, MisfitError
 from minivit.models.positions import METHODS, resize_matrix, resize_patches, resize_positions
 from minivit.nn import init
 from minivit.nn.module import Module, Parameter
@@ -139,10 +139,12 @@ def adapt_tokens(model: Any, state: dict[str, np.ndarray], old: Any) -> list[str
     """Make the arrays of one encoder of patches fit another, as :meth:`minivit.models.registry.Model.adapt` says."""
     new = model.settings
     keys = model.encoder
-    if 1 in (old.in_channels, new.in_channels):  # which can be made to fit
+    plain = new.tokenizer == "patch"
+    if plain and 1 in (old.in_channels, new.in_channels):  # which can be made to fit
         keys = tuple(k for k in keys if k != "in_channels")
     check_encoder(model, state, old, keys)
-    notes = fit_channels(state, new.in_channels) + fit_tokens(state, model.state_dict(), old, new)
+    notes = fit_channels(state, new.in_channels) if plain else []
+    notes += fit_tokens(state, model.state_dict(), old, new)
     return notes + [
         f"{key}: {getattr(old, key)} → {getattr(new, key)}"
         for key in ("activation", "norm_eps")
@@ -169,9 +171,12 @@ def resize(model: Any, image_size: Size, patch_size: Size | None = None, method:
         model.resize((64, 96)).eval()
     """
     choice(*METHODS)("method", method)
+    if patch_size is not None and model.patch_embed.says:
+        what = f"patches of a {type(model.patch_embed).__name__} are no pictures that could be resized"
+        raise ConfigError(what, "leave patch_size out: the number of tokens changes with the image's size")
     old, sizes = model.settings, {"image_size": image_size} | ({} if patch_size is None else {"patch_size": patch_size})
     settings = replace(old, **sizes)
-    weight = model.patch_embed.proj.weight
+    weight = model.patch_embed.filters
     with init.undrawn():
         other = type(model)(**{f.name: getattr(settings, f.name) for f in fields(settings)})
     other.to(weight.dtype).to(weight.device)

@@ -6,8 +6,11 @@ from typing import Any
 
 from minivit import ops
 from minivit.nn import init
+from minivit.nn.layers import PatchEmbed, Tokenizer
 from minivit.nn.module import Constant, Module, Parameter, shape_text
 from minivit.nn.scored import RelativePositions
+from minivit.nn.token_attention import TokenPerformer, TokensToToken, TokenTransformer
+from minivit.nn.tokenizers import ShiftedPatchEmbed
 
 
 class Positions2D(Module):
@@ -32,6 +35,17 @@ class Positions2D(Module):
         y = ops.broadcast_to(self.rows.reshape((h, 1, half)), (h, w, half))
         patches = ops.concat([x, y], axis=2).reshape((1, h * w, 2 * half))  # (h, w, dim) → (1, N, dim)
         return patches if self.prefix is None else ops.concat([self.prefix, patches], axis=1)  # → (1, T, dim)
+
+
+def make_patches(s: Any) -> Tokenizer:
+    """Return what makes tokens of images as the settings of a ViT say."""
+    sizes = s.image_size, s.patch_size, s.in_channels, s.dim
+    if s.tokenizer == "patch":
+        return PatchEmbed(*sizes)
+    if s.tokenizer == "shifted":
+        return ShiftedPatchEmbed(*sizes, s.norm_eps)
+    kind = TokenPerformer if s.tokenizer == "t2t" else TokenTransformer
+    return TokensToToken(*sizes, kind, eps=s.norm_eps)
 
 
 def make_positions(s: Any) -> Any:

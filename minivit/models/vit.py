@@ -9,14 +9,14 @@ from typing import Any, ClassVar
 
 from minivit import ops
 from minivit.models.adapt import adapt_tokens, resize
-from minivit.models.embedding import make_positions, make_relative, make_token, put_together
+from minivit.models.embedding import make_patches, make_positions, make_relative, make_token, put_together
 from minivit.models.encoder import NORMS, make_blocks
 from minivit.models.registry import Model, register
 from minivit.models.trace import Change, Trace, trace
 from minivit.models.vit_settings import ViTSettings
 from minivit.nn import init
 from minivit.nn.attention import attention_mask, table
-from minivit.nn.layers import Dropout, Linear, PatchEmbed
+from minivit.nn.layers import Dropout, Linear
 from minivit.nn.module import RowSize
 from minivit.nn.refined import Identity, PatchDropout, masked_diagonal
 from minivit.nn.scored import AttentionPool
@@ -33,9 +33,9 @@ class ViT(Model):
     Settings = ViTSettings
     replaced = ("head.", "head_dist.", "pre_logits.")
     encoder: ClassVar[tuple[str, ...]] = (
-        "in_channels", "patch_size", "dim", "depth", "heads", "dim_head", "mlp_dim", "qkv_bias", "position",
-        "position_at", "no_embed_class", "fc_norm", "block", "norm", "mlp", "layer_scale", "qk_norm", "lsa",
-        "transformer",
+        "in_channels", "patch_size", "tokenizer", "dim", "depth", "heads", "dim_head", "mlp_dim", "qkv_bias",
+        "position", "position_at", "no_embed_class", "fc_norm", "block", "norm", "mlp", "layer_scale", "qk_norm",
+        "lsa", "transformer",
     )  # fmt: skip
     adapt, resize = adapt_tokens, resize
 
@@ -43,7 +43,7 @@ class ViT(Model):
         """Make the layers."""
         self.dim, self.pool, self.prefix = s.dim, s.pool, sum(s.prefix.values())
         norm = partial(NORMS[s.norm], eps=s.norm_eps)
-        self.patch_embed = PatchEmbed(s.image_size, s.patch_size, s.in_channels, s.dim)
+        self.patch_embed = make_patches(s)
         self.cls_token, self.dist_token, self.reg_token = (
             make_token(s, name) for name in ("cls_token", "dist_token", "reg_token")
         )

@@ -71,6 +71,10 @@ class ViTSettings(Settings):
     qk_norm: bool = setting(False, flag, "queries and keys are normalised")
     lsa: bool = setting(False, flag, "a learned temperature, and no token attends to itself: for few images")
     transformer: str | None = setting(None, encoder_name, "a registered encoder in the place of the blocks")
+    tokenizer: str = setting(
+        "patch", choice("patch", "shifted", "t2t", "t2t_transformer"),
+        "patch, a linear map; shifted, with those around (SPT); t2t, tokens to tokens; t2t_transformer, no performer",
+    )  # fmt: skip
     weight_init: str = setting("paper", choice("paper", "mimetic"), "as the paper's code; mimetic is for few images")
     seed: int = setting(0, rules.seed, "what the parameters are drawn from")
     recompute: bool = setting(False, flag, "blocks keep their input only and run again on the way back", kept=False)
@@ -86,7 +90,10 @@ class ViTSettings(Settings):
         s, pos = self, f"position {self.position!r}"
         own = None if s.transformer is None else f"transformer {s.transformer!r} takes the place of the blocks"
         placed = s.position_at in ("layers", "shared")
+        t2t = s.tokenizer in ("t2t", "t2t_transformer")
         return [
+            (t2t and pair("patch_size", s.patch_size) not in ((4, 4), (8, 8), (16, 16)),
+             f"tokenizer {s.tokenizer!r} makes no tokens {s.patch_size} pixels apart", "set patch_size to 16, 8 or 4"),
             (s.pool == "cls" and s.class_token is False,
              "pool 'cls' reads the class token, and there is none", "set pool to mean, none or map"),
             (s.distilled and s.pool != "cls",
@@ -135,6 +142,8 @@ class ViTSettings(Settings):
     def largest_array(self) -> tuple[int, str]:
         """Return the numbers of the attention probabilities of one image."""
         patches = math.prod(self.grid)
+        if self.tokenizer == "t2t_transformer":  # attends among 4 by 4 in the place of each first
+            return max(self.heads, 256) * patches**2, f"{16 * patches:,} first windows, whose attention"
         return self.heads * patches**2, f"{patches:,} patches, whose attention"
 
     def written_out(self) -> dict[str, Any]:

@@ -32,6 +32,27 @@ class PostNormBlock(EncoderBlock):
         return out, heads, between - x, out - between
 
 
+class BetweenNormBlock(EncoderBlock):
+    """x = norm(x + attention(norm(x))), then x + MLP(x): the second norm is on the stream, between the two.
+
+    So the code of Hassani et al. 2021, arXiv 2104.05704, has it. What a trace says attention adds has that norm in it.
+    """
+
+    def _encode(self, x: Any, mask: Any, queries: int | None) -> Any:
+        rest = x if queries is None else x[:, :queries]
+        x = self.norm2(self._onto(rest, lambda onto: self.attn(self.norm1(x), mask, queries, onto), self.ls1))
+        return self._onto(x, lambda onto: self.mlp(x, onto), self.ls2)
+
+    def traced(
+        self, x: Any, mask: Any = None, change: Callable[[Any], Any] | None = None
+    ) -> tuple[Any, Heads, Any, Any]:
+        """Return the tokens after the block, its heads, and what either step changed: :meth:`EncoderBlock.traced`."""
+        attended, heads = self.attn.traced(self.norm1(x), mask, change)
+        between = self.norm2(x + self._scaled(attended, self.ls1))
+        mlp = self._scaled(self.mlp(between), self.ls2)
+        return between + mlp, heads, between - x, mlp
+
+
 class ResidualPostNormBlock(EncoderBlock):
     """x + norm(attention(x)), then x + norm(MLP(x)) (Liu et al. 2022, Swin V2, arXiv 2111.09883, section 3.2)."""
 

@@ -165,21 +165,18 @@ def checked_images(images: Any, expected: tuple[int, int, int], dtype: Any) -> t
     return images if isinstance(images, Tensor) else Tensor(images), dtype if rounds else None  # a twin may run then
 
 
-class PatchEmbed(Module):
-    """Images (B, C, H, W) → tokens (B, N, dim), one for each patch of P by Q pixels, row by row (ViT eq. 1)."""
+class Tokenizer(Module):
+    """Base of what makes tokens (B, N, dim) of images (B, C, H, W), of a grid over the image, row by row.
 
-    def __init__(self, image_size: Size, patch_size: Size, in_channels: int, dim: int) -> None:
-        in_channels, dim = count("in_channels", in_channels), count("dim", dim)
-        image_size, patch_size = pair("image_size", image_size), pair("patch_size", patch_size)
-        for size, patch, axis in zip(image_size, patch_size, ("height", "width"), strict=True):
-            if patch < 1 or size < patch or size % patch:
-                near = sorted({max(size // patch, 1) * patch, -(-size // patch) * patch}) if patch > 0 else []
-                raise ShapeError(
-                    f"image {axis} {size} is not divided by patch {axis} {patch}",
-                    f"use an image {axis} of {' or '.join(map(str, near))}, or another patch size",
-                )
-        self.image_size, self.patch_size, self.in_channels = image_size, patch_size, in_channels
-        self.proj = PatchProjection(dim, in_channels, patch_size)
+    ``patch_size`` is how many pixels the tokens are apart, down and across; ``says`` is in words how they are made, if
+    not as a linear map of each patch's own pixels.
+    """
+
+    says = ""
+
+    def __init__(self, image_size: Size, patch_size: Size, in_channels: int) -> None:
+        self.in_channels = count("in_channels", in_channels)
+        self.image_size, self.patch_size = pair("image_size", image_size), pair("patch_size", patch_size)
 
     def extra_repr(self) -> str:
         """Return the image, and the patches that it is cut into."""
@@ -187,14 +184,44 @@ class PatchEmbed(Module):
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Patches along height and width."""
+        """Tokens along height and width."""
         (h, w), (p, q) = self.image_size, self.patch_size
-        return h // p, w // q
+        return -(-h // p), -(-w // q)
 
     @property
     def num_patches(self) -> int:
         """Number of tokens that an image gives."""
         return self.grid[0] * self.grid[1]
+
+    @property
+    def filters(self) -> Any:
+        """The filters that see the image, (D, C, P, Q)."""
+        raise NotImplementedError(f"{type(self).__name__} has no filters")
+
+    def rounded(self, images: Any) -> Any:
+        """Return images (B, C, H, W) in the model's dtype; float32 will do for a half."""
+        images, dtype = checked_images(images, (self.in_channels, *self.image_size), next(self.parameters()).dtype)
+        return images if dtype is None else ops.convert(images, dtype)
+
+
+class PatchEmbed(Tokenizer):
+    """Images (B, C, H, W) → tokens (B, N, dim), one for each patch of P by Q pixels, row by row (ViT eq. 1)."""
+
+    def __init__(self, image_size: Size, patch_size: Size, in_channels: int, dim: int) -> None:
+        super().__init__(image_size, patch_size, in_channels)
+        for size, patch, axis in zip(self.image_size, self.patch_size, ("height", "width"), strict=True):
+            if patch < 1 or size < patch or size % patch:
+                near = sorted({max(size // patch, 1) * patch, -(-size // patch) * patch}) if patch > 0 else []
+                raise ShapeError(
+                    f"image {axis} {size} is not divided by patch {axis} {patch}",
+                    f"use an image {axis} of {' or '.join(map(str, near))}, or another patch size",
+                )
+        self.proj = PatchProjection(count("dim", dim), self.planes, self.patch_size)
+
+    @property
+    def planes(self) -> int:
+        """Channels of the patches."""
+        return self.in_channels
 
     @property
     def filters(self) -> Any:

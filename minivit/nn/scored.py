@@ -165,3 +165,21 @@ class AttentionPool(Module):
         q = ops.broadcast_to(q, (x.shape[0], *q.shape[1:]))
         x = self.proj(merge_heads(ops.attention(q, k, v)[None]))  # (B, H, 1, d) → (B, 1, dim)
         return self.mlp(self.norm(x), x)[:, 0]
+
+
+class SequencePool(Module):
+    """Tokens (B, N, dim) → their weighted mean (B, dim); a linear map of each token, and a softmax, weigh it.
+
+    Hassani et al. 2021, arXiv 2104.05704, section 3.2 ("SeqPool").
+    """
+
+    def __init__(self, dim: int) -> None:
+        self.weigh = Linear(dim, 1)
+
+    def weights(self, x: Any) -> Any:
+        """Return the weight of every token, (B, N, dim) → (B, 1, N), of sum 1."""
+        return ops.softmax(ops.swapaxes(self.weigh(x), 1, 2))
+
+    def forward(self, x: Any) -> Any:
+        """Return the mean, (B, N, dim) → (B, dim)."""
+        return (self.weights(x) @ x)[:, 0]  # (B, 1, N)·(B, N, dim) → (B, 1, dim) → (B, dim)

@@ -124,6 +124,7 @@ def write_page(trained: Trained, chosen: Chosen, path: str | Path, given: str) -
         **{name: bool(getattr(model.settings, key, False)) for name, key in _OF_SCORES.items()},
         "kept": told.numbers["kept"].shape[-1], "head_dim": d, "dim": told.numbers["embedded"].shape[-1],
         "mlp": model.blocks[0].mlp.fc2.weight.shape[1], "patch": model.patch_embed.patch_size,
+        "tokenizer": model.patch_embed.says,
         "places": getattr(model.patch_embed, "places", None),
         "mean": trained.mean, "std": trained.std,
         "image": {"width": width, "height": height, "channels": channels, "remark": _drawn(channels)},

@@ -19,7 +19,7 @@ from minivit.runs.job import Job
 from minivit.show.lettering import drawable_names
 from minivit.show.page import write_report
 from minivit.show.pictures import attention_overlay, confusion_picture, mosaic, predictions_picture
-from minivit.study.asking import reads_class_token
+from minivit.study.asking import reads_class_token, token_weights
 from minivit.train.inference import predict_logits
 
 SHOWN = 50  # images in a picture
@@ -70,6 +70,8 @@ def draw_attention(model: Any, loader: Loader, path: Path) -> None:
     weights = to_numpy(trace.attention[-1].data).mean(axis=1)  # (B, heads, T, T) → (B, T, T)
     of_class = reads_class_token(trace)
     rows = weights[:, 0] if of_class else weights[:, trace.prefix :].mean(axis=1)  # → (B, T)
+    if (weighed := token_weights(trace)) is not None:
+        rows = (weighed @ weights)[:, 0]  # (B, 1, T)·(B, T, T) → (B, T)
     weights = rows[:, trace.prefix :]  # → (B, patches)
     logits = predict_logits(model, images)
     names = drawable_names(loader.dataset.classes)

@@ -22,7 +22,7 @@ from minivit.show.study_figures import Shown, both
 from minivit.show.study_page import PAGE, write_study
 from minivit.show.text import json_text, plural
 from minivit.study import trace_model, untrained_like
-from minivit.study.asking import reads_class_token
+from minivit.study.asking import reads_class_token, token_weights
 
 PICTURES = ("maps", "components", "similarity", "colours")
 """Arrays that are pictures, and not among the numbers."""
@@ -119,6 +119,7 @@ def shape_of(trained: Trained) -> dict[str, Any]:
     one = trace_model(trained.model, np.zeros((1, *trained.image_shape), np.float32))
     heads, tokens = int(one.attention[0].shape[1]), int(one.tokens[0].shape[1])
     reader = "the class token" if reads_class_token(one) else "the patches on average"
+    reader = reader if token_weights(one) is None else "the patches, each with its weight"
     return {"layers": len(one.heads), "heads": heads, "tokens": tokens, "grid": one.grid, "reader": reader}
 
 

@@ -15,7 +15,7 @@ from minivit.errors import ConfigError
 from minivit.models.trace import Trace
 from minivit.nn.attention import table
 from minivit.nn.module import mode
-from minivit.study.asking import class_indices, reads_class_token, values
+from minivit.study.asking import class_indices, reads_class_token, token_weights, values
 from minivit.study.attribution import direct_attribution
 from minivit.study.components import token_norms
 from minivit.study.flow import flows
@@ -43,13 +43,15 @@ class Account:
     row's largest score m and Σ e^(s - m) over the tokens that are not kept; and going back ``do``, ``dq``, ``dk``,
     ``dv`` (F, L, H, K, d), ``dp``, ``ds`` (F, L, H, K, K). Where some tokens are not kept, ``o_rest``, ``dq_rest``,
     ``dk_rest`` and ``dv_rest`` are what those add to each sum. Of the seven steps: ``weight`` (C, P, Q) and ``bias``
-    (1,), which give a token's first number; ``embedded`` (N, D), ``class_token`` (prefix, D), what is before the
-    patches, ``positions`` (T, D), ``entering`` (T, D), ``features`` (D,), that go into the head, ``head_weight`` (1, D)
-    and ``head_bias`` (1,) of the likeliest class, ``logits`` (classes,). A score is ``scale`` (L, H) times the product
+    (1,), which give a token's first number where it is linear in its patch; ``embedded`` (N, D), ``class_token``
+    (prefix, D), what is before the patches, ``positions`` (T, D), ``entering`` (T, D), ``features`` (D,), that go into
+    the head, ``head_weight`` (1, D) and ``head_bias`` (1,) of the likeliest class, ``logits`` (classes,). A score is
+    ``scale`` (L, H) times the product
     of query and key, plus ``relative`` (L, H, K, K) where there are relative positions. Besides, ``norms`` (L+1, T) and
     ``flow`` (F, L+1, T), ‖x‖ and ‖∂s/∂x‖; ``lens`` and ``lens_probability`` (L+1, F), ``lens_top`` (L+1,); ``direct``
     (F, terms), called ``terms``, none where a logit is no sum of them. ``reads`` says what the class is read from:
-    "class", the class token; "both", that and the distillation token; "mean" or "map", the patches.
+    "class", the class token; "both", that and the distillation token; "mean", "map" or "seq", the patches, each weighed
+    by ``token_weights`` (N,) in the last.
     """
 
     follow: np.ndarray
@@ -91,9 +93,12 @@ def account(model: Any, image: np.ndarray, label: int | None = None) -> Account:
             "lens_top": lens.argmax(axis=1),
             "norms": token_norms(trace)[:, 0],
         }
+        weights = token_weights(trace)
+        if weights is not None:
+            numbers["token_weights"] = weights = weights[0, 0]  # (N,)
         maps = {
             "P": forward["p"],
-            "looks": looks(forward["p"], trace.prefix).mean(axis=1),
+            "looks": looks(forward["p"], trace.prefix, weights).mean(axis=1),
             "rollout": rollout(trace)[0],
         }
         terms: list[tuple[str, np.ndarray]] = []
@@ -105,7 +110,7 @@ def account(model: Any, image: np.ndarray, label: int | None = None) -> Account:
     dp = [np.ascontiguousarray(g) for g in back["dp"].swapaxes(0, 1)]  # (F, L, …) → of each layer (F, …)
     maps |= {"dP": back["dp"], "relevance": relevance(trace, dp)}
     maps["legrad"] = legrad(trace, dp).reshape(len(follow), -1)  # (F, rows, columns) → (F, N)
-    kept = chosen_tokens(forward["p"], trace.prefix if reads_class_token(trace) else 0)
+    kept = chosen_tokens(forward["p"], trace.prefix if reads_class_token(trace) else 0, weights)
     numbers |= {"flow": flow} | of_kept(forward, back, kept, scale, bias, trace.mask)
     reads = "both" if getattr(model, "head_dist", None) is not None else getattr(model, "pool", "mean")
     reads = "class" if reads == "cls" else reads
@@ -154,22 +159,27 @@ def followed(logits: np.ndarray, label: int | None, most: int) -> np.ndarray:
     return np.array([*first, *(c for c in order if c not in first)][:most])
 
 
-def chosen_tokens(p: np.ndarray, prefix: int) -> np.ndarray:
+def chosen_tokens(p: np.ndarray, prefix: int, weights: np.ndarray | None) -> np.ndarray:
     """Return which tokens of each head are kept, in their order: (L, H, T, T) → (L, H, K).
 
-    The class token and those that it attends to most; without one, those that all attend to most.
+    The class token and those that it attends to most; without one, those that all attend to most, by their ``weights``.
     """
     tokens = p.shape[-1]
     if tokens <= KEPT:
         return np.broadcast_to(np.arange(tokens), (*p.shape[:2], tokens))
-    read = looks(p, prefix).copy()  # (L, H, T)
+    read = looks(p, prefix, weights).copy()  # (L, H, T)
     if prefix:
         read[..., 0] = 2.0  # first in any case
     return np.sort(np.argsort(-read, axis=-1, kind="stable")[..., :KEPT], axis=-1)
 
 
-def looks(p: np.ndarray, prefix: int) -> np.ndarray:
-    """Return the row that the class is read from, the class token's or the patches' mean: (L, H, T, T) → (L, H, T)."""
+def looks(p: np.ndarray, prefix: int, weights: np.ndarray | None) -> np.ndarray:
+    """Return the row that the class is read from, the class token's or the patches' mean: (L, H, T, T) → (L, H, T).
+
+    With ``weights`` (T,), it is the mean so weighed.
+    """
+    if weights is not None:
+        return weights @ p
     return p[:, :, 0] if prefix else p.mean(axis=2)
 
 
@@ -259,8 +269,6 @@ def seven_steps(trace: Trace, images: Any, first: int) -> dict[str, np.ndarray]:
     else:
         features, weight = [number(read_by_head(model, x))[0]], [number(model.head.weight)[first]]
     found = {
-        "weight": number(model.patch_embed.proj.weight)[0],
-        "bias": first_bias(model.patch_embed.proj.bias, 0, number),
         "embedded": number(model.patch_embed(images))[0],
         "entering": number(trace.tokens[0])[0],
         "features": np.concatenate(features),
@@ -268,6 +276,9 @@ def seven_steps(trace: Trace, images: Any, first: int) -> dict[str, np.ndarray]:
         "head_bias": np.mean([first_bias(head.bias, first, number) for head in heads], axis=0),
         "logits": number(trace.logits)[0],
     }
+    if not model.patch_embed.says:  # a linear map of the patch
+        found["weight"] = number(model.patch_embed.proj.weight)[0]
+        found["bias"] = first_bias(model.patch_embed.proj.bias, 0, number)
     if hasattr(model.patch_embed, "features"):  # the first few of each patch's, which are no pixels
         found["seen"] = number(model.patch_embed.features(images))[0, :, :4]
     beside = [number(p)[0] for p in (getattr(model, name, None) for name in BESIDE) if p is not None]

@@ -7,11 +7,13 @@ from typing import Any
 
 import numpy as np
 
+from minivit.autograd.graph import no_grad
 from minivit.autograd.tensor import Tensor
 from minivit.backend import is_array, is_half, to_numpy
 from minivit.errors import ConfigError, DTypeError, NonFiniteError, ShapeError, value_text
 from minivit.models.trace import Trace
-from minivit.nn.layers import PatchEmbed
+from minivit.nn.layers import Tokenizer
+from minivit.nn.scored import SequencePool
 
 
 def check_trace(trace: Any) -> None:
@@ -69,6 +71,15 @@ def gradient_of(trace: Trace, gradient: Sequence[Any]) -> list[np.ndarray]:
     return [values(g, f"the gradient of block {i}'s attention") for i, g in enumerate(gradient)]
 
 
+def token_weights(trace: Trace) -> np.ndarray | None:
+    """Return how much of each token a model reads that weighs them, (B, 1, N); None for others, who weigh none."""
+    pool = getattr(trace.model, "attn_pool", None)
+    if not isinstance(pool, SequencePool):
+        return None
+    with no_grad():
+        return values(pool.weights(trace.model.norm(trace.tokens[-1].detach())), "the weights of the tokens")
+
+
 def class_indices(classes: Any, batch: int, count: int) -> np.ndarray:
     """Return the class of each of ``batch`` images, (B,) integers, of one class or as many as there are images.
 
@@ -94,9 +105,9 @@ def followed(trace: Trace, classes: Any) -> np.ndarray:
     return class_indices(classes, trace.logits.shape[0], trace.logits.shape[-1])
 
 
-def patch_embed(model: Any) -> PatchEmbed:
-    """Return the layer that makes tokens of patches; raise ConfigError if there is none."""
+def patch_embed(model: Any) -> Tokenizer:
+    """Return the layer that makes tokens of images; raise ConfigError if there is none."""
     embed = getattr(model, "patch_embed", None)
-    if not isinstance(embed, PatchEmbed):
-        raise ConfigError(f"{type(model).__name__} has no PatchEmbed called patch_embed", "name it so")
+    if not isinstance(embed, Tokenizer):
+        raise ConfigError(f"{type(model).__name__} has no Tokenizer called patch_embed", "name it so")
     return embed

@@ -135,7 +135,7 @@ def layers_of(model: Any) -> list[Any]:
         )
     if getattr(model, "attn_pool", None) is not None:
         raise ConfigError(
-            "attention that pools the patches (pool 'map') makes no logit that is a sum of the layers' terms",
+            f"attention that pools the patches (pool {model.pool!r}) makes no logit that is a sum of the layers' terms",
             "attribution needs pool cls or mean; head_importance and gradient_attention go through any pool",
         )
     blocks = list(getattr(model, "blocks", []))

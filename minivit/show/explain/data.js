@@ -76,13 +76,14 @@ const KINDS = [
    says: "The positive part of the attention's gradient, averaged over queries, heads and layers (Bousselham et al. 2024), here of the model's own logit in every layer. It is of all queries at once. The large picture is of the whole model, a small map is a head's part."},
 ];
 
-/** Return a row of a map for a token; for READ, the row that the class is read from: the class token's, or the patches' mean. */
+/** Return a row of a map for a token; for READ, the row that the class is read from: the class token's, or the patches' mean, weighed if the model weighs them. */
 const READ = -1, CLASS = about.reads === "class" || about.reads === "both";
 function rowOf(of, token) {
   if (token !== READ) return of(token);
   if (CLASS) return of(0);
   const mean = new Float32Array(T);
-  for (let i = PREFIX; i < T; i++) of(i).forEach((x, j) => { mean[j] += x / N; });
+  const weights = about.reads === "seq" ? numbers("token_weights") : null;
+  for (let i = PREFIX; i < T; i++) of(i).forEach((x, j) => { mean[j] += weights ? x * weights[i] : x / N; });
   return mean;
 }
 
@@ -103,7 +104,7 @@ const percent = (p) => (p >= 0.9995 && p < 1 ? "> 99.9%" : p < 0.0005 && p > 0 ?
 const className = (c) => about.classes[c];
 const short = (text, width = 28) => (text.length > width ? `${text.slice(0, width - 1)}…` : text);
 function tokenName(i) {
-  if (i === READ) return CLASS ? "class token" : "mean of all patches";
+  if (i === READ) return CLASS ? "class token" : about.reads === "seq" ? "weighted mean of all patches" : "mean of all patches";
   if (i < PREFIX) return about.beside[i];
   return `patch ${Math.floor((i - PREFIX) / COLUMNS) + 1}, ${((i - PREFIX) % COLUMNS) + 1}`;
 }

@@ -17,7 +17,7 @@ const rest = (of, name, l, h, a, e) => (ALL_KEPT ? 0 : of(name, l, h, a)[e]);
 const scaleOf = ({l, h}) => numbers("scale")[at(l, h)], BIAS = "relative" in about.arrays, USUAL = range(L * H).every((i) => Math.abs(numbers("scale")[i] * Math.sqrt(D_HEAD) - 1) < 1e-5);
 const scaled = (where) => (USUAL ? {divide: Math.sqrt(D_HEAD), text: ` / √${D_HEAD}`} : {divide: 1 / scaleOf(where), text: ` × ${digits(scaleOf(where))}`});
 const SCALE = USUAL ? "/ √d" : "· τ";
-const before = about.block === "pre" || about.block === "parallel" ? ", after the first norm of the layer," : "";
+const before = ["pre", "parallel", "between"].includes(about.block) ? ", after the first norm of the layer," : "";
 const PROJECTED = `the token${before} times the layer's weight, plus its bias.`, NORMED = PROJECTED.replace(".", about.qk_norm ? ", then normalised." : ".");
 const FORWARD = [
   {name: "q", entry: true, formula: "Q_i, the query", value: ({l, h, a, e}) => own("q", l, h, a)[e], given: ({l, h, a}) => [NORMED, own("q", l, h, a)]},

@@ -7,7 +7,7 @@ function patchNumbers(n) {
   const top = Math.floor(n / COLUMNS) * p, left = (n % COLUMNS) * q;
   for (let c = 0; c < channels; c++)
     for (let y = 0; y < p; y++)
-      for (let x = 0; x < q; x++)
+      for (let x = 0; x < q && top + y < height && left + x < width; x++)
         found.push((raw[(c * height + top + y) * width + left + x] / 255 - about.mean[c]) / about.std[c]);
   return found;
 }
@@ -57,11 +57,12 @@ function similarPositions(token) {
 }
 
 const FROM = {class: "The class will be read from the class token", both: "The class will be read from the class token and that of distillation",
-  mean: "The class will be read from the mean of all patches", map: "The class will be read from what attends to all patches"};
+  mean: "The class will be read from the mean of all patches", map: "The class will be read from what attends to all patches", seq: "The class will be read from a weighted mean of all patches"};
 const OUT = {class: ["Class token out", "After the last norm, the class token alone is read."], both: ["Two tokens out", "After the last norm, the class token and that of distillation are read, each by a head of its own; the logit is the mean of both."],
-  mean: ["Mean of the patches", "After the last norm, the mean over the patches is read."], map: ["Attention over the patches", "After the last norm, a learned query attends to the patches, and what it gathers, through an MLP, is read."]};
+  mean: ["Mean of the patches", "After the last norm, the mean over the patches is read."], map: ["Attention over the patches", "After the last norm, a learned query attends to the patches, and what it gathers, through an MLP, is read."],
+  seq: ["Weighted mean of the patches", "After the last norm, a linear map and a softmax weigh each patch, and the mean so weighed is read."]};
 const BLOCK = {pre: "x + attention(norm(x)), then x + MLP(norm(x))", post: "norm(x + attention(x)), then norm(x + MLP(x))",
-  res_post: "x + norm(attention(x)), then x + norm(MLP(x))", parallel: "x + attention(norm(x)) + MLP(norm(x))"};
+  res_post: "x + norm(attention(x)), then x + norm(MLP(x))", parallel: "x + attention(norm(x)) + MLP(norm(x))", between: "norm(x + attention(norm(x))), then x + MLP(x)"};
 
 /** Make the seven cards; what depends on the patch in question is filled in by followPatch. */
 function makeSteps() {
@@ -76,15 +77,15 @@ function makeSteps() {
   similar.style.width = `${Math.min(90, (120 * COLUMNS) / ROWS)}px`;
   const features = numbers("features"), logits = numbers("logits"), top = about.top;
   const wide = Math.ceil(features.length / Math.ceil(features.length / 32));
-  const terms = numbers("weight").length, [down, across] = about.places ?? [1, 1], made = terms / (down * across);
+  const terms = about.tokenizer ? 0 : numbers("weight").length, [down, across] = about.places ?? [1, 1], made = terms / (down * across);
   const through = about.places ? `${shape(made, ROWS * down, COLUMNS * across)} → ` : "";
   const whatIsPatch = about.places
     ? `A ResNet comes first: ${made} features of every ${shape(p / down, q / across)} pixels, and of what is around them. A patch is ${down * across > 1 ? `${shape(down, across)} places` : "one place"} of its map, not pixels. Drawn is its place in the image.${about.image.remark}`
-    : `${ROWS} × ${COLUMNS} patches of ${shape(p, q)} pixels, each a row of numbers (pixel/255 − mean)/std.${about.image.remark}`;
+    : `${ROWS} × ${COLUMNS} patches of ${shape(p, q)} pixels, each ${about.tokenizer ? "the place of a token; its numbers are" : "a row of numbers"} (pixel/255 − mean)/std.${about.image.remark}`;
   find("steps").replaceChildren(
-    card(1, "Patches", [cut], `${shape(channels, height, width)} → ${through}${shape(N, terms)}`, whatIsPatch, "patch-1"),
-    card(2, "Patch embedding", [embedded()], `${shape(N, terms)} → ${shape(N, D)}`,
-      "A linear map makes a token of each patch x: E·x + b. The first of its numbers:", "patch-2"),
+    card(1, "Patches", [cut], about.tokenizer ? shape(channels, height, width) : `${shape(channels, height, width)} → ${through}${shape(N, terms)}`, whatIsPatch, "patch-1"),
+    card(2, "Patch embedding", [embedded()], about.tokenizer ? `${shape(channels, height, width)} → ${shape(N, D)}` : `${shape(N, terms)} → ${shape(N, D)}`,
+      about.tokenizer ? `Tokens are made by ${about.tokenizer}.` : "A linear map makes a token of each patch x: E·x + b. The first of its numbers:", "patch-2"),
     card(3, PREFIX > 1 || (PREFIX && !CLASS) ? "Tokens beside" : "Class token", [PREFIX ? make("div", {class: "stack"}, strip(numbers("class_token"), D, "the numbers of the tokens before the patches"), embedded()) : make("div", {class: "nothing"}, "none")],
       PREFIX ? `${shape(N, D)} → ${shape(T, D)}` : shape(T, D),
       `${PREFIX > 1 ? `${PREFIX} learned tokens, the same for every image, go first: ${about.beside.join(", ")}.` : PREFIX ? "A learned token, the same for every image, goes first." : "There is none here:"} ${FROM[about.reads]}.`,
@@ -123,12 +124,15 @@ function makeLayers() {
 /** Fill in the numbers of the patch that is pointed at; of one in the middle, where that is none. */
 function followPatch() {
   const token = patchOf(state.token) + PREFIX, n = token - PREFIX, x = patchNumbers(n), words = tokenName(token);
-  const weight = numbers("weight"), bias = numbers("bias")[0], first = vector("embedded", n, D), entering = vector("entering", token, D);
+  const first = vector("embedded", n, D), entering = vector("entering", token, D);
   cutUp(find("cut"), n);
   say("patch-1", `${words}: ${some(x, 3)}`);
-  const sum = about.places ? first[0] : x.reduce((s, a, i) => s + a * weight[i], bias);
-  say("patch-2", `${digits(x[0])}·${bracket(weight[0])} + … (${weight.length} terms) + ${bracket(bias)} = ${digits(sum)}`,
-    `the token: ${some(first, 3)}`);
+  const made = () => {
+    const weight = numbers("weight"), bias = numbers("bias")[0];
+    const sum = about.places ? first[0] : x.reduce((s, a, i) => s + a * weight[i], bias);
+    return `${digits(x[0])}·${bracket(weight[0])} + … (${weight.length} terms) + ${bracket(bias)} = ${digits(sum)}`;
+  };
+  say("patch-2", about.tokenizer ? "" : made(), `the token: ${some(first, 3)}`);
   const similar = "positions" in about.arrays;
   find("similar").hidden = !similar;
   if (similar) {

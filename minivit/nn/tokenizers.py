@@ -1,0 +1,96 @@
+"""Tokens of images in other ways than the paper's: of shifted patches, and by overlapping convolutions."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+from minivit import ops
+from minivit.errors import ConfigError
+from minivit.nn.convolution import Conv2d, MaxPool2d
+from minivit.nn.layers import LayerNorm, PatchEmbed, Tokenizer
+from minivit.nn.module import Module, Parameter, shape_text
+from minivit.nn.rules import Size, count
+
+
+class ShiftedPatchEmbed(PatchEmbed):
+    """A patch of the image and of four images shifted by half a patch, normalised, → a token (B, N, dim).
+
+    Lee, Lee and Song 2021, "Vision transformer for small-size datasets", arXiv 2112.13492, section 3.1, eq. 9: it is
+    shifted towards each corner, with zeros coming in, and a token knows what is around its patch.
+    """
+
+    says = "a linear map of the patch and of those half a patch up or down and left or right of it, normalised"
+
+    def __init__(self, image_size: Size, patch_size: Size, in_channels: int, dim: int, eps: float = 1e-6) -> None:
+        super().__init__(image_size, patch_size, in_channels, dim)
+        self.norm = LayerNorm(self.planes * self.patch_size[0] * self.patch_size[1], eps)
+
+    @property
+    def planes(self) -> int:
+        """Channels of the patches: those of the image, and of the four beside it."""
+        return 5 * self.in_channels
+
+    @property
+    def filters(self) -> Any:
+        """The filters that see the image as it is, (D, C, P, Q); those of the shifted ones come after them."""
+        weight: Any = self.proj.weight
+        return weight[:, : self.in_channels]
+
+    def forward(self, images: Any) -> Any:
+        """Return the tokens (B, N, dim) of images (B, C, H, W)."""
+        images = self.rounded(images)
+        (h, w), (down, right) = self.image_size, (side // 2 for side in self.patch_size)
+        around = ops.pad(images, [(0, 0), (0, 0), (down, down), (right, right)])
+        # up and left, up and right, down and left, down and right: where the image is looked at instead moves the other
+        # way
+        shifted = [around[:, :, y : y + h, x : x + w] for y in (2 * down, 0) for x in (2 * right, 0)]
+        patches = ops.patchify(ops.concat([images, *shifted], axis=1), self.patch_size)  # (B, 5·C, H, W) → (B, N, …)
+        return self.proj(self.norm(patches))  # → (B, N, dim)
+
+
+class ConvLayer(Module):
+    """Convolution without a bias, ReLU, and the largest of 3×3 at every other place: (B, C, H, W) → (B, D, H', W')."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel: int, stride: int) -> None:
+        self.conv = Conv2d(in_channels, out_channels, kernel, stride, kernel // 2, bias=False)
+        self.pool = MaxPool2d(3, 2, 1)
+
+    def forward(self, x: Any) -> Any:
+        """Return what the layer makes of x."""
+        return self.pool(ops.relu(self.conv(x)))
+
+
+class ConvTokenizer(Tokenizer):
+    """Images (B, C, H, W) → tokens (B, N, dim) by layers of overlapping convolutions, a token for every place.
+
+    Hassani et al. 2021, "Escaping the big data paradigm with compact transformers", arXiv 2104.05704, section 3.3, eq.
+    4, with the strides and the 64 channels between layers of the authors' code.
+    """
+
+    says = "overlapping convolutions, each with ReLU and max-pooling: a token is what comes out at its place"
+
+    def __init__(self, image_size: Size, in_channels: int, dim: int, kernel: int = 3, convs: int = 1) -> None:
+        kernel, convs = count("kernel", kernel), count("convs", convs)
+        if kernel % 2 == 0:
+            raise ConfigError(f"kernel is {kernel}", "choose an odd one, which has a middle")
+        stride = max(1, kernel // 2 - 1)
+        super().__init__(image_size, (2 * stride) ** convs, in_channels)
+        widths = [self.in_channels, *[64] * (convs - 1), count("dim", dim)]
+        self.convs = [ConvLayer(a, b, kernel, stride) for a, b in pairwise(widths)]
+
+    @property
+    def filters(self) -> Parameter:
+        """The weight of the first convolution, (D, C, kernel, kernel)."""
+        return self.convs[0].conv.weight
+
+    def forward(self, images: Any) -> Any:
+        """Return the tokens (B, N, dim) of images (B, C, H, W)."""
+        x = self.rounded(images)
+        for conv in self.convs:
+            x = conv(x)  # → (B, dim, rows, columns)
+        return ops.swapaxes(x.reshape((*x.shape[:2], self.num_patches)), 1, 2)  # → (B, N, dim)
+
+    def extra_repr(self) -> str:
+        """Return the image, and the tokens that it gives."""
+        return f"{shape_text((self.in_channels, *self.image_size))} in {shape_text(self.grid)} tokens"
