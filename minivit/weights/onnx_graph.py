@@ -301,7 +301,7 @@ def build_graph(model: Any, about: Mapping[str, str], doc: str) -> Any:
     shape = ["batch", *s.image_shape]
     out = ["batch", *([model.patch_embed.num_patches] if model.pool == "none" else []), s.num_classes]
     value = lambda name, shape: onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape)
-    arrays = (onnx.numpy_helper.from_array(a, name) for name, a in used(g).items())  # copied one by one
+    arrays: Any = (onnx.numpy_helper.from_array(a, name) for name, a in used(g).items())  # copied one by one
     graph = onnx.helper.make_graph(g.nodes, "vit", [value(INPUT, shape)], [value(OUTPUT, out)], arrays)
     made = onnx.helper.make_model(
         graph, opset_imports=[onnx.helper.make_opsetid("", OPSET)], ir_version=IR_VERSION, producer_name="minivit",
