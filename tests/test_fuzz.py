@@ -272,7 +272,6 @@ def kinds() -> dict[str, Kind]:
 
 
 KINDS = ("npz", "checkpoint", "idx", "idx.gz", "cifar", "batches", "toml", "png", "jpeg")
-FAULTY = ("wrong", "hangs", "hungry", "crashes")
 
 
 # ---- the child -------------------------------------------------------------------------------------------------------
@@ -329,24 +328,22 @@ def fuzz(kind: Kind, name: str, cases: range, folder: Path) -> int:
     return 1 if wrong else 0
 
 
-@pytest.fixture(scope="module")
-def done(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str]]:
-    """The exit status of each kind's process, and all that it said."""
-    folder = tmp_path_factory.mktemp("fuzz")
-    root = Path(__file__).parent.parent
-    environment = os.environ | {
-        "OPENBLAS_NUM_THREADS": "1",
-        "PYTHONPATH": f"{root}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
-    }
-    names, cases = ",".join((*KINDS, "meta", *FAULTY)), -(-CASES // len(KINDS))
-    command = [sys.executable, "-X", "faulthandler", "-m", "tests.test_fuzz", str(folder), names, str(cases)]
-    ended = subprocess.run(command, capture_output=True, text=True, cwd=root, env=environment)
-    assert ended.returncode == 0, ended.stderr
-    found = {}
-    for line in ended.stdout.splitlines():
-        name, status = line.split()
-        found[name] = int(status), (folder / f"{name}.txt").read_text(errors="replace")
-    return found
+@pytest.fixture
+def done(tmp_path: Path) -> Callable[[str], tuple[int, str]]:
+    """Return the exit status of a kind's process, and all that it said."""
+
+    def run(name: str) -> tuple[int, str]:
+        root, cases = Path(__file__).parent.parent, -(-CASES // len(KINDS))
+        environment = os.environ | {
+            "OPENBLAS_NUM_THREADS": "1",
+            "PYTHONPATH": f"{root}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
+        }
+        command = [sys.executable, "-X", "faulthandler", "-m", "tests.test_fuzz", str(tmp_path), name, str(cases)]
+        ended = subprocess.run(command, capture_output=True, text=True, cwd=root, env=environment)
+        assert ended.returncode == 0, ended.stderr
+        return int(ended.stdout.split()[1]), (tmp_path / f"{name}.txt").read_text(errors="replace")
+
+    return run
 
 
 # ---- the tests -------------------------------------------------------------------------------------------------------
@@ -357,7 +354,7 @@ linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the chi
 @linux
 @pytest.mark.parametrize("name", KINDS)
 def test_mutated_files_raise_nothing_else(name, done):
-    status, output = done[name]
+    status, output = done(name)
     assert status == 0, f"exit status {status}\n{output[-3000:]}"
     *cases, summary = output.splitlines()
     print(summary)
@@ -367,7 +364,7 @@ def test_mutated_files_raise_nothing_else(name, done):
 
 @linux
 def test_one_changed_value_of_a_checkpoints_meta_raises_nothing_else(done):
-    status, output = done["meta"]
+    status, output = done("meta")
     summary = output.splitlines()[-1]
     print(summary)
     assert status == 0, f"exit status {status}\n{output[-3000:]}"
@@ -387,9 +384,10 @@ def test_one_changed_value_of_a_checkpoints_meta_raises_nothing_else(done):
     ],
 )
 def test_the_child_sees_what_is_wrong(name, status, message, done):
-    assert done[name][0] == status, done[name][1]
-    assert message in done[name][1]
-    assert "case 0" in done[name][1]
+    found, output = done(name)
+    assert found == status, output
+    assert message in output
+    assert "case 0" in output
 
 
 if __name__ == "__main__":
