@@ -72,7 +72,12 @@ class Conv2d(Module):
 
     def forward(self, x: Any) -> Any:
         """Return the convolution of x."""
-        return ops.conv2d(x, self.weight, self.bias, self.stride, _around(self.padding, x, self.kernel, self.stride))
+        around = _around(self.padding, x, self.kernel, self.stride)
+        return ops.conv2d(x, self.applied(), self.bias, self.stride, around)
+
+    def applied(self) -> Any:
+        """Return the weight that x is convolved with."""
+        return self.weight
 
 
 class StdConv2d(Conv2d):
@@ -96,10 +101,9 @@ class StdConv2d(Conv2d):
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, bias=False)
         self.eps, self.of_deviation = epsilon("eps", eps), of_deviation
 
-    def forward(self, x: Any) -> Any:
-        """Return the convolution of x by the standardised weight."""
-        weight = ops.reshape(self._standardized(), self.weight.shape)
-        return ops.conv2d(x, weight, None, self.stride, _around(self.padding, x, self.kernel, self.stride))
+    def applied(self) -> Any:
+        """Return the standardised weight."""
+        return ops.reshape(self._standardized(), self.weight.shape)
 
     def _standardized(self) -> Any:
         rows = ops.reshape(self.weight, (self.weight.shape[0], -1))  # (out, in, kh, kw) → (out, in·kh·kw)

@@ -7,8 +7,6 @@ seen. Parts are folded at first; the script unfolds them. Where scripts do not r
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +14,7 @@ from pathlib import Path
 from minivit.errors import shortened
 from minivit.files import write_text
 from minivit.show.curves import COLOURS
+from minivit.show.document import digest, page
 from minivit.show.folding import SCRIPT
 from minivit.show.markup import escape
 from minivit.show.operations import Operation, runs_of_parts, shape_text
@@ -86,27 +85,9 @@ def write_tape(path: str | Path, tape: Sequence[Operation], title: str, about: S
 
 def _page(svg: str, title: str) -> str:
     """Return the page: its Content-Security-Policy lets only the styles and the script of the picture count."""
-    style, script, own = (_digest(text) for text in (STYLE, SCRIPT, PAGE_STYLE))
-    policy = f"default-src 'none'; style-src '{style}' '{own}'; script-src '{script}'; base-uri 'none'"
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{policy}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{escape(title)}</title>
-<style>{PAGE_STYLE}</style>
-</head>
-<body>
-<main tabindex="0" aria-label="{escape(title)}">
-{svg}</main>
-</body>
-</html>
-"""
-
-
-def _digest(text: str) -> str:
-    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
+    style, script, own = (digest(text) for text in (STYLE, SCRIPT, PAGE_STYLE))
+    policy = f"default-src 'none'; style-src {style} {own}; script-src {script}; base-uri 'none'"
+    return page(title, policy, PAGE_STYLE, f'<main tabindex="0" aria-label="{escape(title)}">\n{svg}</main>\n')
 
 
 def _coloured(style: str, dark: bool) -> str:

@@ -16,8 +16,12 @@ def document(title: str, body: str, style: str = "") -> str:
     Its Content-Security-Policy lets only the pictures and the style within it count.
     """
     style = PAGE_STYLE + style
-    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
-    policy = f"default-src 'none'; img-src data:; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
+    policy = f"default-src 'none'; img-src data:; style-src {digest(style)}; base-uri 'none'; form-action 'none'"
+    return page(title, policy, style, f"<h1>{escape(title)}</h1>\n{body}")
+
+
+def page(title: str, policy: str, style: str, body: str) -> str:
+    """Return a page of HTML with nothing but ``body``, HTML too; ``policy`` is its Content-Security-Policy."""
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -28,10 +32,14 @@ def document(title: str, body: str, style: str = "") -> str:
 <style>{style}</style>
 </head>
 <body>
-<h1>{escape(title)}</h1>
 {body}</body>
 </html>
 """
+
+
+def digest(text: str) -> str:
+    """Return what a Content-Security-Policy calls a text that is allowed."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
 def all_sections(sections: Mapping[str, str]) -> str:

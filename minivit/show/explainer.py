@@ -7,7 +7,6 @@ into it as text.
 from __future__ import annotations
 
 import base64
-import hashlib
 import json
 from collections.abc import Mapping
 from importlib import resources
@@ -18,6 +17,7 @@ import numpy as np
 
 from minivit.errors import DTypeError
 from minivit.files import write_text
+from minivit.show.document import digest
 from minivit.show.markup import escape
 from minivit.show.style import PAPER_STYLE
 
@@ -77,11 +77,6 @@ def write_explainer(
 def part(name: str) -> str:
     """Return a file of the page."""
     return resources.files("minivit.show").joinpath("explain", name).read_text("utf-8")
-
-
-def digest(text: str) -> str:
-    """Return what a Content-Security-Policy calls a text that is allowed."""
-    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
 def embedded_json(value: Any) -> str:

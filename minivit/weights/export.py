@@ -15,13 +15,13 @@ import numpy as np
 from minivit.data import Dataset
 from minivit.data.dataset import class_names
 from minivit.data.preparation import Preparation
-from minivit.errors import CheckpointError, ConfigError, DataError, unknown_name
+from minivit.errors import CheckpointError, ConfigError, unknown_name
 from minivit.files import check_place, replacing, sync, write_text
 from minivit.weights.card import Facts, card, onnx_about
 from minivit.weights.checkpoint import write_arrays
 from minivit.weights.configs import foreign_fit, hf_config, hf_preparation, timm_config
 from minivit.weights.expressed import GOOGLE, HF, ONNX, SYSTEMS, TIMM, arrays_for, check_kind
-from minivit.weights.native import check_described
+from minivit.weights.native import check_data, check_described
 from minivit.weights.onnx_graph import build_graph
 from minivit.weights.safetensors import differing, write_safetensors
 from minivit.weights.stored import open_stored
@@ -56,11 +56,7 @@ def export(
     check_kind(model)
     preparation, classes, name = model.preparation, model.class_names, ""
     if data is not None:
-        if not isinstance(data, Dataset):
-            raise DataError(f"data is a {type(data).__name__}, not a data set", "give the images of its training")
-        if data.images.shape[1] != model.settings.in_channels or len(data.classes) != model.settings.num_classes:
-            what = f"{data.name} has {len(data.classes)} classes and {data.images.shape[1]} channels"
-            raise DataError(f"{what}, the model others", "give the data set that the model was trained on")
+        check_data(model, data)
         preparation, classes, name = Preparation(data.fit, tuple(data.mean), tuple(data.std)), data.classes, data.name
     if preparation is None:
         raise ConfigError(

@@ -49,16 +49,7 @@ def save(model: Model, path: str | Path, data: Dataset | None = None) -> None:
     check_described(model, state)
     meta: dict[str, Any] = {"kind": model.kind, "model": config}
     if data is not None:
-        if not isinstance(data, Dataset):
-            what = f"data is a {type(data).__name__}, not a data set"
-            raise DataError(what, "give the images that the model was trained on: mv.data.load(…), or mv.data.Dataset")
-        classes, channels = len(data.classes), data.images.shape[1]
-        if (classes, channels) != (config["num_classes"], config["in_channels"]):
-            raise DataError(
-                f"{data.name} has {classes} classes and {channels} channels, the model {config['num_classes']} and "
-                f"{config['in_channels']}",
-                "give the data set that the model was trained on",
-            )
+        check_data(model, data)
         meta["data"] = data_meta(data)
     elif model.preparation is not None:
         names = {"classes": list(model.class_names)} if model.class_names else {}
@@ -73,6 +64,20 @@ def check_described(model: Model, state: Mapping[str, np.ndarray]) -> None:
             f"replace the head by model.reset_head(num_classes); build what else differs by {type(model).__name__}(…)"
         )
         raise ConfigError(f"the model has layers that are not those of its settings: {differ}", remedy)
+
+
+def check_data(model: Model, data: Any) -> None:
+    """Raise DataError if ``data`` is no data set, or has not the model's number of classes and channels."""
+    if not isinstance(data, Dataset):
+        what = f"data is a {type(data).__name__}, not a data set"
+        raise DataError(what, "give the images that the model was trained on: mv.data.load(…), or mv.data.Dataset")
+    config, classes, channels = model.config, len(data.classes), data.images.shape[1]
+    if (classes, channels) != (config["num_classes"], config["in_channels"]):
+        raise DataError(
+            f"{data.name} has {classes} classes and {channels} channels, the model {config['num_classes']} and "
+            f"{config['in_channels']}",
+            "give the data set that the model was trained on",
+        )
 
 
 def data_meta(data: Dataset) -> dict[str, Any]:
