@@ -16,6 +16,7 @@ import minivit as mv
 from minivit.backend import Key, normal, uniform
 from minivit.cli.main import BAD_INPUTS, FAILURE, OK, main
 from minivit.data import Dataset
+from minivit.data.preparation import Preparation
 from minivit.errors import ConfigError, DataError, DTypeError
 from minivit.runs.explaining import image_of_file, newest_run, write_page
 from minivit.runs.trained import open_trained
@@ -325,6 +326,17 @@ def test_a_negative_is_remarked_on(here, capsys):
     with pytest.warns(UserWarning, match="bright.png looks like a negative.*add --invert"):
         assert main(["explain", "dark.npz", "bright.png"]) == OK
     assert main(["explain", "dark.npz", "bright.png", "--invert"]) == OK
+
+
+def test_of_weights_from_elsewhere_nobody_knows_what_a_negative_is(here):
+    """As in predict: the mean that images are prepared with is not the mean of those that the weights are of."""
+    from PIL import Image
+
+    model = mv.ViT(8, 4, 1, 2, 8, 1, 2)
+    model.preparation, model.class_names = Preparation("stretch", (0.1,), (0.3,)), ("a", "b")
+    mv.save(model.eval(), "elsewhere.npz")
+    Image.new("L", (8, 8), 250).save("bright.png")
+    assert main(["explain", "elsewhere.npz", "bright.png"]) == OK  # no warning: an error here
 
 
 # ---- in a browser ----------------------------------------------------------------------------------------------------

@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
 
     from minivit.backend import auto_device, keep_freed_memory
     from minivit.errors import printable
-    from minivit.runs.classify import looks_inverted, negative
+    from minivit.runs.classify import negative, seems_negative
     from minivit.runs.explaining import image_of_data, image_of_file, newest_run, write_page
     from minivit.runs.trained import open_trained
     from minivit.show.text import bytes_text
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
         chosen = image_of_file(trained, args.image, args.index)
     if args.invert:
         chosen = replace(chosen, pixels=negative(chosen.pixels))
-    if looks_inverted(chosen.pixels, trained.mean):
+    if seems_negative(chosen.pixels, trained):
         remedy = "leave --invert out" if args.invert else "add --invert"
         warnings.warn(
             f"{printable(chosen.name)} looks like a negative of what the model learned from, such as black on white "

@@ -57,7 +57,7 @@ def answer_all(
             continue
         if invert:
             image = negative(image)
-        if not trained.from_elsewhere and looks_inverted(image, trained.mean):  # else it is not the images' own mean
+        if seems_negative(image, trained):
             inverted.append(name)
         waiting.append((rows[-1], image))
         if len(waiting) == AT_ONCE:
@@ -178,6 +178,14 @@ def negative(image: np.ndarray) -> np.ndarray:
     turned = 255 - image
     turned[3:] = image[3:]
     return turned
+
+
+def seems_negative(image: np.ndarray, trained: Trained) -> bool:
+    """Return whether an image (C, H, W) looks like a negative of those that a model learned from.
+
+    Of weights from elsewhere nobody knows: the mean that they are prepared with is not their images' own.
+    """
+    return not trained.from_elsewhere and looks_inverted(image, trained.mean)
 
 
 def looks_inverted(image: np.ndarray, mean: Sequence[float]) -> bool:

@@ -64,7 +64,7 @@ def image_of_file(trained: Trained, source: str, index: int) -> Chosen:
     if not source or os.path.isdir(source):
         raise DataError(f"{source} is a folder" if source else "the image has no name", "name one image")
     count = 0
-    for name, pixels in read(source, trained.image_shape, trained.data.get("fit", "stretch")):
+    for name, pixels in read(source, trained.image_shape, trained.preparation.fit):
         if count == index:
             shown = "standard input" if source == "-" else name.replace(source, Path(source).name, 1)
             return Chosen(shown, pixels, path=source)
