@@ -8,6 +8,7 @@ from html import escape
 from pathlib import Path
 
 BLUE, GREY, FAINT, INK, QUIET = "#0969da", "#b6bfc9", "#e4e8ec", "#1f2328", "#59636e"
+COLOURS = (BLUE, "#bc4c00", "#1a7f37", "#8250df", "#bf3989")
 
 
 def bars(path: str, columns: Sequence[str], groups: Mapping[str, Mapping[str, Sequence[float]]]) -> None:
@@ -61,6 +62,39 @@ def curves(path: str, y_label: str, panels: Mapping[str, Sequence[tuple[float, f
             parts.append(text(px - aside[0], py - 8, number(y), size=11, anchor=aside[1]))
             parts.append(text(px, top + height + 18, number(x), QUIET, size=11, anchor="middle"))
         parts.append(text((x0 + x1) / 2, top + height + 40, x_label, anchor="middle"))
+    write(path, left + pitch * len(panels), top + height + 56, parts)
+
+
+def accuracies(path: str, x_label: str, panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]]) -> None:
+    """Write a picture with a panel for each heading, and in it named lines of points, both shares of 1.
+
+    The x axis is logarithmic. A line's name stands at its end, where there is room for it.
+    """
+    left, top, width, height, pitch = 56, 56, 320, 300, 470
+    parts = []
+    for i, (heading, lines) in enumerate(panels.items()):
+        x0, x1 = left + pitch * i, left + pitch * i + width
+        xs = sorted({x for points in lines.values() for x, _ in points})
+        ys = [y for points in lines.values() for _, y in points]
+        low, high = math.floor(min(ys) * 10) / 10, math.ceil(max(ys) * 10) / 10
+        place_x = lambda x, x0=x0, xs=xs: x0 + 16 + (width - 32) * math.log(x / xs[0]) / math.log(xs[-1] / xs[0])
+        place_y = lambda y, low=low, high=high: top + height * (1 - (y - low) / (high - low))
+        parts.append(text(x0, 28, heading, weight="bold"))
+        for tick in (tenth / 10 for tenth in range(round(low * 10), round(high * 10) + 1)):
+            parts.append(line([(x0, place_y(tick)), (x1, place_y(tick))], FAINT))
+            parts.append(text(x0 - 8, place_y(tick) + 4, f"{tick:.0%}", QUIET, anchor="end"))
+        for x in xs:
+            parts.append(text(place_x(x), top + height + 18, f"{x:.0%}", QUIET, size=11, anchor="middle"))
+        parts.append(text((x0 + x1) / 2, top + height + 40, x_label, anchor="middle"))
+        ends = sorted(lines, key=lambda name: -lines[name][-1][1])
+        y_name = -math.inf
+        for name in ends:
+            colour = COLOURS[list(lines).index(name) % len(COLOURS)]
+            spots = [(place_x(x), place_y(y)) for x, y in lines[name]]
+            parts.append(line(spots, colour, 2))
+            parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="{colour}"/>' for x, y in spots]
+            y_name = max(spots[-1][1] + 4, y_name + 16)  # names below each other where lines end close together
+            parts.append(text(x1, y_name, f"{name} {lines[name][-1][1]:.1%}", colour))
     write(path, left + pitch * len(panels), top + height + 56, parts)
 
 

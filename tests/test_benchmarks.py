@@ -62,3 +62,37 @@ def test_scaling_of_a_tiny_step(benchmarks, monkeypatch, capsys, tmp_path):
     assert [row[0] for row in rows] == ["5", "17"]  # tokens
     assert all(float(row[1].replace(",", "")) > 0 and int(row[3]) > 10 for row in rows)
     assert {"tokens", "5", "17"} < set(texts(tmp_path / "curves.svg"))
+
+
+def test_models_in_equal_time(benchmarks, monkeypatch, capsys, tmp_path):
+    import models
+
+    class Here:
+        """Runs in this process what a pool would run in others."""
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def map(self, work, cells, chunksize=1):
+            return [work(cell) for cell in cells]
+
+        imap = map
+
+    monkeypatch.setattr(models.multiprocessing, "get_context", lambda _: models)
+    monkeypatch.setattr(models, "Pool", lambda jobs, maxtasksperchild: Here(), raising=False)
+    monkeypatch.setattr(models, "TIMED", 0.05)
+    tiny = {"dim": 8, "depth": 1, "heads": 1, "mlp_dim": 8}
+    monkeypatch.setattr(models, "MODELS", {"ViT": ("vit_digits", tiny), "CCT": ("cct_2_3x1_32", tiny)})
+    monkeypatch.setattr(sys, "argv", ["models.py", "digits", "--minutes", "0.001", "--save", str(tmp_path / "t")])
+    models.main()
+    printed = capsys.readouterr().out
+    rows = re.findall(
+        r"^\| (ViT|CCT) \| [\d,]+ \| ([\d,]+) \| \d+ \|(?: ([\d.]+)% \([^|]*\) \|){3}$", printed, re.MULTILINE
+    )
+    assert [row[0] for row in rows] == ["ViT", "CCT"]
+    assert all(int(row[1].replace(",", "")) >= 128 and 2 < float(row[2]) < 100 for row in rows)
+    assert (tmp_path / "t.md").read_text(encoding="utf-8") == printed
+    assert {"digits", "1%", "10%", "100%"} < set(texts(tmp_path / "t.svg"))

@@ -207,6 +207,33 @@ def test_muon_takes_the_matrices_of_the_blocks_and_no_others():
     assert {n for n, most in size.items() if most == 0.0} == set(names)  # no second moments: Adam left them alone
 
 
+@pytest.mark.parametrize(
+    ("name", "settings", "sees_images"),
+    [
+        ("cct_2_3x2_32", {"image_size": 8, "dim": 8, "depth": 1}, "patch_embed.convs.0.conv.weight"),
+        ("resnet_digits", {}, "conv.weight"),
+        ("hybrid_cifar", {"image_size": 8, "dim": 8, "depth": 1, "heads": 1, "width": 32},
+         "patch_embed.backbone.stem.conv.weight"),
+    ],
+)  # fmt: skip
+def test_muon_takes_the_filters_of_all_convolutions_but_the_first(name, settings, sees_images):
+    model = mv.create_model(name, **settings).to(np.float64)
+    opt = muon.Muon(model.named_parameters(), lr=0.01, weight_decay=0.0)
+    taken = {a: shape for a, _, shape in opt.matrices}
+    spans = dict(zip(opt.names, opt.store.spans, strict=True))
+    filters = {n: p for n, p in model.named_parameters() if "conv" in n and n != sees_images}
+    assert len(filters) > 0 and spans[sees_images][0] not in taken
+    before, g = model.state_dict(), gradient(opt, 1)
+    give(opt, g)
+    opt.update()
+    for n, p in filters.items():
+        rows = p.shape[0], p[0].size  # one row is a filter, and the image's gradient through it a sum over the row
+        assert taken[spans[n][0]] == (1, *rows)
+        u = 0.05 * g[n].reshape(rows)  # b is zero before: u = 0.95 · 0.05 · g + 0.05 · g
+        moved = 0.01 * 0.2 * max(rows) ** 0.5 * with_values_near_1(0.95 * u + u)
+        np.testing.assert_allclose(p.data, before[n] - moved.reshape(p.shape), rtol=1e-11, atol=1e-13)
+
+
 def test_matrices_in_batches_move_as_each_would_alone(monkeypatch):
     """By the formula, one matrix at a time; and to the bit however many are in a batch, and after a resume."""
     ends = []

@@ -54,6 +54,8 @@ class ResidualBlock(Module):
         self.shortcut = None
         if stride != 1 or in_channels != out_channels:
             self.shortcut = Conv2d(in_channels, out_channels, 1, stride, bias=False)
+        for conv in filter(None, (self.conv1, self.conv2, self.shortcut)):
+            conv.weight.matrices = 1
 
     def forward(self, x: Any) -> Any:
         """Return the features after the block."""

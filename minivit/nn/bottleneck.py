@@ -53,6 +53,7 @@ class Projection(Module):
     def __init__(self, in_channels: int, out_channels: int, stride: Size, like: str = "timm") -> None:
         conv, norm = LIKE[like]
         self.conv = conv(in_channels, out_channels, 1, stride)
+        self.conv.weight.matrices = 1
         self.norm = norm(out_channels)
 
     def forward(self, x: Any) -> Any:
@@ -74,6 +75,8 @@ class Bottleneck(Module):
         self.conv1, self.norm1 = conv(in_channels, within, 1), norm(within)
         self.conv2, self.norm2 = conv(within, within, 3, stride), norm(within)
         self.conv3, self.norm3 = conv(within, out_channels, 1), norm(out_channels, starts_at_zero=True)
+        for layer in (self.conv1, self.conv2, self.conv3):
+            layer.weight.matrices = 1
 
     def forward(self, x: Any) -> Any:
         """Return (B, out, ⌈H/stride⌉, ⌈W/stride⌉)."""

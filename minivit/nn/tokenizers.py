@@ -78,6 +78,8 @@ class ConvTokenizer(Tokenizer):
         super().__init__(image_size, (2 * stride) ** convs, in_channels)
         widths = [self.in_channels, *[64] * (convs - 1), count("dim", dim)]
         self.convs = [ConvLayer(a, b, kernel, stride) for a, b in pairwise(widths)]
+        for layer in self.convs[1:]:  # the first sees pixels
+            layer.conv.weight.matrices = 1
 
     @property
     def filters(self) -> Parameter:

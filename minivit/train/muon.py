@@ -53,12 +53,13 @@ class Muon(AdamW):
         self.matrices: list[Matrices] = []
         for name, p, (start, stop) in zip(self.names, self.parameters, self.store.spans, strict=True):
             if count := traits(p).matrices:
-                if p.ndim != 2 or count < 0 or p.shape[0] % count:
+                if p.ndim < 2 or count < 0 or p.shape[0] % count:
                     raise ConfigError(
                         f"{name} of shape {p.shape} cannot be {count} matrices stacked along its first axis",
                         "set its attribute matrices to what it is, 0 for no matrix",
                     )
-                self.matrices.append(Matrices(start, stop, (count, p.shape[0] // count, p.shape[1])))
+                rows = p.shape[0] // count  # the rest of a filter's axes are what it is a sum over: one row
+                self.matrices.append(Matrices(start, stop, (count, rows, math.prod(p.shape[1:]))))
 
     def update_spans(self, spans: Sequence[Span]) -> None:
         """Update the given spans of the flat parameters; a matrix is updated as a whole, with the span it begins in."""
