@@ -38,23 +38,37 @@ ON_IMAGES = [s for s in SAMPLES if s.op in ("conv2d", "max_pool2d")]
 # ---- the twins -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("width", "block"), [(1, 1), (4, 1), (8, 60), (8, 400), (40, 200), (1000, 1)])
-def test_twins_in_blocks_equal_the_plain_operations(monkeypatch, width, block):
-    """Strips of one row and of several, some images or strips at a time, images that are joined."""
-    monkeypatch.setattr(cpu_conv, "WIDTH", width)
+EXTRA: list[tuple[Any, Any]] = [
+    (ops.conv2d, (normal(Key(1), (5, 2, 12, 8)), normal(Key(2), (3, 2, 3, 3)), None, 1, 1)),
+    (ops.conv2d, (normal(Key(1), (3, 9, 7, 6)), normal(Key(2), (17, 9, 3, 2)), normal(Key(3), (17,)), 1, 0)),
+    (ops.conv2d, (normal(Key(1), (2, 3, 9, 8)), normal(Key(2), (2, 3, 4, 3)), None, (3, 2), ((0, 3), (5, 1)))),
+    (ops.conv2d, (normal(Key(1), (2, 1, 1, 1)), normal(Key(2), (2, 1, 2, 2)), None, 2, ((2, 0), (2, 0)))),
+    (ops.conv2d, (normal(Key(1), (2, 17, 5, 4)), normal(Key(2), (3, 17, 1, 1)), None, 1, 0)),
+    (ops.conv2d, (normal(Key(1), (0, 2, 5, 4)), normal(Key(2), (3, 2, 3, 3)), None, 1, 1)),
+]
+"""Other cuts, windows of many and of few numbers, a padding that whole windows lie in, and none of images."""
+
+
+@pytest.mark.parametrize(("places", "block"), [(1, 1), (20, 400), (100, 1000), (1000, 20_000)])
+def test_twins_in_pieces_equal_the_plain_operations(monkeypatch, places, block):
+    """One row at a time, some, some images; images whose pixels or whose channels are next to each other in memory."""
+    monkeypatch.setattr(cpu_conv, "PLACES", places)
     monkeypatch.setattr(cpu_conv, "BLOCK", block)
-    large: list[tuple[Any, Any]] = [
-        (ops.conv2d, (normal(Key(1), (5, 2, 12, 8)), normal(Key(2), (3, 2, 3, 3)), None, 1, 1))
-    ]
-    for function, args in [(s.function, s.build()) for s in ON_IMAGES] + large:
+    for function, args in [(s.function, s.build()) for s in ON_IMAGES] + EXTRA:
         at = [i for i in (0, 1, 2) if i < len(args) and isinstance(args[i], np.ndarray)]
-        out, gradients = backward(function, args, at)
-        ours, our_gradients = of_twin(function, args, at)
-        for a, e in zip([ours.data, *our_gradients], [out.data, *gradients], strict=True):
-            assert_near(a, e, 1e-12)
+        out, gradients = backward(function, args, at, cotangent := wave(function(*args).shape, 1))
+        for memory in (np.ascontiguousarray, channels_last):
+            ours, our_gradients = of_twin(function, [memory(args[0]), *args[1:]], at, memory(cotangent))
+            for a, e in zip([ours.data, *our_gradients], [out.data, *gradients], strict=True):
+                assert_near(a, e, 1e-12)
 
 
-def test_the_cuts_of_a_batch_hold_every_place_once():
+def channels_last(x: np.ndarray) -> np.ndarray:
+    """Return images (B, C, H, W) with their channels next to each other in memory."""
+    return np.ascontiguousarray(x.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)
+
+
+def test_the_cuts_of_a_batch_hold_every_window_once():
     for images, size, kernel, stride, depth in [
         (9, 32, 3, 1, 27),
         (3, 31, 3, 2, 27),
@@ -62,13 +76,13 @@ def test_the_cuts_of_a_batch_hold_every_place_once():
         (2, 112, 3, 1, 576),
     ]:
         w = windows("conv2d", (images, 1, size, size), kernel, stride, 1)
-        found = np.zeros((images, 1, *w.grid), int)
-        for block in cpu_conv._blocks(w, images, depth):
-            places_here = block.cut(found[block.images])
-            places_here += 1
-            numbers = depth * np.prod(places_here.shape)
-            assert numbers <= cpu_conv.BLOCK or block.lead[0] == 1
-        assert (found == 1).all()
+        found = np.zeros((images, *w.grid), int)
+        sizes = []
+        for piece in cpu_conv._pieces(w, images, depth):
+            found[piece] += 1
+            sizes.append(found[piece].size)
+        assert (found == 1).all() and sizes[0] == max(sizes)
+        assert sizes[0] * depth <= cpu_conv.BLOCK + depth * w.grid[1]
 
 
 def test_a_convolution_makes_no_large_copies():

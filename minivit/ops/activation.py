@@ -18,7 +18,7 @@ TANH_CUBIC = 0.044715
 
 @op(save=("x",))
 def relu(x: Array) -> Array:
-    """Return max(x, 0); the gradient at 0 is 0."""
+    """Return max(x, 0); the gradient at 0 is 0. Twins: ops/cpu/activation.py."""
     xp = array_module(x)
     return xp.where(x.real > 0, x, 0.0) if x.dtype.kind == "c" else xp.maximum(x, 0)
 

@@ -1,4 +1,4 @@
-"""The twin of :mod:`minivit.ops.activation`'s gelu."""
+"""The twins of :mod:`minivit.ops.activation`: relu and gelu."""
 
 from __future__ import annotations
 
@@ -8,9 +8,23 @@ from typing import Any
 import numpy as np
 
 from minivit.autograd.graph import recording
-from minivit.ops.activation import TANH_CUBIC, TANH_SCALE, gelu, gelu_cdf
+from minivit.ops.activation import TANH_CUBIC, TANH_SCALE, gelu, gelu_cdf, relu
+from minivit.ops.cpu.masks import mask, maskable, masked
 from minivit.ops.elementwise import ERF_TANH, tanh_of_odd
 from minivit.ops.reduce import narrow, wide
+
+
+@relu.twin("cpu")
+def _(x: np.ndarray) -> Any:
+    if not maskable(x):
+        return NotImplemented
+    return relu.forward(x), mask(x > 0) if recording.enabled else None
+
+
+@relu.twin("cpu").vjp
+def _(g: np.ndarray, kept: np.ndarray, needs: tuple[bool, ...]) -> Any:
+    return (masked(g, kept),)
+
 
 BLOCK = 1 << 18  # numbers that a chain of elementwise steps works on at a time: about a cache full, and worth a call
 _HALF_POWERS = [0.5 ** (i + 0.5) for i in range(len(ERF_TANH))]
