@@ -89,7 +89,7 @@ OPTIONS: dict[str, Option] = {
 }  # fmt: skip
 """All settings but the model's, which are the arguments of :class:`minivit.ViT`."""
 
-RECIPE_NAMES = ("digits", "mnist", "fashion", "cifar10", "cifar10-gpu", "imagefolder", "finetune")
+RECIPE_NAMES = ("digits", "mnist", "fashion", "cifar10", "cifar10-cct", "cifar10-gpu", "imagefolder", "finetune")
 """The names in :data:`minivit.runs.recipes.RECIPES`, which ``--help`` cannot wait for."""
 
 MODEL_FLAGS = {
