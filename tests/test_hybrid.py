@@ -191,6 +191,25 @@ def test_a_named_hybrid_takes_a_file(tmp_path):
     assert found is not None and found.kind == "hybrid"
 
 
+@pytest.mark.parametrize("case", ["timm_r", "timm_stages"])
+def test_images_of_other_channels(case, tmp_path):
+    """The filters are summed before they are standardised, as timm does it: features of grey images in proportion."""
+    path = write(case, tmp_path)
+    whole = mv.load_model(path)
+    sizes = {k: v for k, v in whole.config.items() if k in SMALL or k == "stages"}
+    told: list[str] = []
+    model = mv.create_model("vit_tiny_r_s16_p8_224", weights=path, tell=told.append, **sizes | {"in_channels": 1})
+    name = next(n for n in model.state_dict() if n.startswith("patch_embed.backbone") and "conv" in n)
+    assert told == [f"{name}: 2 image channels → 1"]
+    before, after = whole.state_dict()[name], model.state_dict()[name]
+    np.testing.assert_array_equal(after, before[:, :1] + before[:, 1:])
+    grey = IMAGES[:, :1]
+    root = [m.patch_embed.backbone if case == "timm_r" else m.patch_embed.backbone.stem for m in (whole, model)]
+    two, one = (r.conv(mv.tensor(x)).numpy() for r, x in zip(root, (np.repeat(grey, 2, axis=1), grey), strict=True))
+    rate = (two * one).sum((0, 2, 3)) / (one * one).sum((0, 2, 3))  # of each channel
+    np.testing.assert_allclose(two, one * rate[:, None, None], atol=1e-4 * np.abs(two).max())
+
+
 def test_googles_file_of_a_root_alone(tmp_path):
     model = small(dtype=np.float32, **SMALL | {"image_size": 16, "stem_eps": "google", "activation": "gelu_tanh"})
     arrays = {name: np.array(p.data) for name, p in model.named_parameters()}

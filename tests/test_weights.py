@@ -331,6 +331,79 @@ def test_as_it_is_nothing_is_told(case):
     assert told == [] and model.settings.num_classes == 5 and model.settings.norm_eps == 1e-3
 
 
+def for_channels(weight, channels):
+    """What timm's adapt_input_conv makes of filters (D, 3, P, Q): their sum, or these in turn, 3 / channels of each."""
+    if channels == 1:
+        return weight[:, :1] + weight[:, 1:2] + weight[:, 2:3]
+    return np.stack([weight[:, i % 3] for i in range(channels)], axis=1) * np.float32(3 / channels)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4, 7])
+@pytest.mark.parametrize("name", ["timm", "google", "lucidrains", "own"])
+def test_images_of_other_channels(case, tmp_path, name, channels):
+    _, path = case("timm" if name == "own" else name)
+    whole = loaded(name, path)
+    if name == "own":
+        mv.save(whole, path := tmp_path / "own.npz")
+    settings = {k: whole.config[k] for k in (*SMALL, "dim_head")} | {"in_channels": channels}
+    model = mv.create_model("vit_tiny_patch16_224", weights=path, tell=(told := []).append, **settings).eval()
+    assert told == [f"patch_embed.proj.weight: 3 image channels → {channels}"]
+    weight = whole.state_dict()["patch_embed.proj.weight"]
+    np.testing.assert_allclose(
+        model.state_dict()["patch_embed.proj.weight"], for_channels(weight, channels), rtol=1e-6, atol=1e-8
+    )
+    if channels == 1:
+        grey = normal(mv.Key(1), (2, 1, *whole.settings.image_shape[1:])).astype(np.float32)
+        logits = whole(np.repeat(grey, 3, axis=1)).numpy()
+        np.testing.assert_allclose(model(grey).numpy(), logits, rtol=1e-4, atol=1e-5 * np.abs(logits).max())
+    if name != "lucidrains":
+        assert model.preparation == whole.preparation.of_channels(channels) and len(model.preparation.std) == channels
+    again = mv.ViT(**model.config | {"num_classes": 9})
+    with pytest.warns(UserWarning, match=f"3 image channels → {channels}"):
+        mv.load_weights(again, path, new_head=True)
+
+
+def test_means_of_other_channels_and_what_no_filters_can_be_made_of(case, tmp_path):
+    _, path = case("timm")
+    place = path.with_name("config.json")
+    table = json.loads(place.read_text())
+    table["pretrained_cfg"] |= {"mean": [0.25, 0.5, 0.75], "std": [0.5, 0.25, 0.75]}
+    place.write_text(json.dumps(table))
+    rgb = mv.load_model(path)
+    mv.save(rgb, tmp_path / "own.npz")
+    for file in (path, tmp_path / "own.npz", tmp_path):  # a folder with a model.safetensors
+        settings = SMALL | {"image_size": (12, 16), "in_channels": 1}
+        with pytest.warns(UserWarning, match="3 image channels → 1"):
+            model = mv.create_model("vit_tiny_patch16_224", weights=file, **settings)
+        assert (model.preparation.mean, model.preparation.std) == ((0.5,), (0.5,))
+    shifted = mv.ViT(**SMALL | {"image_size": (12, 16), "num_classes": 5, "tokenizer": "shifted"})
+    mv.save(shifted, tmp_path / "shifted.npz")
+    with pytest.raises(CheckpointError, match=r"patch_embed\.norm\.weight"):
+        mv.create_model("vit_tiny_patch16_224", weights=tmp_path / "shifted.npz", **SMALL | {"in_channels": 1})
+
+
+def test_a_folder_in_the_place_of_a_file(case, tmp_path):
+    _, path = case("hugging_face")
+    expected = mv.load_model(path)
+    run = tmp_path / "runs" / "x"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "config.toml").touch()
+    mv.save(expected, run / "checkpoints" / "last.npz")
+    for folder in (tmp_path, str(tmp_path), run):
+        models = [mv.load_model(folder), mv.create_model("vit_tiny_patch16_224", weights=folder, **SMALL)]
+        models.append(mv.ViT(**expected.config))
+        mv.load_weights(models[-1], folder)
+        assert stored_settings(folder) == expected.settings
+        for model in models:
+            assert all((a == model.state_dict()[n]).all() for n, a in expected.state_dict().items())
+        assert models[0].class_names == expected.class_names
+    (run / "checkpoints" / "last.npz").unlink()
+    with pytest.raises(CheckpointError, match="has no checkpoint yet"):
+        mv.load_model(run)
+    with pytest.raises(CheckpointError, match="is no run folder"):
+        mv.load_weights(expected, tmp_path / "runs")
+
+
 def test_minivits_own(tmp_path):
     model = mv.ViT(**SMALL | {"num_classes": 5})
     model.pos_embed.data += 1
