@@ -13,7 +13,7 @@ import pytest
 import minivit as mv
 from minivit import ops, study
 from minivit.backend import normal, permutation, tile
-from minivit.data import Dataset
+from minivit.data import Dataset, Preparation
 from minivit.errors import CheckpointError, ConfigError, DTypeError, MisfitError, ShapeError
 from minivit.models import Hybrid, build, configuration, count_parameters, model_outline
 from minivit.models.registry import read_settings
@@ -24,6 +24,9 @@ from minivit.study.account import account
 from minivit.train import capture
 from minivit.train.optim import AdamW
 from minivit.weights import google
+from minivit.weights.card import Facts
+from minivit.weights.configs import TIMM_STAGES
+from minivit.weights.export import write_export
 from minivit.weights.foreign import open_foreign
 from minivit.weights.names import Sizes
 from minivit.weights.native import load_model
@@ -218,6 +221,60 @@ def test_googles_file_of_a_root_alone(tmp_path):
     assert (again.settings.stages, again.settings.patch_size, again.settings.grid) == ((), 8, (2, 2))
     images = np.ascontiguousarray(IMAGES[:, :, :, :16])
     assert np.array_equal(again(images).data, model(images).data)
+
+
+def exported(tmp_path: Path, to: str, **settings: Any) -> tuple[Any, Any]:
+    """Return a hybrid and what comes back of it through another system's layout."""
+    model = small(dtype=np.float32, **SMALL | {"image_size": 64, "patch_size": 32} | settings)
+    facts = Facts(Preparation("centre bicubic 0.5", (0.25, 0.5), (0.5, 0.75)), ("cat", "dog", "cow"), "digits")
+    write_export(model, tmp_path / "out", to, facts)
+    return model, mv.load_model(tmp_path / "out").eval()
+
+
+@pytest.mark.parametrize(
+    ("to", "settings"),
+    [
+        ("timm", {"width": 64}), ("timm", {"width": 64, "pool": "mean"}),
+        ("google", {"stem_eps": "google", "activation": "gelu_tanh", "patch_size": 16}),
+        ("google", {"stem_eps": "google", "activation": "gelu_tanh", "stages": (2, 1)}),
+    ],
+)  # fmt: skip
+def test_out_and_back_bit_for_bit(tmp_path, to, settings):
+    model, back = exported(tmp_path, to, **settings)
+    state = model.state_dict()
+    assert back.state_dict().keys() == state.keys()
+    assert all(np.array_equal(back.state_dict()[n], a) for n, a in state.items())
+    followed = {"dim_head": 6, "class_token": settings.get("pool") != "mean", "seed": 0}
+    assert back.config | followed == model.config | followed
+    images = normal(mv.Key(3), (2, 2, 64, 64)).astype(np.float32)
+    assert np.array_equal(back(images).data, model(images).data)
+
+
+@pytest.mark.parametrize(
+    ("to", "settings", "says"),
+    [
+        ("timm", {"width": 32}, "a ResNet whose width is not 64"), ("huggingface", {}, "a ResNet before the patches"),
+        ("timm", {"width": 64, "stages": (1, 2)}, "a ResNet of other stages than timm's"),
+        ("timm", {"width": 64, "stem_eps": "google"}, "stem_eps 'google'"), ("google", {}, "stem_eps 'timm'"),
+        ("timm", {"width": 64, "distilled": True}, "a distillation token after a ResNet"),
+    ],
+)  # fmt: skip
+def test_what_cannot_go_out(tmp_path, to, settings, says):
+    with pytest.raises(ConfigError, match=rf"{says}.*\n.*onnx, which can say it"):
+        exported(tmp_path, to, **settings)
+
+
+@pytest.mark.parametrize("settings", [{}, {"pool": "mean", "registers": 1}])
+def test_timm_gives_the_same_logits(tmp_path, settings):
+    timm = pytest.importorskip("timm", reason="timm is not installed")
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+    model, _ = exported(tmp_path, "timm", width=64, **settings)
+    theirs = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
+    images = normal(mv.Key(3), (2, 2, 64, 64)).astype(np.float32)
+    with torch.no_grad():
+        assert relative(theirs(torch.from_numpy(images)).numpy(), model(images).numpy()) < 1e-5
+    for stages, name in TIMM_STAGES.items():
+        assert dict(configuration(name).settings).get("stages", ()) == stages
 
 
 # ---- what it is ------------------------------------------------------------------------------------------------------
