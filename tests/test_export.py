@@ -31,6 +31,7 @@ from tests.test_hybrid import CASES as HYBRIDS
 from tests.test_hybrid import SMALL as HYBRID
 from tests.test_options import OPTIONS, SMALL, disturbed, small
 from tests.test_tokenizers import CASES as CASES_OF_TOKENIZERS
+from tests.test_tokenizers import LITTLE
 from tests.test_weights import GOLDENS
 
 IMAGES = normal(mv.Key(4), (7, 2, 12, 8)).astype(np.float32)
@@ -345,6 +346,7 @@ def test_onnxruntime_gives_the_same_logits(tmp_path, case, to):
 
 
 OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "normed": LITTLE["normed"],
     **CASES_OF_TOKENIZERS,
     **{f"hybrid, {case}": ("hybrid", HYBRID | settings) for case, settings in HYBRIDS.items()},
     "resnet": ("resnet", {"image_size": (9, 12), "in_channels": 2, "num_classes": 3, "depths": (1, 2), "width": 8,

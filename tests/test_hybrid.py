@@ -173,6 +173,22 @@ def test_a_file_made_to_mislead(changed, says, tmp_path):
         mv.load_model(path)
 
 
+def test_hybrids_with_batch_norm_are_told_apart(tmp_path):
+    """timm's of a ResNet-D: by their names, and by what their files hold."""
+    assert "vit_small_r26_s32_224" in mv.list_models("vit_*_r*")
+    for name in ("vit_small_resnet26d_224", "vit_small_resnet50d_s16_224", "vit_base_resnet50d_224.untrained"):
+        with pytest.raises(ConfigError, match="BatchNorm before its blocks, and minivit has no BatchNorm"):
+            mv.create_model(name)
+    state = {n: a for n, a in state_of("timm_stages").items() if "backbone" not in n}
+    state["patch_embed.proj.weight"] = np.zeros((12, 2048, 1, 1), np.float32)
+    for name in ("conv1.0.weight", "conv1.1.running_mean", "bn1.weight", "bn1.running_var"):
+        state[f"patch_embed.backbone.{name}"] = np.zeros(4, np.float32)
+    (tmp_path / "model.safetensors").write_bytes(safetensors(state))
+    for load in (mv.load_model, lambda path: mv.load_weights(Hybrid(**SMALL), path)):
+        with pytest.raises(CheckpointError, match="holds a network with BatchNorm, which minivit has not"):
+            load(tmp_path / "model.safetensors")
+
+
 def test_a_named_hybrid_takes_a_file(tmp_path):
     """The weights of a named one, as both systems write them, give the same model, in Google's eps and in timm's."""
     settings = {"dim": 8, "depth": 1, "heads": 2, "mlp_dim": 8, "image_size": 64, "width": 32, "num_classes": 4}

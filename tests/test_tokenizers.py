@@ -49,6 +49,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "t2t_transformer": ("vit", T2T | {"tokenizer": "t2t_transformer"}),
 }
 LITTLE = {  # as above, on smaller images
+    "normed": ("vit", PLAIN | {"tokenizer": "normed", "image_size": (8, 4)}),
     "cct_3x2": ("cct", SIZES | {"image_size": (6, 5), "convs": 2, "position": "sincos_1d"}),
     "cct_3x1": CASES["cct_3x1"],
     "shifted_lsa": CASES["shifted_lsa"],
@@ -424,7 +425,7 @@ def test_images_of_another_size(case, tmp_path):
             np.testing.assert_array_equal(after[name], value)
     mv.save(model, tmp_path / "a.npz")
     assert relative(load_model(tmp_path / "a.npz").eval()(images).data, model(images).data) < 1e-12
-    if "shifted" in case or "cct" in case:
+    if "shifted" in case or "cct" in case or case == "normed":
         with pytest.raises(ConfigError, match="no pictures that could be resized"):
             model.resize((2 * h, 2 * w), 8)
     other = build(LITTLE[case][0], LITTLE[case][1] | {"num_classes": 5, "seed": 3})

@@ -39,6 +39,7 @@ def _hybrid(s: Any) -> bool:
 
 
 FEATURES = (
+    Feature(lambda s: s.tokenizer == "normed", "norms on both sides of the patches (tokenizer 'normed')"),
     Feature(lambda s: s.tokenizer == "shifted", "tokens of shifted patches (tokenizer 'shifted')"),
     Feature(lambda s: s.tokenizer[:3] == "t2t", "tokens made of tokens (tokenizer 't2t')"),
     Feature(_hybrid, "a ResNet before the patches", (TIMM, GOOGLE)),

@@ -282,11 +282,6 @@ _ROOTS = ("patch_embed.backbone.stem.", "patch_embed.backbone.")
 _ASK = "build a model of the file's sizes: mv.load_model(path) does where the file says all, else mv.create_model"
 
 
-def beside_patches(settings: Any) -> int:
-    """Return how many positions of a ViT with these settings belong to no patch."""
-    return 0 if settings.no_embed_class else sum(settings.prefix.values())
-
-
 def open_foreign(path: str | Path) -> Foreign | None:
     """Read what another system's file holds, without its numbers; None for what is of no known layout.
 
@@ -306,6 +301,9 @@ def open_foreign(path: str | Path) -> Foreign | None:
         except ValueError as error:
             raise unusable(stored.path, error) from error
         if entries is not None:
+            if any(name.endswith("running_mean") for name in entries):
+                what = f"{path} ({layout.name}) holds a network with BatchNorm, which minivit has not"
+                raise CheckpointError(what, "use one with GroupNorm, such as vit_small_r26_s32_224")
             beside = table_beside(stored.path, "config.json") if layout in _DESCRIBED else {}
             prepared = table_beside(stored.path, "preprocessor_config.json") if beside else {}
             return Foreign(stored, layout, entries, beside, prepared)

@@ -19,7 +19,7 @@ from minivit.models.adapt import first_weight, fit_channels, fit_positions
 from minivit.models.preparations import PREPARATIONS
 from minivit.nn.module import Module
 from minivit.weights.checkpoint import Checkpoint, load_checkpoint
-from minivit.weights.foreign import Foreign, beside_patches, open_foreign
+from minivit.weights.foreign import Foreign, open_foreign
 from minivit.weights.native import FIRST_KIND, checked_settings, keep_preparation, parameters_of, undrawn
 from minivit.weights.place import find_checkpoint
 
@@ -125,7 +125,7 @@ def _load(model: Any, source: Foreign | Checkpoint, path: str | Path, new_head: 
         except MisfitError as error:
             raise MisfitError(error.what, *_remedy(source, settings)) from error
         if grid is not None and "pos_embed" in state:
-            old_grid = source.grid(grid, beside_patches(settings))
+            old_grid = source.grid(grid, _beside_patches(settings))
     else:
         state, said = parameters_of(source), {}
         if grid is not None and "model" in source.meta and source.meta.get("kind", FIRST_KIND) == model.kind:
@@ -162,6 +162,11 @@ def _load(model: Any, source: Foreign | Checkpoint, path: str | Path, new_head: 
         about = source.about(model.settings.num_classes, channels) if isinstance(source, Foreign) else source.meta
         keep_preparation(model, about, path, channels)
     return notes
+
+
+def _beside_patches(settings: Any) -> int:
+    """Return how many positions of a ViT with these settings belong to no patch."""
+    return 0 if settings.no_embed_class else sum(settings.prefix.values())
 
 
 def _fit_first(state: dict[str, Any], shapes: Mapping[str, tuple[int, ...]], own: int) -> tuple[list[str], int]:

@@ -54,6 +54,10 @@ PATCH_FLAT = Form(  # (D, P·Q·C) ↔ (D, C, P, Q)
     lambda a, s: a.reshape(a.shape[0], *s.patch, -1).transpose(0, 3, 1, 2),
     lambda a, s: a.transpose(0, 2, 3, 1).reshape(a.shape[0], -1),
 )
+PATCH_VECTOR = Form(  # (P·Q·C) ↔ (C·P·Q)
+    lambda a, s: a.reshape(*s.patch, -1).transpose(2, 0, 1).reshape(-1),
+    lambda a, s: a.reshape(-1, *s.patch).transpose(1, 2, 0).reshape(-1),
+)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from minivit.nn.attention import table
 from minivit.nn.bottleneck import ResNetRoot
 from minivit.nn.convolution import StdConv2d
 from minivit.nn.token_attention import TokenPerformer, TokensToToken
-from minivit.nn.tokenizers import ConvTokenizer, ShiftedPatchEmbed
+from minivit.nn.tokenizers import ConvTokenizer, NormedPatchEmbed, ShiftedPatchEmbed
 from minivit.weights.onnx_nodes import INPUT, Graph, linear, mlp, norm
 
 Size = tuple[int, int]
@@ -108,10 +108,17 @@ def cut(g: Graph, x: str, channels: int, grid: Size, patch: Size, name: str) -> 
     return g.reshape(x, (0, rows * columns, channels * p * q), f"{name}.patches")
 
 
-def projected(g: Graph, x: str, proj: Any, name: str) -> str:
+def projected(g: Graph, x: str, name: str) -> str:
     """Write the linear map of patches that are there as such: (B, N, C·P·Q) → (B, N, D)."""
     weight = g.transpose(g.reshape(f"{name}.weight", (0, -1), f"{name}.rows"), (1, 0), f"{name}.weight.T")
     return g.node("Add", [g.node("MatMul", [x, weight], f"{name}.product"), f"{name}.bias"], name)
+
+
+def normed(g: Graph, x: str, layer: NormedPatchEmbed, name: str) -> str:
+    """Write :class:`minivit.nn.NormedPatchEmbed`."""
+    x = cut(g, x, layer.in_channels, layer.grid, layer.patch_size, name)
+    x = projected(g, norm(g, x, layer.norm1, f"{name}.norm1"), f"{name}.proj")
+    return norm(g, x, layer.norm2, f"{name}.norm2")
 
 
 def shifted(g: Graph, x: str, layer: Any, name: str) -> str:
@@ -128,7 +135,7 @@ def shifted(g: Graph, x: str, layer: Any, name: str) -> str:
             images.append(g.node("Slice", [around, *ends, axes], f"{name}.shifted"))
     x = g.node("Concat", images, f"{name}.planes", axis=1)  # → (B, 5·C, H, W)
     x = cut(g, x, layer.planes, layer.grid, layer.patch_size, name)
-    return projected(g, norm(g, x, layer.norm, f"{name}.norm"), layer.proj, f"{name}.proj")
+    return projected(g, norm(g, x, layer.norm, f"{name}.norm"), f"{name}.proj")
 
 
 def tokens_by_convolutions(g: Graph, x: str, layer: ConvTokenizer, name: str) -> str:
@@ -207,6 +214,8 @@ def tokens(g: Graph, layer: Any, name: str) -> str:
         return tokens_of_tokens(g, INPUT, layer, name)
     if isinstance(layer, ShiftedPatchEmbed):
         return shifted(g, INPUT, layer, name)
+    if isinstance(layer, NormedPatchEmbed):
+        return normed(g, INPUT, layer, name)
     if (backbone := getattr(layer, "backbone", None)) is not None:
         seen = resnet(g, INPUT, backbone, f"{name}.backbone", layer.image_size)
         return patches(g, seen, layer, name, layer.places)

@@ -79,7 +79,7 @@ LAYOUT = Layout(
         "reg_token": "register tokens",
         ".ls1.": "LayerScale", ".ls2.": "LayerScale", "q_norm": "norms of queries and keys",
         "k_norm": "norms of queries and keys", "fc_norm": "a norm after pooling", "norm_pre": "a norm before them",
-        "attn_pool": "attention pooling (MAP)", "running_mean": "a ResNet with BatchNorm, which minivit has not",
+        "attn_pool": "attention pooling (MAP)",
         "patch_embed.backbone": "a convolutional network before the blocks",
     },
     named=True,
