@@ -341,6 +341,15 @@ def test_images_of_other_channels(tmp_path):
         mv.load_weights(build("vit", T2T | {"tokenizer": "t2t", "in_channels": 1}), tmp_path / "b.npz")
 
 
+def test_positions_of_whole_numbers_are_told(tmp_path):
+    for case, name in (("t2t", "pos_embed"), ("cct_3x1", "classifier.positional_emb")):
+        _, state = golden(case)
+        np.savez(tmp_path / "a.npz", **state | {name: state[name].astype(int) if name in state else waves(20, 8)})
+        for use in (mv.load_model, lambda path, case=case: mv.load_weights(build(*CASES[case]), path)):
+            with pytest.raises(CheckpointError):
+                use(tmp_path / "a.npz")
+
+
 def test_positions_that_are_not_those_that_the_model_makes(tmp_path):
     """They are learned, or were resized: a model with fixed ones would answer wrongly."""
     _, state = golden("t2t")
@@ -380,7 +389,7 @@ def test_positions_that_are_not_those_that_the_model_makes(tmp_path):
         ("cct_3x1", {"classifier.blocks.0.linear2.weight": (8,)}, "is of shape"),
         ("cct_3x1", {"classifier.fc.weight": None}, "it has no classifier.fc.weight"),
         ("t2t", {"tokens_to_token.attention1.norm1.weight": (27,)}, "27 numbers, which are not those of 7 by 7 pixels"),
-        ("t2t", {"pos_embed": (7, 8)}, "its pos_embed is of shape"),
+        ("t2t", {"pos_embed": (7, 8)}, "its pos_embed is of shape"), ("t2t", {"pos_embed": (1, 1, 8)}, "image_size"),
         ("t2t", {"head.weight": None}, "it has no head.weight"),
     ],
 )  # fmt: skip
