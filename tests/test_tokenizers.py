@@ -359,7 +359,7 @@ def test_positions_that_are_not_those_that_the_model_makes(tmp_path):
         build("vit", T2T | {"tokenizer": "t2t"}),
         build("vit", T2T | {"tokenizer": "t2t", "position": "learned"}),
     )
-    with pytest.raises(MisfitError, match=r"unexpected  pos_embed .*: positions of its own, which are no sines"):
+    with pytest.raises(MisfitError, match=r"unexpected  pos_embed .*: learned positions, which the model has not"):
         mv.load_weights(fixed, tmp_path / "a.npz")
     mv.load_weights(learned, tmp_path / "a.npz")
     np.testing.assert_array_equal(learned.pos_embed.data, state["pos_embed"])

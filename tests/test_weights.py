@@ -345,7 +345,7 @@ def for_channels(weight, channels):
     return np.stack([weight[:, i % 3] for i in range(channels)], axis=1) * np.float32(3 / channels)
 
 
-@pytest.mark.parametrize("channels", [1, 2, 4, 7])
+@pytest.mark.parametrize("channels", [1, 4])
 @pytest.mark.parametrize("name", ["timm", "google", "lucidrains", "own"])
 def test_images_of_other_channels(case, tmp_path, name, channels):
     _, path = case("timm" if name == "own" else name)

@@ -118,7 +118,8 @@ def _load(model: Any, source: Foreign | Checkpoint, path: str | Path, new_head: 
     if isinstance(source, Foreign):
         said = source.layout.settings_of(source.entries, source.config)
         learned = source.without_fixed(settings)
-        if learned is not source and source.positions() != (tokens := model.pos_embed.shape[1]):
+        tokens = getattr(getattr(model, "pos_embed", None), "shape", (1, 0))[1]
+        if learned is not source and source.positions() != tokens:
             notes.append(f"pos_embed: fixed ones of {source.positions()} tokens → {tokens}")
         try:
             state = learned.read(shapes, getattr(settings, "heads", 1), replaced)

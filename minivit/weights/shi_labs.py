@@ -82,7 +82,7 @@ def data_of(config: Mapping[str, Any], preparation: Mapping[str, Any]) -> dict[s
 LAYOUT = Layout(
     "CCT", ROWS, entries_of, settings_of, data_of,
     lacking={
-        "class_emb": "a class token", "positional_emb": "positions of its own, which are no sines and cosines",
+        "class_emb": "a class token", "positional_emb": "learned positions",
     },
     kind="cct", sizes_of=sizes_of, named=True,
 )  # fmt: skip

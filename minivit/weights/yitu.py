@@ -91,7 +91,7 @@ LAYOUT = Layout(
     "T2T-ViT", ROWS, entries_of, settings_of, data_of,
     lacking={
         "tokens_to_token": "tokens made of tokens (T2T)",
-        "pos_embed": "positions of its own, which are no sines and cosines",
+        "pos_embed": "learned positions",
     },
     sizes_of=sizes_of, named=True,
 )  # fmt: skip
