@@ -18,15 +18,20 @@ from minivit.cli import export as command
 from minivit.cli.main import main
 from minivit.data import Preparation
 from minivit.errors import CheckpointError, ConfigError, DataError
+from minivit.models import build, described_settings
 from minivit.weights import export as exporting
 from minivit.weights import expressed
 from minivit.weights.card import Facts, code
 from minivit.weights.export import FILES, write_export
-from minivit.weights.expressed import FEATURES, GOOGLE, HF, ONNX, SYSTEMS, TIMM, check_expressible
+from minivit.weights.expressed import FEATURES, GOOGLE, HF, KINDS, ONNX, SYSTEMS, TIMM, check_expressible
 from minivit.weights.foreign import open_foreign
 from minivit.weights.safetensors import write_safetensors
 from minivit.weights.stored import open_stored
-from tests.test_options import OPTIONS, SMALL, small
+from tests.test_hybrid import CASES as HYBRIDS
+from tests.test_hybrid import SMALL as HYBRID
+from tests.test_options import OPTIONS, SMALL, disturbed, small
+from tests.test_tokenizers import CASES as CASES_OF_TOKENIZERS
+from tests.test_tokenizers import LITTLE
 from tests.test_weights import GOLDENS
 
 IMAGES = normal(mv.Key(4), (7, 2, 12, 8)).astype(np.float32)
@@ -237,7 +242,18 @@ def test_a_setting_that_is_not_known_here(tmp_path, monkeypatch):
     for to in SYSTEMS:
         with pytest.raises(ConfigError, match=r"drop_path is 0\.1 cannot be exported"):
             write_export(model, tmp_path / "out", to, FACTS)
-    assert mv.ViT.Settings.described.keys() >= expressed.KNOWN
+    assert {name for kind in KINDS[ONNX] for name in described_settings(kind)} >= expressed.KNOWN
+
+
+def test_other_kinds_of_models_know_where_they_can_go(tmp_path):
+    cct = build("cct", {"dim": 8, "depth": 1, "heads": 2, "mlp_dim": 8})
+    for to in (TIMM, HF, GOOGLE):
+        with pytest.raises(
+            ConfigError, match=r"the model is a cct, for which .* has no place\n.*--to onnx, or keep it"
+        ):
+            write_export(cct, tmp_path / "out", to, FACTS)
+        with pytest.raises(ConfigError, match=r"\(tokenizer 't2t'\)\n.*--to onnx, which can say it"):
+            check_expressible(mv.ViT(patch_size=4, tokenizer="t2t").settings, to)
 
 
 def test_a_model_that_its_settings_do_not_describe(tmp_path):
@@ -326,6 +342,35 @@ def test_onnxruntime_gives_the_same_logits(tmp_path, case, to):
     arrays = {a.name: onnx.numpy_helper.to_array(a) for a in made.graph.initializer}
     lost = {name for name in model.state_dict() if name not in arrays}
     assert all(name.startswith("pos_embed.") or "relative_position" in name or ".pos_embed" in name for name in lost)
+    assert all(np.array_equal(arrays[n], a) for n, a in model.state_dict().items() if n in arrays)
+
+
+OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "normed": LITTLE["normed"],
+    **CASES_OF_TOKENIZERS,
+    **{f"hybrid, {case}": ("hybrid", HYBRID | settings) for case, settings in HYBRIDS.items()},
+    "resnet": ("resnet", {"image_size": (9, 12), "in_channels": 2, "num_classes": 3, "depths": (1, 2), "width": 8,
+                          "group": 4}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_onnxruntime_gives_the_same_logits_of_other_models(tmp_path, case):
+    onnx = pytest.importorskip("onnx", reason="onnx is not installed")
+    runtime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    model: Any = disturbed(build(*OTHERS[case])).eval()
+    path = written(tmp_path, model, ONNX)
+    session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    images = normal(mv.Key(4), (7, *model.settings.image_shape)).astype(np.float32)
+    for batch in (1, 7):
+        (logits,) = session.run(["logits"], {"images": images[:batch]})
+        close(logits, model(images[:batch]).numpy())
+    made = onnx.load(path)
+    about = {entry.key: entry.value for entry in made.metadata_props}
+    assert json.loads(about["mean"]) == [0.25, 0.5] and json.loads(about["std"]) == [0.5, 0.75] and about["preparation"]
+    arrays = {a.name: onnx.numpy_helper.to_array(a) for a in made.graph.initializer}
+    lost = {name for name in model.state_dict() if name not in arrays}
+    assert all("conv" in name and f"{name}.standardised" in arrays for name in lost)
     assert all(np.array_equal(arrays[n], a) for n, a in model.state_dict().items() if n in arrays)
 
 

@@ -13,7 +13,7 @@ import pytest
 import minivit as mv
 from minivit import ops, study
 from minivit.backend import normal, permutation, tile
-from minivit.data import Dataset
+from minivit.data import Dataset, Preparation
 from minivit.errors import CheckpointError, ConfigError, DTypeError, MisfitError, ShapeError
 from minivit.models import Hybrid, build, configuration, count_parameters, model_outline
 from minivit.models.registry import read_settings
@@ -24,6 +24,9 @@ from minivit.study.account import account
 from minivit.train import capture
 from minivit.train.optim import AdamW
 from minivit.weights import google
+from minivit.weights.card import Facts
+from minivit.weights.configs import TIMM_STAGES
+from minivit.weights.export import write_export
 from minivit.weights.foreign import open_foreign
 from minivit.weights.names import Sizes
 from minivit.weights.native import load_model
@@ -170,6 +173,22 @@ def test_a_file_made_to_mislead(changed, says, tmp_path):
         mv.load_model(path)
 
 
+def test_hybrids_with_batch_norm_are_told_apart(tmp_path):
+    """timm's of a ResNet-D: by their names, and by what their files hold."""
+    assert "vit_small_r26_s32_224" in mv.list_models("vit_*_r*")
+    for name in ("vit_small_resnet26d_224", "vit_small_resnet50d_s16_224", "vit_base_resnet50d_224.untrained"):
+        with pytest.raises(ConfigError, match="BatchNorm before its blocks, and minivit has no BatchNorm"):
+            mv.create_model(name)
+    state = {n: a for n, a in state_of("timm_stages").items() if "backbone" not in n}
+    state["patch_embed.proj.weight"] = np.zeros((12, 2048, 1, 1), np.float32)
+    for name in ("conv1.0.weight", "conv1.1.running_mean", "bn1.weight", "bn1.running_var"):
+        state[f"patch_embed.backbone.{name}"] = np.zeros(4, np.float32)
+    (tmp_path / "model.safetensors").write_bytes(safetensors(state))
+    for load in (mv.load_model, lambda path: mv.load_weights(Hybrid(**SMALL), path)):
+        with pytest.raises(CheckpointError, match="holds a network with BatchNorm, which minivit has not"):
+            load(tmp_path / "model.safetensors")
+
+
 def test_a_named_hybrid_takes_a_file(tmp_path):
     """The weights of a named one, as both systems write them, give the same model, in Google's eps and in timm's."""
     settings = {"dim": 8, "depth": 1, "heads": 2, "mlp_dim": 8, "image_size": 64, "width": 32, "num_classes": 4}
@@ -191,6 +210,25 @@ def test_a_named_hybrid_takes_a_file(tmp_path):
     assert found is not None and found.kind == "hybrid"
 
 
+@pytest.mark.parametrize("case", ["timm_r", "timm_stages"])
+def test_images_of_other_channels(case, tmp_path):
+    """The filters are summed before they are standardised, as timm does it: features of grey images in proportion."""
+    path = write(case, tmp_path)
+    whole = mv.load_model(path)
+    sizes = {k: v for k, v in whole.config.items() if k in SMALL or k == "stages"}
+    told: list[str] = []
+    model = mv.create_model("vit_tiny_r_s16_p8_224", weights=path, tell=told.append, **sizes | {"in_channels": 1})
+    name = next(n for n in model.state_dict() if n.startswith("patch_embed.backbone") and "conv" in n)
+    assert told == [f"{name}: 2 image channels → 1"]
+    before, after = whole.state_dict()[name], model.state_dict()[name]
+    np.testing.assert_array_equal(after, before[:, :1] + before[:, 1:])
+    grey = IMAGES[:, :1]
+    root = [m.patch_embed.backbone if case == "timm_r" else m.patch_embed.backbone.stem for m in (whole, model)]
+    two, one = (r.conv(mv.tensor(x)).numpy() for r, x in zip(root, (np.repeat(grey, 2, axis=1), grey), strict=True))
+    rate = (two * one).sum((0, 2, 3)) / (one * one).sum((0, 2, 3))  # of each channel
+    np.testing.assert_allclose(two, one * rate[:, None, None], atol=1e-4 * np.abs(two).max())
+
+
 def test_googles_file_of_a_root_alone(tmp_path):
     model = small(dtype=np.float32, **SMALL | {"image_size": 16, "stem_eps": "google", "activation": "gelu_tanh"})
     arrays = {name: np.array(p.data) for name, p in model.named_parameters()}
@@ -199,6 +237,60 @@ def test_googles_file_of_a_root_alone(tmp_path):
     assert (again.settings.stages, again.settings.patch_size, again.settings.grid) == ((), 8, (2, 2))
     images = np.ascontiguousarray(IMAGES[:, :, :, :16])
     assert np.array_equal(again(images).data, model(images).data)
+
+
+def exported(tmp_path: Path, to: str, **settings: Any) -> tuple[Any, Any]:
+    """Return a hybrid and what comes back of it through another system's layout."""
+    model = small(dtype=np.float32, **SMALL | {"image_size": 64, "patch_size": 32} | settings)
+    facts = Facts(Preparation("centre bicubic 0.5", (0.25, 0.5), (0.5, 0.75)), ("cat", "dog", "cow"), "digits")
+    write_export(model, tmp_path / "out", to, facts)
+    return model, mv.load_model(tmp_path / "out").eval()
+
+
+@pytest.mark.parametrize(
+    ("to", "settings"),
+    [
+        ("timm", {"width": 64}), ("timm", {"width": 64, "pool": "mean"}),
+        ("google", {"stem_eps": "google", "activation": "gelu_tanh", "patch_size": 16}),
+        ("google", {"stem_eps": "google", "activation": "gelu_tanh", "stages": (2, 1)}),
+    ],
+)  # fmt: skip
+def test_out_and_back_bit_for_bit(tmp_path, to, settings):
+    model, back = exported(tmp_path, to, **settings)
+    state = model.state_dict()
+    assert back.state_dict().keys() == state.keys()
+    assert all(np.array_equal(back.state_dict()[n], a) for n, a in state.items())
+    followed = {"dim_head": 6, "class_token": settings.get("pool") != "mean", "seed": 0}
+    assert back.config | followed == model.config | followed
+    images = normal(mv.Key(3), (2, 2, 64, 64)).astype(np.float32)
+    assert np.array_equal(back(images).data, model(images).data)
+
+
+@pytest.mark.parametrize(
+    ("to", "settings", "says"),
+    [
+        ("timm", {"width": 32}, "a ResNet whose width is not 64"), ("huggingface", {}, "a ResNet before the patches"),
+        ("timm", {"width": 64, "stages": (1, 2)}, "a ResNet of other stages than timm's"),
+        ("timm", {"width": 64, "stem_eps": "google"}, "stem_eps 'google'"), ("google", {}, "stem_eps 'timm'"),
+        ("timm", {"width": 64, "distilled": True}, "a distillation token after a ResNet"),
+    ],
+)  # fmt: skip
+def test_what_cannot_go_out(tmp_path, to, settings, says):
+    with pytest.raises(ConfigError, match=rf"{says}.*\n.*onnx, which can say it"):
+        exported(tmp_path, to, **settings)
+
+
+@pytest.mark.parametrize("settings", [{}, {"pool": "mean", "registers": 1}])
+def test_timm_gives_the_same_logits(tmp_path, settings):
+    timm = pytest.importorskip("timm", reason="timm is not installed")
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+    model, _ = exported(tmp_path, "timm", width=64, **settings)
+    theirs = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
+    images = normal(mv.Key(3), (2, 2, 64, 64)).astype(np.float32)
+    with torch.no_grad():
+        assert relative(theirs(torch.from_numpy(images)).numpy(), model(images).numpy()) < 1e-5
+    for stages, name in TIMM_STAGES.items():
+        assert dict(configuration(name).settings).get("stages", ()) == stages
 
 
 # ---- what it is ------------------------------------------------------------------------------------------------------

@@ -15,19 +15,24 @@ import minivit as mv
 from minivit import nn, ops, study
 from minivit.backend import normal, tile
 from minivit.data import Dataset
-from minivit.errors import ConfigError, MinivitError, MisfitError, ShapeError
+from minivit.errors import CheckpointError, ConfigError, MinivitError, MisfitError, ShapeError
 from minivit.measure.costs import layer_costs, model_costs
 from minivit.measure.tape import read_tape
-from minivit.models import MODELS, build, configuration, count_parameters, list_models, model_outline
+from minivit.models import MODELS, build, configuration, count_parameters, list_models, model_outline, read_settings
 from minivit.nn.module import Constant
 from minivit.runs.explaining import image_of_file, write_page
 from minivit.runs.trained import open_trained
 from minivit.train import capture
 from minivit.train.optim import AdamW, Muon
+from minivit.weights import shi_labs, yitu
+from minivit.weights.foreign import open_foreign
+from minivit.weights.names import Sizes
 from minivit.weights.native import load_model
+from minivit.weights.stored import Entry
 from minivit.weights.transfer import init_from
 from tests import strict
 from tests.browser import CHROMIUM, Page
+from tests.weight_files import safetensors
 
 GOLDENS = Path(__file__).parent / "goldens" / "tokenizers.npz"
 SIZES: dict[str, Any] = {"in_channels": 2, "num_classes": 3, "dim": 8, "depth": 2, "heads": 2, "mlp_dim": 12}
@@ -44,6 +49,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "t2t_transformer": ("vit", T2T | {"tokenizer": "t2t_transformer"}),
 }
 LITTLE = {  # as above, on smaller images
+    "normed": ("vit", PLAIN | {"tokenizer": "normed", "image_size": (8, 4)}),
     "cct_3x2": ("cct", SIZES | {"image_size": (6, 5), "convs": 2, "position": "sincos_1d"}),
     "cct_3x1": CASES["cct_3x1"],
     "shifted_lsa": CASES["shifted_lsa"],
@@ -78,18 +84,42 @@ def relative(a: Any, b: Any) -> float:
 # ---- against other systems -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_logits_and_gradients_are_the_others(case):
+def golden(case: str) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Return what a system computed, and its state by its own names; minivit's where it has none."""
     with np.load(GOLDENS, allow_pickle=False) as file:
         of = {name.partition("/")[2]: file[name] for name in file.files if name.startswith(f"{case}/")}
     kind, settings = CASES[case]
-    model: Any = build(kind, settings).to(np.float64)
-    own = dict(model.named_parameters())
+    own, state = dict(build(kind, settings).named_parameters()), {}
     assert sorted(of["names"]) == sorted(own)
-    for i, name in enumerate(of["names"]):
+    for i, (name, theirs) in enumerate(zip(of["names"], of["theirs"], strict=True)):
         p = own[name]
         scale = 0.3 if p.ndim < 2 else min(0.5, 1.5 * p.data[0].size ** -0.5)
-        p.data[...] = wave(p.shape, i) * np.float32(scale) + np.float32("norm" in name and name.endswith("weight"))
+        added = np.float32("norm" in theirs and name.endswith("weight"))
+        state[str(theirs)] = wave(p.shape, i) * np.float32(scale) + added
+    if case.startswith("t2t"):  # whose files have their fixed positions, too
+        state["pos_embed"] = waves(7, 8)
+    return of, state
+
+
+def waves(tokens: int, dim: int) -> np.ndarray:
+    """Sines and cosines in turn, (1, tokens, dim), as T2T-ViT's authors make them."""
+    angles = np.array([[t / 10000 ** (2 * (j // 2) / dim) for j in range(dim)] for t in range(tokens)])
+    angles[:, 0::2], angles[:, 1::2] = np.sin(angles[:, 0::2]), np.cos(angles[:, 1::2])
+    return angles[None].astype(np.float32)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_and_gradients_are_the_others(case, tmp_path):
+    """Of their own files, by the loader for everybody."""
+    of, state = golden(case)
+    kind, settings = CASES[case]
+    model: Any = build(kind, settings)
+    path = tmp_path / "a.npz"
+    np.savez(path, **state)
+    mv.load_weights(model, path, tell=(told := []).append)
+    assert told == []
+    model.to(np.float64)
+    own = dict(model.named_parameters())
     images = wave((3, *model.settings.image_shape), 100 + list(CASES).index(case))
     logits = model(images.astype(np.float64))
     assert relative(logits.numpy(), of["logits"]) < 1e-10
@@ -246,6 +276,147 @@ def test_it_is_recorded_on_a_gpu_to_the_bit(any_cupy, monkeypatch, case, precisi
         assert recorded == pytest.approx(steps("cpu", precision, case)[1], rel=1e-3)
 
 
+# ---- the authors' files ----------------------------------------------------------------------------------------------
+
+AUTHORS = [case for case in CASES if not case.startswith("shifted")]
+
+
+def same(model: Any, case: str) -> None:
+    """Assert that a model has the numbers of a golden."""
+    of, state = golden(case)
+    for name, theirs in zip(of["names"], of["theirs"], strict=True):
+        np.testing.assert_array_equal(model.state_dict()[name], state[theirs])
+
+
+@pytest.mark.parametrize("case", AUTHORS)
+def test_a_file_says_what_it_holds(case, tmp_path):
+    """All but heads, where they are not of 64 numbers, and images that are no squares."""
+    _, state = golden(case)
+    (tmp_path / "model.safetensors").write_bytes(safetensors({f"module.{n}": a for n, a in state.items()}))
+    kind, settings = CASES[case]
+    path = tmp_path / "model.safetensors"
+    found = open_foreign(path)
+    assert found.kind == kind
+    made = build(kind, found.settings() | {"heads": 2, "image_size": settings["image_size"]})
+    expected = build(kind, settings)
+    alike = ("class_token", "mlp_dim", "seed")
+    assert {k: v for k, v in made.config.items() if k not in alike} == {
+        k: v for k, v in expected.config.items() if k not in alike
+    }
+    with pytest.raises(
+        CheckpointError, match=r"does not say heads and image_size\n.*NAME, weights=path, heads=…, image_size=…"
+    ):
+        mv.load_model(path)
+    name = "cct_2_3x2_32" if kind == "cct" else "t2t_vit_7"
+    sizes = {k: v for k, v in settings.items() if k not in ("num_classes", "position", "qkv_bias", "norm_eps")}
+    model = mv.create_model(name, weights=tmp_path, **{"kernel": 3, "convs": 1} | sizes if kind == "cct" else sizes)
+    same(model, case)
+    assert model.settings.position == settings.get("position", "learned")
+
+
+@pytest.mark.parametrize("case", ["cct_3x1", "t2t"])
+def test_of_a_model_and_its_average_it_is_the_average(case, tmp_path):
+    _, state = golden(case)
+    other = {f"state_dict.{name}": a + 1 for name, a in state.items()}
+    other |= {f"state_dict_ema.module.{name}": a for name, a in state.items()} | {"epoch": np.array(310)}
+    np.savez(tmp_path / "checkpoint.npz", **other)
+    model = build(CASES[case][0], CASES[case][1])
+    mv.load_weights(model, tmp_path / "checkpoint.npz")
+    same(model, case)
+
+
+def test_images_of_other_channels(tmp_path):
+    _, state = golden("cct_3x1")
+    np.savez(tmp_path / "a.npz", **state)
+    model = build("cct", CASES["cct_3x1"][1] | {"in_channels": 1})
+    mv.load_weights(model, tmp_path / "a.npz", tell=(told := []).append)
+    assert told == ["patch_embed.convs.0.conv.weight: 2 image channels → 1"]
+    whole = build("cct", CASES["cct_3x1"][1])
+    mv.load_weights(whole, tmp_path / "a.npz")
+    grey = wave((2, 1, 10, 7), 3)
+    assert relative(model(grey).data, whole(grey.repeat(2, axis=1)).data) < 1e-5
+    _, state = golden("t2t")
+    np.savez(tmp_path / "b.npz", **state)
+    with pytest.raises(MisfitError, match=r"misshapen .*attention1\.norm1(.*\n)*.*in_channels=2"):
+        mv.load_weights(build("vit", T2T | {"tokenizer": "t2t", "in_channels": 1}), tmp_path / "b.npz")
+
+
+def test_positions_of_whole_numbers_are_told(tmp_path):
+    for case, name in (("t2t", "pos_embed"), ("cct_3x1", "classifier.positional_emb")):
+        _, state = golden(case)
+        np.savez(tmp_path / "a.npz", **state | {name: state[name].astype(int) if name in state else waves(20, 8)})
+        for use in (mv.load_model, lambda path, case=case: mv.load_weights(build(*CASES[case]), path)):
+            with pytest.raises(CheckpointError):
+                use(tmp_path / "a.npz")
+
+
+def test_positions_that_are_not_those_that_the_model_makes(tmp_path):
+    """They are learned, or were resized: a model with fixed ones would answer wrongly."""
+    _, state = golden("t2t")
+    state["pos_embed"] = state["pos_embed"] * 0.9
+    np.savez(tmp_path / "a.npz", **state)
+    fixed, learned = (
+        build("vit", T2T | {"tokenizer": "t2t"}),
+        build("vit", T2T | {"tokenizer": "t2t", "position": "learned"}),
+    )
+    with pytest.raises(MisfitError, match=r"unexpected  pos_embed .*: learned positions, which the model has not"):
+        mv.load_weights(fixed, tmp_path / "a.npz")
+    mv.load_weights(learned, tmp_path / "a.npz")
+    np.testing.assert_array_equal(learned.pos_embed.data, state["pos_embed"])
+    assert open_foreign(tmp_path / "a.npz").settings()["position"] == "learned"
+    _, state = golden("cct_3x1")
+    state["classifier.positional_emb"] = waves(20, 8)
+    np.savez(tmp_path / "b.npz", **state)
+    cct = build("cct", CASES["cct_3x1"][1] | {"position": "sincos_1d", "image_size": (20, 7)})
+    mv.load_weights(cct, tmp_path / "b.npz", tell=(told := []).append)
+    assert told == ["pos_embed: fixed ones of 20 tokens → 40"]
+    for position in ("none", "learned"):
+        cct = build("cct", CASES["cct_3x1"][1] | {"position": position})
+        if position == "none":
+            with pytest.raises(MisfitError, match=r"unexpected  classifier\.positional_emb"):
+                mv.load_weights(cct, tmp_path / "b.npz")
+        else:
+            mv.load_weights(cct, tmp_path / "b.npz", tell=told.append)
+            assert told[1:] == ["position: sincos_1d in the file, learned here"]
+
+
+@pytest.mark.parametrize(
+    ("case", "change", "says"),
+    [
+        ("cct_3x1", {"classifier.class_emb": (1, 1, 8)}, "has a class token, as ViT-Lite and CVT have"),
+        ("cct_3x1", {"tokenizer.conv_layers.0.0.weight": (8, 2, 3, 4)}, "kernels are of 3 by 4"),
+        ("cct_3x1", {"tokenizer.conv_layers.0.0.weight": (8, 2, 0, 0)}, r"is of shape \(8, 2, 0, 0\)"),
+        ("cct_3x1", {"classifier.blocks.0.linear2.weight": (8,)}, "is of shape"),
+        ("cct_3x1", {"classifier.fc.weight": None}, "it has no classifier.fc.weight"),
+        ("t2t", {"tokens_to_token.attention1.norm1.weight": (27,)}, "27 numbers, which are not those of 7 by 7 pixels"),
+        ("t2t", {"pos_embed": (7, 8)}, "its pos_embed is of shape"), ("t2t", {"pos_embed": (1, 1, 8)}, "image_size"),
+        ("t2t", {"head.weight": None}, "it has no head.weight"),
+    ],
+)  # fmt: skip
+def test_files_that_are_none_of_these(case, change, says, tmp_path):
+    _, state = golden(case)
+    for name, shape in change.items():
+        state.pop(name, None)
+        state |= {} if shape is None else {name: np.zeros(shape, np.float32)}
+    np.savez(tmp_path / "a.npz", **state)
+    with pytest.raises(CheckpointError, match=says):
+        mv.load_model(tmp_path / "a.npz")
+    with pytest.raises(CheckpointError):
+        mv.load_weights(build(CASES[case][0], CASES[case][1]), tmp_path / "a.npz")
+
+
+def test_published_sizes_are_read_off_their_arrays():
+    for name, layout in (("t2t_vit_t_14", yitu.LAYOUT), ("t2t_vit_7", yitu.LAYOUT), ("cct_7_7x2_224", shi_labs.LAYOUT)):
+        kind, settings = configuration(name)
+        shapes = {n: p.shape for n, p in model_outline(kind, settings).named_parameters()}
+        written = layout.written({n: np.zeros(shape, np.float32) for n, shape in shapes.items()}, Sizes())
+        if kind == "vit":
+            written["pos_embed"] = waves(197, settings["dim"])
+        entries = {n: Entry(n, a.shape, "<f4", lambda a=a: a) for n, a in written.items()}
+        said = layout.sizes_of(layout.entries_of(entries)) | layout.settings_of(entries, {})
+        assert read_settings(kind, said).written_out() == read_settings(kind, settings).written_out()
+
+
 # ---- another size, another task --------------------------------------------------------------------------------------
 
 
@@ -263,7 +434,7 @@ def test_images_of_another_size(case, tmp_path):
             np.testing.assert_array_equal(after[name], value)
     mv.save(model, tmp_path / "a.npz")
     assert relative(load_model(tmp_path / "a.npz").eval()(images).data, model(images).data) < 1e-12
-    if "shifted" in case or "cct" in case:
+    if "shifted" in case or "cct" in case or case == "normed":
         with pytest.raises(ConfigError, match="no pictures that could be resized"):
             model.resize((2 * h, 2 * w), 8)
     other = build(LITTLE[case][0], LITTLE[case][1] | {"num_classes": 5, "seed": 3})

@@ -32,8 +32,8 @@ LUCIDRAINS = {
 
 @pytest.fixture(scope="module")
 def goldens():
-    with np.load(GOLDENS) as arrays:
-        return dict(arrays)
+    with np.load(GOLDENS) as arrays, np.load(GOLDENS.with_name("lucidrains.npz")) as more:
+        return dict(arrays) | dict(more)
 
 
 @pytest.fixture
@@ -58,6 +58,8 @@ def under(arrays, prefix):
 
 
 def loaded(name, path):
+    if name in NOW:  # the file says all but what has no shape
+        return mv.create_model("vit_tiny_patch16_224", weights=path, **SMALL | {"dim_head": 6}).eval()
     if name not in ("lucidrains", "simple_vit"):
         return mv.load_model(path)
     simple = {"pool": "mean", "fc_norm": True, "position": "sincos_2d"}
@@ -66,7 +68,9 @@ def loaded(name, path):
     return model.eval()
 
 
+NOW = ["lucidrains_now", "lucidrains_mean", "simple_vit_now"]
 CASES = [
+    *NOW,
     "hugging_face", "deit", "timm", "timm_avg", "google", "big_vision", "big_vision_map", "lucidrains", "simple_vit",
 ]  # fmt: skip
 
@@ -81,7 +85,7 @@ def test_logits_and_gradients_are_the_systems(case, tmp_path, name):
     np.testing.assert_allclose(logits.numpy(), golden["logits"], rtol=1e-5, atol=1e-6 * scale)
     model.to(np.float64)
     logits = model(golden["images"].astype(np.float64))
-    most = 1e-6 if name == "simple_vit" else 1e-10  # whose fixed positions both have in float32, each rounded its way
+    most = 1e-6 if "simple_vit" in name else 1e-10  # whose fixed positions both have in float32, each rounded its way
     np.testing.assert_allclose(logits.numpy(), golden["logits"], rtol=most, atol=0.1 * most * scale)
     mv.ops.cross_entropy(logits, golden["labels"]).backward()
     np.savez(tmp_path / "gradients.npz", **under(golden, "grad/"))
@@ -89,7 +93,7 @@ def test_logits_and_gradients_are_the_systems(case, tmp_path, name):
         {n: p.shape for n, p in model.named_parameters()}, model.settings.heads
     )
     for n, p in model.named_parameters():
-        if name == "simple_vit" and n.endswith("attn.proj.bias"):
+        if "simple_vit" in name and n.endswith("attn.proj.bias"):
             continue  # which is 0: it has none
         at_most = 10 * most * np.abs(gradients[n]).max() + 1e-15
         np.testing.assert_allclose(p.grad, gradients[n], rtol=10 * most, atol=at_most, err_msg=n)
@@ -178,14 +182,17 @@ def test_hugging_faces_names_in_memory(case, tmp_path, goldens):
     }
 
 
-@pytest.mark.parametrize("module", [google, huggingface, lucidrains])
-def test_the_tables_go_both_ways(module):
+@pytest.mark.parametrize("module, tokenizer", [
+    (google, "patch"), (huggingface, "patch"), (lucidrains, "patch"), (lucidrains, "normed"),
+])  # fmt: skip
+def test_the_tables_go_both_ways(module, tokenizer):
     layout = module.LAYOUT
     ours, theirs = [row.ours for row in layout.rows], [name for row in layout.rows for name in row.theirs]
     twice = {"conv_root/kernel", "gn_root/scale", "gn_root/bias"}  # of a ResNet with stages, or of its root alone
     assert len(set(ours)) == len(ours) and len(theirs) - len(set(theirs)) == len(twice & set(theirs))
     model = mv.ViT(
-        **LUCIDRAINS | {"qkv_bias": module is not lucidrains, "head": "mlp" if module is google else "linear"}
+        **LUCIDRAINS | {"qkv_bias": module is not lucidrains, "head": "mlp" if module is google else "linear"},
+        tokenizer=tokenizer,
     )
     state = model.state_dict()
     written = layout.written(state, Sizes(3, (4, 4)))
@@ -331,6 +338,79 @@ def test_as_it_is_nothing_is_told(case):
     assert told == [] and model.settings.num_classes == 5 and model.settings.norm_eps == 1e-3
 
 
+def for_channels(weight, channels):
+    """What timm's adapt_input_conv makes of filters (D, 3, P, Q): their sum, or these in turn, 3 / channels of each."""
+    if channels == 1:
+        return weight[:, :1] + weight[:, 1:2] + weight[:, 2:3]
+    return np.stack([weight[:, i % 3] for i in range(channels)], axis=1) * np.float32(3 / channels)
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+@pytest.mark.parametrize("name", ["timm", "google", "lucidrains", "own"])
+def test_images_of_other_channels(case, tmp_path, name, channels):
+    _, path = case("timm" if name == "own" else name)
+    whole = loaded(name, path)
+    if name == "own":
+        mv.save(whole, path := tmp_path / "own.npz")
+    settings = {k: whole.config[k] for k in (*SMALL, "dim_head")} | {"in_channels": channels}
+    model = mv.create_model("vit_tiny_patch16_224", weights=path, tell=(told := []).append, **settings).eval()
+    assert told == [f"patch_embed.proj.weight: 3 image channels → {channels}"]
+    weight = whole.state_dict()["patch_embed.proj.weight"]
+    np.testing.assert_allclose(
+        model.state_dict()["patch_embed.proj.weight"], for_channels(weight, channels), rtol=1e-6, atol=1e-8
+    )
+    if channels == 1:
+        grey = normal(mv.Key(1), (2, 1, *whole.settings.image_shape[1:])).astype(np.float32)
+        logits = whole(np.repeat(grey, 3, axis=1)).numpy()
+        np.testing.assert_allclose(model(grey).numpy(), logits, rtol=1e-4, atol=1e-5 * np.abs(logits).max())
+    if name != "lucidrains":
+        assert model.preparation == whole.preparation.of_channels(channels) and len(model.preparation.std) == channels
+    again = mv.ViT(**model.config | {"num_classes": 9})
+    with pytest.warns(UserWarning, match=f"3 image channels → {channels}"):
+        mv.load_weights(again, path, new_head=True)
+
+
+def test_means_of_other_channels_and_what_no_filters_can_be_made_of(case, tmp_path):
+    _, path = case("timm")
+    place = path.with_name("config.json")
+    table = json.loads(place.read_text())
+    table["pretrained_cfg"] |= {"mean": [0.25, 0.5, 0.75], "std": [0.5, 0.25, 0.75]}
+    place.write_text(json.dumps(table))
+    rgb = mv.load_model(path)
+    mv.save(rgb, tmp_path / "own.npz")
+    for file in (path, tmp_path / "own.npz", tmp_path):  # a folder with a model.safetensors
+        settings = SMALL | {"image_size": (12, 16), "in_channels": 1}
+        with pytest.warns(UserWarning, match="3 image channels → 1"):
+            model = mv.create_model("vit_tiny_patch16_224", weights=file, **settings)
+        assert (model.preparation.mean, model.preparation.std) == ((0.5,), (0.5,))
+    shifted = mv.ViT(**SMALL | {"image_size": (12, 16), "num_classes": 5, "tokenizer": "shifted"})
+    mv.save(shifted, tmp_path / "shifted.npz")
+    with pytest.raises(CheckpointError, match=r"patch_embed\.norm\.weight"):
+        mv.create_model("vit_tiny_patch16_224", weights=tmp_path / "shifted.npz", **SMALL | {"in_channels": 1})
+
+
+def test_a_folder_in_the_place_of_a_file(case, tmp_path):
+    _, path = case("hugging_face")
+    expected = mv.load_model(path)
+    run = tmp_path / "runs" / "x"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "config.toml").touch()
+    mv.save(expected, run / "checkpoints" / "last.npz")
+    for folder in (tmp_path, str(tmp_path), run):
+        models = [mv.load_model(folder), mv.create_model("vit_tiny_patch16_224", weights=folder, **SMALL)]
+        models.append(mv.ViT(**expected.config))
+        mv.load_weights(models[-1], folder)
+        assert stored_settings(folder) == expected.settings
+        for model in models:
+            assert all((a == model.state_dict()[n]).all() for n, a in expected.state_dict().items())
+        assert models[0].class_names == expected.class_names
+    (run / "checkpoints" / "last.npz").unlink()
+    with pytest.raises(CheckpointError, match="has no checkpoint yet"):
+        mv.load_model(run)
+    with pytest.raises(CheckpointError, match="is no run folder"):
+        mv.load_weights(expected, tmp_path / "runs")
+
+
 def test_minivits_own(tmp_path):
     model = mv.ViT(**SMALL | {"num_classes": 5})
     model.pos_embed.data += 1
@@ -383,28 +463,13 @@ def test_what_a_vit_has_not_is_told_in_words(case, name, words):
         mv.load_weights(mv.ViT(**SMALL | {"image_size": (12, 16)}), path.with_suffix(".npz"))
 
 
-def test_what_lucidrains_later_versions_add_is_told():
-    """Names and shapes of vit-pytorch 1.26: ViT, and SimpleViT."""
-    found = {
-        "to_patch_embedding.1.weight": (48,), "to_patch_embedding.1.bias": (48,),
-        "to_patch_embedding.2.weight": (12, 48), "to_patch_embedding.2.bias": (12,),
-        "to_patch_embedding.3.weight": (12,), "to_patch_embedding.3.bias": (12,),
-        "transformer.norm.weight": (12,), "transformer.norm.bias": (12,),
-        "linear_head.weight": (5, 12), "linear_head.bias": (5,),
-    }  # fmt: skip
-    for i in range(2):
-        at = f"transformer.layers.{i}"
-        found |= {f"{at}.0.norm.weight": (12,), f"{at}.0.norm.bias": (12,), f"{at}.0.to_qkv.weight": (54, 12)}
-        found |= {f"{at}.0.to_out.weight": (12, 18), f"{at}.1.net.0.weight": (12,), f"{at}.1.net.0.bias": (12,)}
-        found |= {f"{at}.1.net.1.weight": (20, 12), f"{at}.1.net.1.bias": (20,)}
-        found |= {f"{at}.1.net.3.weight": (12, 20), f"{at}.1.net.3.bias": (12,)}
-    entries = lucidrains.entries_of({n: mv_entry(n, np.zeros(shape, np.float32)) for n, shape in found.items()})
-    named = set(lucidrains.LAYOUT.written(mv.ViT(**LUCIDRAINS | {"pool": "mean", "position": "none"}).state_dict(),
-                                          Sizes(3, (4, 4))))  # fmt: skip
-    assert named - set(entries) == {f"transformer.layers.{i}.0.to_out.0.bias" for i in range(2)}
-    assert set(entries) - named == {
-        f"to_patch_embedding.norm_{side}.{part}" for side in ("before", "after") for part in ("weight", "bias")
-    }
+def test_what_lucidrains_later_versions_add_is_told(case):
+    _, path = case("simple_vit_now")
+    model = mv.ViT(**LUCIDRAINS | {"pool": "mean", "position": "sincos_2d"})
+    with pytest.raises(MisfitError) as caught:
+        mv.load_weights(model, path)
+    assert str(caught.value).count("norms on both sides of the patch projection, which the model has not") == 4
+    assert "make the model with the file's tokenizer='normed'" in caught.value.remedy
 
 
 # ---- time and memory -------------------------------------------------------------------------------------------------

@@ -211,6 +211,9 @@ def test_archives_that_mislead(google):
     archive(path, [(n, data) for n, data in whole if n != "head/bias"] + [("head/bias", b"\x93NUMPY\x03\x00")])
     with pytest.raises(CheckpointError, match="unknown version"):
         mv.load_model(path)
+    archive(path, [(n, data) for n, data in whole if n != "head/bias"] + [("head/bias", b"\x93NUMPX" + npy(bias)[6:])])
+    with pytest.raises(CheckpointError, match="magic string is not correct"):
+        mv.load_model(path)
 
 
 def test_one_array_under_two_names(google):

@@ -118,8 +118,10 @@ def test_images_are_prepared_as_timm_does(name: str) -> None:
 
 def test_every_name_of_timms_has_a_preparation_and_ones_own_have_none() -> None:
     assert PREPARATIONS.keys() == {name for name in MODELS if name in TIMM} | {
-        "vit_base_patch8_384", "vit_huge_patch14_518", *t2t.NAMES,
+        "vit_base_patch8_384", "vit_huge_patch14_518", *t2t.NAMES, *mv.list_models("cct_*"),
     }  # fmt: skip
+    assert mv.preparation("cct_7_3x1_32").fit == "centre bicubic 1"
+    assert mv.preparation("cct_14_7x2_384").mean == (0.485, 0.456, 0.406)
     with pytest.raises(ConfigError, match="vit_digits is known for no weights"):
         mv.preparation("vit_digits")
     with pytest.raises(ConfigError, match="unknown model 'vit_x'"):

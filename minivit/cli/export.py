@@ -1,4 +1,4 @@
-"""``minivit export``: a model's weights for timm, Hugging Face's transformers, Google's vit_jax, or as ONNX."""
+"""``minivit export``: a model for timm, Hugging Face's transformers, Google's vit_jax, or as ONNX."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
         "timm and huggingface: a folder of model.safetensors, config.json and a model card, README.md.\n"
         "google: vit_jax's .npz. onnx: a file that takes batches of any size (pip install 'minivit[onnx]').\n"
+        "Every model can go to onnx; a hybrid of a ResNet to timm or google, too, as its stem_eps says.\n"
         "What a system has no place for is an error that says so."
     )
     parser.add_argument(

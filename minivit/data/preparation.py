@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from typing import Any, BinaryIO
 
@@ -39,6 +39,13 @@ class Preparation:
         channels, height, width = shape
         image: np.ndarray = read_image(source, (height, width), channels, self.fit)
         return np.asarray(standardize(image[None], self.mean, self.std))[0]
+
+    def of_channels(self, channels: int) -> Preparation:
+        """Return it for images of another number of channels: each has the average of the mean, and of the std."""
+        if len(self.mean) == channels:
+            return self
+        mean, std = ((sum(values) / len(values),) * channels for values in (self.mean, self.std))
+        return replace(self, mean=mean, std=std)
 
     def meta(self) -> dict[str, Any]:
         """Return it as a checkpoint keeps it, in its ``data``."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields, replace
 from typing import Any
 
@@ -41,19 +41,35 @@ def _text(value: Any) -> str:
     return str(list(value)) if isinstance(value, tuple) else str(value)
 
 
+def first_weight(names: Iterable[str]) -> str:
+    """Return which of a model's parameters is the weight that sees the image, "" if none of the known ones is there."""
+    return next((name for name in _FIRST if name in names), "")
+
+
 def fit_channels(state: dict[str, np.ndarray], channels: int) -> list[str]:
-    """Spread the first weights evenly over other channels, so that grey images give the same tokens; return notes."""
-    name = next((name for name in _FIRST if name in state), "")
-    weight = state.get(name)
-    if weight is None or weight.ndim != 4 or weight.shape[1] == channels:
+    """Make the weight that sees the image one for images of other channels, so that grey ones give the same; note it.
+
+    Its filters for one channel are the sum of those there; for more, those there in turn, all scaled by the channels
+    before over those after, as in timm. A standardised weight (:class:`minivit.nn.StdConv2d`) gives features of grey
+    images in proportion.
+    """
+    weight = state.get(name := first_weight(state))
+    if weight is None or weight.ndim != 4 or weight.shape[1] in (channels, 0):
         return []
-    mean = weight.sum(axis=1, keepdims=True) / channels  # (D, C, P, Q) → (D, 1, P, Q)
-    state[name] = mean.repeat(channels, axis=1)  # → (D, C', P, Q)
-    return [f"{name}: {weight.shape[1]} image channels → {channels}"]
+    before = weight.shape[1]
+    if channels == 1:
+        state[name] = weight.sum(axis=1, keepdims=True)  # (D, C, P, Q) → (D, 1, P, Q)
+    else:
+        turns = np.tile(weight, (1, -(-channels // before), 1, 1))
+        state[name] = turns[:, :channels] * before / channels  # → (D, C', P, Q)
+    return [f"{name}: {before} image channels → {channels}"]
 
 
-_FIRST = ("patch_embed.backbone.stem.conv.weight", "patch_embed.backbone.conv.weight", "patch_embed.proj.weight")
-"""The weights that see the image, by where they may be: before the patches, or theirs."""
+_FIRST = (
+    "patch_embed.backbone.stem.conv.weight", "patch_embed.backbone.conv.weight", "patch_embed.convs.0.conv.weight",
+    "patch_embed.proj.weight", "conv.weight",
+)  # fmt: skip
+"""The weights that see the image, by where they may be: before the patches, or theirs; a ResNet's without patches."""
 
 
 def fit_tokens(state: dict[str, np.ndarray], own: Mapping[str, np.ndarray], old: Any, new: Any) -> list[str]:

@@ -6,9 +6,11 @@ import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from minivit.data import Preparation
 from minivit.errors import ConfigError
 from minivit.models.adapt import check_encoder, fit_tokens, resize
 from minivit.models.embedding import make_positions, put_together
+from minivit.models.preparations import prepare
 from minivit.models.registry import Model, Settings, register, setting
 from minivit.models.trace import Change, Trace, trace
 from minivit.nn import init, rules
@@ -163,3 +165,13 @@ class CCT(Model):
         """Make a checkpoint's positions fit this model's grid of tokens: :meth:`Model.adapt`."""
         check_encoder(self, state, old, self.encoder)
         return fit_tokens(state, self.state_dict(), old, self.settings)
+
+
+_IMAGENET = Preparation("centre bicubic 0.9", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+_OF_WEIGHTS = {  # of the authors' weights, by what they were trained on
+    "32": Preparation("centre bicubic 1", (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),  # CIFAR-10
+    "7_7x2_224": Preparation("centre bicubic 1", (0.4353, 0.3773, 0.2872), (0.2966, 0.2455, 0.2698)),  # Flowers-102
+}
+prepare(
+    {name: next((p for end, p in _OF_WEIGHTS.items() if name.endswith(end)), _IMAGENET) for name in _CONFIGURATIONS}
+)

@@ -10,7 +10,7 @@ from minivit.nn.layers import PatchEmbed, Tokenizer
 from minivit.nn.module import Constant, Module, Parameter, shape_text
 from minivit.nn.scored import RelativePositions
 from minivit.nn.token_attention import TokenPerformer, TokensToToken, TokenTransformer
-from minivit.nn.tokenizers import ShiftedPatchEmbed
+from minivit.nn.tokenizers import NormedPatchEmbed, ShiftedPatchEmbed
 
 
 class Positions2D(Module):
@@ -42,8 +42,8 @@ def make_patches(s: Any) -> Tokenizer:
     sizes = s.image_size, s.patch_size, s.in_channels, s.dim
     if s.tokenizer == "patch":
         return PatchEmbed(*sizes)
-    if s.tokenizer == "shifted":
-        return ShiftedPatchEmbed(*sizes, s.norm_eps)
+    if s.tokenizer in ("normed", "shifted"):
+        return (NormedPatchEmbed if s.tokenizer == "normed" else ShiftedPatchEmbed)(*sizes, s.norm_eps)
     kind = TokenPerformer if s.tokenizer == "t2t" else TokenTransformer
     return TokensToToken(*sizes, kind, eps=s.norm_eps)
 

@@ -333,6 +333,9 @@ def unknown_model(name: Any) -> Exception:
     if tag and known in MODELS:
         remedy = f"the model is {known!r}; its weights come from a file: create_model({known!r}, weights=PATH)"
         return ConfigError(f"unknown model {name!r}: {tag!r} names weights, which minivit does not bring", remedy)
+    if known.startswith("vit_") and "_resnet" in known:  # timm's with a ResNet-D
+        what = f"{name!r} has a ResNet with BatchNorm before its blocks, and minivit has no BatchNorm"
+        return ConfigError(what, "hybrids with GroupNorm are here: mv.list_models('vit_*_r*')")
     return unknown_name("model", name, MODELS)
 
 

@@ -72,8 +72,9 @@ class ViTSettings(Settings):
     lsa: bool = setting(False, flag, "a learned temperature, and no token attends to itself: for few images")
     transformer: str | None = setting(None, encoder_name, "a registered encoder in the place of the blocks")
     tokenizer: str = setting(
-        "patch", choice("patch", "shifted", "t2t", "t2t_transformer"),
-        "patch, a linear map; shifted, with those around (SPT); t2t, tokens to tokens; t2t_transformer, no performer",
+        "patch", choice("patch", "normed", "shifted", "t2t", "t2t_transformer"),
+        "patch, a linear map; normed, normalised before and after; shifted, with those around (SPT); "
+        "t2t, tokens to tokens; t2t_transformer, no performer",
     )  # fmt: skip
     weight_init: str = setting("paper", choice("paper", "mimetic"), "as the paper's code; mimetic is for few images")
     seed: int = setting(0, rules.seed, "what the parameters are drawn from")

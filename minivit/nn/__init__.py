@@ -10,7 +10,7 @@ from minivit.nn.random import random_key
 from minivit.nn.refined import LayerScale, PatchDropout, RMSNorm, SwiGLU
 from minivit.nn.scored import AttentionPool, RelativePositions, ScoredAttention, SequencePool
 from minivit.nn.token_attention import TokenPerformer, TokensToToken, TokenTransformer
-from minivit.nn.tokenizers import ConvTokenizer, ShiftedPatchEmbed
+from minivit.nn.tokenizers import ConvTokenizer, NormedPatchEmbed, ShiftedPatchEmbed
 
 __all__ = [
     "MLP",
@@ -29,6 +29,7 @@ __all__ = [
     "MaxPool2d",
     "Module",
     "MultiHeadAttention",
+    "NormedPatchEmbed",
     "ParallelBlock",
     "Parameter",
     "PatchDropout",

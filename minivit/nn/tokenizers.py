@@ -13,6 +13,25 @@ from minivit.nn.module import Module, Parameter, shape_text
 from minivit.nn.rules import Size, count
 
 
+class NormedPatchEmbed(PatchEmbed):
+    """A patch of the image, normalised, → a token, normalised (B, N, dim).
+
+    Kumar, Dehghani and Houlsby 2023, "Dual PatchNorm", arXiv 2302.01327, section 3.2.
+    """
+
+    says = "a linear map of the patch, normalised before and after it"
+
+    def __init__(self, image_size: Size, patch_size: Size, in_channels: int, dim: int, eps: float = 1e-6) -> None:
+        super().__init__(image_size, patch_size, in_channels, dim)
+        self.norm1 = LayerNorm(self.in_channels * self.patch_size[0] * self.patch_size[1], eps)
+        self.norm2 = LayerNorm(dim, eps)
+
+    def forward(self, images: Any) -> Any:
+        """Return the tokens (B, N, dim) of images (B, C, H, W)."""
+        patches = ops.patchify(self.rounded(images), self.patch_size)  # (B, C, H, W) → (B, N, C·P·Q)
+        return self.norm2(self.proj(self.norm1(patches)))  # → (B, N, dim)
+
+
 class ShiftedPatchEmbed(PatchEmbed):
     """A patch of the image and of four images shifted by half a patch, normalised, → a token (B, N, dim).
 

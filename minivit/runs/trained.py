@@ -73,9 +73,9 @@ class Trained:
 
 
 def _read(path: str, like: str | None) -> tuple[Model, dict[str, Any]]:
-    """Read the model in a file, and its meta. A bare state dict of timm's does not say all: the name says the rest."""
+    """Read the model in a file, and its meta. A bare state dict does not always say all: the name says the rest."""
     foreign = None if like is None else open_foreign(path)
-    if like is None or foreign is None or foreign.layout.name != "timm" or foreign.config:
+    if like is None or foreign is None or not foreign.layout.named or foreign.config:
         return read_model(path)
     return create_model(like, weights=path).eval(), {}
 

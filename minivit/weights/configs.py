@@ -16,6 +16,13 @@ _TIMM_POOLS = {"cls": "token", "mean": "avg", "map": "map", "map_all": "map"}
 _HF_ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu", "silu": "silu", "tanh": "tanh"}
 
 
+TIMM_STAGES = {
+    (): "vit_tiny_r_s16_p8_224", (2, 2, 2, 2): "vit_small_r26_s32_224", (3, 4, 9): "vit_base_r50_s16_224",
+    (3, 4, 6, 3): "vit_large_r50_s32_224",
+}  # fmt: skip
+"""The ResNets that timm has before a ViT: a model with each, by their bottlenecks."""
+
+
 def foreign_fit(preparation: Preparation) -> tuple[Fit, str]:
     """Return how other systems are told to bring pictures to the model's size, and what is not quite as minivit's."""
     fit = read_fit(preparation.fit)
@@ -52,13 +59,17 @@ def timm_config(s: Any, preparation: Preparation, classes: Sequence[str], no_emb
     }  # fmt: skip
     if s.norm == "rms":
         args["norm_layer"] = "rmsnorm"
+    first, architecture = "proj", "deit_base_distilled_patch16_224" if s.distilled else "vit_base_patch16_224"
+    if (stages := getattr(s, "stages", None)) is not None:
+        first, architecture = "backbone.stem.conv" if stages else "backbone.conv", TIMM_STAGES[stages]
+        args["patch_size"] = _side([side // s.stride for side in pair("patch_size", s.patch_size)])
     if not s.distilled:
         args |= {
             "class_token": "cls_token" in s.prefix, "reg_tokens": s.registers, "no_embed_class": no_embed_class,
             "pool_include_prefix": s.pool == "map_all",
         }  # fmt: skip
     return {
-        "architecture": "deit_base_distilled_patch16_224" if s.distilled else "vit_base_patch16_224",
+        "architecture": architecture,
         "num_classes": s.num_classes,
         "num_features": s.dim,
         "global_pool": pool,
@@ -69,7 +80,7 @@ def timm_config(s: Any, preparation: Preparation, classes: Sequence[str], no_emb
             "interpolation": fit.interpolation, "crop_pct": fit.part,
             "crop_mode": {"centre": "center"}.get(fit.how, fit.how),
             "mean": list(preparation.mean), "std": list(preparation.std), "num_classes": s.num_classes,
-            "first_conv": "patch_embed.proj", "classifier": ["head", "head_dist"] if s.distilled else "head",
+            "first_conv": f"patch_embed.{first}", "classifier": ["head", "head_dist"] if s.distilled else "head",
         },
     }  # fmt: skip
 

@@ -34,13 +34,16 @@ def export(
     model: Any, path: str | Path, to: str, *, data: Dataset | None = None, overwrite: bool = False,
     tell: Callable[[str], object] | None = None,
 ) -> None:  # fmt: skip
-    """Write a ViT for another system; ``to`` is one of these:
+    """Write a model for another system; ``to`` is one of these:
 
     - "timm": a folder of model.safetensors, config.json and README.md, for ``timm.create_model("local-dir:PATH")``;
     - "huggingface": the same with preprocessor_config.json, for transformers' ``from_pretrained``; DeiT's where the
       model has a distillation token;
     - "google": vit_jax's .npz;
     - "onnx": an ONNX file, ``images`` (batch, C, H, W) → ``logits``, of float32 and of any batch (package onnx).
+
+    A ViT can go to all of them, with what each has a place for; a hybrid to timm, Google and ONNX, as its ``stem_eps``
+    says; CCT, T2T-ViT, ResNets and whatever else has blocks of minivit's own to ONNX.
 
     Arrays keep their bits and dtype, but that Google's of 16 bits are widened to float32, and that ONNX is float32.
     ``data``, the images that the model was trained on, says how pictures are prepared and what the classes are called;
@@ -53,7 +56,9 @@ def export(
     there and ``overwrite`` is not given, and for a model of unknown preparation; CheckpointError if it cannot be
     written.
     """
-    check_kind(model)
+    if to not in SYSTEMS:
+        raise unknown_name("system", to, SYSTEMS)
+    check_kind(model, to)
     preparation, classes, name = model.preparation, model.class_names, ""
     if data is not None:
         check_data(model, data)
@@ -72,7 +77,7 @@ def write_export(model: Any, path: str | Path, to: str, facts: Facts, overwrite:
     """Do what :func:`export` does with ``facts`` about the model; return what is not quite as in minivit."""
     if to not in SYSTEMS:
         raise unknown_name("system", to, SYSTEMS)
-    check_kind(model)
+    check_kind(model, to)
     check_described(model, model.state_dict())
     path = Path(path)
     if not path.name or "\0" in str(path):
@@ -208,7 +213,9 @@ def _not_in_archive(f: BinaryIO, arrays: Mapping[str, np.ndarray]) -> str | None
 
 def _write_onnx(model: Any, path: Path, facts: Facts) -> list[str]:
     s = model.settings
-    made = build_graph(model, onnx_about(s, facts), f"A Vision Transformer of {model.num_parameters():,} parameters")
+    made = build_graph(
+        model, onnx_about(s, facts), f"A {type(model).__name__} of {model.num_parameters():,} parameters"
+    )
     with replacing(path) as f:
         f.write(made.SerializeToString())
     dtype = _dtype_of(model.state_dict())

@@ -12,6 +12,7 @@ from minivit.errors import ConfigError
 from minivit.models import Model
 from minivit.nn.attention import table
 from minivit.weights import google, huggingface
+from minivit.weights.configs import TIMM_STAGES
 from minivit.weights.names import Sizes
 
 TIMM, HF, GOOGLE, ONNX = SYSTEMS = ("timm", "huggingface", "google", "onnx")
@@ -33,7 +34,20 @@ def _beside(s: Any) -> bool:
     return bool(s.prefix)
 
 
+def _hybrid(s: Any) -> bool:
+    return hasattr(s, "stem_eps")
+
+
 FEATURES = (
+    Feature(lambda s: s.tokenizer == "normed", "norms on both sides of the patches (tokenizer 'normed')"),
+    Feature(lambda s: s.tokenizer == "shifted", "tokens of shifted patches (tokenizer 'shifted')"),
+    Feature(lambda s: s.tokenizer[:3] == "t2t", "tokens made of tokens (tokenizer 't2t')"),
+    Feature(_hybrid, "a ResNet before the patches", (TIMM, GOOGLE)),
+    Feature(lambda s: _hybrid(s) and s.distilled, "a distillation token after a ResNet"),
+    Feature(lambda s: _hybrid(s) and s.stages not in TIMM_STAGES, "a ResNet of other stages than timm's", (GOOGLE,)),
+    Feature(lambda s: _hybrid(s) and s.width != 64, "a ResNet whose width is not 64", (GOOGLE,)),
+    Feature(lambda s: _hybrid(s) and s.stem_eps != "timm", "stem_eps 'google'", (GOOGLE,)),
+    Feature(lambda s: _hybrid(s) and s.stem_eps != "google", "stem_eps 'timm'", (TIMM,)),
     Feature(lambda s: s.head == "mlp", "a hidden layer in its head (head 'mlp')", (GOOGLE,)),
     Feature(lambda s: s.pool == "none", "logits for every patch (pool 'none')"),
     Feature(lambda s: s.pool == "mean" and not _beside(s), "pool 'mean'", (TIMM, GOOGLE)),
@@ -66,25 +80,35 @@ KNOWN = {
     "qkv_bias", "activation", "norm_eps", "dropout", "attention_dropout", "embed_dropout", "drop_path",
     "patch_drop", "pool", "class_token", "registers", "distilled", "fc_norm", "position", "position_at",
     "no_embed_class", "head", "block", "norm", "mlp", "layer_scale", "qk_norm", "lsa", "transformer", "weight_init",
-    "seed", "recompute",
+    "seed", "recompute", "tokenizer", "stages", "width", "stem_eps", "kernel", "convs", "depths", "group",
 }  # fmt: skip
 """The settings whose meaning for the numbers is known here: of another one only the default can be exported."""
 
 
-def check_kind(model: Any) -> None:
-    """Raise ConfigError for a model that is no ViT with patches and blocks of its own."""
+KINDS = {
+    TIMM: ("vit", "hybrid"),
+    HF: ("vit", "hybrid"),
+    GOOGLE: ("vit", "hybrid"),
+    ONNX: ("vit", "hybrid", "cct", "resnet"),
+}
+"""The kinds of models whose layouts are known here."""
+
+
+def check_kind(model: Any, to: str) -> None:
+    """Raise ConfigError for a model of a kind that ``to`` has no place for, or whose blocks are somebody else's."""
     kind = getattr(model, "kind", "") or type(model).__name__
-    if not isinstance(model, Model) or kind != "vit":
-        what = f"the model is a {kind}: only models of the kind 'vit' can be exported"
-        raise ConfigError(what, "keep it as minivit's own checkpoint, an .npz that np.load opens: mv.save(model, path)")
+    keep = "keep it as minivit's own checkpoint, an .npz that np.load opens: mv.save(model, path)"
+    if not isinstance(model, Model) or kind not in KINDS[to]:
+        able = [other for other in SYSTEMS if kind in KINDS[other]] if isinstance(model, Model) else []
+        what = f"the model is a {kind}, for which {_NAMES[to]} has no place"
+        raise ConfigError(what, f"export it --to {' or '.join(able)}, or {keep}" if able else keep)
     s = model.settings
-    if s.transformer is not None:
-        what = f"the encoder {s.transformer!r} in the place of the blocks is no other system's"
-        raise ConfigError(what, "keep it as minivit's own checkpoint: mv.save(model, path)")
+    if (own := getattr(s, "transformer", None)) is not None:
+        raise ConfigError(f"the encoder {own!r} in the place of the blocks is no other system's", keep)
     for name, described in s.described.items():
         if name not in KNOWN and (value := getattr(s, name)) != described.default:
-            what = f"a ViT whose {name} is {value!r} cannot be exported: no other system's layout for it is known"
-            raise ConfigError(what, "keep it as minivit's own checkpoint: mv.save(model, path)")
+            what = f"a {kind} whose {name} is {value!r} cannot be exported: no other system's layout for it is known"
+            raise ConfigError(what, keep)
 
 
 def check_expressible(s: Any, to: str) -> None:
@@ -97,7 +121,12 @@ def check_expressible(s: Any, to: str) -> None:
     raise ConfigError(what, f"export it --to {' or '.join([*able, ONNX])}, which can say it")
 
 
-_NAMES = {TIMM: "timm's config.json", HF: "Hugging Face's ViT", GOOGLE: "Google's layout"}
+_NAMES = {
+    TIMM: "timm's config.json",
+    HF: "Hugging Face's ViT",
+    GOOGLE: "Google's layout",
+    ONNX: "ONNX, as written here,",
+}
 
 
 def arrays_for(model: Any, to: str) -> tuple[dict[str, np.ndarray], list[str]]:

@@ -1,12 +1,11 @@
-"""Weights from other systems' files, recognised by the names in them: Google, timm, Hugging Face, lucidrains."""
+"""Weights from other systems' files, recognised by the names in them: LAYOUTS."""
 
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -14,18 +13,23 @@ from zipfile import BadZipFile
 import numpy as np
 
 from minivit.errors import CheckpointError, ConfigError, MisfitError, value_text
-from minivit.files import open_regular
 from minivit.models import model_outline, read_settings
+from minivit.models.adapt import first_weight
+from minivit.models.vit_settings import FIXED
 from minivit.nn.bottleneck import resnet_stride
 from minivit.nn.rules import pair
-from minivit.weights import google, huggingface, lucidrains, timm
+from minivit.weights import google, huggingface, lucidrains, shi_labs, timm, yitu
 from minivit.weights.checkpoint import Checkpoint
 from minivit.weights.misfits import misfits
 from minivit.weights.names import Layout, Sizes, general_name
-from minivit.weights.stored import Entry, Stored, open_stored, unusable
+from minivit.weights.stored import Entry, Stored, open_stored, table_beside, unusable
 
-LAYOUTS = (google.LAYOUT, huggingface.LAYOUT, huggingface.DEIT, lucidrains.LAYOUT, timm.LAYOUT)
-_LONGEST_CONFIG = 8 << 20
+LAYOUTS = (
+    google.LAYOUT, huggingface.LAYOUT, huggingface.DEIT, lucidrains.LAYOUT, shi_labs.LAYOUT, yitu.LAYOUT, timm.LAYOUT,
+)  # fmt: skip
+"""What is known, in the order in which it is tried: timm's last, some of whose names others have, too."""
+_DESCRIBED = (huggingface.LAYOUT, huggingface.DEIT, timm.LAYOUT)
+"""Those beside whose files a config.json says more of them."""
 _NO_HEAD = "the file has no head: mv.create_model(name, weights=path, num_classes=…) gives it a new one"
 
 
@@ -49,7 +53,9 @@ class Foreign:
     @property
     def kind(self) -> str:
         """The kind of model: with a ResNet before the patches it is another one."""
-        return "hybrid" if any(self.shape(f"{root}conv.weight", Sizes()) for root in _ROOTS) else "vit"
+        if self.layout.kind == "vit" and any(self.shape(f"{root}conv.weight", Sizes()) for root in _ROOTS):
+            return "hybrid"
+        return self.layout.kind
 
     def shape(self, ours: str, sizes: Sizes) -> tuple[int, ...] | None:
         """Return the shape that one of our parameters has in the file; None if it has none, or not such a one."""
@@ -66,6 +72,12 @@ class Foreign:
     def settings(self) -> dict[str, Any]:
         """Return what the file says of its model's settings: of its shapes, and of config.json."""
         said = self.layout.settings_of(self.entries, self.config)
+        if self.layout.sizes_of is not None:
+            try:
+                return self.layout.sizes_of(self.entries) | said
+            except ValueError as error:
+                what = f"{self.path} ({self.layout.name}) is no model that minivit has: {error}"
+                raise CheckpointError(what, _ASK) from error
         side = said.pop("patch_size", 1)
         sizes = Sizes(patch=(side, side))
         found = {name: self.shape(name, sizes) for name in _TELLING}
@@ -178,6 +190,15 @@ class Foreign:
 
     # ---- its numbers ----
 
+    def without_fixed(self, settings: Any) -> Foreign:
+        """Return it without the positions that a model with these settings makes itself, as the file's were made."""
+        said = self.layout.settings_of(self.entries, self.config).get("position")
+        row = self.layout.row("pos_embed")
+        held = row is not None and row.theirs[0] in self.entries
+        if row is None or not held or said not in FIXED or said != getattr(settings, "position", None):
+            return self
+        return replace(self, entries={name: e for name, e in self.entries.items() if name not in row.theirs})
+
     @property
     def dtype(self) -> Any:
         """The dtype of the arrays as they are read."""
@@ -206,10 +227,17 @@ class Foreign:
             raise CheckpointError(what, "put its config.json beside it, which says the size of its images")
         return side, side
 
+    def _channels(self, first: str, sizes: Sizes) -> int:
+        """Return the channels of the images that the weight ``first`` sees; 0 where rows of another patch hold them."""
+        shape = self.shape(first, sizes)
+        side = self.layout.settings_of(self.entries, self.config).get("patch_size")
+        fits = side is None or sizes.patch == (side, side)
+        return shape[1] if fits and shape is not None and len(shape) == 4 else 0
+
     def read(
         self, shapes: Mapping[str, tuple[int, ...]], heads: int, skip: tuple[str, ...] = ()
     ) -> dict[str, np.ndarray]:
-        """Return our arrays, those of ``shapes``, by name; the number of positions may be another.
+        """Return our arrays, those of ``shapes``, by name; the number of positions, and of channels, may be another.
 
         ``skip`` are the beginnings of our names that are neither asked for nor missed. Raises MisfitError, with every
         name that is missing, unexpected or of another shape, before an array is read, and CheckpointError for one that
@@ -220,6 +248,8 @@ class Foreign:
         wanted = {name: shape for name, shape in shapes.items() if not name.startswith(skip or (" ",))}
         if "pos_embed" in wanted and self.positions():
             wanted["pos_embed"] = (1, self.positions(), *wanted["pos_embed"][2:])  # which may be resized
+        if (first := first_weight(wanted)) and (channels := self._channels(first, sizes)):
+            wanted[first] = (wanted[first][0], channels, *wanted[first][2:])  # which may be spread over others
         if wrong := misfits(self.layout, self.entries, wanted, sizes, skip):
             raise MisfitError(f"{self.path} ({self.layout.name}) does not fit the model:\n  {wrong}", _ASK, {})
         state, dtype = {}, self.dtype
@@ -252,11 +282,6 @@ _ROOTS = ("patch_embed.backbone.stem.", "patch_embed.backbone.")
 _ASK = "build a model of the file's sizes: mv.load_model(path) does where the file says all, else mv.create_model"
 
 
-def beside_patches(settings: Any) -> int:
-    """Return how many positions of a ViT with these settings belong to no patch."""
-    return 0 if settings.no_embed_class else sum(settings.prefix.values())
-
-
 def open_foreign(path: str | Path) -> Foreign | None:
     """Read what another system's file holds, without its numbers; None for what is of no known layout.
 
@@ -276,28 +301,15 @@ def open_foreign(path: str | Path) -> Foreign | None:
         except ValueError as error:
             raise unusable(stored.path, error) from error
         if entries is not None:
-            beside = {} if layout in (google.LAYOUT, lucidrains.LAYOUT) else _table(stored.path, "config.json")
-            prepared = _table(stored.path, "preprocessor_config.json") if beside else {}
+            if any(name.endswith("running_mean") for name in entries):
+                what = f"{path} ({layout.name}) holds a network with BatchNorm, which minivit has not"
+                raise CheckpointError(what, "use one with GroupNorm, such as vit_small_r26_s32_224")
+            beside = table_beside(stored.path, "config.json") if layout in _DESCRIBED else {}
+            prepared = table_beside(stored.path, "preprocessor_config.json") if beside else {}
             return Foreign(stored, layout, entries, beside, prepared)
     names = ", ".join(list(stored.entries)[:3])
     what = f"{path} holds no known layout of a Vision Transformer: its arrays are {names or 'none'}, …"
     raise CheckpointError(what, f"known are minivit's own, {', '.join(layout.name for layout in LAYOUTS)}")
-
-
-def _table(path: Path, name: str) -> dict[str, Any]:
-    """Return a JSON table that lies beside a file, {} if there is none."""
-    place = path.with_name(name)
-    try:
-        with open_regular(place) as f:
-            text = f.read(_LONGEST_CONFIG + 1)
-        found = json.loads(text) if len(text) <= _LONGEST_CONFIG else None
-    except OSError:
-        return {}
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{place} is no JSON: {error}", "mend it, or take it away") from error
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{place} is no table of settings", "mend it, or take it away")
-    return found
 
 
 def converted(foreign: Foreign) -> Checkpoint:
@@ -310,8 +322,10 @@ def converted(foreign: Foreign) -> Checkpoint:
         raise CheckpointError(f"{foreign.path} ({foreign.layout.name}) holds no head", _NO_HEAD)
     if unknown := [key for key in ("heads", "image_size") if key not in settings]:
         what = f"{foreign.path} ({foreign.layout.name}) does not say {' and '.join(unknown)}"
-        remedy = "put its config.json beside it, or build the model and mv.load_weights(model, path)"
-        raise CheckpointError(what, remedy)
+        told = ", ".join(f"{key}=…" for key in unknown)
+        remedy = f"say it, mv.create_model(NAME, weights=path, {told}), or build the model and mv.load_weights"
+        beside = "put its config.json beside it, or " if foreign.layout in _DESCRIBED else ""
+        raise CheckpointError(what, f"{beside}{remedy}")
     try:
         made = read_settings(foreign.kind, settings)
         outline = model_outline(foreign.kind, made.config, 16 * len(foreign.entries) + 64)
@@ -320,7 +334,7 @@ def converted(foreign: Foreign) -> Checkpoint:
     except (TypeError, ValueError, ArithmeticError) as error:
         raise CheckpointError(f"{foreign.path}: its model cannot be made: {value_text(str(error))}", _ASK) from error
     shapes = {name: p.shape for name, p in outline.named_parameters()}
-    state = foreign.read(shapes, settings["heads"])
+    state = foreign.without_fixed(made).read(shapes, settings["heads"])
     if (pos := state.get("pos_embed")) is not None and pos.shape != shapes["pos_embed"]:
         what = f"{foreign.path}: {pos.shape[1]} positions, but images of {settings['image_size']} make "
         raise CheckpointError(f"{what}{shapes['pos_embed'][1]}", "its config.json is another model's")

@@ -1,7 +1,7 @@
 """lucidrains' vit-pytorch: state dicts of its ViT and SimpleViT, saved as .npz or safetensors.
 
-The first versions (before 0.36) have no norms around the patch projection; they are what this table can express.
-SimpleViT's attention has no bias after it: the model's is 0.
+The first versions (before 0.36) have no norms around the patch projection. SimpleViT's attention has no bias after it:
+the model's is 0.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from minivit.weights.names import PATCH_FLAT, Layout, collected, rows
+from minivit.weights.names import PATCH_FLAT, PATCH_VECTOR, Layout, collected, rows
 from minivit.weights.stored import Entry
 
 _BLOCK = "transformer.layers.{i}."
@@ -22,6 +22,10 @@ ROWS = rows(
     pos_embed                     pos_embedding
     patch_embed.proj.weight       to_patch_embedding.1.weight            patch
     patch_embed.proj.bias         to_patch_embedding.1.bias
+    patch_embed.norm1.weight      to_patch_embedding.norm_before.weight  patch_vector
+    patch_embed.norm1.bias        to_patch_embedding.norm_before.bias    patch_vector
+    patch_embed.norm2.weight      to_patch_embedding.norm_after.weight
+    patch_embed.norm2.bias        to_patch_embedding.norm_after.bias
     blocks.{{i}}.norm1.weight     {_BLOCK}0.norm.weight
     blocks.{{i}}.norm1.bias       {_BLOCK}0.norm.bias
     blocks.{{i}}.attn.qkv.weight  {_BLOCK}0.to_qkv.weight
@@ -41,6 +45,7 @@ ROWS = rows(
     head.bias                     mlp_head.1.bias
     """,
     patch=PATCH_FLAT,
+    patch_vector=PATCH_VECTOR,
 )
 
 
@@ -84,6 +89,7 @@ def settings_of(entries: Mapping[str, Entry], config: Mapping[str, Any]) -> dict
             if side and channels * side * side == weight.shape[1]:
                 out["patch_size"] = side
                 break
+    out["tokenizer"] = "normed" if "to_patch_embedding.norm_before.weight" in entries else "patch"
     if "pos_embedding" not in entries:  # SimpleViT
         out["position"] = "sincos_2d"
     return out

@@ -6,6 +6,8 @@ goes both ways: ``read`` turns theirs into ours, ``write`` ours into theirs, bit
 
 from __future__ import annotations
 
+import itertools
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -15,6 +17,7 @@ import numpy as np
 
 from minivit.backend.outline import stretched
 from minivit.errors import value_text
+from minivit.nn import init
 from minivit.weights.stored import Entry
 
 
@@ -51,14 +54,18 @@ PATCH_FLAT = Form(  # (D, P·Q·C) ↔ (D, C, P, Q)
     lambda a, s: a.reshape(a.shape[0], *s.patch, -1).transpose(0, 3, 1, 2),
     lambda a, s: a.transpose(0, 2, 3, 1).reshape(a.shape[0], -1),
 )
+PATCH_VECTOR = Form(  # (P·Q·C) ↔ (C·P·Q)
+    lambda a, s: a.reshape(*s.patch, -1).transpose(2, 0, 1).reshape(-1),
+    lambda a, s: a.reshape(-1, *s.patch).transpose(1, 2, 0).reshape(-1),
+)
 
 
 @dataclass(frozen=True)
 class Row:
     """Our parameter, and their arrays: more than one lie under each other along our first axis, in this order.
 
-    ``{i}`` in a name is the number of the block; ``{s}`` and ``{u}`` are those of a stage of a ResNet and of a
-    bottleneck in it, which ``{s+1}`` and ``{u+1}`` count from 1.
+    ``{i}`` in a name is the number of the block, ``{c}`` that of a convolution that makes tokens; ``{s}`` and ``{u}``
+    are those of a stage of a ResNet and of a bottleneck in it, which ``{s+1}`` and ``{u+1}`` count from 1.
     """
 
     ours: str
@@ -114,22 +121,69 @@ def rows(table: str, **forms: Form) -> tuple[Row, ...]:
     return tuple(found)
 
 
-_BLOCK = re.compile(r"^blocks\.(?P<i>\d+)\.|^patch_embed\.backbone\.stages\.(?P<s>\d+)\.blocks\.(?P<u>\d+)\.")
+_NUMBERED = re.compile(
+    r"^blocks\.(?P<i>\d+)\.|^patch_embed\.convs\.(?P<c>\d+)\."
+    r"|^patch_embed\.backbone\.stages\.(?P<s>\d+)\.blocks\.(?P<u>\d+)\."
+)
 
 
 def numbers_of(ours: str) -> dict[str, str]:
     """Return the numbers in the name of one of our parameters by their letters, as :class:`Row` has them."""
-    match = _BLOCK.match(ours)
+    match = _NUMBERED.match(ours)
     return {} if match is None else {letter: n for letter, n in match.groupdict().items() if n is not None}
 
 
 def general_name(ours: str) -> str:
     """Return the name of one of our parameters with letters for the numbers of its block."""
-    match = _BLOCK.match(ours)
-    if match is None:
-        return ours
-    begin = "patch_embed.backbone.stages.{s}.blocks.{u}." if match["i"] is None else "blocks.{i}."
-    return begin + ours[match.end() :]
+    match = _NUMBERED.match(ours)
+    for letter in reversed(numbers_of(ours)):  # the last first, so that the places of the others stay
+        assert match is not None
+        ours = f"{ours[: match.start(letter)]}{{{letter}}}{ours[match.end(letter) :]}"
+    return ours
+
+
+_WRAPPED = re.compile(r"((state_dict_ema|state_dict|model_ema|model|module)[./])*")
+
+
+def unwrapped(found: Mapping[str, Entry], marks: Iterable[str]) -> dict[str, Entry] | None:
+    """Return the entries without the words that training's wrappers put before names; None for another layout.
+
+    ``marks`` are names of which the layout has one. Of a model and its moving average (``state_dict_ema``) it is that;
+    what lies beside them is left out.
+    """
+    prefixes = {name.removesuffix(mark) for mark in marks for name in found if name.endswith(mark)}
+    prefixes = {prefix for prefix in prefixes if _WRAPPED.fullmatch(prefix)}
+    if not prefixes:
+        return None
+    best = min(prefixes, key=lambda prefix: ("ema" not in prefix, len(prefix)))
+    return collected((name.removeprefix(best), entry) for name, entry in found.items() if name.startswith(best))
+
+
+def layers_of(entries: Mapping[str, Entry], name: str) -> int:
+    """Return how many numbers, from 0 on, put into ``name`` make one that is there."""
+    return next(i for i in itertools.count() if name.format(i) not in entries)
+
+
+def shape_of(entries: Mapping[str, Entry], name: str, axes: int) -> tuple[int, ...]:
+    """Return the shape of an array; ValueError where it is not there, or has not so many axes or one of length 0."""
+    shape = entries[name].shape if name in entries else None
+    if shape is None or len(shape) != axes or not math.prod(shape):
+        raise ValueError(f"it has no {name}" if shape is None else f"its {name} is of shape {shape}")
+    return shape
+
+
+def position_of(entries: Mapping[str, Entry], name: str) -> str:
+    """Return which positions a file has: "sincos_1d" where they are those numbers, to rounding, "learned", "none"."""
+    entry = entries.get(name)
+    if entry is None:
+        return "none"
+    if len(entry.shape) != 3 or entry.shape[0] != 1 or entry.shape[2] % 2 or not 0 < math.prod(entry.shape) < 1 << 26:
+        return "learned"
+    try:
+        differ = np.abs(entry.read()[0] - init.sincos_1d(*entry.shape[1:])).max()
+    except ValueError:  # of no numbers that weights are made of: told where all are read
+        return "learned"
+    return "sincos_1d" if differ < (5e-3 if entry.is_half else 1e-4) else "learned"
 
 
 @dataclass(frozen=True)
@@ -141,6 +195,9 @@ class Layout:
     say of the model's settings beyond the shapes, and ``data_of`` of its images and classes. ``passed`` are the
     beginnings of names that no ViT for classification has a use for: they are left out. ``lacking`` says in words what
     a name stands for, found in it, that is not in ``rows``. Our parameters in ``zero`` are 0 where a file has none.
+
+    ``kind`` is the kind of the models. ``sizes_of(entries)`` returns the sizes that shapes say of a model that is no
+    ViT of patches, or raises ValueError. Where ``named``, what a file does not say of its model, a model's name does.
     """
 
     name: str
@@ -151,6 +208,9 @@ class Layout:
     passed: tuple[str, ...] = ()
     lacking: Mapping[str, str] = field(default_factory=dict)
     zero: tuple[str, ...] = ()
+    kind: str = "vit"
+    sizes_of: Callable[[Mapping[str, Entry]], dict[str, Any]] | None = None
+    named: bool = False
 
     def row(self, ours: str) -> Row | None:
         """Return the row of one of our parameters, or None if this layout has no place for it."""

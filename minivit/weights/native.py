@@ -20,6 +20,7 @@ from minivit.models import KINDS, Model, Settings, build, model_outline, read_se
 from minivit.nn import init
 from minivit.weights.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from minivit.weights.foreign import converted, open_foreign
+from minivit.weights.place import find_checkpoint
 
 FIRST_KIND = "vit"
 """What a checkpoint holds that does not say its kind: there was one only."""
@@ -102,8 +103,10 @@ def data_meta(data: Dataset) -> dict[str, Any]:
 def read_checkpoint(path: str | Path) -> Checkpoint:
     """Read a checkpoint, or another system's file as the one that minivit would have written of its model.
 
-    Raises CheckpointError, with what to do, if it cannot be used.
+    Of a folder it is the one that :func:`~minivit.weights.place.find_checkpoint` finds. Raises CheckpointError, with
+    what to do, if it cannot be used.
     """
+    path = find_checkpoint(path)
     foreign = open_foreign(path)
     return load_checkpoint(path) if foreign is None else converted(foreign)
 
@@ -111,7 +114,8 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
 def load_model(path: str | Path) -> Model:
     """Build the model that a checkpoint was saved from, in eval mode, with the dtype of the stored parameters.
 
-    Where a run kept an average of the parameters, that is what the model gets. Other systems' files, as
+    Where a run kept an average of the parameters, that is what the model gets. A folder may be a run's, or one with a
+    model.safetensors. Other systems' files, as
     :func:`minivit.load_weights` reads them, say all that is needed where a config.json lies beside them, or where they
     are of the usual sizes. Raises CheckpointError if the file cannot be used.
     """
@@ -147,14 +151,17 @@ def _build(checkpoint: Checkpoint, path: str | Path) -> Model:
     return model.eval()
 
 
-def keep_preparation(model: Model, meta: Mapping[str, Any], path: str | Path) -> None:
+def keep_preparation(model: Model, meta: Mapping[str, Any], path: str | Path, channels: int | None = None) -> None:
     """Let a model know how images are prepared for weights that came from elsewhere, as a checkpoint's meta says it.
 
-    Of weights that were trained here it knows nothing: whoever goes on training has data of his own.
+    Of weights that were trained here it knows nothing: whoever goes on training has data of his own. ``channels`` are
+    those of the images that the meta is of, if they are not the model's.
     """
-    data = data_of(meta, model.config, path)
+    own = model.config["in_channels"]
+    data = data_of(meta, model.config | {"in_channels": channels or own}, path)
     elsewhere = "name" not in data
-    model.preparation = recorded(data) if elsewhere else None
+    known = recorded(data) if elsewhere else None
+    model.preparation = known if known is None else known.of_channels(own)
     model.class_names = tuple(data.get("classes", ())) if elsewhere else ()
 
 

@@ -25,6 +25,7 @@ from minivit.files import open_regular
 from minivit.weights.checkpoint import is_sealed
 
 BROKEN = "get the file again, and compare its size, or its SHA-256, with what its source says"
+_LONGEST_TABLE = 8 << 20  # a config.json with names for thousands of classes is shorter
 _LONGEST_HEADER = 4 << 20  # the list of what a safetensors file holds: some 100 bytes for each array
 _MOST_ARRAYS = 1 << 16
 _LARGEST = 1 << 48  # bytes of an array; beyond it sizes are made to mislead
@@ -50,6 +51,11 @@ class Entry:
     def is_double(self) -> bool:
         """Whether it holds float64."""
         return self.dtype != _BFLOAT16 and np.dtype(self.dtype) in (np.dtype("<f8"), np.dtype(">f8"))
+
+    @property
+    def is_half(self) -> bool:
+        """Whether it holds numbers of 16 bits."""
+        return self.dtype == _BFLOAT16 or np.dtype(self.dtype).itemsize == 2
 
     def read(self) -> np.ndarray:
         """Return the array: float64 if it is that, else float32. Half precision fits float32 exactly.
@@ -140,6 +146,22 @@ def _pickled(path: Path) -> CheckpointError:
     what = f"{path} is a pickle, as torch.save writes it: opening it may run anything, so minivit never does"
     remedy = "get the .safetensors, or where you trust the file, in PyTorch: "
     return CheckpointError(what, remedy + "safetensors.torch.save_file(state_dict, 'model.safetensors')")
+
+
+def table_beside(path: Path, name: str) -> dict[str, Any]:
+    """Return a JSON table that lies beside a file, {} if there is none; CheckpointError for what is no such."""
+    place = path.with_name(name)
+    try:
+        with open_regular(place) as f:
+            text = f.read(_LONGEST_TABLE + 1)
+        found = json.loads(text) if len(text) <= _LONGEST_TABLE else None
+    except OSError:
+        return {}
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{place} is no JSON: {error}", "mend it, or take it away") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{place} is no table of settings", "mend it, or take it away")
+    return found
 
 
 # ---- safetensors -----------------------------------------------------------------------------------------------------

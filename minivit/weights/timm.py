@@ -8,7 +8,7 @@ from typing import Any
 from minivit.data.fit import is_fit
 from minivit.models import MODELS, read_settings
 from minivit.models.preparations import PREPARATIONS
-from minivit.weights.names import Layout, collected
+from minivit.weights.names import Layout, unwrapped
 from minivit.weights.stored import Entry
 
 ACTIVATIONS = {
@@ -17,15 +17,10 @@ ACTIVATIONS = {
 }  # fmt: skip
 """Our activations by what timm and Hugging Face call them."""
 
-_PREFIXES = ("module.", "model.", "state_dict.", "")
-
 
 def entries_of(found: Mapping[str, Entry]) -> dict[str, Entry] | None:
-    """Return the entries under timm's names; training's wrappers put a word before them."""
-    for prefix in _PREFIXES:
-        if f"{prefix}blocks.0.norm1.weight" in found or f"{prefix}patch_embed.proj.weight" in found:
-            return collected((name.removeprefix(prefix), entry) for name, entry in found.items())
-    return None
+    """Return the entries under timm's names."""
+    return unwrapped(found, ("blocks.0.norm1.weight", "patch_embed.proj.weight"))
 
 
 def architecture(config: Mapping[str, Any]) -> str:
@@ -84,6 +79,8 @@ LAYOUT = Layout(
         "reg_token": "register tokens",
         ".ls1.": "LayerScale", ".ls2.": "LayerScale", "q_norm": "norms of queries and keys",
         "k_norm": "norms of queries and keys", "fc_norm": "a norm after pooling", "norm_pre": "a norm before them",
-        "attn_pool": "attention pooling (MAP)", "patch_embed.backbone": "a convolutional network before the blocks",
+        "attn_pool": "attention pooling (MAP)",
+        "patch_embed.backbone": "a convolutional network before the blocks",
     },
+    named=True,
 )  # fmt: skip

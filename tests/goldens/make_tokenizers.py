@@ -6,9 +6,9 @@ Run it by hand in an environment with PyTorch, vit-pytorch and NumPy (minivit is
     python tests/goldens/make_tokenizers.py         # writes tokenizers.npz beside this file
 
 CCT is vit-pytorch's. Shifted patches and T2T-ViT, of which no package has what is published, are written here from
-their papers (arXiv 2112.13492, section 3; 2101.11986, section 3), T2T-ViT with the released models' scale of the scores
-(1/√width), biases and residual to v. The committed file was made with PyTorch 2.14.1 (CPU) and vit-pytorch 1.26.11.
-README.md lists the arrays.
+their papers (arXiv 2112.13492, section 3; 2101.11986, section 3), T2T-ViT with the released models' scale of the
+scores (1/√width), biases, residual to v and names. The committed file was made with PyTorch 2.14.1 (CPU) and
+vit-pytorch 1.26.11. README.md lists the arrays.
 """
 
 from __future__ import annotations
@@ -22,10 +22,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from vit_pytorch.cct import CCT
 
-NAMES = {  # of vit-pytorch's CCT, what minivit calls them
+NAMES = {  # of CCT, which vit-pytorch calls as SHI Labs' Compact-Transformers does, what minivit calls them
     "tokenizer.conv_layers.": "patch_embed.convs.", ".0.weight": ".conv.weight", "classifier.": "",
     "positional_emb": "pos_embed", "attention_pool": "attn_pool.weigh", ".self_attn.": ".attn.", ".norm1.": ".norm2.",
     ".pre_norm.": ".norm1.", ".linear": ".mlp.fc", "fc.": "head.",
+}  # fmt: skip
+T2T_NAMES = {  # of T2T-ViT, as its authors' state dicts call them
+    "tokens_to_token.": "patch_embed.", "attention1.attn.": "attention1.", "attention2.attn.": "attention2.",
+    ".mlp.0.": ".mlp.fc1.", ".mlp.2.": ".mlp.fc2.",
 }  # fmt: skip
 SIZES = {"dim": 8, "depth": 2, "heads": 2, "hidden": 12, "classes": 3, "channels": 2}
 
@@ -105,18 +109,40 @@ class Shifted(nn.Module):
         return self.proj(self.norm(patches))
 
 
-class Mixing(nn.Module):
-    """Attention of one head among windows, v as the residual, and an MLP: exact, or by m random features."""
+class OneHead(nn.Module):
+    """v + attention of one head among windows, by scores over √width."""
 
-    def __init__(self, wide: int, dim: int, performs: bool) -> None:
+    def __init__(self, wide: int, dim: int) -> None:
         super().__init__()
-        self.performs, self.scale = performs, wide**-0.5
+        self.scale, self.qkv, self.proj = wide**-0.5, nn.Linear(wide, 3 * dim, bias=False), nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, -1)
+        return v + self.proj((q @ k.transpose(1, 2) * self.scale).softmax(-1) @ v)
+
+
+class Exact(nn.Module):
+    """Attention among windows with v as the residual, and an MLP."""
+
+    def __init__(self, wide: int, dim: int) -> None:
+        super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(wide, 1e-5), nn.LayerNorm(dim, 1e-5)
-        self.proj, self.mlp = nn.Linear(dim, dim), MLP(dim, dim)
-        if performs:
-            self.kqv, self.w = nn.Linear(wide, 3 * dim), nn.Parameter(torch.zeros(dim // 2, dim), requires_grad=False)
-        else:
-            self.qkv = nn.Linear(wide, 3 * dim, bias=False)
+        self.attn, self.mlp = OneHead(wide, dim), MLP(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class Performer(nn.Module):
+    """The same by m random features."""
+
+    def __init__(self, wide: int, dim: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(wide, 1e-5), nn.LayerNorm(dim, 1e-5)
+        self.kqv, self.proj = nn.Linear(wide, 3 * dim), nn.Linear(dim, dim)
+        self.mlp = nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, dim))
+        self.w = nn.Parameter(torch.zeros(dim // 2, dim), requires_grad=False)
 
     def kernel(self, q: Tensor, k: Tensor) -> Tensor:
         """Return what stands for e^(q·k) of every query and key, (B, T, T): written as a whole, no sum is moved."""
@@ -124,15 +150,9 @@ class Mixing(nn.Module):
         return phi[0] @ phi[1].transpose(1, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.norm1(x)
-        if self.performs:
-            k, q, v = self.kqv(x).chunk(3, -1)
-            weights = self.kernel(q, k)
-            weights = weights / (weights.sum(-1, keepdim=True) + 1e-8)
-        else:
-            q, k, v = self.qkv(x).chunk(3, -1)
-            weights = (q @ k.transpose(1, 2) * self.scale).softmax(-1)
-        x = v + self.proj(weights @ v)
+        k, q, v = self.kqv(self.norm1(x)).chunk(3, -1)
+        weights = self.kernel(q, k)
+        x = v + self.proj(weights / (weights.sum(-1, keepdim=True) + 1e-8) @ v)
         return x + self.mlp(self.norm2(x))
 
 
@@ -141,8 +161,8 @@ class TokensToToken(nn.Module):
 
     def __init__(self, performs: bool) -> None:
         super().__init__()
-        self.attention1 = Mixing(SIZES["channels"] * 49, 64, performs)
-        self.attention2 = Mixing(64 * 9, 64, performs)
+        mixing = Performer if performs else Exact
+        self.attention1, self.attention2 = mixing(SIZES["channels"] * 49, 64), mixing(64 * 9, 64)
         self.project = nn.Linear(64 * 9, SIZES["dim"])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -155,12 +175,17 @@ class TokensToToken(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A ViT on other tokens: class token first, learned positions, or fixed ones (sines and cosines in turn)."""
+    """A ViT on other tokens: class token first, learned positions, or fixed ones (sines and cosines in turn).
 
-    def __init__(self, patch_embed: nn.Module, patches: int, eps: float, fixed: bool, hot: bool = False) -> None:
+    ``made`` is what makes the tokens, under its name.
+    """
+
+    def __init__(self, patches: int, eps: float, fixed: bool, hot: bool = False, **made: nn.Module) -> None:
         super().__init__()
         dim = SIZES["dim"]
-        self.patch_embed, self.cls_token = patch_embed, nn.Parameter(torch.zeros(1, 1, dim))
+        ((self.first, tokenizer),) = made.items()
+        self.add_module(self.first, tokenizer)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = None if fixed else nn.Parameter(torch.zeros(1, patches + 1, dim))
         angles = torch.arange(patches + 1).double()[:, None] / 10000 ** (torch.arange(0, dim, 2).double() / dim)
         # fixed positions are kept in float32 by minivit
@@ -169,7 +194,7 @@ class Transformer(nn.Module):
         self.norm, self.head = nn.LayerNorm(dim, eps), nn.Linear(dim, SIZES["classes"])
 
     def forward(self, images: Tensor) -> Tensor:
-        x = self.patch_embed(images)
+        x = self.get_submodule(self.first)(images)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1)
         x = x + (self.waves if self.pos_embed is None else self.pos_embed)
         for block in self.blocks:
@@ -191,10 +216,10 @@ def cct(kernel: int, convs: int, size: tuple[int, int], position: str) -> nn.Mod
 MODELS = {  # how it is built, and height and width of its images
     "cct_3x1": (lambda: cct(3, 1, (10, 7), "learnable"), (10, 7)),
     "cct_7x2": (lambda: cct(7, 2, (32, 48), "none"), (32, 48)),
-    "shifted": (lambda: Transformer(Shifted(4), 6, 1e-6, False), (12, 8)),
-    "shifted_lsa": (lambda: Transformer(Shifted(4), 6, 1e-6, False, hot=True), (12, 8)),
-    "t2t": (lambda: Transformer(TokensToToken(True), 6, 1e-5, True), (48, 32)),
-    "t2t_transformer": (lambda: Transformer(TokensToToken(False), 6, 1e-5, True), (48, 32)),
+    "shifted": (lambda: Transformer(6, 1e-6, False, patch_embed=Shifted(4)), (12, 8)),
+    "shifted_lsa": (lambda: Transformer(6, 1e-6, False, hot=True, patch_embed=Shifted(4)), (12, 8)),
+    "t2t": (lambda: Transformer(6, 1e-5, True, tokens_to_token=TokensToToken(True)), (48, 32)),
+    "t2t_transformer": (lambda: Transformer(6, 1e-5, True, tokens_to_token=TokensToToken(False)), (48, 32)),
 }
 
 
@@ -222,16 +247,16 @@ def make() -> dict[str, np.ndarray]:
         labels = np.arange(3) % SIZES["classes"]
         logits = model(torch.from_numpy(images).double())
         F.cross_entropy(logits, torch.from_numpy(labels)).backward()
-        names, along, gradients = [], [], []
+        theirs, names, along, gradients = [], [], [], []
         for name, p in model.named_parameters():
-            if case.startswith("cct"):
-                for old, new in NAMES.items():
-                    name = name.replace(old, new)
+            theirs.append(name)
+            for old, new in {"cct": NAMES, "t2t": T2T_NAMES}.get(case[:3], {}).items():
+                name = name.replace(old, new)
             names.append(name)
             gradients.append(None if p.grad is None else p.grad.numpy())
             directions = [wave(tuple(p.shape), 300 + k).astype(np.float64) for k in range(3)]
             along.append([0.0] * 3 if p.grad is None else [float((p.grad.numpy() * d).sum()) for d in directions])
-        out |= {f"{case}/names": np.array(names), f"{case}/along": np.array(along)}
+        out |= {f"{case}/theirs": np.array(theirs), f"{case}/names": np.array(names), f"{case}/along": np.array(along)}
         out |= {f"{case}/logits": logits.detach().numpy(), f"{case}/labels": labels}
         small = {n: g for n, g in zip(names, gradients, strict=True) if g is not None and g.size < 2000}
         out |= {f"{case}/of": np.array(list(small)), f"{case}/grads": np.concatenate([*map(np.ravel, small.values())])}
