@@ -106,14 +106,14 @@ class _Channels(NamedTuple):
     For a channel or a group each there are (B, C) or (B, groups) numbers.
     """
 
-    count: int
+    number: int
     last: bool
 
     def rows(self, x: np.ndarray) -> np.ndarray:
         """Return images as rows: a view if they lie so."""
         if not self.last:
-            return x.reshape(len(x), self.count, math.prod(x.shape[2:]))
-        return x.transpose(0, 2, 3, 1).reshape(len(x), x.shape[2], x.shape[3] * self.count)
+            return x.reshape(len(x), self.number, math.prod(x.shape[2:]))
+        return x.transpose(0, 2, 3, 1).reshape(len(x), x.shape[2], x.shape[3] * self.number)
 
     def images(self, rows: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
         """Return rows as images of a shape: a view."""
@@ -127,7 +127,7 @@ class _Channels(NamedTuple):
         if not self.last:
             return row_sums(rows)[..., 0]
         along = ones_vector(rows.shape[1], rows.dtype) @ rows  # (B, H, W · C) → (B, W · C)
-        return along.reshape(len(rows), rows.shape[2] // self.count, self.count).sum(1)
+        return along.reshape(len(rows), rows.shape[2] // self.number, self.number).sum(1)
 
     def means(self, rows: np.ndarray, groups: int) -> np.ndarray:
         """Return the means of all groups."""
@@ -135,16 +135,16 @@ class _Channels(NamedTuple):
 
     def grouped(self, sums: np.ndarray, groups: int) -> np.ndarray:
         """Return the sums of all groups, from those of channels."""
-        return sums.reshape(len(sums), groups, self.count // groups).sum(2)
+        return sums.reshape(len(sums), groups, self.number // groups).sum(2)
 
     def each(self, numbers: np.ndarray) -> np.ndarray:
         """Return the numbers of groups for each channel."""
-        return np.repeat(numbers, self.count // numbers.shape[1], axis=1)
+        return np.repeat(numbers, self.number // numbers.shape[1], axis=1)
 
     def spread(self, numbers: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """Return the numbers of channels or groups as they go with rows: (B, C, 1), or (B, 1, W · C)."""
         each = self.each(numbers)
-        return np.tile(each, rows.shape[2] // self.count)[:, None] if self.last else each[:, :, None]
+        return np.tile(each, rows.shape[2] // self.number)[:, None] if self.last else each[:, :, None]
 
 
 def _moments(rows: np.ndarray, channels: _Channels, groups: int) -> tuple[np.ndarray, np.ndarray]:
