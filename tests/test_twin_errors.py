@@ -37,7 +37,7 @@ def test_twins_are_within_what_is_allowed_on_the_cpu() -> None:
     for name in names:
         found = measure_ulps(name, "cpu", "float32")
         assert found.ran == "twin" and found.passed, found
-        assert found.output > 0.0 or name == "max_pool2d", found  # which chooses, and rounds nothing
+        assert found.output > 0.0 or name in ("max_pool2d", "relu"), found  # which choose, and round nothing
         assert found.gradients, found
 
 

@@ -16,10 +16,11 @@ import numpy as np
 from minivit.autograd.graph import recording
 from minivit.ops.conv import Windows, conv2d, convolved, max_pool2d, pooled
 from minivit.ops.cpu.masks import mask, maskable, masked, unmasked
+from minivit.ops.matmul import as_matrix
 from minivit.ops.reduce import narrow, wide
 
-BLOCK = 1 << 17  # numbers of the columns, or of the images to be pooled, that are worked on at a time
-PLACES = 1 << 10  # the most windows at a time: what is made of them has to fit the cache, too
+PLACES = 1 << 9  # windows that are multiplied at a time: of fewer, BLAS is slower, and more do not fit the cache
+BLOCK = 1 << 17  # numbers of the images that are pooled at a time
 FEW = 16  # numbers next to each other in a window: with fewer, windows are made pixel by pixel and not one by one
 
 
@@ -36,12 +37,10 @@ def _first(x: np.ndarray) -> np.ndarray:
 # ---- convolution: a product of the windows and the weight ------------------------------------------------------------
 
 
-def _pieces(w: Windows, images: int, depth: int) -> Iterator[tuple[slice, slice]]:
-    """Yield (images, rows of their grids) that are worked on at a time, windows having ``depth`` numbers: the largest
-    first."""
+def _pieces(w: Windows, images: int) -> Iterator[tuple[slice, slice]]:
+    """Yield (images, rows of their grids) that are worked on at a time, the largest first."""
     down = w.grid[0]
-    places = max(1, min(PLACES, BLOCK // depth))
-    at_once, strips = max(1, places // w.places), min(down, -(-w.places // places))
+    at_once, strips = max(1, PLACES // w.places), min(down, -(-w.places // PLACES))
     rows = -(-down // strips)
     for a in range(0, images, at_once):
         for r in range(0, down, rows):
@@ -53,9 +52,8 @@ def _is_few(channels: int, w: Windows) -> bool:
 
 
 def _matrix(weight: np.ndarray, few: bool) -> np.ndarray:
-    """Return a weight (O, C, kh, kw) as (C·kh·kw, O), its rows in the order of the numbers of :func:`_windows_of`."""
-    order = (1, 2, 3, 0) if few else (2, 3, 1, 0)
-    return weight.transpose(order).reshape(-1, len(weight))
+    """Return a weight (O, C, kh, kw) as (O, C·kh·kw), its columns in the order of the numbers of a window."""
+    return as_matrix(weight if few else weight.transpose(0, 2, 3, 1))
 
 
 def _windows_of(x: np.ndarray, w: Windows, ones: bool = False) -> Iterator[tuple[tuple[slice, slice], np.ndarray]]:
@@ -65,7 +63,7 @@ def _windows_of(x: np.ndarray, w: Windows, ones: bool = False) -> Iterator[tuple
     """
     channels = x.shape[1]
     few, depth = _is_few(channels, w), channels * w.taps
-    pieces = list(_pieces(w, len(x), depth))
+    pieces = list(_pieces(w, len(x)))
     if not pieces:
         return
     (first, rows) = pieces[0]
@@ -99,13 +97,13 @@ def _windows_of(x: np.ndarray, w: Windows, ones: bool = False) -> Iterator[tuple
 
 
 def _convolve(x: np.ndarray, matrix: np.ndarray, w: Windows, out: np.ndarray, ones: bool = False) -> None:
-    """Write each window of x times a matrix into ``out`` (B, down, across, O)."""
+    """Write each window of x times a matrix (O, numbers of a window) into ``out`` (B, down, across, O)."""
     for piece, columns in _windows_of(x, w, ones):
         to = out[piece]
         if to.flags.c_contiguous:
-            np.matmul(columns, matrix, out=to.reshape(-1, to.shape[3]))
+            np.matmul(columns, matrix.T, out=to.reshape(-1, to.shape[3]))
         else:
-            to[...] = (columns @ matrix).reshape(to.shape)
+            to[...] = (columns @ matrix.T).reshape(to.shape)
 
 
 @conv2d.twin("cpu")
@@ -114,7 +112,7 @@ def _(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None, stride: Any, p
     like, x, weight = x, wide(x), wide(weight)
     matrix = _matrix(weight, _is_few(x.shape[1], w))
     if bias is not None:
-        matrix = np.concatenate([matrix, wide(bias)[None]])  # → (C·kh·kw + 1, O)
+        matrix = np.concatenate([matrix, wide(bias)[:, None]], axis=1)  # → (O, C·kh·kw + 1)
     out = np.empty_like(x, shape=(len(x), *w.grid, len(weight)), order="C")
     with np.errstate(invalid="ignore"):  # see ops/matmul.py
         _convolve(x, matrix, w, out, ones=bias is not None)
@@ -125,24 +123,26 @@ def _(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None, stride: Any, p
 def _(g: np.ndarray, kept: Any, needs: tuple[Any, ...]) -> Any:
     x, weight, w = kept
     like, g, biased = g, wide(g), bool(needs[2])
-    depth, gw, gb = x.shape[1] * w.taps, None, None
+    few, depth, gw, gb = _is_few(x.shape[1], w), x.shape[1] * w.taps, None, None
     with np.errstate(invalid="ignore"):
         if needs[1] or biased:
-            total: Any = np.zeros_like(weight, shape=(depth + biased, len(weight)))
+            total: Any = np.zeros_like(weight, shape=(len(weight), depth + biased))
             for piece, columns in _windows_of(x, w, ones=biased):
-                total += columns.T @ _last(g)[piece].reshape(-1, g.shape[1])
-            gw = _weight(total[:depth], weight, _is_few(x.shape[1], w)) if needs[1] else None
-            gb = total[depth] if biased else None
+                rows = _last(g)[piece].reshape(-1, len(weight))
+                # the longer axis first, for a faster product
+                total += (columns.T @ rows).T if few else rows.T @ columns
+            gw = _like_weight(total[:, :depth], weight, few) if needs[1] else None
+            gb = total[:, depth] if biased else None
         gx = _gradient_of_images(g, x, weight, w) if needs[0] else None
     return [None if a is None else narrow(a, like) for a in (gx, gw, gb)]
 
 
-def _weight(matrix: np.ndarray, weight: np.ndarray, few: bool) -> np.ndarray:
-    """Return what :func:`_matrix` makes of a weight in the weight's shape."""
-    out, channels, *kernel = weight.shape
+def _like_weight(matrix: np.ndarray, weight: np.ndarray, few: bool) -> np.ndarray:
+    """Return what is as a weight's :func:`_matrix` in the shape of the weight."""
     if few:
-        return matrix.T.reshape(weight.shape)
-    return matrix.reshape(*kernel, channels, out).transpose(3, 2, 0, 1).reshape(weight.shape)
+        return matrix.reshape(weight.shape)
+    out, channels, *kernel = weight.shape
+    return np.ascontiguousarray(matrix.reshape(out, *kernel, channels).transpose(0, 3, 1, 2))
 
 
 def _gradient_of_images(g: np.ndarray, x: np.ndarray, weight: np.ndarray, w: Windows) -> np.ndarray:
@@ -231,10 +231,11 @@ def _back_along(
     """
     gx = np.zeros_like(g, shape=(len(g), *size, g.shape[3]))
     for bits, part in zip(later[::-1], where[:0:-1], strict=True):
-        goes = masked(g, bits)
-        gx[part] += goes
+        goes, to = masked(g, bits), gx[part]
+        to += goes
         g = unmasked(g, goes)
-    gx[where[0]] += g
+    to = gx[where[0]]
+    to += g
     return gx
 
 
