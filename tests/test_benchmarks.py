@@ -51,6 +51,21 @@ def test_comparing_leaves_out_a_peer_that_cannot_run(benchmarks, monkeypatch, ca
     assert {"minivit", "PyTorch eager", "torch.compile", "200", "400"} < set(texts(tmp_path / "bars.svg"))
 
 
+def test_convolutions_beside_another(benchmarks, monkeypatch, capsys):
+    import conv
+
+    def measure(python, who, threads):
+        return dict.fromkeys(conv.CASES, 2.0 if who == "minivit" else 3.0)
+
+    for case in (conv.Case(3, 4, 6, 5), conv.Case(3, 4, 6), conv.Case(3, 4, 6, groups=2)):
+        conv.in_minivit(case, 1)()
+    monkeypatch.setattr(conv, "measure", measure)
+    monkeypatch.setattr(sys, "argv", ["conv.py", "2"])
+    conv.main()
+    rows = capsys.readouterr().out.splitlines()
+    assert len(rows) == 2 + len(conv.CASES) and rows[2] == "| 3x3 stem, 3 → 64, 32² | 2.0 | 3.0 | 1.50 (1.50) |"
+
+
 def test_scaling_of_a_tiny_step(benchmarks, monkeypatch, capsys, tmp_path):
     import scaling
 

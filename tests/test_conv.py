@@ -21,6 +21,7 @@ from minivit.measure.speed import flops
 from minivit.nn.random import random_key
 from minivit.ops.conv import windows
 from minivit.ops.cpu import conv as cpu_conv
+from minivit.ops.cpu import normalize as cpu_normalize
 from minivit.ops.samples import SAMPLES
 from tests.test_ops import assert_near, backward, of_twin, places
 
@@ -91,6 +92,34 @@ def test_a_convolution_makes_no_large_copies():
     list(propagate(out.node, np.ones_like(out.data)))
     assert tracemalloc.get_traced_memory()[1] < 2 * out.data.nbytes + x.nbytes + 2.5e6  # all columns are 9 times x
     tracemalloc.stop()
+
+
+@pytest.mark.parametrize("block", [1, 100, 1 << 17])
+def test_group_norm_wherever_its_channels_lie(monkeypatch, block):
+    monkeypatch.setattr(cpu_normalize, "BLOCK", block)
+    x, along = normal(Key(1), (3, 6, 4, 5)), wave((3, 6, 4, 5), 2)
+    x[1] += 1e4  # far from zero: a square less a square would lose its digits
+    args = [x, 3, normal(Key(2), (6,)), normal(Key(3), (6,))]
+    out, gradients = backward(ops.group_norm, args, [0, 2, 3], along)
+    for memory in (np.ascontiguousarray, channels_last):
+        for g in (along, channels_last(along)):
+            ours, our_gradients = of_twin(ops.group_norm, [memory(x), *args[1:]], [0, 2, 3], g)
+            assert ours.data.strides == memory(x).strides
+            for a, e in zip([ours.data, *our_gradients], [out.data, *gradients], strict=True):
+                assert_near(a, e, 1e-11)
+    args = [a.astype(np.float32) if isinstance(a, np.ndarray) else a for a in args]
+    in_float32, _ = of_twin(ops.group_norm, args, [0])
+    rounded = ops.group_norm(*[a.astype(np.float64) if isinstance(a, np.ndarray) else a for a in args])
+    assert_near(in_float32.data, rounded, 2e-6)
+
+
+def test_a_gradient_that_is_not_finite_stays_where_it_is():
+    """What ReLU and pooling do not let through is 0, not 0 · ∞."""
+    x, g = np.array([[[[-1.0, 2.0], [3.0, 1.0]]]], np.float32), np.full((1, 1, 2, 2), np.inf, np.float32)
+    _, (ours,) = of_twin(ops.relu, [x], [0], g)
+    np.testing.assert_array_equal(ours, [[[[0, np.inf], [np.inf, np.inf]]]])
+    _, (ours,) = of_twin(ops.max_pool2d, [x, 2], [0], g[:, :, :1, :1])
+    np.testing.assert_array_equal(ours, [[[[0, 0], [np.inf, 0]]]])
 
 
 @WAYS

@@ -99,9 +99,13 @@ class ResNet(Model):
         return [[self.conv, self.norm], *([block] for stage in self.stages for block in stage), [self.head]]
 
     def row_size(self) -> RowSize:
-        """Return the numbers of an image's features in the first stage, and how many times as many are kept."""
+        """Return the numbers of an image's features in a later stage, and how many times as many are kept.
+
+        Of the first there are four times as many; but what works on those cuts them for the cache itself, and in each
+        micro-batch all weights are laid out anew for their products.
+        """
         (_, height, width), s = self.settings.image_shape, self.settings
-        return RowSize(s.width * height * width, len(s.depths))
+        return RowSize(max(1, s.width * height * width // 4), len(s.depths))
 
     def forward(self, images: Any) -> Any:
         """Return logits (B, num_classes)."""
