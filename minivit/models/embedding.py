@@ -10,7 +10,7 @@ from minivit.nn.layers import PatchEmbed, Tokenizer
 from minivit.nn.module import Constant, Module, Parameter, shape_text
 from minivit.nn.scored import RelativePositions
 from minivit.nn.token_attention import TokenPerformer, TokensToToken, TokenTransformer
-from minivit.nn.tokenizers import ShiftedPatchEmbed
+from minivit.nn.tokenizers import ConvStem, ShiftedPatchEmbed
 
 
 class Positions2D(Module):
@@ -44,6 +44,8 @@ def make_patches(s: Any) -> Tokenizer:
         return PatchEmbed(*sizes)
     if s.tokenizer == "shifted":
         return ShiftedPatchEmbed(*sizes, s.norm_eps)
+    if s.tokenizer == "conv_stem":
+        return ConvStem(*sizes, s.norm_eps)
     kind = TokenPerformer if s.tokenizer == "t2t" else TokenTransformer
     return TokensToToken(*sizes, kind, eps=s.norm_eps)
 
