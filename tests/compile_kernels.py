@@ -35,6 +35,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "cifar": recipe_model("cifar10"),
     "Ti/4": ("vit", TINY),
     "S/16": configuration("vit_small_patch16_224"),
+    "RMSNorm": ("vit", {**TINY, "depth": 1, "norm": "rms", "qk_norm": True}),
 }
 PRECISIONS = ("bfloat16", "float32")
 

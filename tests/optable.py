@@ -65,6 +65,10 @@ def _layer_norm(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, eps: float 
     return offsets / np.sqrt(_var(x, -1, True) + eps) * weight + bias
 
 
+def _mean_of_squares(x: np.ndarray) -> np.ndarray:
+    return _reduced(_mean)(x * x, -1, True)
+
+
 def _gelu(x: np.ndarray, approximate: str = "none") -> np.ndarray:
     if approximate == "tanh":
         return _each(lambda v: 0.5 * v * (1 + math.tanh(math.sqrt(2 / math.pi) * (v + 0.044715 * v**3))))(x)
@@ -287,6 +291,7 @@ FORWARD: dict[str, Callable[..., Any]] = {
     "pow": _each(operator.pow),
     "relu": _each(lambda v: v if v > 0 else 0.0),
     "reshape": lambda x, shape: np.array(x.tolist()).reshape(shape),
+    "rms_norm": lambda x, weight, eps=1e-6: x / np.sqrt(_mean_of_squares(x) + eps) * weight,
     "scatter": _scatter,
     "self_attention": _self_attention,
     "sigmoid": _each(_sigmoid),

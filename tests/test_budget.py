@@ -24,9 +24,19 @@ from tests import fake_cublaslt, strict
 ROWS = 16
 TI4 = ("vit", {"image_size": 32, "patch_size": 4, "dim": 192, "depth": 12, "heads": 3})
 DROPPING = ("vit", {**TI4[1], "drop_path": 0.1})
+# The other models and a ViT's options, few of each layer: narrow, and of few pixels, which changes no number of nodes,
+# because what no kernel serves is computed.
+NARROW: dict[str, Any] = {"image_size": 8, "dim": 48, "heads": 3}
+TWO: dict[str, Any] = NARROW | {"patch_size": 4, "depth": 2}
+OPTIONS = {"mlp": "swiglu", "layer_scale": 1e-5, "position": "relative", "tokenizer": "conv_stem"}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "digits": recipe_model("digits"), "cifar": recipe_model("cifar10"), "6 blocks": configuration("vit_cifar"),
     "Ti/4": TI4, "Ti/4, drop path": DROPPING,
+    "CCT": ("cct", {**configuration("cct_2_3x2_32").settings, **NARROW, "mlp_dim": 96}),
+    "T2T": ("vit", {**configuration("t2t_vit_7").settings, **NARROW, "image_size": 16, "mlp_dim": 96, "depth": 1}),
+    "hybrid": ("hybrid", {**configuration("hybrid_cifar").settings, **NARROW, "width": 32, "depth": 1}),
+    "ResNet": ("resnet", {**configuration("resnet_cifar").settings, "image_size": 8, "width": 16}),
+    "RMSNorm and qk-norm": ("vit", TWO | {"norm": "rms", "qk_norm": True}), "options": ("vit", TWO | OPTIONS),
 }  # fmt: skip
 # the most kernels, copies and fillings, and the most MB read and written, of a step of ROWS images
 BUDGET = {
@@ -35,7 +45,10 @@ BUDGET = {
     ("cifar", "bfloat16", "adamw"): (113, 91), ("cifar", "float32", "adamw"): (252, 325),
     ("6 blocks", "bfloat16", "adamw"): (151, 373),
     ("Ti/4", "bfloat16", "adamw"): (271, 767), ("Ti/4", "float32", "adamw"): (698, 1861),
-    ("Ti/4, drop path", "bfloat16", "adamw"): (336, 823),
+    ("Ti/4, drop path", "bfloat16", "adamw"): (336, 823), ("CCT", "bfloat16", "adamw"): (205, 34),
+    ("T2T", "bfloat16", "adamw"): (294, 40), ("hybrid", "bfloat16", "adamw"): (449, 25),
+    ("ResNet", "bfloat16", "adamw"): (1532, 259), ("RMSNorm and qk-norm", "bfloat16", "adamw"): (114, 10),
+    ("options", "bfloat16", "adamw"): (482, 21),
 }  # fmt: skip
 
 

@@ -206,6 +206,29 @@ def test_what_no_kernel_serves_runs_plain(strict_cupy, changes, settings):
     assert not isinstance(out.node.op, Twin)
 
 
+@pytest.mark.parametrize(("t", "queries", "scale"), [(17, 17, None), (65, 2, 0.3)])
+def test_attention_of_apart_queries_keys_and_values_is_theirs_to_the_bit(strict_cupy, t, queries, scale):
+    """They are brought together, worked on by the same kernels, and what comes of it is taken apart."""
+    qkv, g = draw(2, t, 3, 16, queries, BFLOAT16)
+    out, grad, _ = run(strict_cupy, qkv, 3, queries, g, scale)
+    apart = qkv.reshape(2, t, 3, 3, 16).transpose(2, 0, 3, 1, 4)  # (3, B, H, T, d)
+    q, k, v = (
+        mv.tensor(strict_cupy.asarray(a.copy()), requires_grad=True) for a in (apart[0][:, :, :queries], *apart[1:])
+    )
+    strict_cupy.counters.reset()
+    with mv.first_order():
+        other = ops.attention(q, k, v, None, scale)
+    assert isinstance(other.node.op, Twin) and strict_cupy.counters.launched == {"setitem": 3, "attention_forward": 1}
+    other.backward(strict_cupy.asarray(g.reshape(2, queries, 3, 16).transpose(0, 2, 1, 3).copy()))
+    np.testing.assert_array_equal(other.data.get().swapaxes(1, 2).reshape(out.shape), out)
+    grads = grad.reshape(2, t, 3, 3, 16).transpose(2, 0, 3, 1, 4)
+    for x, expected in zip((q, k, v), (grads[0][:, :, :queries], *grads[1:]), strict=True):
+        np.testing.assert_array_equal(x.grad.get(), expected)
+    with mv.first_order():  # more queries than keys, or values of another length
+        for args in ((k, q, q), (q, k, v[..., :8])) if queries < t else ():
+            assert not isinstance(ops.attention(*args).node.op, Twin)
+
+
 def test_a_step_can_be_walked_without_a_gpu():
     """While planning NumPy's arrays stand for CuPy's: what would be launched is noted."""
     qkv, g = draw(2, 197, 2, 64, None, BFLOAT16)
@@ -214,3 +237,7 @@ def test_a_step_can_be_walked_without_a_gpu():
     assert [plan.factory for plan in plans] == [
         "attention_forward", "attention_backward_queries", "attention_backward_keys",
     ]  # fmt: skip
+    q, k, v = (mv.tensor(a, requires_grad=True) for a in qkv.reshape(2, 197, 3, 2, 64).transpose(2, 0, 3, 1, 4).copy())
+    with planning() as apart, mv.first_order():
+        ops.attention(q, k, v).backward(g.reshape(2, 197, 2, 64).swapaxes(1, 2).copy())
+    assert [plan.factory for plan in apart] == [plan.factory for plan in plans]

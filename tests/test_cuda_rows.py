@@ -14,7 +14,7 @@ import pytest
 
 from minivit.autograd.needs import Slot, SoFar, Total
 from minivit.backend import Key, normal, tile, uniform
-from minivit.ops import gelu, layer_norm
+from minivit.ops import gelu, layer_norm, rms_norm
 from minivit.ops.cuda import sums, update
 from tests import tile as stand_in
 
@@ -158,6 +158,35 @@ def test_layer_norm_that_no_kernel_serves_is_left_to_the_plain_operation(strict_
     without_kernels(monkeypatch)
     assert cuda(layer_norm).forward(*map(strict_cupy.asarray, (np.ones((2, 11), FLOAT32), *[np.ones(11, FLOAT32)] * 2)),
                                     EPSILON) is NotImplemented  # fmt: skip
+
+
+@dtypes
+@pytest.mark.parametrize("shape", [(5, 24), (3, 100), (2, 5, 192)], ids=str)
+@pytest.mark.parametrize("add", [False, True], ids=["alone", "residual"])
+def test_rms_norm(strict_cupy, shape, dtype, add):
+    width = shape[-1]
+    x, g, so_far = (numbers(i, *shape, dtype=dtype) for i in range(3))
+    weight = numbers(3, width, dtype=dtype)
+    there = [strict_cupy.asarray(a) for a in (x, weight)]
+    strict_cupy.counters.reset()
+    out, kept = cuda(rms_norm).forward(*there, EPSILON)
+    need = SoFar(strict_cupy.asarray(so_far)) if add else True
+    with sums.collecting(sums.Arena(strict_cupy.zeros(width, FLOAT32))):
+        gx, of_weight = cuda(rms_norm)._vjp(strict_cupy.asarray(g), kept, (need, True))
+        gx = gx.array if add else gx
+        columns = sums.of(gx).get().sum(0)
+    launched = strict_cupy.counters.launched
+    assert (launched["rms_norm_forward"], launched["rms_norm_backward"], launched["columns"]) == (1, 1, 0)
+    xs, gs, before = (exact(a).reshape(-1, width) for a in (x, g, so_far))
+    root = np.sqrt((xs**2).mean(1, keepdims=True) + EPSILON)
+    x_hat, gw = xs / root, gs * exact(weight)
+    expected = (gw - x_hat * (gw * x_hat).mean(1, keepdims=True)) / root + add * before
+    size = np.abs(gw).max(1, keepdims=True) * (1 + x_hat**2) / root + add * np.abs(before).max()
+    assert_within(out.reshape(-1, width), x_hat * exact(weight), np.abs(x_hat * exact(weight)), 16, dtype)
+    assert_within(gx.reshape(-1, width), expected, size, 16, dtype)
+    assert_within(of_weight, (gs * x_hat).sum(0), np.abs(gs * x_hat).sum(0), 16, dtype)
+    assert_within(columns, expected.sum(0), size.sum(0), 16, FLOAT32)
+    assert cuda(rms_norm).forward(there[0], there[1][:4], EPSILON) is NotImplemented  # the plain one says what is wrong
 
 
 # ---- gelu ------------------------------------------------------------------------------------------------------------

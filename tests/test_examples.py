@@ -13,7 +13,7 @@ EXAMPLES = sorted((ROOT / "examples").glob("[0-9]*.py"))
 
 
 def test_the_examples_are_there():
-    assert [e.name[:2] for e in EXAMPLES] == [f"{i:02}" for i in range(1, 11)]
+    assert [e.name[:2] for e in EXAMPLES] == [f"{i:02}" for i in range(1, 13)]
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda e: e.stem)

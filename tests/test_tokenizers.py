@@ -53,6 +53,7 @@ LITTLE = {  # as above, on smaller images
     "cct_3x2": ("cct", SIZES | {"image_size": (6, 5), "convs": 2, "position": "sincos_1d"}),
     "cct_3x1": CASES["cct_3x1"],
     "shifted_lsa": CASES["shifted_lsa"],
+    "conv_stem": ("vit", PLAIN | {"image_size": (8, 12), "tokenizer": "conv_stem"}),
     "t2t": ("vit", T2T | {"image_size": (8, 4), "patch_size": 4, "tokenizer": "t2t"}),
     "t2t_transformer": ("vit", T2T | {"image_size": (16, 8), "patch_size": 8, "tokenizer": "t2t_transformer"}),
 }
@@ -262,8 +263,8 @@ def steps(device: str, precision: str, case: str) -> tuple[Any, list[float]]:
 
 @pytest.mark.parametrize(
     ("case", "precision"),
-    [("cct_3x2", "bfloat16"), ("cct_3x1", "float32"), ("shifted_lsa", "float32"), ("t2t", "bfloat16"),
-     ("t2t_transformer", "float32")],
+    [("cct_3x2", "bfloat16"), ("cct_3x1", "float32"), ("shifted_lsa", "float32"), ("conv_stem", "bfloat16"),
+     ("t2t", "bfloat16"), ("t2t_transformer", "float32")],
 )  # fmt: skip
 def test_it_is_recorded_on_a_gpu_to_the_bit(any_cupy, monkeypatch, case, precision):
     monkeypatch.setattr(tile.Kernel, "ready", lambda *args, **constants: False)  # the stand-in for kernels is slow
@@ -278,7 +279,7 @@ def test_it_is_recorded_on_a_gpu_to_the_bit(any_cupy, monkeypatch, case, precisi
 
 # ---- the authors' files ----------------------------------------------------------------------------------------------
 
-AUTHORS = [case for case in CASES if not case.startswith("shifted")]
+AUTHORS = [case for case in CASES if not case.startswith(("shifted", "conv_stem"))]
 
 
 def same(model: Any, case: str) -> None:
@@ -434,7 +435,7 @@ def test_images_of_another_size(case, tmp_path):
             np.testing.assert_array_equal(after[name], value)
     mv.save(model, tmp_path / "a.npz")
     assert relative(load_model(tmp_path / "a.npz").eval()(images).data, model(images).data) < 1e-12
-    if "shifted" in case or "cct" in case or case == "normed":
+    if "shifted" in case or "cct" in case or case in ("normed", "conv_stem"):
         with pytest.raises(ConfigError, match="no pictures that could be resized"):
             model.resize((2 * h, 2 * w), 8)
     other = build(LITTLE[case][0], LITTLE[case][1] | {"num_classes": 5, "seed": 3})
@@ -453,6 +454,10 @@ def test_images_of_another_size(case, tmp_path):
         ("cct", {"kernel": 4}, "odd"), ("cct", {"convs": 9}, "1 to 8"), ("cct", {"position": "relative"}, "position"),
         ("cct", {"dim": 9, "heads": 2}, "heads"), ("vit", {"tokenizer": "t2t", "patch_size": 2}, "16, 8 or 4"),
         ("vit", {"tokenizer": "t2t", "patch_size": 16, "image_size": 40}, "divides height"),
+        ("vit", {"tokenizer": "conv_stem", "patch_size": 6, "image_size": 12}, "one of .2, 4, 8"),
+        ("vit", {"tokenizer": "conv_stem", "image_size": 30}, "divides height"),
+        ("vit", {"tokenizer": "conv_stem", "dim": 9, "heads": 3}, "a dim that 2 divides"),
+        ("hybrid", {"tokenizer": "conv_stem"}, "leave tokenizer out"),
         ("vit", {"tokenizer": "shifted", "patch_size": 5}, "not divided"), ("vit", {"tokenizer": "spt"}, "shifted"),
     ],
 )  # fmt: skip
@@ -472,6 +477,22 @@ def test_images_that_do_not_fit_and_windows_that_would_be_too_many():
     for settings in ({"tokenizer": "t2t_transformer"}, {"tokenizer": "t2t"}):
         values = T2T | settings | {"image_size": 224}
         assert build("vit", values | {"depth": 1}).settings.largest_array()[0] >= 196**2 * 2
+
+
+def test_a_convolutional_stem_halves_images_and_doubles_channels_up_to_a_tokens_numbers():
+    """As the paper's ViT_C-1GF: 24, 48, 96, 192 channels for patches of 16, then a convolution of 1 by 1."""
+    stem = nn.ConvStem((32, 64), 16, 3, 192)
+    assert [layer.conv.weight.shape for layer in stem.convs] == [
+        (24, 3, 3, 3), (48, 24, 3, 3), (96, 48, 3, 3), (192, 96, 3, 3),
+    ]  # fmt: skip
+    assert [layer.norm.groups for layer in stem.convs] == [1, 3, 6, 12] and stem.filters.shape == (24, 3, 3, 3)
+    images = np.ones((2, 3, 32, 64), np.float32)
+    assert stem.grid == (2, 4) and stem(images).shape == (2, 8, 192)
+    images[1, :, :, 40:] = normal(mv.Key(1), (3, 32, 24))
+    one, other = stem(images).data.reshape(2, 2, 4, 192)
+    assert np.abs(one - other)[:, 3].max() > 1e-3  # each token stands where its patch is
+    largest = build("vit", SIZES | {"tokenizer": "conv_stem", "image_size": 512, "patch_size": 32, "dim": 64}).settings
+    assert largest.largest_array()[0] == 9 * 2 * 256**2
 
 
 def test_shifts_go_half_a_patch_to_every_corner():

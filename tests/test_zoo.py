@@ -447,6 +447,24 @@ def test_a_bare_file_of_timms_is_like_the_model_that_is_named(tmp_path: Path) ->
         open_trained(str(path), like="test_vit")
 
 
+def test_explain_and_study_take_a_bare_file_by_the_name_that_it_is_like(
+    photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    timm_file(Path("bare.safetensors"), mv.create_model("test_vit4", num_classes=3))
+    like, photo = ["--like", "test_vit4"], "photos/a/0.png"
+    for command in (["explain", "bare.safetensors", photo], ["study", "bare.safetensors", "photos", "--split", "all"]):
+        assert main(command) == 1
+        assert "does not say heads" in capsys.readouterr().err
+    prepared = mv.preparation("test_vit4").text(160, 160)
+    assert main(["explain", "bare.safetensors", photo, *like]) == 0
+    assert f"prepared    {prepared}" in capsys.readouterr().err and Path("explain.html").exists()
+    some = ["--split", "all", "-n", "2", "--only", "distance,entropy", "--by-position"]
+    assert main(["study", "bare.safetensors", "photos", *some, *like, "-o", "out"]) == 0
+    assert f"prepared: {prepared}" in capsys.readouterr().out and Path("out/study.html").exists()
+    assert main(["study", "bare.safetensors", "photos", *some, "--like", "test_vit", "-o", "other"]) == 1
+    assert "does not fit the model" in capsys.readouterr().err and not Path("other").exists()
+
+
 HALF = {"mean": 0.5, "std": 0.5}
 PROCESSORS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "none": ({}, {**HALF, "fit": "squash bilinear 1"}),

@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from minivit.cli.bars import reading_bar
-from minivit.cli.main import one_of
+from minivit.cli.main import add_like, one_of
 
 if TYPE_CHECKING:
     from minivit.runs.matching import Matching
@@ -32,8 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--by-position", action="store_true", help="the n-th class of the data is the model's n-th, whatever its name"
     )
-    parser.add_argument("--like", metavar="MODEL",
-                        help="prepare images as for weights of this named model (else as the file says)")  # fmt: skip
+    add_like(parser)
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, …")
     parser.add_argument("--json", action="store_true", help="print JSON")
 

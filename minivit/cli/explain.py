@@ -7,7 +7,7 @@ import sys
 import warnings
 
 from minivit.cli.bars import reading_bar
-from minivit.cli.main import OK, number
+from minivit.cli.main import OK, add_like, number
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="which of the test images, or of an .npz (default: 0)")  # fmt: skip
     parser.add_argument("--invert", action="store_true",
                         help="turn dark into light: for black on white, where it learned white on black")  # fmt: skip
+    add_like(parser)
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, …")
 
 
@@ -49,10 +50,12 @@ def run(args: argparse.Namespace) -> int:
 
     keep_freed_memory()
     given = args.checkpoint if args.checkpoint is not None else newest_run(Path("runs"))
-    trained = open_trained(given)
+    trained = open_trained(given, args.like)
     tell = partial(print, file=sys.stderr)
     if trained.path != args.checkpoint:
         tell(printable(f"checkpoint  {trained.path}"))
+    if trained.from_elsewhere:
+        tell(f"prepared    {trained.preparation.text(*trained.image_shape[1:])}")
     if args.image is None:
         chosen = image_of_data(trained, args.index, reading_bar)
     else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from minivit.cli.main import OK, one_of
+from minivit.cli.main import OK, add_like, one_of
 
 SYSTEMS = ("timm", "huggingface", "google", "onnx")
 
@@ -26,8 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", metavar="FOLDER|FILE",
                         help="what to write (default: NAME-SYSTEM, NAME-google.npz or NAME.onnx, here)")  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="replace what was exported there before")
-    parser.add_argument("--like", metavar="MODEL",
-                        help="prepare images as for weights of this named model (else as the file says)")  # fmt: skip
+    add_like(parser)
 
 
 def run(args: argparse.Namespace) -> int:

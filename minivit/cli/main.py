@@ -181,6 +181,12 @@ def one_of(kind: str, known: Sequence[str]) -> Callable[[str], str]:
     return check
 
 
+def add_like(parser: argparse.ArgumentParser) -> None:
+    """Add ``--like``, which says of weights from elsewhere what their file does not."""
+    parser.add_argument("--like", metavar="MODEL",
+                        help="prepare images as for weights of this named model (else as the file says)")  # fmt: skip
+
+
 def _text(message: object) -> str:
     return str(MinivitError(str(message)))  # with its own line breaks only
 

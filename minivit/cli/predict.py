@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from minivit.cli.main import BAD_INPUTS, OK, one_of
+from minivit.cli.main import BAD_INPUTS, OK, add_like, one_of
 
 LISTED = 8
 """So many files are named in a warning."""
@@ -29,8 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", type=one_of("format", ("table", "json", "csv")), default="table",
                         help="table (default), json or csv")  # fmt: skip
     parser.add_argument("--json", action="store_const", const="json", dest="format", help="print JSON: --format json")
-    parser.add_argument("--like", metavar="MODEL",
-                        help="prepare images as for weights of this named model (else as the file says)")  # fmt: skip
+    add_like(parser)
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, …")
 
 

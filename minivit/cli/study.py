@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from minivit.cli.bars import reading_bar
-from minivit.cli.main import number, one_of
+from minivit.cli.main import add_like, number, one_of
 from minivit.show.captions import CAPTIONS
 
 MOST_IMAGES = 1_000_000
@@ -39,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--by-position", action="store_true", help="the n-th class of the data is the model's n-th, whatever its name"
     )
+    add_like(parser)
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, …")
     parser.add_argument("--json", action="store_true", help="print the numbers of the figures as JSON")
 
@@ -58,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     from minivit.show.text import json_text, plural
 
     keep_freed_memory()
-    trained = open_trained(args.checkpoint)
+    trained = open_trained(args.checkpoint, args.like)
     trained.model.to(auto_device(args.device)[0])
     found = make_study(
         trained, args.data, args.split, args.by_position, args.only, args.images, args.output, reading_bar
@@ -67,7 +68,10 @@ def run(args: argparse.Namespace) -> int:
         print(json_text(found))
         return 0
     width = max(map(len, CAPTIONS)) + 2
-    print(printable(f"{trained.path} on {found['data']}, {found['split']}: {plural(found['images'], 'image')}") + "\n")
+    print(printable(f"{trained.path} on {found['data']}, {found['split']}: {plural(found['images'], 'image')}"))
+    if trained.from_elsewhere:
+        print(f"prepared: {trained.preparation.text(*trained.image_shape[1:])}")
+    print()
     for name, said in found["said"].items():
         print(printable(f"{name:{width}}{said}"))
     print("\n" + printable(f"{'page':{width}}{found['page']}"))

@@ -59,7 +59,8 @@ def kept_on_gpu(model: Model) -> Kept:
         again = (everything - values) // repeated
     attentions = [node for node in nodes if node.op.name == "self_attention"]
     heads = {node: node.read()[0][1] for node in attentions}
-    statistics = sum(2 * math.prod(node.shape[:-1]) for node in nodes if node.op.name == "layer_norm")
+    of_norms = {"layer_norm": 2, "rms_norm": 1}  # for each row
+    statistics = sum(of_norms.get(node.op.name, 0) * math.prod(node.shape[:-1]) for node in nodes)
     statistics += sum(heads[node] * math.prod(node.shape[:-1]) for node in attentions)
     scores = max((n * math.prod(node.shape[:-1]) * node.read()[0][0].shape[1] for node, n in heads.items()), default=0)
     return Kept(values, statistics, again, largest, scores)

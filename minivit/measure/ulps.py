@@ -41,6 +41,7 @@ USUAL: dict[str, Callable[[Draw], tuple[Any, ...]]] = {
     "max_pool2d": lambda r: (r(2, 16, 16, 16), 3, 2, 1),
     "group_norm": lambda r: (r(2, 64, 16, 16), 32, r.positive(64), r(64)),
     "layer_norm": lambda r: (r(2, 65, 192), r.positive(192), r(192)),
+    "rms_norm": lambda r: (r(2, 65, 192), r.positive(192)),
     "gelu": lambda r: (2 * r(2, 65, 768),),
     "softmax": lambda r: (2 * r(2, 65, 65),),
     "self_attention": lambda r: (r(2, 65, 576), 3),

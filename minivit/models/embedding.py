@@ -10,7 +10,7 @@ from minivit.nn.layers import PatchEmbed, Tokenizer
 from minivit.nn.module import Constant, Module, Parameter, shape_text
 from minivit.nn.scored import RelativePositions
 from minivit.nn.token_attention import TokenPerformer, TokensToToken, TokenTransformer
-from minivit.nn.tokenizers import NormedPatchEmbed, ShiftedPatchEmbed
+from minivit.nn.tokenizers import ConvStem, NormedPatchEmbed, ShiftedPatchEmbed
 
 
 class Positions2D(Module):
@@ -37,13 +37,16 @@ class Positions2D(Module):
         return patches if self.prefix is None else ops.concat([self.prefix, patches], axis=1)  # → (1, T, dim)
 
 
+_NORMED = {"normed": NormedPatchEmbed, "shifted": ShiftedPatchEmbed, "conv_stem": ConvStem}
+
+
 def make_patches(s: Any) -> Tokenizer:
     """Return what makes tokens of images as the settings of a ViT say."""
     sizes = s.image_size, s.patch_size, s.in_channels, s.dim
     if s.tokenizer == "patch":
         return PatchEmbed(*sizes)
-    if s.tokenizer in ("normed", "shifted"):
-        return (NormedPatchEmbed if s.tokenizer == "normed" else ShiftedPatchEmbed)(*sizes, s.norm_eps)
+    if s.tokenizer in _NORMED:
+        return _NORMED[s.tokenizer](*sizes, s.norm_eps)
     kind = TokenPerformer if s.tokenizer == "t2t" else TokenTransformer
     return TokensToToken(*sizes, kind, eps=s.norm_eps)
 

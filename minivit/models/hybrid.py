@@ -45,6 +45,9 @@ class HybridSettings(ViTSettings):
             (any(side % stride for side in sides), found, f"use a patch_size that {stride} divides, or other stages"),
             (self.width % GROUPS > 0,
              f"width is {self.width}, and norms have {GROUPS} groups", f"use a width that {GROUPS} divides"),
+            (self.tokenizer != "patch",
+             f"a hybrid's tokens are of its ResNet's features, and tokenizer is {self.tokenizer!r}",
+             "leave tokenizer out"),
             *super().contradictions(),
         ]  # fmt: skip
 

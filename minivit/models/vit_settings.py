@@ -72,9 +72,9 @@ class ViTSettings(Settings):
     lsa: bool = setting(False, flag, "a learned temperature, and no token attends to itself: for few images")
     transformer: str | None = setting(None, encoder_name, "a registered encoder in the place of the blocks")
     tokenizer: str = setting(
-        "patch", choice("patch", "normed", "shifted", "t2t", "t2t_transformer"),
+        "patch", choice("patch", "normed", "shifted", "conv_stem", "t2t", "t2t_transformer"),
         "patch, a linear map; normed, normalised before and after; shifted, with those around (SPT); "
-        "t2t, tokens to tokens; t2t_transformer, no performer",
+        "conv_stem, convolutions; t2t, tokens to tokens by performers; t2t_transformer, by full attention",
     )  # fmt: skip
     weight_init: str = setting("paper", choice("paper", "mimetic"), "as the paper's code; mimetic is for few images")
     seed: int = setting(0, rules.seed, "what the parameters are drawn from")
@@ -145,7 +145,13 @@ class ViTSettings(Settings):
         patches = math.prod(self.grid)
         if self.tokenizer == "t2t_transformer":  # attends among 4 by 4 in the place of each first
             return max(self.heads, 256) * patches**2, f"{16 * patches:,} first windows, whose attention"
-        return self.heads * patches**2, f"{patches:,} patches, whose attention"
+        attention = self.heads * patches**2, f"{patches:,} patches, whose attention"
+        if self.tokenizer == "conv_stem":  # of the windows that its convolutions see, the first or the second are most
+            channels, h, w = self.image_shape
+            first = self.dim // max(pair("patch_size", self.patch_size)[0] // 2, 1)
+            numbers = max(9 * channels, first, 9 * first // 4) * (h // 2) * (w // 2)
+            return max(attention, (numbers, f"windows of {h // 2:,} × {w // 2:,} places, an array that"))
+        return attention
 
     def written_out(self) -> dict[str, Any]:
         """Return ``config`` with what follows from others: sizes of MLP and heads, and where positions are added."""

@@ -10,7 +10,7 @@ from minivit.nn.random import random_key
 from minivit.nn.refined import LayerScale, PatchDropout, RMSNorm, SwiGLU
 from minivit.nn.scored import AttentionPool, RelativePositions, ScoredAttention, SequencePool
 from minivit.nn.token_attention import TokenPerformer, TokensToToken, TokenTransformer
-from minivit.nn.tokenizers import ConvTokenizer, NormedPatchEmbed, ShiftedPatchEmbed
+from minivit.nn.tokenizers import ConvStem, ConvTokenizer, NormedPatchEmbed, ShiftedPatchEmbed
 
 __all__ = [
     "MLP",
@@ -18,6 +18,7 @@ __all__ = [
     "BetweenNormBlock",
     "Bottleneck",
     "Conv2d",
+    "ConvStem",
     "ConvTokenizer",
     "DropPath",
     "Dropout",

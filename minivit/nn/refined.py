@@ -15,7 +15,6 @@ from minivit.nn.layers import Dropout, Linear, added
 from minivit.nn.module import Module, Parameter, shape_text
 from minivit.nn.random import next_key
 from minivit.nn.rules import count, epsilon, positive, rate
-from minivit.ops.reduce import narrow, wide
 
 
 class RMSNorm(Module):
@@ -34,8 +33,7 @@ class RMSNorm(Module):
 
     def forward(self, x: Any) -> Any:
         """Return the normalised x, of the same shape."""
-        full = wide(x)  # the square of a float16 number overflows soon
-        return narrow(full / ops.sqrt(ops.mean(full * full, -1, True) + self.eps) * wide(self.weight), x)
+        return ops.rms_norm(x, self.weight, self.eps)
 
 
 class Identity(Module):

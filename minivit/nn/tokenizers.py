@@ -6,9 +6,9 @@ from itertools import pairwise
 from typing import Any
 
 from minivit import ops
-from minivit.errors import ConfigError
-from minivit.nn.convolution import Conv2d, MaxPool2d
-from minivit.nn.layers import LayerNorm, PatchEmbed, Tokenizer
+from minivit.errors import ConfigError, ShapeError
+from minivit.nn.convolution import Conv2d, GroupNorm, MaxPool2d
+from minivit.nn.layers import LayerNorm, Linear, PatchEmbed, Tokenizer
 from minivit.nn.module import Module, Parameter, shape_text
 from minivit.nn.rules import Size, count
 
@@ -115,3 +115,65 @@ class ConvTokenizer(Tokenizer):
     def extra_repr(self) -> str:
         """Return the image, and the tokens that it gives."""
         return f"{shape_text((self.in_channels, *self.image_size))} in {shape_text(self.grid)} tokens"
+
+
+STEM_PATCHES = (2, 4, 8, 16, 32)
+"""The patch sizes of a :class:`ConvStem`: each of its convolutions halves the image's sides."""
+
+
+def stem_widths(patch_size: int, dim: int) -> list[int]:
+    """Return the channels after each convolution of a :class:`ConvStem`; they double, up to ``dim``."""
+    convs = patch_size.bit_length() - 1
+    return [dim >> (convs - 1 - i) for i in range(convs)]
+
+
+class StemLayer(Module):
+    """3 by 3 convolution of stride 2 without a bias, a norm, and ReLU: (B, C, H, W) → (B, D, H/2, W/2).
+
+    Channels are normalised in groups of 16, or all together where 16 does not divide them.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, eps: float) -> None:
+        self.conv = Conv2d(in_channels, out_channels, 3, 2, 1, bias=False)
+        self.norm = GroupNorm(1 if out_channels % 16 else out_channels // 16, out_channels, eps)
+
+    def forward(self, x: Any) -> Any:
+        """Return what the layer makes of x."""
+        return ops.relu(self.norm(self.conv(x)))
+
+
+class ConvStem(Tokenizer):
+    """Images (B, C, H, W) → tokens (B, N, dim) by convolutions that halve the image until patches are places.
+
+    Xiao et al. 2021, "Early convolutions help transformers see better", arXiv 2106.14881, section 4: a convolution for
+    each factor 2 of ``patch_size``, the last with ``dim`` channels and each before with half of the next one's, then
+    one of 1 by 1. The paper normalises batches; here it is groups of channels (Wu and He 2018, arXiv 1803.08494), so
+    that an image's tokens do not depend on the rest of its batch.
+    """
+
+    says = "convolutions of 3 by 3 that halve the image, each normalised and with ReLU, and a linear map of each place"
+
+    def __init__(self, image_size: Size, patch_size: Size, in_channels: int, dim: int, eps: float = 1e-6) -> None:
+        super().__init__(image_size, patch_size, in_channels)
+        patch, dim = self.patch_size[0], count("dim", dim)
+        if self.patch_size not in [(n, n) for n in STEM_PATCHES] or any(side % patch for side in self.image_size):
+            what = f"a convolutional stem for images {self.image_size} with patch_size {patch_size}"
+            raise ShapeError(what, f"patch_size is one of {STEM_PATCHES}, and divides height and width")
+        widths = stem_widths(patch, dim)
+        if widths[0] << (len(widths) - 1) != dim:
+            what = f"a convolutional stem of {len(widths)} convolutions doubles its channels up to dim, which is {dim}"
+            raise ConfigError(what, f"choose a dim that {1 << (len(widths) - 1)} divides")
+        self.convs = [StemLayer(a, b, eps) for a, b in pairwise([self.in_channels, *widths])]
+        self.proj = Linear(dim, dim)
+
+    @property
+    def filters(self) -> Parameter:
+        """The weight of the first convolution, (D, C, 3, 3)."""
+        return self.convs[0].conv.weight
+
+    def forward(self, images: Any) -> Any:
+        """Return the tokens (B, N, dim) of images (B, C, H, W)."""
+        x = self.rounded(images)
+        for conv in self.convs:
+            x = conv(x)  # → (B, dim, rows, columns)
+        return self.proj(ops.swapaxes(x.reshape((*x.shape[:2], self.num_patches)), 1, 2))  # → (B, N, dim)

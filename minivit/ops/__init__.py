@@ -35,7 +35,7 @@ from minivit.ops.elementwise import (
 )
 from minivit.ops.loss import cross_entropy
 from minivit.ops.matmul import linear, matmul
-from minivit.ops.normalize import group_norm, layer_norm, log_softmax, softmax
+from minivit.ops.normalize import group_norm, layer_norm, log_softmax, rms_norm, softmax
 from minivit.ops.numpy_calls import OfTheClass, array_function, array_ufunc, compare
 from minivit.ops.reduce import logsumexp, max, mean, min, sum, var
 from minivit.ops.shape import (
@@ -60,8 +60,8 @@ __all__ = [
     "conv2d", "convert", "cos", "cross_entropy", "div", "drop_path", "dropout", "embed_tokens", "erf", "exp", "fold",
     "gelu", "getitem", "group_norm", "layer_norm", "linear", "log", "log_softmax", "logsumexp", "matmul", "max",
     "max_pool2d", "maximum", "mean", "min", "minimum", "mul", "neg", "pad", "patchify", "pow", "relu", "reshape",
-    "same_padding", "scatter", "self_attention", "sigmoid", "silu", "sin", "softmax", "split", "sqrt", "stack", "sub",
-    "sum", "swapaxes", "take_along_axis", "tanh", "transpose", "unfold", "unpatchify", "var", "where",
+    "rms_norm", "same_padding", "scatter", "self_attention", "sigmoid", "silu", "sin", "softmax", "split", "sqrt",
+    "stack", "sub", "sum", "swapaxes", "take_along_axis", "tanh", "transpose", "unfold", "unpatchify", "var", "where",
 ]  # fmt: skip
 
 

@@ -63,7 +63,7 @@ def attention(
 
     ``mask`` is bool, broadcast to (…, Tq, Tk), True = may not attend; a query that may attend to nothing gets zeros.
     ``dropout`` drops entries of P, by ``key``; with several axes before Tq the first is the batch.
-    Twins: ops/cpu/attention.py.
+    Twins: ops/cpu/attention.py, ops/cuda/attention.py.
     """
     check_inputs(q, k, v, mask, dropout, key)
     p = _weights(q, k, _on_device(mask, q), scale)

@@ -1,4 +1,4 @@
-"""Softmax, layer normalisation and group normalisation."""
+"""Softmax, and normalisation: of layers, by the root mean square, of groups."""
 
 from __future__ import annotations
 
@@ -75,6 +75,36 @@ def _(g: Any, out: Any, x: Any, weight: Any, bias: Any, eps: float, needs: tuple
 def _(x: Any, weight: Any, bias: Any, eps: float = 1e-6) -> Any:
     from_first = x - x[..., :1]  # keeps the digits of numbers far from 0
     return (from_first - mean(from_first, -1, True)) * (var(x, -1, True) + eps) ** -0.5 * weight + bias
+
+
+@op(save=("x", "weight"))
+def rms_norm(x: Array, weight: Array, eps: float = 1e-6) -> Array:
+    """Return x / √(mean x² + eps) · weight over the last axis (Zhang and Sennrich 2019, arXiv 1910.07467, eq. 4).
+
+    x (…, D), weight (D,). Twins: ops/cpu/normalize.py, ops/cuda/normalize.py.
+    """
+    x_hat, _ = _by_root(x, eps)
+    return narrow(x_hat * wide(weight), x)
+
+
+def _by_root(x: Any, eps: float) -> tuple[Any, Any]:
+    """Return x/r and r, the root of the mean square and eps, float16 as float32; on arrays or on Tensors."""
+    full = wide(x)  # the square of a float16 number overflows soon
+    root = sqrt(mean(full * full, -1, True) + eps)
+    return full / root, root
+
+
+@rms_norm.vjp
+def _(g: Any, out: Any, x: Any, weight: Any, eps: float, needs: tuple[bool, ...]) -> Any:
+    x_hat, root = _by_root(x, eps)
+    gx = None
+    if needs[0]:
+        gw = wide(g) * wide(weight)  # what reaches x_hat; its part along x_hat cannot change it
+        gx = narrow((gw - x_hat * mean(gw * x_hat, -1, True)) / root, x)
+    return gx, narrow(wide(g) * x_hat, x) if needs[1] else None  # the engine sums that of weight over the rows
+
+
+rms_norm.composed(lambda x, weight, eps=1e-6: x * (mean(x * x, -1, True) + eps) ** -0.5 * weight)
 
 
 @op(save=("x", "weight"))

@@ -282,27 +282,27 @@ _ROWS: dict[str, dict[str, Callable[[Draw], tuple[Any, ...]]]] = {
     },
     # ---- normalisation, attention, losses ----
     "softmax": {
-        "the last axis": lambda r: (r(2, 3, 5),),
-        "the first axis": lambda r: (r(3, 3), 0),
-        "200 apart": lambda r: (r.far_apart(3, 5),),
-        "one wide": lambda r: (r(3, 1),),
+        "the last axis": lambda r: (r(2, 3, 5),), "the first axis": lambda r: (r(3, 3), 0),
+        "200 apart": lambda r: (r.far_apart(3, 5),), "one wide": lambda r: (r(3, 1),),
         "saturated": lambda r: (300.0 * np.eye(3, 5) + r(3, 5),),
         "equal scores": lambda r: (np.repeat([[300.0], [0.0], [-300.0]], 7, axis=1),),
     },
     "log_softmax": {
-        "the last axis": lambda r: (r(2, 3, 5),),
-        "the first axis": lambda r: (r(3, 3), 0),
+        "the last axis": lambda r: (r(2, 3, 5),), "the first axis": lambda r: (r(3, 3), 0),
         "200 apart": lambda r: (r.far_apart(3, 5),),
     },
     "layer_norm": {
-        "3-D": lambda r: (r(2, 2, 3), r.positive(3), r(3)),
-        "a large eps": lambda r: (r(3, 3), r(3), r(3), 0.5),
+        "3-D": lambda r: (r(2, 2, 3), r.positive(3), r(3)), "a large eps": lambda r: (r(3, 3), r(3), r(3), 0.5),
         "rows far from zero": lambda r: (r.far_apart(3, 5), r.positive(5), r(5)),
         "a single vector": lambda r: (r(5), r.positive(5), r(5)),
         "rows of equal numbers": lambda r: (
             np.concatenate([r(2, 7), np.repeat([[1000.0], [0.1]], 7, axis=1)]), r.positive(7), r(7)
         ),
         "almost equal numbers, one row of equal ones": lambda r: (r.almost_equal(3, 9), r.positive(9), r(9)),
+    },
+    "rms_norm": {
+        "3-D": lambda r: (r(2, 2, 3), r.positive(3)), "a large eps": lambda r: (r(3, 3), r(3), 0.5),
+        "far from zero": lambda r: (r.far_apart(3, 5), r.positive(5)), "a vector": lambda r: (r(5), r.positive(5)),
     },
     "attention": {
         "heads": lambda r: (r(2, 2, 3, 2), r(2, 2, 3, 2), r(2, 2, 3, 2)),

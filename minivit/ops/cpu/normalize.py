@@ -1,4 +1,4 @@
-"""The twins of :mod:`minivit.ops.normalize`: softmax, layer_norm and group_norm."""
+"""The twins of :mod:`minivit.ops.normalize`: softmax, layer_norm, rms_norm and group_norm."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from minivit.backend import is_half
 from minivit.ops.cpu.sums import column_sums, ones_vector, row_dots, row_sums, shares
-from minivit.ops.normalize import check_group_norm, group_norm, layer_norm, softmax
+from minivit.ops.normalize import check_group_norm, group_norm, layer_norm, rms_norm, softmax
 from minivit.ops.reduce import narrow, wide
 
 
@@ -39,6 +39,34 @@ def _(g: np.ndarray, kept: Any, needs: tuple[bool, ...]) -> Any:
     gx = g - (row_dots(g, out) if axis == -1 else (g * out).sum(axis=axis, keepdims=True))
     gx *= out
     return (gx,)
+
+
+@rms_norm.twin("cpu")
+def _(x: np.ndarray, weight: np.ndarray, eps: float) -> Any:
+    if weight.shape != x.shape[-1:]:
+        return NotImplemented  # the plain one says what is wrong
+    rows = wide(x).reshape(-1, x.shape[-1])  # (…, D) → (rows, D)
+    root = (rows * rows) @ shares(rows.shape[1], rows.dtype)
+    root += eps
+    np.sqrt(root, out=root)
+    x_hat = rows / root[:, None]
+    return narrow(x_hat * wide(weight), x).reshape(x.shape), (x_hat, root[:, None], weight)
+
+
+@rms_norm.twin("cpu").vjp
+def _(g: np.ndarray, kept: Any, needs: tuple[bool, ...]) -> Any:
+    x_hat, root, weight = kept
+    like, g = g, wide(g).reshape(x_hat.shape)
+    product = g * x_hat
+    g_weight = narrow(column_sums(product), like) if needs[1] else None
+    if not needs[0]:
+        return None, g_weight
+    along_x_hat = product @ (wide(weight) / g.shape[-1])  # the mean of a row's products with weight
+    gx = g * wide(weight)
+    np.multiply(x_hat, along_x_hat[:, None], out=product)
+    gx -= product
+    gx /= root
+    return narrow(gx, like).reshape(like.shape), g_weight
 
 
 FAR = 100.0  # standard deviations from 0 to a row's mean: further off, the mean's own rounding is seen in what is left

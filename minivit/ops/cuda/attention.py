@@ -1,4 +1,4 @@
-"""The twin of :mod:`minivit.ops.attention`'s self_attention, whose gradient makes the softmax again."""
+"""The twins of :mod:`minivit.ops.attention`, whose gradients make the softmax again."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from minivit.backend import Array, Key, array_module, tile
-from minivit.ops.attention import check_heads, self_attention
+from minivit.ops.attention import attention, check_heads, check_inputs, self_attention
 from minivit.ops.cuda import sums
 from minivit.ops.cuda.rows import power
 
@@ -36,11 +36,10 @@ class _Plan:
     The hints are those by which nothing is kept outside the registers, as ``cuobjdump -res-usage`` tells for sm_90.
     """
 
-    def __init__(self, qkv: Array, heads: int, queries: int, scale: float) -> None:
-        b, t, features = qkv.shape
-        d = features // (3 * heads)
+    def __init__(self, shape: tuple[int, ...], queries: int, scale: float) -> None:
+        b, t, _, heads, d = shape
         self.scale, self.queries = scale, queries
-        self.qkv_shape, self.out_shape = (b, t, 3, heads, d), (b, queries, heads, d)
+        self.qkv_shape, self.out_shape = shape, (b, queries, heads, d)
         self.lse_shape, self.sums_shape = (b, heads, queries), (1, sums.ROWS, 3, heads, d)
         n = _height(t, 64)
         self.forward_kernel = _FORWARD if t <= AT_HAND else _FORWARD_LONG
@@ -103,18 +102,28 @@ class _Plan:
         ]
 
 
+def _plan(shape: tuple[int, ...], like: Array, queries: int, mask: Any, scale: Any, dropout: float) -> _Plan | None:
+    """Return how queries, keys and values (B, T, 3, H, d), as many and of a dtype ``like``, are worked on, or None."""
+    b, t, _, _, d = shape
+    served = like.dtype.name in ("float16", "bfloat16") and d in HEADS and t <= LONGEST
+    scale = 1.0 / math.sqrt(d) if scale is None else float(scale)
+    if not served or mask is not None or dropout > 0 or scale <= 0 or not 0 < b < 1 << 16:
+        return None
+    return _Plan(shape, queries, scale)
+
+
 @self_attention.twin("cuda")
 def _(
     qkv: Array, heads: int, queries: int | None, mask: Any, scale: float | None, dropout: float, key: Key | None
 ) -> Any:
     check_heads(qkv, heads, queries)
-    d = qkv.shape[2] // (3 * heads)
-    served = qkv.dtype.name in ("float16", "bfloat16") and d in HEADS and qkv.shape[1] <= LONGEST
-    scale = 1.0 / math.sqrt(d) if scale is None else float(scale)
-    if not served or mask is not None or dropout > 0 or scale <= 0 or not 0 < len(qkv) < 1 << 16:
+    b, t, features = qkv.shape
+    plan = _plan(
+        (b, t, 3, heads, features // (3 * heads)), qkv, t if queries is None else queries, mask, scale, dropout
+    )
+    if plan is None:
         return NotImplemented
     qkv = array_module(qkv).ascontiguousarray(qkv)
-    plan = _Plan(qkv, heads, qkv.shape[1] if queries is None else queries, scale)
     if not plan.ready(qkv):
         return NotImplemented
     out, lse = plan.forward(qkv)
@@ -125,3 +134,30 @@ def _(
 def _(g: Array, kept: Any, needs: tuple[Any, ...]) -> Any:
     plan, qkv, out, lse = kept
     return (plan.backward(qkv, out, lse, g),)
+
+
+@attention.twin("cuda")
+def _(q: Array, k: Array, v: Array, mask: Any, scale: float | None, dropout: float, key: Key | None) -> Any:
+    check_inputs(q, k, v, mask, dropout, key)
+    if q.ndim != 4 or k.shape != v.shape or q.shape[:2] != k.shape[:2] or not 0 < q.shape[2] <= k.shape[2]:
+        return NotImplemented
+    b, heads, t, d = k.shape
+    plan = _plan((b, t, 3, heads, d), q, q.shape[2], mask, scale, dropout)
+    if plan is None:
+        return NotImplemented
+    qkv = array_module(q).empty((b, t, 3 * heads * d), q.dtype)  # as the kernels read it
+    if not plan.ready(qkv):
+        return NotImplemented
+    parts = qkv.reshape(plan.qkv_shape)  # → (B, T, 3, H, d); queries that are not asked are not read
+    for i, x in enumerate((q, k, v)):
+        parts[:, : x.shape[2], i] = x.swapaxes(1, 2)  # (B, H, T, d) → (B, T, H, d)
+    out, lse = plan.forward(qkv)
+    return out.reshape(plan.out_shape).swapaxes(1, 2), (plan, qkv, out, lse)  # (B, T, H, d) → (B, H, T, d)
+
+
+@attention.twin("cuda").vjp
+def _(g: Array, kept: Any, needs: tuple[Any, ...]) -> Any:
+    plan, qkv, out, lse = kept
+    grad = plan.backward(qkv, out, lse, g.swapaxes(1, 2)).reshape(plan.qkv_shape)  # (B, T, 3, H, d)
+    q, k, v = (grad[:, :, i].swapaxes(1, 2) for i in range(3))  # → (B, H, T, d) each
+    return q[:, :, : plan.queries], k, v

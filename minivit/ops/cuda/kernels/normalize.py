@@ -1,4 +1,4 @@
-"""Kernels of layer normalisation: see ops/normalize.py for the formula.
+"""Kernels of layer normalisation, and of that by the root mean square: see ops/normalize.py for the formula.
 
 Rows (M, D) are worked on R at a time, each a tuple of tiles (R, m) for the pieces of D; what is beyond D is 0.
 """
@@ -70,6 +70,62 @@ def layer_norm_backward(D, R, rows, add):
                 tuple(u + v for u, v in ct.static_iter(zip(a, b))) for a, b in ct.static_iter(zip(sums, terms))
             )
         for parts, k in ct.static_iter(zip(sums, range(3))):
+            for total, (m, j) in ct.static_iter(zip(parts, cut)):
+                store(partials, (ct.bid(0), k, j), ct.sum(total, 0).reshape((1, 1, m)), tma=False)  # (R, m) → (m,)
+
+    @ct.kernel
+    def alone(g, x, weight, statistics, dx, partials):
+        gradient(g, x, weight, statistics, g, dx, partials)
+
+    @ct.kernel
+    def on_top(g, x, weight, statistics, so_far, dx, partials):
+        gradient(g, x, weight, statistics, so_far, dx, partials)
+
+    return on_top if add else alone
+
+
+def rms_norm_forward(D, R, eps):
+    """y = x/r · weight; statistics (1, M): 1/r, r² = mean x² + eps. Grid: (M / R,)."""
+    cut = pieces(D, 16)
+
+    @ct.kernel
+    def kernel(x, weight, y, statistics):
+        i = ct.bid(0)
+        xs, ws = load_rows(x, i, R, cut, tma=False), load_vector(weight, cut, tma=False)
+        square = row_sum(tuple(u * u for u in ct.static_iter(xs))) * (1.0 / D)
+        over_root = 1.0 / ct.sqrt(square + eps)
+        store_rows(y, i, tuple(u * over_root * w for u, w in ct.static_iter(zip(xs, ws))), cut, tma=False)
+        store(statistics, (0, i), over_root.reshape((1, R)), tma=False)
+
+    return kernel
+
+
+def rms_norm_backward(D, R, rows, add):
+    """dx = (gw - x̂·mean(gw·x̂))/r, gw = g·weight, x̂ = x/r, and ``so_far`` on top, if ``add``.
+
+    partials (rows, 2, D): sums of g·x̂, the weight's gradient, and of dx. Grid: (rows,).
+    """
+    cut = pieces(D, 16)
+
+    def gradient(g, x, weight, statistics, so_far, dx, partials):
+        ws = load_vector(weight, cut, tma=False)
+        sums = tuple(tuple(ct.zeros((R, m), F32) for m, j in ct.static_iter(cut)) for k in ct.static_iter(range(2)))
+        for i in range(ct.bid(0), ct.num_tiles(g, 0, (R, cut[0][0])), rows):
+            over_root = load(statistics, (0, i), (1, R), tma=False).reshape((R, 1))
+            gs, xs = load_rows(g, i, R, cut, tma=False), load_rows(x, i, R, cut, tma=False)
+            x_hat = tuple(u * over_root for u in ct.static_iter(xs))
+            gw = tuple(u * w for u, w in ct.static_iter(zip(gs, ws)))
+            along_x = row_sum(tuple(u * v for u, v in ct.static_iter(zip(gw, x_hat)))) * (1.0 / D)
+            ds = tuple((u - v * along_x) * over_root for u, v in ct.static_iter(zip(gw, x_hat)))
+            if add:
+                before = load_rows(so_far, i, R, cut, tma=False)
+                ds = tuple(u + v for u, v in ct.static_iter(zip(ds, before)))
+            store_rows(dx, i, ds, cut, tma=False)
+            terms = (tuple(u * v for u, v in ct.static_iter(zip(gs, x_hat))), ds)
+            sums = tuple(
+                tuple(u + v for u, v in ct.static_iter(zip(a, b))) for a, b in ct.static_iter(zip(sums, terms))
+            )
+        for parts, k in ct.static_iter(zip(sums, range(2))):
             for total, (m, j) in ct.static_iter(zip(parts, cut)):
                 store(partials, (ct.bid(0), k, j), ct.sum(total, 0).reshape((1, 1, m)), tma=False)  # (R, m) → (m,)
 
