@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import pytest
 from minivit import data
 from minivit.autograd.op import OPS
 from minivit.backend import cuda_status
-from tests import strict
+from tests import cover, strict
 
 strict_cupy = strict.strict_cupy  # the fixture: CuPy's strict stand-in
 
@@ -26,6 +27,20 @@ def pytest_configure() -> None:
     }.items():
         if (number := getattr(signal, name, None)) is not None and signal.getsignal(number) is signal.SIG_IGN:
             signal.signal(number, handler)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionstart() -> None:
+    """Stop the tracer of coverage.py, which has begun in xdist's workers only now."""
+    cover.stop_tracing()
+
+
+@pytest.hookimpl(wrapper=True, trylast=True)
+def pytest_runtestloop() -> Generator[None, Any, Any]:
+    """Report which lines ran before coverage.py sums up."""
+    result = yield
+    cover.hand_over()
+    return result
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
