@@ -350,6 +350,8 @@ def _parameters(key: str) -> tuple[float, set[str] | None]:
 
 def _traffic(host: np.ndarray) -> int:
     """Return the bytes behind an array; along a broadcast axis (stride 0) they count once."""
+    if host.flags.c_contiguous:
+        return host.nbytes
     return host.itemsize * math.prod(n for n, stride in zip(host.shape, host.strides, strict=True) if stride)
 
 
