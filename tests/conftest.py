@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import signal
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -16,10 +18,15 @@ from minivit.backend import cuda_status
 from tests import cover, strict
 
 strict_cupy = strict.strict_cupy  # the fixture: CuPy's strict stand-in
+idle_cupy = strict.idle_cupy  # the same, on which no kernel computes
 
 
 def pytest_configure() -> None:
-    """Heed signals that whoever starts the tests ignores (nohup, a job in the background): they stop runs here."""
+    """Heed signals that whoever starts the tests ignores (nohup, a job in the background): they stop runs here.
+
+    A hundred tests start minivit anew: it starts in two thirds of the time where its byte code may be kept.
+    """
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     for name, handler in {
         "SIGINT": signal.default_int_handler,
         "SIGTERM": signal.SIG_DFL,
@@ -49,6 +56,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason=why_not))
+
+
+def pytest_collection_finish() -> None:
+    """Let no collection of garbage go over the ten thousand tests, and what their modules made, again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
