@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from minivit import data
 from minivit.autograd.op import OPS
@@ -62,6 +63,28 @@ def pytest_collection_finish() -> None:
     """Let no collection of garbage go over the ten thousand tests, and what their modules made, again and again."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def hurried() -> Iterator[None]:
+    """Wait for no disk, and press no picture: what is written is the same, and no test cuts the power.
+
+    A child of a test does both.
+    """
+
+    def fsync(descriptor: int) -> None:
+        os.fstat(descriptor)  # what is no open file is still an error
+
+    def save(image: Image.Image, *args: Any, **kwargs: Any) -> None:
+        image.encoderinfo |= {"optimize": False, "compress_level": 1}
+        save_png(image, *args, **kwargs)
+
+    Image.preinit()
+    save_png = Image.SAVE["PNG"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        patch.setitem(Image.SAVE, "PNG", save)
+        yield
 
 
 @pytest.fixture
