@@ -25,7 +25,7 @@ class _Browser:
 
     def __init__(self, profile: Path) -> None:
         assert CHROMIUM is not None
-        self._sent, self._rest = 0, b""
+        self._sent, self._rest, self._pid = 0, b"", os.getpid()
         (read_here, out), (read_there, into) = os.pipe(), os.pipe()
 
         def ends() -> None:  # in the child: it reads from 3 and writes to 4
@@ -43,7 +43,12 @@ class _Browser:
         self._in, self._out = os.fdopen(into, "wb", buffering=0), os.fdopen(read_here, "rb", buffering=0)
         atexit.register(self._end)
 
+    def is_gone(self) -> bool:
+        return self._process.poll() is not None
+
     def _end(self) -> None:
+        if os.getpid() != self._pid:  # a fork of the process whose it is
+            return
         self._process.kill()
         self._process.wait()
         self._in.close()
@@ -78,8 +83,8 @@ class Page:
     """
 
     def __init__(self, file: Path, width: int = 1040, height: int = 900, dark: bool = False) -> None:
-        if not _browsers:
-            _browsers.append(_Browser(file.parent / f"profile-{os.getpid()}"))
+        if not _browsers or _browsers[0].is_gone():  # it may have died of the page before
+            _browsers[:] = [_Browser(file.parent / f"profile-{os.getpid()}")]
         self.errors: list[str] = []
         self._session: str | None = None
         self._context = self.ask("Target.createBrowserContext")["browserContextId"]
