@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import base64
 import json
 import os
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +20,12 @@ FLAGS = [
 ]  # fmt: skip
 
 
-class Page:
-    """A page; ``with Page(file) as page: page.run("1 + 1")``. What its console says of errors is in ``errors``."""
+class _Browser:
+    """Chromium, started once for all pages of a process, and gone with it: at the end of its pipe it ends."""
 
-    def __init__(self, file: Path, width: int = 1040, height: int = 900, dark: bool = False) -> None:
+    def __init__(self, profile: Path) -> None:
         assert CHROMIUM is not None
-        self.errors: list[str] = []
-        self._sent, self._rest = 0, b""
+        self._sent, self._rest, self._pid = 0, b"", os.getpid()
         (read_here, out), (read_there, into) = os.pipe(), os.pipe()
 
         def ends() -> None:  # in the child: it reads from 3 and writes to 4
@@ -33,17 +34,62 @@ class Page:
             os.dup2(1003, 3)
             os.dup2(1004, 4)
 
-        self._profile = file.parent / f"profile-{os.getpid()}-{id(self)}"
         self._process = subprocess.Popen(
-            [CHROMIUM, *FLAGS, f"--user-data-dir={self._profile}", "about:blank"],
+            [CHROMIUM, *FLAGS, f"--user-data-dir={profile}", "about:blank"],
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, close_fds=False, preexec_fn=ends,
         )  # fmt: skip
         os.close(out)
         os.close(read_there)
         self._in, self._out = os.fdopen(into, "wb", buffering=0), os.fdopen(read_here, "rb", buffering=0)
-        targets = self._ask("Target.getTargets")["targetInfos"]
-        target = next(t["targetId"] for t in targets if t["type"] == "page")
-        self._session = self._ask("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        atexit.register(self._end)
+
+    def is_gone(self) -> bool:
+        return self._process.poll() is not None
+
+    def _end(self) -> None:
+        if os.getpid() != self._pid:  # a fork of the process whose it is
+            return
+        self._process.kill()
+        self._process.wait()
+        self._in.close()
+        self._out.close()
+
+    def ask(self, method: str, session: str | None, note: Callable[[dict[str, Any]], None], **params: Any) -> Any:
+        """Return what a method gives; what the session says meanwhile goes to ``note``."""
+        self._sent += 1
+        message = {"id": self._sent, "method": method, "params": params} | ({"sessionId": session} if session else {})
+        self._in.write(json.dumps(message).encode() + b"\0")
+        while True:
+            while b"\0" not in self._rest:
+                block = self._out.read(1 << 20)
+                assert block, "Chromium has gone"
+                self._rest += block
+            text, _, self._rest = self._rest.partition(b"\0")
+            said = json.loads(text)
+            if said.get("id") == self._sent:
+                assert "error" not in said, said["error"]
+                return said["result"]
+            if said.get("sessionId") == session:
+                note(said)
+
+
+_browsers: list[_Browser] = []  # this process's, once there is one
+
+
+class Page:
+    """A page; ``with Page(file) as page: page.run("1 + 1")``. What its console says of errors is in ``errors``.
+
+    It shares nothing with the pages before it: each is in a context of its own, as a private window is.
+    """
+
+    def __init__(self, file: Path, width: int = 1040, height: int = 900, dark: bool = False) -> None:
+        if not _browsers or _browsers[0].is_gone():  # it may have died of the page before
+            _browsers[:] = [_Browser(file.parent / f"profile-{os.getpid()}")]
+        self.errors: list[str] = []
+        self._session: str | None = None
+        self._context = self.ask("Target.createBrowserContext")["browserContextId"]
+        target = self.ask("Target.createTarget", url="about:blank", browserContextId=self._context)["targetId"]
+        self._session = self.ask("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.ask(f"{domain}.enable")
         self.ask(
@@ -61,30 +107,11 @@ class Page:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._process.kill()
-        self._process.wait()
-        self._in.close()
-        self._out.close()
-        shutil.rmtree(self._profile, ignore_errors=True)
+        self._session = None
+        self.ask("Target.disposeBrowserContext", browserContextId=self._context)
 
-    def ask(self, method: str, **params: Any) -> dict[str, Any]:
-        return self._ask(method, self._session, **params)
-
-    def _ask(self, method: str, session: str | None = None, **params: Any) -> dict[str, Any]:
-        self._sent += 1
-        message = {"id": self._sent, "method": method, "params": params} | ({"sessionId": session} if session else {})
-        self._in.write(json.dumps(message).encode() + b"\0")
-        while True:
-            while b"\0" not in self._rest:
-                block = self._out.read(1 << 20)
-                assert block, "Chromium has gone"
-                self._rest += block
-            text, _, self._rest = self._rest.partition(b"\0")
-            said = json.loads(text)
-            if said.get("id") == self._sent:
-                assert "error" not in said, said["error"]
-                return said["result"]
-            self._note(said)
+    def ask(self, method: str, **params: Any) -> Any:
+        return _browsers[0].ask(method, self._session, self._note, **params)
 
     def _note(self, said: dict[str, Any]) -> None:
         params = said.get("params", {})

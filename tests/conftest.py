@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from minivit import data
 from minivit.autograd.op import OPS
 from minivit.backend import cuda_status
-from tests import strict
+from tests import cover, strict
 
 strict_cupy = strict.strict_cupy  # the fixture: CuPy's strict stand-in
+idle_cupy = strict.idle_cupy  # the same, on which no kernel computes
 
 
 def pytest_configure() -> None:
-    """Heed signals that whoever starts the tests ignores (nohup, a job in the background): they stop runs here."""
+    """Heed signals that whoever starts the tests ignores (nohup, a job in the background): they stop runs here.
+
+    A hundred tests start minivit anew: it starts in two thirds of the time where its byte code may be kept.
+    """
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     for name, handler in {
         "SIGINT": signal.default_int_handler,
         "SIGTERM": signal.SIG_DFL,
@@ -28,12 +37,54 @@ def pytest_configure() -> None:
             signal.signal(number, handler)
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_sessionstart() -> None:
+    """Stop the tracer of coverage.py, which has begun in xdist's workers only now."""
+    cover.stop_tracing()
+
+
+@pytest.hookimpl(wrapper=True, trylast=True)
+def pytest_runtestloop() -> Generator[None, Any, Any]:
+    """Report which lines ran before coverage.py sums up."""
+    result = yield
+    cover.hand_over()
+    return result
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip the tests marked ``gpu`` where there is none, and say why."""
     if (why_not := cuda_status()) is not None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason=why_not))
+
+
+def pytest_collection_finish() -> None:
+    """Let no collection of garbage go over the ten thousand tests, and what their modules made, again and again."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def hurried() -> Iterator[None]:
+    """Wait for no disk, and press no picture: what is written is the same, and no test cuts the power.
+
+    A child of a test does both.
+    """
+
+    def fsync(descriptor: int) -> None:
+        os.fstat(descriptor)  # what is no open file is still an error
+
+    def save(image: Image.Image, *args: Any, **kwargs: Any) -> None:
+        image.encoderinfo |= {"optimize": False, "compress_level": 1}
+        save_png(image, *args, **kwargs)
+
+    Image.preinit()
+    save_png = Image.SAVE["PNG"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        patch.setitem(Image.SAVE, "PNG", save)
+        yield
 
 
 @pytest.fixture

@@ -62,15 +62,14 @@ class Block:
     def enter(self) -> None:
         """Count an array that lies in it."""
         if self.arrays == 0:
-            self.pool.blocks.add(self)
-            self.pool.most[current_device()] = max(self.pool.most[current_device()], self.pool.used_bytes())
+            self.pool.count(self.device, self.nbytes)
         self.arrays += 1
 
     def leave(self) -> None:
         """Count an array in it as gone. The memory of the last may be handed out again from there on."""
         self.arrays -= 1
         if self.arrays == 0:
-            self.pool.blocks.discard(self)
+            self.pool.count(self.device, -self.nbytes)
             owner, capture = self.owner(), self.capture
             if owner is not None and capture is not None and capture.running and capture is capture_now():
                 capture.calls.append(lambda: poison(owner))
@@ -81,14 +80,20 @@ class MemoryPool:
 
     def __init__(self, allocator: Any = None) -> None:
         self.allocator = allocator  # which a test may ask
-        self.blocks: set[Block] = set()
-        self.most: Counter[int] = Counter()  # by device
+        self.used = Counter({0: 0, 1: 0})  # bytes by device
+        self.most: Counter[int] = Counter()  # at a time, by device
+
+    def count(self, device: int, nbytes: int) -> None:
+        """Count a block of so many bytes as taken; less than none: as given back."""
+        self.used[device] += nbytes
+        if self.used[device] > self.most[device]:
+            self.most[device] = self.used[device]
 
     def malloc(self, size: int) -> None:
         raise NotImplementedError("the stand-in has no memory without an array: make an array under the pool")
 
     def used_bytes(self) -> int:
-        return sum(block.nbytes for block in list(self.blocks) if block.device == current_device())
+        return self.used[current_device()]
 
     def total_bytes(self) -> int:
         return self.used_bytes() if self is default_pool else self.most[current_device()]

@@ -155,16 +155,16 @@ def test_memory_of_a_step_is_that_measured_on_a_gpu() -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("side", "patch", "dim", "heads", "rows"), [(14, 1, 64, 4, 2), (32, 4, 192, 3, 4)])
 def test_memory_of_a_step_is_that_counted(
-    strict_cupy: Any, dtype: str, side: int, patch: int, dim: int, heads: int, rows: int
+    idle_cupy: Any, dtype: str, side: int, patch: int, dim: int, heads: int, rows: int
 ) -> None:
     """The stand-in's pools count the arrays that are alive; one batch more is predicted, the next."""
     settings = {"image_size": side, "patch_size": patch, "dim": dim, "heads": heads, "depth": 2, "num_classes": 10}
     outlined, model = model_outline("vit", settings), mv.ViT(**settings).to("cuda")
     gc.collect()  # what other tests have left
-    default = strict_cupy.get_default_memory_pool()
+    default = idle_cupy.get_default_memory_pool()
     before = default.used_bytes() - 4 * model.num_parameters()
     step = mv.TrainStep(model, mv.optim.AdamW(model.named_parameters(), lr=1e-3), precision=dtype)
-    images, labels = strict_cupy.zeros((rows, 3, side, side), np.float32), strict_cupy.zeros(rows, np.int64)
+    images, labels = idle_cupy.zeros((rows, 3, side, side), np.float32), idle_cupy.zeros(rows, np.int64)
     for _ in range(3):
         step(images, labels)
     assert not step.why_launched

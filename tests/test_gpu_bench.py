@@ -36,7 +36,7 @@ def test_ceilings_by_the_clock(strict_cupy: Any, small: None) -> None:
 
 
 def test_bench_on_a_gpu(
-    strict_cupy: Any, small: None, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    idle_cupy: Any, small: None, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("minivit.measure.gpu_profile.STEPS", 1)
     mv.save(mv.create_model("vit_digits", dim=16, depth=1, heads=2, mlp_dim=32), "tiny.npz")

@@ -4,6 +4,7 @@ Imports within functions count like any others.
 """
 
 import ast
+import functools
 from collections import defaultdict
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -60,8 +61,18 @@ def imports(tree: ast.AST):
                 yield f"{node.module}.{alias.name}", node.lineno
 
 
+@functools.cache
+def text_of(file: Path) -> str:
+    return file.read_text()
+
+
+@functools.cache
+def parsed(source: str) -> ast.Module:
+    return ast.parse(source)
+
+
 def tree_of(file: Path) -> ast.Module:
-    return ast.parse(file.read_text())
+    return parsed(text_of(file))
 
 
 def in_rooms(*rooms: str) -> list[Path]:
@@ -77,14 +88,14 @@ def against_the_floors(file_name: str, source: str) -> list[str]:
 
     return [
         f"{file_name}:{line} imports {name}"
-        for name, line in imports(ast.parse(source))
+        for name, line in imports(parsed(source))
         if name.split(".")[0] == "minivit" and name != "minivit.__version__" and not allowed(name)
     ]
 
 
 @pytest.mark.parametrize("file", FILES, ids=name_of)
 def test_no_import_against_the_floors(file):
-    assert against_the_floors(name_of(file), file.read_text()) == []
+    assert against_the_floors(name_of(file), text_of(file)) == []
 
 
 def test_the_floor_test_sees_a_wrong_import():
@@ -103,7 +114,7 @@ def circle(sources: dict[str, str]) -> list[str]:
     graph = {
         file: {
             module
-            for name, _ in imports(ast.parse(source))
+            for name, _ in imports(parsed(source))
             if (module := name if name in sources else name.rpartition(".")[0]) in sources
             and name != "minivit.__version__"
         }
@@ -117,7 +128,7 @@ def circle(sources: dict[str, str]) -> list[str]:
 
 
 def test_no_circle_of_files():
-    assert circle({name: file.read_text() for name, file in NAMES.items()}) == []
+    assert circle({name: text_of(file) for name, file in NAMES.items()}) == []
 
 
 def test_the_circle_test_sees_a_circle():
@@ -151,13 +162,13 @@ def lines_naming_the_vit(source: str) -> list[int]:
     named = lambda node: (
         (isinstance(node, ast.alias) and node.name == "ViT") or (isinstance(node, ast.Attribute) and node.attr == "ViT")
     )
-    return [node.lineno for node in ast.walk(ast.parse(source)) if named(node)]
+    return [node.lineno for node in ast.walk(parsed(source)) if named(node)]
 
 
 def test_only_models_and_the_public_face_name_the_vit():
     """Who builds, counts, resumes or explains a model goes through the registry."""
     others = [file for file in FILES if file != ROOT / "__init__.py" and file not in in_rooms("models")]
-    assert {name_of(file): lines for file in others if (lines := lines_naming_the_vit(file.read_text()))} == {}
+    assert {name_of(file): lines for file in others if (lines := lines_naming_the_vit(text_of(file)))} == {}
 
 
 def test_the_vit_test_sees_a_vit():
@@ -168,7 +179,7 @@ def test_the_vit_test_sees_a_vit():
 
 def lines_that_speak(source: str) -> list[int]:
     """Return where a file prints, shows a bar, or ends the process."""
-    tree = ast.parse(source)
+    tree = parsed(source)
     speaks = lambda node: (
         (isinstance(node, ast.Name) and node.id in ("print", "SystemExit"))
         or (isinstance(node, ast.Attribute) and ast.unparse(node) in ("sys.exit", "os._exit"))
@@ -180,7 +191,7 @@ def lines_that_speak(source: str) -> list[int]:
 
 def test_only_the_command_line_prints_and_exits():
     silent = [file for file in FILES if file not in in_rooms("cli", "__main__.py")]
-    assert {name_of(file): lines for file in silent if (lines := lines_that_speak(file.read_text()))} == {}
+    assert {name_of(file): lines for file in silent if (lines := lines_that_speak(text_of(file)))} == {}
 
 
 @pytest.mark.parametrize(
@@ -198,7 +209,7 @@ def test_the_test_of_silence_hears(line):
 
 def left_aside(sources: dict[str, str]) -> set[str]:
     """Return the modules among ``sources`` that no other imports."""
-    found = {name for file, source in sources.items() for name, _ in imports(ast.parse(source)) if name != file}
+    found = {name for file, source in sources.items() for name, _ in imports(parsed(source)) if name != file}
     return sources.keys() - found - {name.rpartition(".")[0] for name in found}
 
 
@@ -208,7 +219,7 @@ def test_every_file_is_imported_by_another():
     commands = {f"minivit.cli.{command.replace('-', '_')}" for command in COMMANDS}
     commands |= {name for name in NAMES if name.startswith(("minivit.ops.cuda.kernels.", "minivit.learn.ladder."))}
     packages = {name for name, file in NAMES.items() if file.name == "__init__.py"}
-    aside = left_aside({name: file.read_text() for name, file in NAMES.items()})
+    aside = left_aside({name: text_of(file) for name, file in NAMES.items()})
     assert aside - commands - packages == {"minivit.__main__", "minivit.learn.runner"}
 
 
@@ -222,14 +233,14 @@ def test_a_file_left_aside_is_seen():
 
 def test_cupy_is_imported_in_backend_only():
     for file in FILES:
-        for name, line in imports(ast.parse(file.read_text())):
+        for name, line in imports(tree_of(file)):
             if name.split(".")[0] in ("cupy", "cupyx"):
                 assert name_of(file).startswith("minivit.backend."), f"{file}:{line}"
 
 
 def test_no_pickle_no_exec_no_numpy_random():
     for file in FILES:
-        tree = ast.parse(file.read_text())
+        tree = tree_of(file)
         assert not {n.split(".")[0] for n, _ in imports(tree)} & {"pickle", "marshal", "shelve", "dill", "joblib"}, file
         for node in ast.walk(tree):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
@@ -245,7 +256,7 @@ def test_no_pickle_no_exec_no_numpy_random():
 def test_no_process_wide_mutable_state_in_the_engine():
     """No ``global`` statement anywhere: recording and random keys are kept for each thread."""
     for file in FILES:
-        for node in ast.walk(ast.parse(file.read_text())):
+        for node in ast.walk(tree_of(file)):
             assert not isinstance(node, ast.Global), f"{file}:{node.lineno}"
 
 
@@ -258,7 +269,7 @@ def test_the_engine_and_the_model_fit_on_their_screens():
 
 
 def test_no_file_over_350_lines():
-    lengths = {name_of(file): len(file.read_text().splitlines()) for file in FILES}
+    lengths = {name_of(file): len(text_of(file).splitlines()) for file in FILES}
     assert {name: length for name, length in lengths.items() if length > 350} == {}
 
 

@@ -29,6 +29,7 @@ import numpy as np
 from minivit.backend.compiling import SOURCES, Plan
 
 HALF = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
+ARRAYS = (np.ndarray, np.generic)
 COMPARE = {np.less, np.less_equal, np.greater, np.greater_equal, np.equal, np.not_equal, np.isnan, np.isfinite}
 
 
@@ -48,16 +49,24 @@ class Tile(np.ndarray):
     """A tile: what cuda.tile knows of one, and no more."""
 
     def __array_finalize__(self, other: Any) -> None:
-        need(all(n & (n - 1) == 0 and n for n in self.shape), "not a power of two: a side of", self.shape)
+        for n in self.shape:
+            if n & (n - 1) or not n:
+                raise TileError(f"not a power of two: a side of {self.shape}")
 
     def __array_ufunc__(self, ufunc: np.ufunc, method: str, *args: Any, **kwargs: Any) -> Any:
-        arrays = [x for x in args if isinstance(x, np.ndarray | np.generic)]
-        need(len({x.dtype for x in arrays}) == 1, ufunc, "of arrays of several dtypes:", *[x.dtype for x in arrays])
-        half = arrays[0].dtype in HALF and ufunc not in COMPARE and (method == "__call__")
-        need(not half, "convert to float32 before:", ufunc, "in", arrays[0].dtype)
-        with np.errstate(all="ignore"):
-            out = getattr(ufunc, method)(*[x.view(np.ndarray) if isinstance(x, Tile) else x for x in args], **kwargs)
-        need(out.dtype != np.float64, ufunc, "of", arrays[0].dtype, "gives float64")
+        dtype, plain = None, []
+        for x in args:
+            if isinstance(x, ARRAYS):
+                if dtype is None:
+                    dtype = x.dtype
+                elif x.dtype != dtype:
+                    raise TileError(f"{ufunc} of arrays of several dtypes: {dtype} {x.dtype}")
+            plain.append(x.view(np.ndarray) if isinstance(x, Tile) else x)
+        if dtype in HALF and ufunc not in COMPARE and method == "__call__":
+            raise TileError(f"convert to float32 before: {ufunc} in {dtype}")
+        out = getattr(ufunc, method)(*plain, **kwargs)
+        if out.dtype == np.float64:
+            raise TileError(f"{ufunc} of {dtype} gives float64")
         return tile(out)
 
     def __getitem__(self, index: Any) -> Tile:
@@ -74,8 +83,7 @@ class Tile(np.ndarray):
         return bool(self.item())
 
     def astype(self, dtype: Any, *, rounding_mode: Any = None) -> Tile:  # type: ignore[override]
-        with np.errstate(all="ignore"):
-            return tile(self.view(np.ndarray).astype(dtype))
+        return tile(self.view(np.ndarray).astype(dtype))
 
     def transpose(self, axis0: int | None = None, axis1: int | None = None) -> Tile:  # type: ignore[override]
         need(axis0 is not None or self.ndim == 2, "transpose() without axes is for two of them")
@@ -114,13 +122,15 @@ def _mark(array: Array, where: Any, writes: bool) -> None:
     """Note who reads or writes an array's elements, and refuse what depends on the order of programs."""
     me = _Program.number
     writers, readers = array._writers[where], array._readers[where]
-    need(((writers == NOBODY) | (writers == me)).all(), "two programs write, or one reads what another has written")
+    if not ((writers == NOBODY) | (writers == me)).all():
+        raise TileError("two programs write, or one reads what another has written")
     ours = (readers == NOBODY) | (readers == me)
-    if writes:
-        need(ours.all(), "a program writes what another reads")
+    if not writes:
+        array._readers[where] = me if ours.all() else np.where(ours, me, SEVERAL)
+    elif ours.all():
         array._writers[where] = me
     else:
-        array._readers[where] = np.where(ours, me, SEVERAL)
+        raise TileError("a program writes what another reads")
 
 
 def _marks(hosts: list[np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -158,12 +168,17 @@ def _poison(dtype: np.dtype) -> Any:
 
 def _box(array: Array, index: Any, shape: tuple[int, ...]) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
     """Return the part of the array that a tile covers, and the part of the tile that it is."""
-    need(len(index) == len(shape) == array.ndim, "index", index, "tile", shape, "array", array.shape)
-    starts = [int(i) * n for i, n in zip(index, shape, strict=True)]
-    outside = any(not 0 <= start < n for start, n in zip(starts, array.shape, strict=True))
-    need(not outside, "wholly outside", array.shape, "lies a tile", shape, "at", index)
-    within = tuple(slice(s, min(s + n, m)) for s, n, m in zip(starts, shape, array.shape, strict=True))
-    return within, tuple(slice(0, part.stop - part.start) for part in within)
+    if not len(index) == len(shape) == array.ndim:
+        raise TileError(f"index {index} tile {shape} array {array.shape}")
+    within, part = [], []
+    for i, n, m in zip(index, shape, array.shape, strict=True):
+        start = int(i) * n
+        if not 0 <= start < m:
+            raise TileError(f"wholly outside {array.shape} lies a tile {shape} at {index}")
+        stop = min(start + n, m)
+        within.append(slice(start, stop))
+        part.append(slice(0, stop - start))
+    return tuple(within), tuple(part)
 
 
 def _ordered(array: Array, order: Any) -> Array:
@@ -194,7 +209,7 @@ def store(array: Array, /, index: Any, tile: Any, *, order: Any = "C", check_bou
           allow_tma: Any = None) -> None:  # fmt: skip
     array = _ordered(array, order)
     index = index if isinstance(index, tuple) else (index,)
-    if not isinstance(tile, np.ndarray | np.generic):
+    if not isinstance(tile, ARRAYS):
         tile = np.asarray(tile, array.dtype)
     need(tile.dtype == array.dtype, "a tile of", tile.dtype, "is stored in an array of", array.dtype)
     host = np.asarray(tile).reshape(tile.shape or (1,) * array.ndim)
@@ -226,7 +241,7 @@ def gather(array: Array, indices: Any, /, *, mask: Any = None, padding_value: An
 def scatter(array: Array, indices: Any, value: Any, /, *, mask: Any = None, check_bounds: bool = True,
             latency: Any = None) -> None:  # fmt: skip
     indices, chosen = _picked(array, indices, mask, check_bounds)
-    value = np.asarray(value, None if isinstance(value, np.ndarray | np.generic) else array.dtype)
+    value = np.asarray(value, None if isinstance(value, ARRAYS) else array.dtype)
     need(value.dtype == array.dtype, value.dtype, "is scattered into an array of", array.dtype)
     where = tuple(i[chosen] for i in indices)
     need(len(set(zip(*where, strict=True))) == chosen.sum(), "scatter writes an element twice")
@@ -246,7 +261,7 @@ def mma(x: Tile, y: Tile, /, acc: Tile, *, use_fast_acc: bool = False) -> Tile:
 
 
 def where(condition: Any, x: Any, y: Any, /) -> Tile:
-    dtypes = {v.dtype for v in (x, y) if isinstance(v, np.ndarray | np.generic)}
+    dtypes = {v.dtype for v in (x, y) if isinstance(v, ARRAYS)}
     need(len(dtypes) <= 1, "where of", dtypes)
     dtype = dtypes.pop() if dtypes else np.float32 if isinstance(x, float) or isinstance(y, float) else np.int32
     return tile(np.where(np.asarray(condition), np.asarray(x, dtype), np.asarray(y, dtype)))
@@ -254,10 +269,9 @@ def where(condition: Any, x: Any, y: Any, /) -> Tile:
 
 def _float32(function: Callable[[Any], Any]) -> Callable[..., Tile]:
     def call(x: Any, /, *, flush_to_zero: bool = False, rounding_mode: Any = None) -> Tile:
-        x = x if isinstance(x, np.ndarray | np.generic) else np.float32(x)
+        x = x if isinstance(x, ARRAYS) else np.float32(x)
         need(x.dtype == np.float32, "convert to float32 before:", function, "in", x.dtype)
-        with np.errstate(all="ignore"):
-            return tile(function(np.asarray(x)).astype(np.float32))
+        return tile(function(np.asarray(x)).astype(np.float32))
 
     return call
 
@@ -374,9 +388,10 @@ def emulate(plan: Plan, grid: tuple[int, ...], args: tuple[Any, ...], seed: int 
     given = [Array(x, next(marks)) if isinstance(x, np.ndarray) else x for x in args]
     programs = list(itertools.product(*map(range, grid)))
     _Program.grid = grid
-    for number in np.random.default_rng(seed).permutation(len(programs)):
-        _Program.at, _Program.number = programs[number], int(number)
-        kernel(*given)
+    with np.errstate(all="ignore"):  # a GPU raises no floating-point warnings
+        for number in np.random.default_rng(seed).permutation(len(programs)).tolist():
+            _Program.at, _Program.number = programs[number], number
+            kernel(*given)
 
 
 def launcher(plan: Plan) -> Callable[..., None]:

@@ -6,6 +6,7 @@ A value comes from, in rising order: its default, the named model, the data, the
 from __future__ import annotations
 
 import difflib
+import functools
 import json
 import math
 import shlex
@@ -41,10 +42,11 @@ class RunSettings(dict[str, Any]):
 
     def take(self, values: Mapping[str, Any], origin: str) -> None:
         """Take over values, each checked. Raises ConfigError for a key, type or size that cannot be."""
+        known = known_settings(self.kind)
         for key, value in values.items():
-            if key not in known_settings(self.kind):
+            if key not in known:
                 raise _unknown(key, origin, self.kind)
-            self[key] = _checked(key, value, origin, self.kind)
+            self[key] = _checked(key, value, known[key], origin, self.kind)
             self.origins[key] = origin
 
     def table(self, name: str) -> dict[str, Any]:
@@ -83,6 +85,7 @@ def known_settings(kind: str = "") -> dict[str, Types]:
     return types
 
 
+@functools.cache
 def _types_of(annotation: Any) -> Types:
     """Return the types that a value of a setting may have as TOML has them, where a pair is a list.
 
@@ -95,9 +98,8 @@ def _types_of(annotation: Any) -> Types:
     return types if len(types) > 1 else types[0]
 
 
-def _checked(key: str, value: Any, origin: str, model: str) -> Any:
-    """Return ``value`` as the setting has it; of a model's, as the kind ``model`` has it, or any kind."""
-    kind = known_settings(model)[key]
+def _checked(key: str, value: Any, kind: Types, origin: str, model: str) -> Any:
+    """Return ``value`` as the setting of type ``kind`` has it; of a model's, as the kind ``model`` has it, or any."""
     if kind is float and type(value) is int:
         value = float(value) if value.bit_length() < 1000 else math.inf
     if isinstance(value, tuple):
