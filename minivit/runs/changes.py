@@ -20,7 +20,8 @@ MAY_CHANGE = (
     "train.teacher",  # likewise: that it is the same model is checked
     "train.init_from", "model.recompute",  # what a run in progress does not depend on
     "train.epochs", "train.patience", "train.max_time", "train.on_nan", "train.save_every",
-    "train.device", "train.threads", "train.micro_batch",  # which the run tells: the numbers agree but for rounding
+    # which the run tells: the numbers agree but for rounding
+    "train.device", "train.threads", "train.workers", "train.micro_batch",
 )  # fmt: skip
 """The settings that need not be the same when a run is resumed."""
 

@@ -119,6 +119,8 @@ class Job:
         with on_device_of(next(self.model.parameters()).data):
             no_kernels = None if s["train.device"] == "cpu" else tile.why_not()
         cores = plural(s["train.threads"], "thread") if s["train.device"] == "cpu" else s["train.dtype"]
+        if s["train.device"] == "cpu" and s["train.workers"] > 1:
+            cores = plural(s["train.workers"], "worker")
         lines = [
             f"device      {s['train.device']}, {cores}" + (f" ({why})" if why else ""),
             *([f"kernels     plain operations only, which takes longer: {no_kernels}"] if no_kernels else []),
@@ -192,6 +194,7 @@ class Job:
             seed=s["train.seed"],
             clip_norm=s["train.clip_grad"] or None,
             threads=s["train.threads"],
+            workers=s["train.workers"],
             micro_batch=s["train.micro_batch"],
             folder=folder,
             save_every=s["train.save_every"] or None,

@@ -23,8 +23,8 @@ MOST = 256  # processes: more are a slip of the hand
 class Crew:
     """``count`` processes, this one with them, that work on shares of a batch; on a GPU this one does so alone.
 
-    ``of`` is the class of the step, which the others must know. ``why_alone`` says why there are no others although there were to be, "" if there are. Raises ConfigError for a
-    ``count`` that cannot be.
+    ``of`` is the class of the step, which the others must know. ``why_alone`` says why there are none although there
+    were to be. Raises ConfigError for a ``count`` that cannot be.
     """
 
     def __init__(self, count: int, of: type) -> None:
@@ -60,6 +60,11 @@ class Crew:
                 return batch, team
             self.workers = Workers(model, loss, about, store, self.count, team.micro_batch)
         return self.workers.hand_out(batch), self.workers.team
+
+    @property
+    def remark(self) -> str:
+        """What a user should know, "" if there is nothing."""
+        return f"one process works alone, on threads: {self.why_alone}" if self.why_alone and self.count > 1 else ""
 
     def collect(self) -> tuple[list[Piece], list[Buffer]]:
         """Wait for the others; return what their pieces came to, in the order of the rows, and their gradients."""
