@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 import traceback
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -65,8 +66,8 @@ def _serve(connection: socket.socket, shared: mmap.mmap, rank: int) -> None:
         except MinivitError as error:
             reply = {"error": [type(error).__name__, error.what, error.remedy]}
         except Exception as error:  # whatever it is: the other process is told, and decides
-            traceback.print_exc()
-            reply = {"error": ["", f"{type(error).__name__}: {error}", ""]}
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            reply = {"error": ["", f"{type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno})", ""]}
         send(connection, reply)
 
 
@@ -86,6 +87,8 @@ class Share:
         values = layout.values(shared)
         values.flags.writeable = False
         store.rebase(values, layout.gradient(shared, rank))
+        for name in about["held"]:  # frozen since the parameters were laid out
+            named[name].requires_grad = False
         place, frozen = 0, layout.frozen(shared)
         for p in (named[name] for name in about["frozen"]):
             p.data = frozen[place : place + p.size].reshape(p.shape)

@@ -236,10 +236,13 @@ class Workers:
 
     def _tell(self, about: dict[str, Any], frozen: Sequence[str]) -> None:
         """Tell the workers what to work on, and compare what they made of it."""
+        pairs = zip(self.store.names, self.store.parameters, strict=True)
+        held = [name for name, p in pairs if not p.requires_grad]
         told = {
             "made": about, "dtype": self.layout.dtype, "numbers": self.layout.numbers, "names": self.store.names,
             "frozen": frozen, "frozen_numbers": self.layout.frozen_numbers, "count": self.count,
             "micro_batch": self.team.micro_batch,
+            "held": held,
             "eval": [path for path, module in self.model.named_modules() if not module.training],
         }  # fmt: skip
         for follower in self.followers:
@@ -256,7 +259,7 @@ class Workers:
         while self.waiting:  # of a step that ended by an error
             self.waiting.pop(0).receive()
         rows = len(batch.images)
-        edges = [rows * i // self.count for i in range(self.count + 1)]
+        edges = [-(-rows * i // self.count) for i in range(self.count + 1)]  # of few rows the first process has one
         key = [str(batch.key.seed), str(batch.key.stream), str(batch.key.step)]
         for follower in self.followers:
             start, stop = edges[follower.rank : follower.rank + 2]
@@ -266,8 +269,7 @@ class Workers:
                     "rows": rows, "key": key, "all_train": bool(batch.training), "counted": batch.counted,
                 })  # fmt: skip
                 self.waiting.append(follower)
-        stop = max(edges[1], 1)
-        return replace(batch, images=batch.images[:stop], labels=batch.labels[:stop], rows=rows)
+        return replace(batch, images=batch.images[: edges[1]], labels=batch.labels[: edges[1]], rows=rows)
 
     def collect(self) -> tuple[list[Piece], list[Buffer]]:
         """Wait for the workers; return what their pieces came to, in the order of the rows, and their gradients."""
