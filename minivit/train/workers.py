@@ -39,7 +39,7 @@ from minivit.train.seen import Seen
 HEARTBEAT = 0.5
 """Seconds between two signs of a worker's life."""
 
-SILENCE = 8
+SILENCE = 7
 """So many seconds without one, and it counts as hung."""
 
 
@@ -160,6 +160,7 @@ class Follower:
                 if self.process.poll() is not None:
                     raise self._dead() from None
                 if silent >= SILENCE:
+                    self.process.kill()
                     raise self._failed(f"has shown no sign of life for {SILENCE} seconds") from None
             except OSError:
                 raise self._dead() from None
