@@ -26,8 +26,8 @@ MAY_CHANGE = (
 """The settings that need not be the same when a run is resumed."""
 
 
-FIRST_DTYPE = "float32"
-"""What every run was trained in before it could be set: see ``train.dtype``."""
+FIRST = {"train.dtype": "float32", "train.workers": 1}
+"""How every run was trained before these could be set."""
 
 
 class Config(NamedTuple):
@@ -79,7 +79,7 @@ def settings_of_run(
     """
     given = given or {}
     settings = resolve(given, file=config.path, origin=origin, read=config.values)
-    kept: dict[str, Any] = {"train.dtype": FIRST_DTYPE}
+    kept: dict[str, Any] = dict(FIRST)
     kept |= kept_settings(meta) or {"data.layout": 1}  # version 0.1.0 kept none, and knew no other layout
     named = config.values.keys() | given.keys()
     settings.take({key: value for key, value in kept.items() if "." in key and key not in named}, "the run's start")
@@ -109,7 +109,7 @@ def compare_settings(settings: RunSettings, meta: Mapping[str, Any], config: Pat
     change; ConfigError for epochs in which nothing would change. ``config`` is the path of the run's config.toml.
     """
     before = kept_settings(meta)
-    before.setdefault("train.dtype", FIRST_DTYPE)
+    before = FIRST | before
     try:
         train = meta["train"]
         epochs = int(before.get("train.epochs") or train["settings"]["total steps"] // train["batches"])
