@@ -26,7 +26,7 @@ MAY_CHANGE = (
 """The settings that need not be the same when a run is resumed."""
 
 
-FIRST = {"train.dtype": "float32", "train.workers": 1}
+FIRST: dict[str, Any] = {"train.dtype": "float32", "train.workers": 1}
 """How every run was trained before these could be set."""
 
 
@@ -109,7 +109,8 @@ def compare_settings(settings: RunSettings, meta: Mapping[str, Any], config: Pat
     change; ConfigError for epochs in which nothing would change. ``config`` is the path of the run's config.toml.
     """
     before = kept_settings(meta)
-    before = FIRST | before
+    for key, first in FIRST.items():
+        before.setdefault(key, first)
     try:
         train = meta["train"]
         epochs = int(before.get("train.epochs") or train["settings"]["total steps"] // train["batches"])
