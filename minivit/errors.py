@@ -65,6 +65,10 @@ class CheckpointError(MinivitError, ValueError):
     """A checkpoint that is missing, damaged or belongs to another model."""
 
 
+class WorkerError(MinivitError, RuntimeError):
+    """A process that works for this one is dead, or hung."""
+
+
 class Stopped(KeyboardInterrupt):
     """A run that Ctrl-C, SIGTERM or SIGHUP has ended between two steps: it is saved, and can be continued.
 

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 
 from minivit.backend import Key
+from minivit.backend.wire import packed
 from minivit.learn.calling import call
 from minivit.learn.comparing import named
 from minivit.learn.diagnosis import GENERAL
 from minivit.learn.exercise import Asked, Exercise
 from minivit.learn.ladder import arguments_of, ladder, text_of
 from minivit.learn.marking import mark, mark_function
-from minivit.learn.wire import packed
 
 SOLUTIONS = Path(__file__).parent / "solutions"
 LADDER = ladder()

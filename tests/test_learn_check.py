@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 from minivit.backend import Key
+from minivit.backend.wire import Thing, packed, unpacked
 from minivit.cli.main import main
 from minivit.learn.calling import Outcome
 from minivit.learn.child import Child, _outcome
 from minivit.learn.ladder import ladder, text_of
 from minivit.learn.marking import mark, mark_function
-from minivit.learn.wire import Thing, packed, unpacked
 from minivit.learn.workbook import mark_file
 from tests.test_learn import Answers, arguments_of, remembering, running
 

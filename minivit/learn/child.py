@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from minivit.backend.wire import LARGEST, packed, unpacked
 from minivit.learn.calling import Outcome
-from minivit.learn.wire import LARGEST, packed, unpacked
 
 SECONDS = 5.0
 """So long may one call take, and loading the file."""

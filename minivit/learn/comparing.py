@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from minivit.backend import Key, random_bits
-from minivit.learn.wire import Thing
+from minivit.backend.wire import Thing
 
 TOLERANCE = 1e-12
 """An entry may be off by this share of its output's scale."""

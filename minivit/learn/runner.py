@@ -15,8 +15,8 @@ import types
 from collections.abc import Sequence
 from typing import Any
 
+from minivit.backend.wire import packed, unpacked
 from minivit.learn.calling import Forbidden, OverTime, call, copied, same
-from minivit.learn.wire import packed, unpacked
 
 MEMORY = 1 << 30
 """So many bytes more than at its start may the process ask for."""

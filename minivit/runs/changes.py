@@ -20,13 +20,14 @@ MAY_CHANGE = (
     "train.teacher",  # likewise: that it is the same model is checked
     "train.init_from", "model.recompute",  # what a run in progress does not depend on
     "train.epochs", "train.patience", "train.max_time", "train.on_nan", "train.save_every",
-    "train.device", "train.threads", "train.micro_batch",  # which the run tells: the numbers agree but for rounding
+    # which the run tells: the numbers agree but for rounding
+    "train.device", "train.threads", "train.workers", "train.micro_batch",
 )  # fmt: skip
 """The settings that need not be the same when a run is resumed."""
 
 
-FIRST_DTYPE = "float32"
-"""What every run was trained in before it could be set: see ``train.dtype``."""
+FIRST: dict[str, Any] = {"train.dtype": "float32", "train.workers": 1}
+"""How every run was trained before these could be set."""
 
 
 class Config(NamedTuple):
@@ -78,7 +79,7 @@ def settings_of_run(
     """
     given = given or {}
     settings = resolve(given, file=config.path, origin=origin, read=config.values)
-    kept: dict[str, Any] = {"train.dtype": FIRST_DTYPE}
+    kept: dict[str, Any] = dict(FIRST)
     kept |= kept_settings(meta) or {"data.layout": 1}  # version 0.1.0 kept none, and knew no other layout
     named = config.values.keys() | given.keys()
     settings.take({key: value for key, value in kept.items() if "." in key and key not in named}, "the run's start")
@@ -108,7 +109,8 @@ def compare_settings(settings: RunSettings, meta: Mapping[str, Any], config: Pat
     change; ConfigError for epochs in which nothing would change. ``config`` is the path of the run's config.toml.
     """
     before = kept_settings(meta)
-    before.setdefault("train.dtype", FIRST_DTYPE)
+    for key, first in FIRST.items():
+        before.setdefault(key, first)
     try:
         train = meta["train"]
         epochs = int(before.get("train.epochs") or train["settings"]["total steps"] // train["batches"])

@@ -15,6 +15,7 @@ from minivit.data.dataset import class_names
 from minivit.errors import CheckpointError, ConfigError, DataError, DeviceError, MinivitError, MisfitError, printable
 from minivit.measure.costs import training_memory
 from minivit.measure.gpu_costs import gpu_memory
+from minivit.measure.teamwork import workers_that_pay
 from minivit.models import Model, build, described_settings, model_outline
 from minivit.nn.rules import rate
 from minivit.runs.folder import find_checkpoint
@@ -33,6 +34,8 @@ from minivit.train.sharing import team_for
 from minivit.train.trainer import Trainer
 from minivit.weights.native import data_meta
 from minivit.weights.transfer import init_from
+
+PROCESS_BYTES = 40 << 20  # of Python and NumPy in a worker
 
 
 class Job:
@@ -91,10 +94,16 @@ class Job:
         s = self.settings
         team, batch_size = team_for(self.model, None, s["train.micro_batch"] or None), s["train.batch_size"]
         rows = batch_size * s["train.grad_accum_steps"]
+        workers = s["train.workers"]
+        if not workers:  # whoever sets the threads means this process
+            is_plain = device == "cpu" and not s["train.threads"] and self.trained is None
+            steps = s["train.epochs"] * -(-len(self.parts.train) // rows)
+            workers = workers_that_pay(self.model, rows, steps) if is_plain else 1
         found = {
             "train.device": device,
             "train.dtype": dtype,
             "train.threads": s["train.threads"] or team.threads_for(rows),
+            "train.workers": workers,
             "train.micro_batch": min(team.micro_batch or batch_size, batch_size),
         }
         s.take({key: value for key, value in found.items() if s[key] != value}, "this machine")
@@ -104,6 +113,7 @@ class Job:
         rows = min(s["train.batch_size"] * s["train.grad_accum_steps"], len(self.parts.train))
         if s["train.device"] == "cpu":
             step = training_memory(outlined, team_for(self.model, s["train.threads"], s["train.micro_batch"]), rows)
+            step += (s["train.workers"] - 1) * PROCESS_BYTES
         else:
             step = gpu_memory(outlined, min(rows, s["train.micro_batch"]), s["train.dtype"])
         beside = self.model.num_parameters() * bool(s["train.model_ema"])
@@ -119,6 +129,8 @@ class Job:
         with on_device_of(next(self.model.parameters()).data):
             no_kernels = None if s["train.device"] == "cpu" else tile.why_not()
         cores = plural(s["train.threads"], "thread") if s["train.device"] == "cpu" else s["train.dtype"]
+        if s["train.device"] == "cpu" and s["train.workers"] > 1:
+            cores = plural(s["train.workers"], "worker")
         lines = [
             f"device      {s['train.device']}, {cores}" + (f" ({why})" if why else ""),
             *([f"kernels     plain operations only, which takes longer: {no_kernels}"] if no_kernels else []),
@@ -192,6 +204,7 @@ class Job:
             seed=s["train.seed"],
             clip_norm=s["train.clip_grad"] or None,
             threads=s["train.threads"],
+            workers=s["train.workers"],
             micro_batch=s["train.micro_batch"],
             folder=folder,
             save_every=s["train.save_every"] or None,

@@ -11,7 +11,7 @@ from typing import Any
 
 from minivit.errors import CheckpointError, ConfigError, DataError
 from minivit.files import open_regular
-from minivit.runs.changes import FIRST_DTYPE
+from minivit.runs.changes import FIRST
 from minivit.runs.settings import read_toml
 from minivit.weights.checkpoint import load_checkpoint
 
@@ -33,7 +33,7 @@ def read_run(folder: Path) -> dict[str, Any]:
     images = sum(row["images_per_second"] * row["seconds"] for row in rows)
     test = _test_row(folder / "metrics.jsonl")
     settings = read_toml(folder / "config.toml")
-    settings.setdefault("train.dtype", FIRST_DTYPE)
+    settings.setdefault("train.dtype", FIRST["train.dtype"])
     parameters, data = _recorded(folder / "checkpoints" / "last.npz")
     return {
         "folder": str(folder),

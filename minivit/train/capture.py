@@ -9,10 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
-from minivit.autograd.tensor import Tensor
 from minivit.backend import array_module, device_of, is_floating, on_device_of, to_device
 from minivit.backend.cuda import Aside, Graph
 from minivit.errors import DataError
@@ -21,6 +19,7 @@ from minivit.ops.cuda.sums import Arena
 from minivit.ops.loss import check_labels
 from minivit.train.parameters import FlatParameters
 from minivit.train.pieces import Batch
+from minivit.train.seen import Seen
 
 SHAPES = 4  # of batches that are recorded: an epoch has two, with its last batch
 CHANGES = 4  # of settings, for one shape: more are a setting that differs in every step, and recording is no gain
@@ -118,7 +117,7 @@ class _Shape:
     def launch(self) -> None:
         """Do a step by launching it. It compiles kernels, makes what they keep, and takes memory for the graph."""
         self.seen = self.graph = None
-        seen = Seen(self.capture)
+        seen = Seen(self.capture.model, self.capture.settings)
         with self.aside.entered():
             self.capture.work(self.batch)
         self.seen = seen
@@ -148,45 +147,3 @@ class _Shape:
         assert self.graph is not None
         self.graph.replay()
         self.capture.store.updated = self.updated
-
-
-class Seen:
-    """The settings of a model and a step at one time, which recorded work has in it as they were."""
-
-    def __init__(self, capture: Capture) -> None:
-        self.capture = capture
-        self.modules = [(path or "the model", vars(module)) for path, module in capture.model.named_modules()]
-        self.before = self._now()
-        # what is told apart by its address must not leave it to another
-        self._kept = [dict(values) for _, values in self.modules], capture.settings()
-
-    def _now(self) -> list[Any]:
-        return [_seen(values) for _, values in self.modules] + [_seen(self.capture.settings())]
-
-    def changed(self) -> str:
-        """Return the name of a setting that is another now, "" if all are as they were."""
-        now = self._now()
-        if now == self.before:
-            return ""
-        paths = [*(path for path, _ in self.modules), ""]
-        path, was, is_now = next(x for x in zip(paths, self.before, now, strict=True) if x[1] != x[2])
-        names = [name for name, _ in set(was) ^ set(is_now)]
-        return f"{path}.{names[0]}".removeprefix(".")
-
-
-_PLAIN = frozenset({bool, int, float, str, type(None)})
-
-
-def _seen(value: Any) -> Any:
-    """Return what tells a setting from another: plain values themselves, what holds some by these, objects as such."""
-    if type(value) in _PLAIN:
-        return value
-    if isinstance(value, Tensor):
-        return id(value), id(value.data), value.node is None
-    if isinstance(value, dict):
-        return tuple([(name, _seen(part)) for name, part in value.items()])
-    if isinstance(value, list | tuple):
-        return tuple(map(_seen, value))
-    if isinstance(value, partial):
-        return id(value.func), _seen(value.args), _seen(value.keywords)
-    return id(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
@@ -11,7 +12,7 @@ import numpy as np
 from minivit import ops
 from minivit.backend import Array, to_numpy
 from minivit.data.loader import Loader
-from minivit.errors import DataError
+from minivit.errors import ConfigError, DataError
 from minivit.nn.module import Module
 from minivit.ops.loss import check_labels
 from minivit.train.inference import predict_logits
@@ -69,6 +70,25 @@ def first_loss_doubt(loss: float, classes: int | None) -> str:
         return ""
     guess = f"a guess among {classes} classes has {math.log(classes):.2f}"
     return f"warning: the first loss is {loss:.2f}, {guess}: look at the labels and the first weights"
+
+
+def check_loaders(train: Batches, valid: Batches | None, batches: int, is_patient: bool, classes: int | None) -> None:
+    """Raise DataError or ConfigError for what cannot be trained on, in a run of so many ``batches``, or validated with.
+
+    A run that has not begun has 0; one ``is_patient`` that waits for better validations.
+    """
+    if len(train) < 1 or (valid is not None and len(valid) < 1):
+        raise DataError("a loader without a batch", "give at least one image to train on, and to validate with")
+    if batches not in (0, len(train)):
+        raise ConfigError(
+            f"the run had {batches} batches in an epoch, now there are {len(train)}",
+            "continue it with the data and the batch size that it was started with",
+        )
+    if is_patient and valid is None:
+        raise ConfigError("patience without validation images", "give some, or no patience")
+    for _, labels in itertools.islice(valid.batches(0), 1) if valid is not None else ():
+        check_classes(to_numpy(labels), classes)  # here, not after an epoch
+    check_labels_there(train, classes)
 
 
 def check_labels_there(loader: Batches, classes: int | None) -> None:

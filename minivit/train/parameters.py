@@ -98,6 +98,12 @@ class FlatParameters:
         for p, view in zip(self.parameters, self.views, strict=True):
             p.data = view
 
+    def rebase(self, values: Array, grad: Array | None = None) -> None:
+        """Have the values, and the gradient if one is given, in these arrays from now on, as they are."""
+        self.check_views()
+        self.values, self.grad = values, self.grad if grad is None else grad
+        self._lay_out()
+
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy, or pickle, takes along: not the views, of which it would make arrays of their own."""
         self.check_views()

@@ -30,6 +30,8 @@ class Batch:
     key: Key  # of dropout and drop path, in this step
     training: bool | None  # the mode of all modules, or None: as each was set
     counted: bool = True  # whether a label may be one that a largest logit can be right by
+    first: int = 0  # the place of the first image, and the number of all: of more that are worked on elsewhere
+    rows: int | None = None
     # on a GPU:
     sums: Any = None  # the Arena in which partial sums of columns are collected
     given: Array = None  # the labels as they were given: where they lie on the host they can be checked

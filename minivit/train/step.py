@@ -33,6 +33,7 @@ from minivit.nn.random import random_key
 from minivit.ops.cuda.sums import collecting
 from minivit.train.capture import Capture
 from minivit.train.clip import check_clip_norm, scale_to_norm
+from minivit.train.crew import Crew
 from minivit.train.ema import EMA
 from minivit.train.nonfinite import first_non_finite, first_non_finite_gradient, non_finite
 from minivit.train.numbers import DeviceNumbers
@@ -98,6 +99,7 @@ class TrainStep:
         seed: int = 0,
         precision: str = "float32",
         ema: EMA | None = None,
+        workers: int = 1,
     ) -> None:
         if clip_norm is not None:
             check_clip_norm(clip_norm)
@@ -106,6 +108,7 @@ class TrainStep:
         self.right: int | None = None
         self.team = team_for(model, threads, micro_batch)
         self.precision = check_precision(precision, self.team.device)
+        self.crew = Crew(workers, type(self))
         # one for each thread; the first thread's is the gradient that the optimizer reads
         flats = [opt.store.grad, *(opt.store.zeros() for _ in range(self.team.threads - 1))]
         self.buffers = [Buffer(opt.store, flat) for flat in flats]
@@ -220,19 +223,22 @@ class TrainStep:
         """
         for buffer in self.buffers:
             buffer.mark(())
+        batch, team = self.crew.hand_out(batch, self.model, self.loss, self.opt.store, self.team)
         with computing(self.precision, self.working):
             places = {p.node: i for i, p in enumerate(self.opt.parameters) if p.node is not None}
-            return self.team.run(partial(self._piece, batch, places), len(batch.images))
+            return team.run(partial(self._piece, batch, places), len(batch.images))
 
     def exchange(self, pieces: Sequence[Piece]) -> Totals:
-        """Add up whatever was computed apart: here, by threads.
+        """Add up whatever was computed apart: by threads, or by processes.
 
         Takes the buffers and pieces as :meth:`gradients` leaves them. Leaves in the first buffer, which is the
         optimizer's ``store.grad``, the gradient of the whole batch, 0 where no thread had a part, and in its
         ``written`` the parameters that any of them had a part for. Returns the totals, on a GPU as 0-d arrays. Raises
         GraphError if no parameter got a gradient.
         """
-        total, others = self.buffers[0], [buffer for buffer in self.buffers[1:] if buffer.written]
+        elsewhere, beside = self.crew.collect()
+        pieces = [*pieces, *elsewhere]
+        total, others = self.buffers[0], [buffer for buffer in (*self.buffers[1:], *beside) if buffer.written]
         written = total.written.union(*(buffer.written for buffer in others))
         if not written:
             raise GraphError(
@@ -287,10 +293,10 @@ class TrainStep:
 
     def _piece(self, batch: Batch, places: Mapping[Node, int], thread: int, start: int, stop: int) -> Piece:
         """Run one micro-batch forward and backward into the thread's buffer."""
-        share = (stop - start) / len(batch.images)
+        share = (stop - start) / (batch.rows or len(batch.images))
         slots = self.buffers[thread].slots
         with contextlib.nullcontext() if batch.sums is None else collecting(batch.sums):
-            with mode(batch.training), random_key(batch.key.at_row(start)), first_order():
+            with mode(batch.training), random_key(batch.key.at_row(batch.first + start)), first_order():
                 logits = self.model(self._images(batch, start, stop))
                 if self.working is not None and isinstance(logits, Tensor):
                     logits = ops.convert(logits, np.float32)  # what a loss adds up, and labels that are shares

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import signal
 import time
 from collections import deque
@@ -12,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from minivit import ops
-from minivit.backend import Array, to_numpy
-from minivit.errors import ConfigError, DataError, NonFiniteError, Stopped, unknown_name
+from minivit.backend import Array
+from minivit.errors import ConfigError, NonFiniteError, Stopped, WorkerError, unknown_name
 from minivit.nn.module import Module
 from minivit.train.ema import EMA
-from minivit.train.evaluation import Batches, check_classes, check_labels_there, evaluate, first_loss_doubt
+from minivit.train.evaluation import Batches, check_loaders, evaluate, first_loss_doubt
 from minivit.train.identity import differences
 from minivit.train.keeper import Keeper, stamp
 from minivit.train.lock import RunLock
@@ -92,6 +91,7 @@ class Trainer:
         observers: Sequence[Observer] = (),
         precision: str = "float32",
         trained: Module | None = None,
+        workers: int = 1,
     ) -> None:
         if epochs < 1 or (save_every is not None and save_every < 1):
             raise ConfigError(f"epochs={epochs}, save_every={save_every}", "each must be at least 1")
@@ -105,12 +105,14 @@ class Trainer:
         self.model, self.opt, self.schedule, self.epochs = model, opt, schedule, epochs
         self.patience, self.max_seconds, self.on_nan, self.meta = patience, max_seconds, on_nan, dict(meta or {})
         self.ema = None if ema is None else EMA(opt.store, ema)
-        self.step = TrainStep(trained or model, opt, loss, threads, micro_batch, clip_norm, seed, precision, self.ema)
+        self.step = TrainStep(
+            trained or model, opt, loss, threads, micro_batch, clip_norm, seed, precision, self.ema, workers
+        )
         self.keeper = None if folder is None else Keeper(Path(folder), save_every)
         self.observers = list(observers) if self.keeper is None else [self.keeper, *observers]
         self.progress = Progress()
         self.lock = RunLock(folder)
-        self._told = ""  # why steps are launched
+        self._told = ""  # what the step remarks on
         self._data: dict[str, Any] = {}  # what is trained on, and validated with: see data_settings
 
     def fit(self, train: Batches, valid: Batches | None = None) -> list[Row]:
@@ -123,7 +125,7 @@ class Trainer:
         gone on without this Trainer. In the main thread, with a folder, Ctrl-C, SIGTERM or SIGHUP ends the run after
         the step under way: it is saved, and :class:`~minivit.errors.Stopped` raised. A second one acts at once.
         """
-        self._check_loaders(train, valid)
+        check_loaders(train, valid, self.progress.batches, self.patience is not None, self._classes())
         if self.keeper is not None or self._data:
             now = data_settings(train, valid)
             check_data(self._data, now)
@@ -131,6 +133,7 @@ class Trainer:
         active = self.keeper is not None  # signals are left alone where there is no folder to save in
         with self.lock, StopSignals(active) as signals, contextlib.ExitStack() as ends:
             self.check_folder()
+            ends.callback(self.step.crew.close)
             self.progress.batches = len(train)
             for observer in self.observers:
                 observer.begin(self)
@@ -142,6 +145,10 @@ class Trainer:
                     signals.raise_if_noted()
             except Stopped as stop:
                 raise self._saved(stop) from None
+            except WorkerError as error:  # parameters and optimizer are as they were after the last whole step
+                for observer in self.observers:
+                    observer.stopped(self, error.what)
+                raise
         return self.progress.history
 
     def averaged(self) -> contextlib.AbstractContextManager[Any]:
@@ -155,21 +162,6 @@ class Trainer:
         """
         if self.keeper is not None:
             self.keeper.check(self.opt.steps)
-
-    def _check_loaders(self, train: Batches, valid: Batches | None) -> None:
-        """Raise DataError or ConfigError for what cannot be trained on or validated with."""
-        if len(train) < 1 or (valid is not None and len(valid) < 1):
-            raise DataError("a loader without a batch", "give at least one image to train on, and to validate with")
-        if self.progress.batches not in (0, len(train)):
-            raise ConfigError(
-                f"the run had {self.progress.batches} batches in an epoch, now there are {len(train)}",
-                "continue it with the data and the batch size that it was started with",
-            )
-        if self.patience is not None and valid is None:
-            raise ConfigError(f"patience={self.patience} without validation images", "give some, or no patience")
-        for _, labels in itertools.islice(valid.batches(0), 1) if valid is not None else ():
-            check_classes(to_numpy(labels), self._classes())  # here, not after an epoch
-        check_labels_there(train, self._classes())
 
     # ---- epochs and steps ----
 
@@ -251,9 +243,12 @@ class Trainer:
             row = p.row(self.opt.steps) | of_batch
             if batch.is_first and (doubt := first_loss_doubt(totals.loss, self._classes())):
                 self._remark(doubt)
-        if self.step.why_launched != self._told:
-            self._told = self.step.why_launched
-            self._remark(f"each operation of a step is launched by itself, which takes longer: {self._told}")
+        remark = self.step.crew.remark
+        if why := self.step.why_launched:
+            remark = f"each operation of a step is launched by itself, which takes longer: {why}"
+        if remark != self._told:
+            self._told = remark
+            self._remark(remark)
         for observer in self.observers:
             observer.step(self, row)
         for other in again:
@@ -345,6 +340,7 @@ class Trainer:
             self.progress,
             run_settings(self.step, self.schedule, None if self.ema is None else self.ema.decay, total),
             self._data,
-            machine={"device": team.device, "threads": team.threads, "micro-batches": team.micro_batch},
+            machine={"device": team.device, "threads": team.threads, "micro-batches": team.micro_batch}
+            | ({"workers": self.step.crew.count} if self.step.crew.count > 1 else {}),
             limits={"patience": self.patience, "max_seconds": self.max_seconds},
         )

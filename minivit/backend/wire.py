@@ -24,10 +24,13 @@ class Thing:
     kind: str
 
 
-def packed(value: Any) -> bytes:
-    """Return a frame's body: the length of the JSON, the JSON, the bytes of the arrays one behind the other."""
+def packed(value: Any, most: int = LARGEST // 2) -> bytes:
+    """Return a frame's body: the length of the JSON, the JSON, the bytes of the arrays one behind the other.
+
+    An array with which they are more than ``most`` bytes is not passed on.
+    """
     arrays: list[np.ndarray] = []
-    text = json.dumps(_tree(value, arrays, 0)).encode()
+    text = json.dumps(_tree(value, arrays, 0, most)).encode()
     return b"".join([len(text).to_bytes(8, "big"), text, *(a.tobytes() for a in arrays)])
 
 
@@ -44,7 +47,7 @@ def unpacked(body: bytes) -> Any:
     return value
 
 
-def _tree(value: Any, arrays: list[np.ndarray], depth: int) -> Any:
+def _tree(value: Any, arrays: list[np.ndarray], depth: int, most: int) -> Any:
     if value is None or type(value) in (bool, str):
         return value
     if (type(value) in (int, float) and abs(value) < 1 << 62) or type(value) is float:
@@ -53,15 +56,15 @@ def _tree(value: Any, arrays: list[np.ndarray], depth: int) -> Any:
         array = np.asarray(value)
         if _NUMBERS.fullmatch(array.dtype.str) is None:
             return {"thing": f"array of {array.dtype}"[:60]}
-        if sum(a.nbytes for a in arrays) + array.nbytes > LARGEST // 2:
+        if sum(a.nbytes for a in arrays) + array.nbytes > most:
             return {"thing": f"array of {array.nbytes / 1e6:.0f} MB"}
         arrays.append(array)
         return {"array": array.dtype.str, "shape": array.shape}
     if depth < _MOST_DEPTH and len(value) <= _MOST_ITEMS if type(value) in (list, tuple, dict) else False:
         if type(value) is dict:
-            pairs = [[_tree(k, arrays, depth + 1), _tree(x, arrays, depth + 1)] for k, x in value.items()]
+            pairs = [[_tree(k, arrays, depth + 1, most), _tree(x, arrays, depth + 1, most)] for k, x in value.items()]
             return {"dict": pairs}
-        return {type(value).__name__: [_tree(x, arrays, depth + 1) for x in value]}
+        return {type(value).__name__: [_tree(x, arrays, depth + 1, most) for x in value]}
     return {"thing": type(value).__name__[:60]}
 
 
