@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import signal
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from PIL import Image
 from minivit import data
 from minivit.autograd.op import OPS
 from minivit.backend import cuda_status
-from tests import cover, strict
+from tests import strict
 
 strict_cupy = strict.strict_cupy  # the fixture: CuPy's strict stand-in
 idle_cupy = strict.idle_cupy  # the same, on which no kernel computes
@@ -35,20 +35,6 @@ def pytest_configure() -> None:
     }.items():
         if (number := getattr(signal, name, None)) is not None and signal.getsignal(number) is signal.SIG_IGN:
             signal.signal(number, handler)
-
-
-@pytest.hookimpl(trylast=True)
-def pytest_sessionstart() -> None:
-    """Stop the tracer of coverage.py, which has begun in xdist's workers only now."""
-    cover.stop_tracing()
-
-
-@pytest.hookimpl(wrapper=True, trylast=True)
-def pytest_runtestloop() -> Generator[None, Any, Any]:
-    """Report which lines ran before coverage.py sums up."""
-    result = yield
-    cover.hand_over()
-    return result
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
