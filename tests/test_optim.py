@@ -212,6 +212,8 @@ def test_muon_takes_the_matrices_of_the_blocks_and_no_others():
     [
         ("cct_2_3x2_32", {"image_size": 8, "dim": 8, "depth": 1}, "patch_embed.convs.0.conv.weight"),
         ("resnet_digits", {}, "conv.weight"),
+        ("vit_digits", {"tokenizer": "conv_stem", "patch_size": 4, "dim": 16, "depth": 1, "heads": 1},
+         "patch_embed.convs.0.conv.weight"),
         ("hybrid_cifar", {"image_size": 8, "dim": 8, "depth": 1, "heads": 1, "width": 32},
          "patch_embed.backbone.stem.conv.weight"),
     ],
