@@ -22,6 +22,7 @@ from minivit.data.name_list import Names
 from minivit.data.shards import list_shards
 from minivit.data.tar import Members
 from minivit.errors import DataError
+from minivit.train import load_checkpoint
 from tests.weight_files import peak
 
 
@@ -176,6 +177,18 @@ def test_a_shard_that_is_missing_is_remarked_on(shards):
         load(shards, "train", (4, 4))
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("", "no list of names"), ("[]", "no list of names"), ("[1]", "no list of names"), ('{"a": 1}', "are not 0, 1"),
+     ('{"a": "x", "b": 0}', "TypeError"), ('["a", "b", "a"]', "'a' is there twice"), (r'["\ud800"]', "UnicodeEncode"),
+     ("[" * 100_000, "RecursionError"), ('["", "a"]', "no list of names")],
+)  # fmt: skip
+def test_files_of_classes_that_cannot_be_used(shards, text, message):
+    (shards / "classes.json").write_text(text or "{}")
+    with pytest.raises(DataError, match=rf"classes.json.*({message})"):
+        list_shards(shards)
+
+
 # ---- read in place ---------------------------------------------------------------------------------------------------
 
 
@@ -190,6 +203,22 @@ def test_streamed_or_held_by_any_number_of_threads_the_bits_are_equal(shards, mo
             assert np.array_equal(x, y) and np.array_equal(labels, others)
         for part, other in zip(data.split_off(0.25, Key(3)), held.split_off(0.25, Key(3)), strict=True):
             assert np.array_equal(part.images[:], other.images) and part.files == other.files
+
+
+def test_windows_are_read_ahead_neighbours_in_one_go(shards, monkeypatch):
+    data = load(shards, "train", (8, 8), stream=True)
+    asked = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda fd, at, size, how: asked.append((at, size)), raising=False)
+    monkeypatch.setattr(os, "POSIX_FADV_WILLNEED", 3, raising=False)
+    batches = Loader(data, 4, Key(1), window=8, mean=data.mean, std=data.std).batches(0, start=1)
+    next(batches)
+    assert 2 <= len(asked) <= 4  # this window and the next, each in one archive or two
+    list(batches)
+    whole = sum(size for _, size in asked)
+    assert whole >= sum(data.images.paths.places[2].tolist())
+    asked.clear()
+    data.images.soon(np.arange(24))
+    assert len(asked) == 2  # archives
 
 
 def test_headers_are_read_once(shards, monkeypatch):
@@ -227,12 +256,13 @@ def test_bad_pictures_stop_or_are_left_out(tmp_path):
     assert found.formats == {"PNG": 8}
 
 
-def test_a_run_killed_in_the_middle_of_an_epoch_goes_on_at_the_very_sample(shards, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("window", [0, 8])
+def test_a_run_killed_in_the_middle_of_an_epoch_goes_on_at_the_very_sample(shards, tmp_path, monkeypatch, window):
     monkeypatch.chdir(tmp_path)
     tiny = [
         *("train", str(shards), "--epochs", "2", "--batch-size", "4", "--set", "model.image_size=8", "--device", "cpu"),
         *("--set", "model.patch_size=4", "--set", "model.dim=8", "--set", "model.depth=1", "--set", "model.heads=2"),
-        *("--set", "data.stream=true", "--set", "train.workers=1"),
+        *("--set", "data.stream=true", "--set", f"data.window={window}", "--set", "train.save_every=2"),
     ]
     assert main([*tiny, "--output", "whole"]) == 0
     made, stop = [], Loader._batch
@@ -240,13 +270,15 @@ def test_a_run_killed_in_the_middle_of_an_epoch_goes_on_at_the_very_sample(shard
     def few(self, index, key, partner):
         if len(index) == 4:
             made.append(index)
-        if len(made) > 9:  # six an epoch
+        if len(made) > 10:  # six an epoch
             raise KeyboardInterrupt
         return stop(self, index, key, partner)
 
     with monkeypatch.context() as patched:
         patched.setattr(Loader, "_batch", few)
         assert main([*tiny, "--output", "killed"]) != 0
+    at = load_checkpoint(tmp_path / "killed/shards-1/checkpoints/last.npz").meta["train"]
+    assert at["epoch"] == 1 and at["batch"] in (2, 4)
     assert main(["train", "--resume", "killed/shards-1"]) == 0
     whole, resumed = (np.load(tmp_path / f"{name}/shards-1/checkpoints/last.npz") for name in ("whole", "killed"))
     names = [name for name in whole.files if name.startswith(("model/", "optimizer/"))]
@@ -276,6 +308,8 @@ def test_a_run_killed_in_the_middle_of_an_epoch_goes_on_at_the_very_sample(shard
         ([("1.png", b""), ("1.json", b'{"label": [0]}')], r"\[0\] is no label"),
         ([("1.png", b""), ("1.json", b'{"label": ' + b"9" * 5000 + b"}")], "1.json.*ValueError"),
         ([("1.png", b""), ("1.json", b"[" * 100_000)], "1.json.*RecursionError"),
+        ([("1.png", b""), ("1.cls", b"-1")], "label -1 is not a class"),
+        ([("1.png", b""), ("1.json", rb'{"label": "\ud800"}')], "1.json.*UnicodeEncodeError"),
         ([("1.png", b""), ("1.json", b"{")], "1.json.*JSONDecodeError"),
         ([("1.png", b""), ("1.json", b"[1]")], "'1' has no label"),
         ([("1.png", b""), ("1.json", b" " * (2 << 20))], "more than a label takes"),
@@ -366,6 +400,7 @@ DAMAGED = {
     "a pax size of minus": (pax(b"11 size=-1\n") + header() + END, "no size that can be read"),
     "holes by pax": (pax(b"22 GNU.sparse.major=1\n") + header() + END, "holes"),
     "a path for all": (pax(b"10 path=x\n", kind=b"g") + header() + END, "one path or size for all"),
+    "a long name": (pax(b"5010 path=" + b"x" * 4999 + b"\n") + header() + END, "a name of 4,999 letters"),
     "a long extended header": (pax(b" " * 70_000) + header() + END, "too many"),
 }  # fmt: skip
 

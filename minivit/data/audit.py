@@ -13,12 +13,11 @@ from typing import Any
 import numpy as np
 
 from minivit.backend import Key, permutation
-from minivit.data.catalog import kind_of, load, splits_of
+from minivit.data.catalog import listing, load, splits_of
 from minivit.data.dataset import moments
 from minivit.data.file_array import ImageFiles, in_threads
 from minivit.data.folder import SIZE
-from minivit.data.listing import Listing, list_folder
-from minivit.data.shards import list_shards
+from minivit.data.listing import Listing
 from minivit.errors import ConfigError, DataError
 
 SAMPLES = 100
@@ -85,8 +84,8 @@ def audit(
 
     Raises DataError for what is not there, or has no images; ConfigError for a ``size`` where images have their own.
     """
-    if (kind := kind_of(name)) in ("folder", "shards"):
-        return _audit_files(name, list_folder(name) if kind == "folder" else list_shards(name), size or SIZE, bar)
+    if (found := listing(name)) is not None:
+        return _audit_files(name, found, size or SIZE, bar)
     if size is not None:
         raise ConfigError(f"{name}: its images have a size of their own", "give a size for folders of image files only")
     return _audit_arrays(name)

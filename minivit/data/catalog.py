@@ -12,6 +12,7 @@ from zipfile import is_zipfile
 
 from minivit.data.dataset import LAYOUT, SPLITS, Dataset, no_split
 from minivit.data.formats import find_files, load_files
+from minivit.data.listing import Listing, list_folder
 from minivit.data.npz import load_npz, splits_in
 from minivit.data.reading import NPZ_REMEDY, reading
 from minivit.data.shards import list_shards, shards_in
@@ -90,13 +91,15 @@ def splits_of(name: str | PathLike[str], layout: int = LAYOUT) -> tuple[str, ...
     kind, path = _find(name)
     if kind == "npz":
         return splits_in(path, layout)
-    if kind == "folder":
-        from minivit.data.listing import list_folder
-
-        return tuple(list_folder(path, layout).files)
-    if kind == "shards":
-        return tuple(list_shards(path).files)
+    if (found := listing(name, layout)) is not None:
+        return tuple(found.files)
     return "train", "test"
+
+
+def listing(name: str | PathLike[str], layout: int = LAYOUT) -> Listing | None:
+    """Return which files of a folder or of shards are its images, None for other data sets. None is decoded."""
+    kind, path = _find(name)
+    return list_folder(path, layout) if kind == "folder" else list_shards(path) if kind == "shards" else None
 
 
 def kind_of(name: str | PathLike[str]) -> str:

@@ -70,6 +70,11 @@ class ImageFiles:
             return cast(Sequence[Path | Member], self.paths.take(indices))
         return [self.paths[i] for i in indices]
 
+    def soon(self, indices: np.ndarray) -> None:
+        """Say that those at ``indices`` are wanted soon: see :meth:`~minivit.data.tar.Members.soon`."""
+        if isinstance(self.paths, Members):
+            self.paths.soon(indices)
+
     def read(self, i: int) -> tuple[np.ndarray, bool]:
         """Decode a file: (uint8 (C, H, W), whether it holds further pictures)."""
         size, own = self.shape[2:], self.fit in OWN_FITS

@@ -14,6 +14,7 @@ import functools
 import json
 import re
 from array import array
+from collections import Counter
 from collections.abc import Iterator
 from os import PathLike
 from pathlib import Path
@@ -24,7 +25,7 @@ import numpy as np
 from minivit.data.listing import SPLIT_FOLDERS, SUFFIXES, TEST_SHARE, Listed, Listing, lowest
 from minivit.data.name_list import Names
 from minivit.data.reading import reading
-from minivit.data.tar import Entry, Members, Stamp, entries, is_tar, stamp
+from minivit.data.tar import Entry, Members, Stamp, entries, stamp
 from minivit.errors import DataError, value_text
 from minivit.files import open_regular
 
@@ -63,11 +64,6 @@ def shards_in(folder: Path) -> list[str]:
         return [
             str(file.relative_to(folder)) for place in places for file in sorted(place.iterdir()) if _is_shard(file)
         ]
-
-
-def is_shards(path: Path) -> bool:
-    """Tell whether a path is a tar archive or a folder of some."""
-    return bool(shards_in(path)) if path.is_dir() else is_tar(path)
 
 
 def list_shards(path: str | PathLike[str]) -> Listing:
@@ -247,7 +243,8 @@ def _label(file: BinaryIO, entry: Entry, archive: Path) -> int | str | None:
                 return None
         if isinstance(value, str):
             value = value.strip()
-            if re.fullmatch(r"[0-9]+", value):
+            value.encode()  # JSON can hold halves of letters, which no file can
+            if re.fullmatch(r"-?[0-9]+", value):
                 value = int(value)
         if isinstance(value, bool) or not isinstance(value, int | str) or value == "" or len(str(value)) > 1000:
             raise DataError(f"{where}: {value_text(value)} is no label", "write a number or the name of a class")
@@ -306,14 +303,14 @@ def _read_classes(file: Path) -> tuple[str, ...]:
         else:
             found = json.loads(found)
             if isinstance(found, dict):
-                turned = {int(v): k for k, v in found.items()}
-                if sorted(turned) != list(range(len(found))):
+                found, numbers = sorted(found, key=found.__getitem__), sorted(found.values())
+                if numbers != list(range(len(found))):
                     raise ValueError("the numbers are not 0, 1, …")
-                found = [turned[i] for i in range(len(found))]
         if not isinstance(found, list) or not found or not all(isinstance(name, str) and name for name in found):
             raise ValueError("no list of names")
-        if len(set(found)) < len(found):
-            raise ValueError(f"{value_text(next(n for n in found if found.count(n) > 1))} is there twice")
         if len(found) > MOST_CLASSES:
             raise ValueError(f"more than {MOST_CLASSES:,} classes")
+        if (twice := Counter(found).most_common(1)[0])[1] > 1:
+            raise ValueError(f"{value_text(twice[0])} is there twice")
+        "".join(found).encode()  # JSON can hold halves of letters, which no file can
     return tuple(found)

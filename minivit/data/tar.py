@@ -6,6 +6,7 @@ that of POSIX.1-2001 (pax, "ustar Interchange Format" and "pax Interchange Forma
 
 from __future__ import annotations
 
+import contextlib
 import os
 from array import array
 from collections.abc import Iterator, Sequence
@@ -23,7 +24,10 @@ from minivit.errors import DataError, value_text
 from minivit.files import open_regular
 
 BLOCK = 512
-_MOST_EXTENDED = 1 << 16  # bytes of a long name or of pax records: a path has 4,096 at most
+_MOST_EXTENDED = 1 << 16  # bytes of a long name or of pax records: and owners, times, …
+_MOST_NAME = 4096  # bytes
+_NEAR = 1 << 16  # bytes between two files: less is read along with them
+_SPARSE = "GNU.sparse"
 _MOST_PADDING = 1 << 20  # bytes behind the end mark: tar fills up to a multiple of 10,240
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 REMEDY = "make it again: tar -cf SHARD.tar --dereference --hard-dereference FILES; or tar.TarFile.addfile in Python"
@@ -113,8 +117,11 @@ def _described(head: bytes, extended: dict[str, bytes], path: Path) -> tuple[str
     name = head[:100].partition(b"\0")[0]
     if head[257:265] == b"ustar\x0000" and (prefix := head[345:500].partition(b"\0")[0]):
         name = prefix + b"/" + name
-    text = extended.get("path", name).decode("utf-8", "surrogateescape")
-    if any(key.startswith("GNU.sparse") for key in extended):
+    name = extended.get("path", name)
+    text = name.decode("utf-8", "surrogateescape")
+    if len(name) > _MOST_NAME:
+        raise DataError(f"{path}: {value_text(text)} is a name of {len(text):,} letters", REMEDY)
+    if _SPARSE in extended:
         raise _no_file(path, text, b"S")
     field = head[124:136]
     if field[0] & 0x80:  # GNU: a binary number, of which the first byte's other bits are sign and highest digits
@@ -143,14 +150,14 @@ def _extended(file: BinaryIO, kind: bytes, size: int, where: str) -> dict[str, b
         return {"path": data.partition(b"\0")[0]}
     records = _records(data, where)
     if kind == b"g":  # for all that follow
-        if records.keys() & {"path", "size"} or any(key.startswith("GNU.sparse") for key in records):
+        if records:
             raise DataError(f"{where}: one path or size for all members", REMEDY)
         return {}
     return records
 
 
 def _records(data: bytes, where: str) -> dict[str, bytes]:
-    """Return pax records, each b"LENGTH KEY=VALUE\\n", of which LENGTH counts all of it."""
+    """Return the pax records that count here; each is b"LENGTH KEY=VALUE\\n", and LENGTH counts all of it."""
     found, at = {}, 0
     while at < len(data):
         digits = data[at : at + 8].partition(b" ")[0]
@@ -159,7 +166,10 @@ def _records(data: bytes, where: str) -> dict[str, bytes]:
         key, equals, value = record[len(digits) + 1 : -1].partition(b"=")
         if len(record) < length or record[-1:] != b"\n" or not key or not equals:
             raise DataError(f"{where}: its extended header is damaged", REMEDY)
-        found[key.decode("utf-8", "surrogateescape")] = value
+        if key in (b"path", b"size"):
+            found[key.decode()] = value
+        elif key.startswith(_SPARSE.encode()):
+            found[_SPARSE] = value
         at += length
     return found
 
@@ -261,3 +271,20 @@ class Members(Sequence[Member]):
     def take(self, indices: np.ndarray) -> Members:
         """Return the files at ``indices``, in that order."""
         return Members(self.root, self.archives, self.names.take(indices), [x[indices] for x in self.places])
+
+    def soon(self, indices: np.ndarray) -> None:
+        """Ask the system to read the files at ``indices`` ahead, neighbours in one go (posix_fadvise, WILLNEED).
+
+        It does so while others are in use, in the memory that it keeps for files, or not at all: nothing is promised.
+        """
+        if not hasattr(os, "posix_fadvise"):
+            return
+        which, offset, size = (x[indices] for x in self.places)
+        for archive in np.unique(which).tolist():
+            here = which == archive
+            begins, ends = np.sort(offset[here]), np.sort(offset[here] + size[here])
+            far = np.flatnonzero(begins[1:] - ends[:-1] > _NEAR)
+            begins, ends = begins[np.r_[0, far + 1]], ends[np.r_[far, len(ends) - 1]]
+            with contextlib.suppress(OSError), open_regular(self.root / self.archives[archive][0]) as file:
+                for begin, end in zip(begins.tolist(), ends.tolist(), strict=True):
+                    os.posix_fadvise(file.fileno(), begin, end - begin, os.POSIX_FADV_WILLNEED)

@@ -24,6 +24,8 @@ OPTIONS: dict[str, Option] = {
     "data.bad_images": Option("stop", "what an image file that cannot be read does: stop, or skip it",
                               ("--bad-images",), choices=("stop", "skip")),
     "data.stream": Option(False, "decode image files whenever they are wanted, even if all would fit into the memory"),
+    "data.window": Option(0, "shuffle within so many images that lie near each other, for slow disks; 0: all", low=0,
+                          high=1_000_000_000),
     "data.overfit": Option(0, "train on so many images only, unchanged, to see whether the model can learn them",
                            ("--overfit",), low=0, high=1_000_000_000),
     "data.crop": Option(0, "pad by so many pixels and crop at random; this and what follows: 0 is off", low=0,

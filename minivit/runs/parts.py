@@ -68,7 +68,8 @@ class Parts:
         size = s["train.batch_size"] * s["train.grad_accum_steps"]
         augment = augmentation(s.table("data"), self.train.images.shape[1])
         key = Key(s["train.seed"], TRAIN_STREAM)
-        return Loader(self.train, size, key, augment, mix, device=device, gpu_memory=gpu_memory)
+        window = s["data.window"]
+        return Loader(self.train, size, key, augment, mix, device=device, gpu_memory=gpu_memory, window=window)
 
     def held_loader(self, dataset: Dataset, device: str = "cpu", gpu_memory: int | None = None) -> Loader:
         """Return batches of other images, in their order, standardised like the training images, on ``device``."""
