@@ -117,6 +117,9 @@ def test_without_test_shards_a_fifth_is_held_out_by_name_whatever_shard_it_is_in
     test, train = (load(one, split, (9, 12)) for split in ("test", "train"))
     assert sorted(pages(test) + pages(train)) == list(range(30))
     assert np.bincount(test.labels).tolist() == [2, 2, 2]
+    assert splits_of(shard(tmp_path / "three/val-0.tar", *samples(range(5)))) == ("train", "test")
+    with pytest.raises(DataError, match="val shards, but none to train on"):
+        load(tmp_path / "three")
     shard(tmp_path / "two/a.tar", *samples(range(7)))
     shard(tmp_path / "two/b.tar", *samples(range(7, 30)))
     assert pages(load(tmp_path / "two", "test", (9, 12))) == pages(test)

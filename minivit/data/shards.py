@@ -70,8 +70,9 @@ def list_shards(path: str | PathLike[str]) -> Listing:
     """Find the samples of a folder of shards, or of a single one, split and class. No picture is decoded.
 
     The split is what the folder around a shard is called, or a word in its name, such as ``imagenet-train-000017.tar``:
-    see :data:`~minivit.data.listing.SPLIT_FOLDERS`. Shards without such a word are "train". Where there is neither
-    "val" nor "test", a fifth of each class is "test": the samples whose names have the lowest hashes.
+    see :data:`~minivit.data.listing.SPLIT_FOLDERS`. Shards without such a word are "train", and so is one that
+    is given alone. Where there is neither "val" nor "test", a fifth of each class is "test": the samples whose names
+    have the lowest hashes.
 
     A label is what ``KEY.cls`` holds, or "label", "cls" or "class" in ``KEY.json``: a number from 0, or the name of a
     class. One of the :data:`CLASS_FILES` beside the shards names the classes in order; without it they are numbers, or
@@ -135,9 +136,9 @@ def _indexed(
     names = Names(found())
     if not names:
         raise DataError(f"{path}: no samples: no KEY.jpg, .png or .webp with KEY.cls or KEY.json", _AGAIN)
-    classes, numbers = labels.settled(str(path))
+    classes, numbers = labels.settled()
     whole = Listed(Members(root, archives, names, places), numbers)
-    splits = [_split_of(name) for name, _ in archives]
+    splits = [_split_of(name) for name, _ in archives] if path == root else ["train"]
     files, how = _divided(whole, splits, len(classes))
     lacking = np.setdiff1d(np.arange(len(classes)), files["train"].labels)
     some = ", ".join(classes[i] for i in lacking[:3]) + (", …" if len(lacking) > 3 else "")
@@ -223,7 +224,8 @@ def _sample(
     if pictures and labels:
         yield key, pictures[0], labels[0]
     elif pictures:
-        raise DataError(f"{where} has no label: no .cls, and no {', '.join(LABEL_KEYS)} in a .json", _AGAIN)
+        what = f"{where} has no label: no .cls, and no {', '.join(LABEL_KEYS)} in a .json"
+        raise DataError(what, f"{_AGAIN}; if this is an archived folder of classes, unpack it: tar -xf")
     elif labels:
         raise DataError(f"{where} has no picture, only {', '.join(map(value_text, files))}", _AGAIN)
 
@@ -277,7 +279,7 @@ class _Labels:
             raise DataError(f"{where}: more than {MOST_CLASSES:,} classes", "write the class, not the sample's name")
         self.numbers.append(number)
 
-    def settled(self, where: str) -> tuple[tuple[str, ...], np.ndarray]:
+    def settled(self) -> tuple[tuple[str, ...], np.ndarray]:
         """Return the classes' names and the labels, int64 (N,)."""
         labels = np.array(self.numbers, np.int64)
         if self.classes:
