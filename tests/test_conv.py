@@ -69,16 +69,18 @@ def channels_last(x: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(x.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)
 
 
-def test_the_cuts_of_a_batch_hold_every_window_once():
+@pytest.mark.parametrize("few", [True, False])
+def test_the_cuts_of_a_batch_hold_every_window_once(few):
+    most = cpu_conv.SMALL_PLACES[1] if few else cpu_conv.PLACES
     for images, size, kernel, stride in [(9, 32, 3, 1), (3, 31, 3, 2), (170, 7, 3, 1), (2, 112, 3, 1), (1, 1, 1, 1)]:
         w = windows("conv2d", (images, 1, size, size), kernel, stride, 1)
         found = np.zeros((images, *w.grid), int)
         sizes = []
-        for piece in cpu_conv._pieces(w, images):
+        for piece in cpu_conv._pieces(w, images, few):
             found[piece] += 1
             sizes.append(found[piece].size)
         assert (found == 1).all() and sizes[0] == max(sizes)
-        assert sizes[0] <= cpu_conv.PLACES + w.grid[1]
+        assert sizes[0] <= most + w.grid[1]
 
 
 def test_a_convolution_makes_no_large_copies():

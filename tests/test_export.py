@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import struct
 from dataclasses import replace
 from pathlib import Path
@@ -256,6 +257,18 @@ def test_other_kinds_of_models_know_where_they_can_go(tmp_path):
             check_expressible(mv.ViT(patch_size=4, tokenizer="t2t").settings, to)
 
 
+def test_tokens_that_are_no_patches_are_refused_by_all_but_onnx():
+    with pytest.raises(ConfigError, match="use one of 'patch', ") as error:
+        mv.ViT(tokenizer="")
+    names = re.findall(r"'(\w+)'", error.value.remedy)
+    assert {"normed", "shifted", "conv_stem", "t2t"} < set(names)
+    for tokenizer in names[1:]:
+        settings = mv.ViT(patch_size=4, tokenizer=tokenizer).settings
+        for to in (TIMM, HF, GOOGLE):
+            with pytest.raises(ConfigError, match=f"tokenizer '{tokenizer[:3]}"):
+                check_expressible(settings, to)
+
+
 def test_a_model_that_its_settings_do_not_describe(tmp_path):
     model = small(np.float32)
     model.head = mv.nn.Linear(8, 4)
@@ -347,6 +360,7 @@ def test_onnxruntime_gives_the_same_logits(tmp_path, case, to):
 
 OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "normed": LITTLE["normed"],
+    "conv_stem": LITTLE["conv_stem"],
     **CASES_OF_TOKENIZERS,
     **{f"hybrid, {case}": ("hybrid", HYBRID | settings) for case, settings in HYBRIDS.items()},
     "resnet": ("resnet", {"image_size": (9, 12), "in_channels": 2, "num_classes": 3, "depths": (1, 2), "width": 8,

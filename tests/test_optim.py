@@ -212,6 +212,8 @@ def test_muon_takes_the_matrices_of_the_blocks_and_no_others():
     [
         ("cct_2_3x2_32", {"image_size": 8, "dim": 8, "depth": 1}, "patch_embed.convs.0.conv.weight"),
         ("resnet_digits", {}, "conv.weight"),
+        ("vit_digits", {"tokenizer": "conv_stem", "patch_size": 4, "dim": 16, "depth": 1, "heads": 1},
+         "patch_embed.convs.0.conv.weight"),
         ("hybrid_cifar", {"image_size": 8, "dim": 8, "depth": 1, "heads": 1, "width": 32},
          "patch_embed.backbone.stem.conv.weight"),
     ],
@@ -221,7 +223,7 @@ def test_muon_takes_the_filters_of_all_convolutions_but_the_first(name, settings
     opt = muon.Muon(model.named_parameters(), lr=0.01, weight_decay=0.0)
     taken = {a: shape for a, _, shape in opt.matrices}
     spans = dict(zip(opt.names, opt.store.spans, strict=True))
-    filters = {n: p for n, p in model.named_parameters() if "conv" in n and n != sees_images}
+    filters = {n: p for n, p in model.named_parameters() if p.ndim == 4 and "conv" in n and n != sees_images}
     assert len(filters) > 0 and spans[sees_images][0] not in taken
     before, g = model.state_dict(), gradient(opt, 1)
     give(opt, g)

@@ -165,6 +165,8 @@ class ConvStem(Tokenizer):
             raise ConfigError(what, f"choose a dim that {1 << (len(widths) - 1)} divides")
         self.convs = [StemLayer(a, b, eps) for a, b in pairwise([self.in_channels, *widths])]
         self.proj = Linear(dim, dim)
+        for weight in (*(layer.conv.weight for layer in self.convs[1:]), self.proj.weight):
+            weight.matrices = 1
 
     @property
     def filters(self) -> Parameter:

@@ -48,17 +48,19 @@ class Crew:
         """
         if self.count == 1 or self.why_alone or is_on_gpu(store.values):
             return batch, team
-        if self.workers is not None and (self.workers.loss is not loss or self.workers.seen.changed()):
+        if self.workers is not None:
+            own = self.workers.hand_out(batch)  # they begin while it is looked for what has changed
+            if self.workers.loss is loss and not self.workers.seen.changed():
+                return own, self.workers.team
             self.close()
-        if self.workers is None:
-            try:
-                if not hasattr(os, "fork"):
-                    raise ValueError("this system has no processes that inherit memory")
-                about = description(model, loss)
-            except ValueError as error:
-                self.why_alone = str(error)
-                return batch, team
-            self.workers = Workers(model, loss, about, store, self.count, team.micro_batch)
+        try:
+            if not hasattr(os, "fork"):
+                raise ValueError("this system has no processes that inherit memory")
+            about = description(model, loss)
+        except ValueError as error:
+            self.why_alone = str(error)
+            return batch, team
+        self.workers = Workers(model, loss, about, store, self.count, team.micro_batch)
         return self.workers.hand_out(batch), self.workers.team
 
     @property

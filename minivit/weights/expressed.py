@@ -41,6 +41,7 @@ def _hybrid(s: Any) -> bool:
 FEATURES = (
     Feature(lambda s: s.tokenizer == "normed", "norms on both sides of the patches (tokenizer 'normed')"),
     Feature(lambda s: s.tokenizer == "shifted", "tokens of shifted patches (tokenizer 'shifted')"),
+    Feature(lambda s: s.tokenizer == "conv_stem", "tokens made by convolutions (tokenizer 'conv_stem')"),
     Feature(lambda s: s.tokenizer[:3] == "t2t", "tokens made of tokens (tokenizer 't2t')"),
     Feature(_hybrid, "a ResNet before the patches", (TIMM, GOOGLE)),
     Feature(lambda s: _hybrid(s) and s.distilled, "a distillation token after a ResNet"),

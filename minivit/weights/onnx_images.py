@@ -12,8 +12,9 @@ from minivit.backend import to_numpy
 from minivit.nn.attention import table
 from minivit.nn.bottleneck import ResNetRoot
 from minivit.nn.convolution import StdConv2d
+from minivit.nn.layers import PatchEmbed
 from minivit.nn.token_attention import TokenPerformer, TokensToToken
-from minivit.nn.tokenizers import ConvTokenizer, NormedPatchEmbed, ShiftedPatchEmbed
+from minivit.nn.tokenizers import ConvStem, ConvTokenizer, NormedPatchEmbed, ShiftedPatchEmbed
 from minivit.weights.onnx_nodes import INPUT, Graph, linear, mlp, norm
 
 Size = tuple[int, int]
@@ -147,6 +148,16 @@ def tokens_by_convolutions(g: Graph, x: str, layer: ConvTokenizer, name: str) ->
     return flat(g, x, layer.convs[-1].conv.weight.shape[0], name)
 
 
+def stem(g: Graph, x: str, layer: ConvStem, name: str) -> str:
+    """Write :class:`minivit.nn.ConvStem`."""
+    size = layer.image_size
+    for i, part in enumerate(layer.convs):
+        at = f"{name}.convs.{i}"
+        x, size = conv(g, x, part.conv, f"{at}.conv", size)
+        x = relu(g, group_norm(g, x, part.norm, f"{at}.norm"), at)
+    return linear(g, flat(g, x, layer.proj.weight.shape[1], name), layer.proj, f"{name}.proj")
+
+
 def windows(g: Graph, x: str, channels: int, kernel: int, stride: int, padding: int, name: str) -> str:
     """Write the windows of images as rows, (B, C, H, W) → (B, L, C·k·k): a convolution by ones of a single place."""
     ones = np.tile(np.eye(kernel * kernel, dtype=np.float32).reshape(-1, 1, kernel, kernel), (channels, 1, 1, 1))
@@ -216,9 +227,12 @@ def tokens(g: Graph, layer: Any, name: str) -> str:
         return shifted(g, INPUT, layer, name)
     if isinstance(layer, NormedPatchEmbed):
         return normed(g, INPUT, layer, name)
+    if isinstance(layer, ConvStem):
+        return stem(g, INPUT, layer, name)
     if (backbone := getattr(layer, "backbone", None)) is not None:
         seen = resnet(g, INPUT, backbone, f"{name}.backbone", layer.image_size)
         return patches(g, seen, layer, name, layer.places)
+    assert type(layer) is PatchEmbed, type(layer)
     return patches(g, INPUT, layer, name, layer.patch_size)
 
 

@@ -20,6 +20,7 @@ from minivit.ops.matmul import as_matrix
 from minivit.ops.reduce import narrow, wide
 
 PLACES = 1 << 9  # windows that are multiplied at a time: of fewer, BLAS is slower, and more do not fit the cache
+SMALL_PLACES = 1 << 10, 1 << 11  # of windows with few numbers, of which more fit: at least, and at most
 BLOCK = 1 << 17  # numbers of the images that are pooled at a time
 FEW = 16  # numbers next to each other in a window: with fewer, windows are made pixel by pixel and not one by one
 
@@ -37,10 +38,11 @@ def _first(x: np.ndarray) -> np.ndarray:
 # ---- convolution: a product of the windows and the weight ------------------------------------------------------------
 
 
-def _pieces(w: Windows, images: int) -> Iterator[tuple[slice, slice]]:
+def _pieces(w: Windows, images: int, few: bool) -> Iterator[tuple[slice, slice]]:
     """Yield (images, rows of their grids) that are worked on at a time, the largest first."""
-    down = w.grid[0]
-    at_once, strips = max(1, PLACES // w.places), min(down, -(-w.places // PLACES))
+    down, (least, most) = w.grid[0], SMALL_PLACES
+    places = min(max(least, 2 * w.places), most) if few else PLACES
+    at_once, strips = max(1, places // w.places), min(down, -(-w.places // places))
     rows = -(-down // strips)
     for a in range(0, images, at_once):
         for r in range(0, down, rows):
@@ -63,7 +65,7 @@ def _windows_of(x: np.ndarray, w: Windows, ones: bool = False) -> Iterator[tuple
     """
     channels = x.shape[1]
     few, depth = _is_few(channels, w), channels * w.taps
-    pieces = list(_pieces(w, len(x)))
+    pieces = list(_pieces(w, len(x), few))
     if not pieces:
         return
     (first, rows) = pieces[0]
