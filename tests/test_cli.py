@@ -374,7 +374,7 @@ def test_every_option_and_recipe_is_sound() -> None:
     flags = [flag for option in OPTIONS.values() for flag in option.flags]
     assert len(flags) == len(set(flags))
     assert set(RECIPE_NAMES) == {name.partition("@")[0] for name in RECIPES}  # --help lists them
-    assert set(FOR_DATA) <= {*NAMES, "npz", "folder"} and set(FOR_DATA.values()) <= set(RECIPE_NAMES)
+    assert set(FOR_DATA) <= {*NAMES, "npz", "folder", "shards"} and set(FOR_DATA.values()) <= set(RECIPE_NAMES)
     for name in RECIPES:
         s = resolve({}, recipe=name)
         own = name in ("imagefolder@2", "finetune@2")  # those of sets that have a name train on all images

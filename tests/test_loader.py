@@ -9,11 +9,13 @@ import types
 import numpy as np
 import pytest
 
-from minivit.backend import Key, random_bits, uniform, uniform_rows
+from minivit.backend import Key, permutation, random_bits, uniform, uniform_rows
 from minivit.data import Dataset, Loader
 from minivit.data.augment import Chain, Crop, Flip, RandomErasing
+from minivit.data.loader import _partners, shuffled
 from minivit.data.mixing import Mix
 from minivit.data.randaugment import RandAugment
+from minivit.errors import ConfigError
 
 FULL = Chain((Crop(2), Flip(), RandAugment(), RandomErasing(0.5)))
 
@@ -169,3 +171,26 @@ def test_batches_that_nobody_takes_leave_no_thread():
     next(batches)
     del batches
     assert not any(thread.name.startswith("minivit-loader") for thread in threading.enumerate())
+
+
+def test_a_window_shuffles_among_neighbours_and_starts_anywhere():
+    n, window = 1000, 160  # pieces of 10
+    order = shuffled(Key(1), n, window)
+    assert sorted(order.tolist()) == list(range(n))
+    for at in range(0, n, window):
+        part = order[at : at + window]
+        assert len({i // 10 for i in part.tolist()}) <= 17
+        assert np.mean(np.diff(part) == 1) < 0.1  # shuffled
+    assert not np.array_equal(order, shuffled(Key(2), n, window))
+    assert np.array_equal(shuffled(Key(1), n, n), permutation(Key(1), n))
+    data, mix = toy(), Mix(prob=0.7)
+    whole = by_sample(Loader(data, 7, Key(5), FULL, mix, window=16), 2)
+    for size, start in ((7, 3), (3, 11), (60, 0)):
+        images, labels = by_sample(Loader(data, size, Key(5), FULL, mix, window=16), 2, start)
+        assert np.array_equal(images, whole[0][size * start :]) and np.array_equal(labels, whole[1][size * start :])
+    order = shuffled(Key(3), 60, 16)
+    partner = _partners(Key(4), order, 16)
+    for at in range(0, 60, 16):
+        assert set(partner[order[at : at + 16]]) == set(order[at : at + 16].tolist())
+    with pytest.raises(ConfigError, match="window"):
+        Loader(data, 7, Key(5), window=-1)

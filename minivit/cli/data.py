@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = "minivit data DATA [--size N] [--output FILE] [--json]\n       minivit data get NAME"
     parser.add_argument(
         "data", metavar="DATA", nargs="+",
-        help="data set: a name, a folder, or FILE.npz; or: get NAME, to download one that has a name",
+        help="data set: a name, a folder, FILE.npz or FILE.tar; or: get NAME, to download one that has a name",
     )  # fmt: skip
     parser.add_argument(
         "--size", type=number(int, 1, 1 << 15), metavar="N", help="height and width to bring image files to (64)"

@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="checkpoint, or a run's folder, such as runs/digits-1: its best checkpoint if there is one, else the last",
     )  # fmt: skip
     parser.add_argument(
-        "--data", "-d", help="data set: a name, folder or FILE.npz (by default the one it was trained on)"
+        "--data", "-d", help="data set: a name, folder, FILE.npz or FILE.tar (by default the one it was trained on)"
     )
     parser.add_argument(
         "--split", type=one_of("split", ("train", "val", "test", "all")), default="test",
@@ -40,8 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the report."""
     from minivit.backend import auto_device, keep_freed_memory
-    from minivit.data import kind_of
-    from minivit.data.listing import list_folder
+    from minivit.data.catalog import listing
     from minivit.errors import DataError, printable
     from minivit.runs.assess import assess, load_split
     from minivit.runs.matching import match_classes
@@ -65,8 +64,8 @@ def run(args: argparse.Namespace) -> int:
         print(printable(f"{trained.path} on {parts[0].name}, {args.split}: {result['count']:,} images"))
         if trained.from_elsewhere:
             print(f"prepared: {trained.preparation.text(*trained.image_shape[1:])}")
-        if args.data is not None and args.split != "all" and kind_of(name) == "folder":
-            print(printable(f"splits: {list_folder(name).how}; --split all takes them together"))
+        if args.data is not None and args.split != "all" and (found := listing(name)) is not None:
+            print(printable(f"splits: {found.how}; --split all takes them together"))
         print(f"\n{figures(result, matching)}")
     return 0
 

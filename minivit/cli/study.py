@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "data", metavar="DATA", nargs="?",
-        help="data set: a name, folder or FILE.npz (by default the one it was trained on)",
+        help="data set: a name, folder, FILE.npz or FILE.tar (by default the one it was trained on)",
     )  # fmt: skip
     parser.add_argument(
         "--split", type=one_of("split", ("train", "val", "test", "all")), default="test",

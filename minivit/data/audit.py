@@ -7,17 +7,17 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from minivit.backend import Key, permutation
-from minivit.data.catalog import kind_of, load, splits_of
+from minivit.data.catalog import listing, load, splits_of
 from minivit.data.dataset import moments
 from minivit.data.file_array import ImageFiles, in_threads
 from minivit.data.folder import SIZE
-from minivit.data.images import decode
-from minivit.data.listing import list_folder
+from minivit.data.listing import Listing
 from minivit.errors import ConfigError, DataError
 
 SAMPLES = 100
@@ -84,8 +84,8 @@ def audit(
 
     Raises DataError for what is not there, or has no images; ConfigError for a ``size`` where images have their own.
     """
-    if kind_of(name) == "folder":
-        return _audit_folder(name, size or SIZE, bar)
+    if (found := listing(name)) is not None:
+        return _audit_files(name, found, size or SIZE, bar)
     if size is not None:
         raise ConfigError(f"{name}: its images have a size of their own", "give a size for folders of image files only")
     return _audit_arrays(name)
@@ -123,31 +123,34 @@ def _audit_arrays(name: str | PathLike[str]) -> Audit:
     )
 
 
-def _audit_folder(name: str | PathLike[str], size: tuple[int, int], bar: Callable[..., Any] | None) -> Audit:
-    found = list_folder(name)
+def _audit_files(
+    name: str | PathLike[str], found: Listing, size: tuple[int, int], bar: Callable[..., Any] | None
+) -> Audit:
     files = [
-        (file, split, label) for split, listed in found.files.items() for file, label in listed
-    ]  # of "train" first
+        (file, split, label, own)
+        for split, listed in found.files.items()  # "train" first
+        for (file, label), own in zip(listed, listed.paths.names, strict=True)
+    ]
     if not files:
         raise DataError(f"{name}: no image files", "put them into a folder for each class")
-    shown = set(_choose([label for _, label in found.files["train"]], len(found.classes)))
+    shown = set(_choose(found.files["train"].labels, len(found.classes)))
     kept: dict[int, np.ndarray] = {}
     facts: dict[int, tuple[str, str, bool, tuple[int, int]]] = {}
     reasons, digests = {}, {}
     sums = np.zeros((len(files), 2, 3), np.int64)
-    as_loaded = ImageFiles([file for file, _, _ in files], size, 3)
+    as_loaded = ImageFiles([file for file, *_ in files], size, 3)
 
     def look(i: int) -> None:
-        file, split, label = files[i]
+        _, split, label, own = files[i]
         try:
-            picture = decode(file, 3)
+            picture = as_loaded.picture(i)
             pixels = as_loaded.read(i)[0] if split == "train" else None  # of a large JPEG not quite the same pixels
         except DataError as error:
             reasons[i] = error.what
             return
         page = np.asarray(picture.page)  # (H, W, 3)
         facts[i] = picture.format, picture.mode, picture.animated, page.shape[:2]
-        digests[i] = _digest(page), str(file.relative_to(found.path)), split, found.classes[label]
+        digests[i] = _digest(page), own, split, found.classes[label]
         if pixels is not None:
             x = pixels.astype(np.int64)
             sums[i] = x.sum((1, 2)), (x * x).sum((1, 2))  # (2, 3)
@@ -178,7 +181,7 @@ def _audit_folder(name: str | PathLike[str], size: tuple[int, int], bar: Callabl
         several=[digests[i][1] for i in good if facts[i][2]],
         note=f"{problem.what}: {problem.remedy}" if problem else found.remark,
         samples=[kept[i] for i in sorted(kept)],
-        sample_labels=[found.classes[files[i][2]] or files[i][0].name for i in sorted(kept)],
+        sample_labels=[found.classes[files[i][2]] or Path(files[i][3]).name for i in sorted(kept)],
     )
 
 

@@ -12,8 +12,11 @@ from zipfile import is_zipfile
 
 from minivit.data.dataset import LAYOUT, SPLITS, Dataset, no_split
 from minivit.data.formats import find_files, load_files
+from minivit.data.listing import Listing, list_folder
 from minivit.data.npz import load_npz, splits_in
 from minivit.data.reading import NPZ_REMEDY, reading
+from minivit.data.shards import list_shards, shards_in
+from minivit.data.tar import is_tar
 from minivit.errors import DataError, unknown_name
 from minivit.files import open_regular, user_cache
 
@@ -30,6 +33,7 @@ def load(
     layout: int = LAYOUT,
     bar: Callable[..., Any] | None = None,
     fit: str = "crop",
+    stream: bool = False,
 ) -> Dataset:
     """Load a data set by its name, or from a file or folder of your own.
 
@@ -48,11 +52,13 @@ def load(
       is warned of, and of those to train on no two may have one name;
     - a folder of the four idx files of MNIST or of sets like it, .gz or plain;
     - a folder of CIFAR's binary files or of its Python batches, or a folder whose only subfolder is such a one;
-    - any other folder is one of image files, which are brought to ``size``, (height, width), as ``fit`` says
-      (:func:`~minivit.data.fit.fitted`), and ``channels``; a file that cannot be read makes it "stop" or is left out,
-      by ``bad_images`` "skip". ``bar=tqdm`` shows how far the reading is. All other sets have a size and channels of
-      their own, and leave these five alone. See
-      :func:`~minivit.data.folder.load_folder`.
+    - a tar archive, or a folder of some, in WebDataset's layout: :func:`~minivit.data.shards.list_shards`;
+    - any other folder is one of image files: :func:`~minivit.data.folder.load_folder`.
+
+    Image files, in archives or not, are brought to ``size``, (height, width), as ``fit`` says
+    (:func:`~minivit.data.fit.fitted`), and ``channels``; one that cannot be read makes it "stop" or is left out, by
+    ``bad_images`` "skip". With ``stream`` they are decoded when wanted, even if all would fit into a quarter of the
+    memory. ``bar=tqdm`` shows how far the reading is. All other sets have a size of their own and leave these alone.
 
     ``layout`` 1 reads folders and archives as version 0.1.0 did, for what was trained then: other folders are "test",
     which is there always, and ``class_names`` are not known.
@@ -70,7 +76,11 @@ def load(
     if kind == "folder":
         from minivit.data.folder import load_folder  # late: most data sets are none
 
-        return load_folder(path, split, size, channels, bad_images, layout, bar, fit)
+        return load_folder(path, split, size, channels, bad_images, layout, bar, fit, stream)
+    if kind == "shards":
+        from minivit.data.folder import load_shards
+
+        return load_shards(path, split, size, channels, bad_images, bar, fit, stream)
     if split == "val":
         raise no_split(name, split)
     return replace(load_files(kind, path, split), name=str(name))
@@ -81,15 +91,19 @@ def splits_of(name: str | PathLike[str], layout: int = LAYOUT) -> tuple[str, ...
     kind, path = _find(name)
     if kind == "npz":
         return splits_in(path, layout)
-    if kind == "folder":
-        from minivit.data.listing import list_folder
-
-        return tuple(list_folder(path, layout).files)
+    if (found := listing(name, layout)) is not None:
+        return tuple(found.files)
     return "train", "test"
 
 
+def listing(name: str | PathLike[str], layout: int = LAYOUT) -> Listing | None:
+    """Return which files of a folder or of shards are its images, None for other data sets. None is decoded."""
+    kind, path = _find(name)
+    return list_folder(path, layout) if kind == "folder" else list_shards(path) if kind == "shards" else None
+
+
 def kind_of(name: str | PathLike[str]) -> str:
-    """Return what :func:`load` finds at ``name``: one of the :data:`NAMES`, ``"npz"`` or ``"folder"`` (of image files).
+    """Return what :func:`load` finds at ``name``: one of :data:`NAMES`, "npz", "shards", or "folder" (of images).
 
     A folder of idx files is ``"fashion-mnist"`` if it, or the folder around it, is called so, else ``"mnist"``. No
     pixel is read. Raises DataError for what is not there or not known.
@@ -130,13 +144,15 @@ def _find(name: str | PathLike[str]) -> tuple[str, Path]:
     with reading(str(name), "check the path and its permissions"):
         path = Path(name)
         if path.is_dir():
-            return find_files(path) or ("folder", path)
+            return find_files(path) or ("shards" if shards_in(path) else "folder", path)
         if path.exists():
             with open_regular(path) as file:
                 if is_zipfile(file):
                     return "npz", path
-            remedy = f"{NPZ_REMEDY}; or give a folder: of images, or of files of MNIST or CIFAR"
-            raise DataError(f"{path}: not a NumPy archive", remedy)
+            if is_tar(path):
+                return "shards", path
+            remedy = f"{NPZ_REMEDY}; or give a folder: of images, of tar shards, or of files of MNIST or CIFAR"
+            raise DataError(f"{path}: not a NumPy archive, and no tar archive", remedy)
     if path.suffix or len(path.parts) > 1 or not isinstance(name, str):
         raise DataError(f"{path}: no such file or folder", "check the path")
     raise unknown_name("data set", name, NAMES, error=DataError)

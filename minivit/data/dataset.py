@@ -14,6 +14,7 @@ import numpy as np
 from minivit.backend import Key, permutation
 from minivit.data.file_array import ImageFiles
 from minivit.data.fit import OWN_FITS, is_fit
+from minivit.data.name_list import Names
 from minivit.errors import DataError, unknown_name
 
 SPLITS = ("train", "val", "test")
@@ -28,7 +29,8 @@ class Dataset:
     """Labelled images: in memory, or in files that act as an array (:class:`~minivit.data.file_array.ImageFiles`).
 
     ``images`` uint8 (N, C, H, W), 0 to 255; ``labels`` int64 (N,), each an index into ``classes``, the classes' names.
-    ``files`` are the image files that they came from, as paths in the folder ``name``, or () where there are none.
+    ``files`` are the image files that they came from, as paths in the folder ``name``, or () where there are none; of
+    files in tar shards, "SHARD/FILE".
     ``fit`` says how other image files are brought to the size of these: :func:`~minivit.data.fit.fitted`.
     Raises DataError if these do not fit each other.
     """
@@ -37,7 +39,7 @@ class Dataset:
     labels: np.ndarray
     classes: tuple[str, ...]
     name: str
-    files: tuple[str, ...] = ()
+    files: Sequence[str] = ()
     fit: str = "stretch"
 
     def __post_init__(self) -> None:
@@ -106,7 +108,8 @@ class Dataset:
         if len(wrong := index[(index < 0) | (index >= len(self))]):
             raise DataError(f"{self.name}: there is no image {wrong[0]}", f"indices run from 0 to {len(self) - 1}")
         index = index.astype(np.int64)
-        files = tuple(self.files[i] for i in index) if self.files else ()
+        named = self.files if isinstance(self.files, Names) else Names(self.files)
+        files = named.take(index) if self.files else ()
         return replace(self, images=self.images.take(index, axis=0), labels=self.labels[index], files=files)
 
     def split_off(self, fraction: float, key: Key, stratified: bool = True) -> tuple[Dataset, Dataset]:
@@ -134,7 +137,7 @@ class Dataset:
         most = np.maximum(np.bincount(labels, minlength=len(self.classes)) - 1, 0)
         counts = np.minimum(quotas.astype(np.int64), most)
         # each class's first place in the order, which decides where remainders are equal
-        first = {label: place for place, label in reversed([*enumerate(labels.tolist())])}
+        first = dict(zip(*(x.tolist() for x in np.unique(labels, return_index=True)), strict=True))
         for label in sorted(first, key=lambda label: (counts[label] - quotas[label], first[label])):
             if counts.sum() < held and counts[label] < most[label]:
                 counts[label] += 1

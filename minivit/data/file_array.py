@@ -6,13 +6,15 @@ import math
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from minivit.backend import cpu_cores
 from minivit.data.fit import OWN_FITS, fitted
-from minivit.data.images import decode
+from minivit.data.images import Picture, decode
+from minivit.data.name_list import Paths
+from minivit.data.tar import Member, Members
 from minivit.errors import DataError
 
 FIT = "crop"
@@ -26,13 +28,13 @@ _WAITS = 60  # many short ones: while the process itself is suspended, no more t
 class ImageFiles:
     """Image files as if they were an array, uint8 (N, C, H, W): what is indexed is decoded then, by several threads.
 
-    An index is an integer, a slice, or an array of integers. Raises DataError, naming the file, for one that has gone
-    or been damaged since.
+    Each is a path, or a member of a tar archive. An index is an integer, a slice, or an array of integers. Raises
+    DataError, naming the file, for one that has gone or been damaged since.
     """
 
     dtype, ndim = np.dtype(np.uint8), 4
 
-    def __init__(self, paths: Sequence[Path], size: tuple[int, int], channels: int, fit: str = FIT) -> None:
+    def __init__(self, paths: Sequence[Path | Member], size: tuple[int, int], channels: int, fit: str = FIT) -> None:
         self.paths, self.fit = paths, fit
         self.shape = (len(paths), channels, *size)
 
@@ -56,22 +58,37 @@ class ImageFiles:
         def read(i: int) -> None:
             out[i] = self.read(int(chosen.flat[i]))[0]
 
-        in_threads(read, [self.paths[i] for i in chosen.flat])
+        in_threads(read, self._paths_at(chosen.reshape(-1)))
         return out.reshape(*chosen.shape, *self.shape[1:])  # (n, C, H, W), or (C, H, W) for an integer
 
     def take(self, indices: np.ndarray, axis: int = 0) -> ImageFiles:
         """Return the files at ``indices``, in that order; none is decoded. There is no other ``axis`` than 0."""
-        return ImageFiles([self.paths[i] for i in indices], self.shape[2:], self.shape[1], self.fit)
+        return ImageFiles(self._paths_at(indices), self.shape[2:], self.shape[1], self.fit)
+
+    def _paths_at(self, indices: np.ndarray) -> Sequence[Path | Member]:
+        if isinstance(self.paths, Paths | Members):
+            return cast(Sequence[Path | Member], self.paths.take(indices))
+        return [self.paths[i] for i in indices]
+
+    def soon(self, indices: np.ndarray) -> None:
+        """Say that those at ``indices`` are wanted soon: see :meth:`~minivit.data.tar.Members.soon`."""
+        if isinstance(self.paths, Members):
+            self.paths.soon(indices)
 
     def read(self, i: int) -> tuple[np.ndarray, bool]:
         """Decode a file: (uint8 (C, H, W), whether it holds further pictures)."""
         size, own = self.shape[2:], self.fit in OWN_FITS
-        picture = decode(self.paths[i], self.shape[1], at_least=size if own else None)  # others decode all pixels
+        picture = self.picture(i, at_least=size if own else None)  # others decode all pixels
         return fitted(picture.page, size, self.fit, str(self.paths[i])), picture.animated
+
+    def picture(self, i: int, at_least: tuple[int, int] | None = None) -> Picture:
+        """Decode a file in its own size, as :func:`~minivit.data.images.decode` does."""
+        path = self.paths[i]
+        return decode(path.open() if isinstance(path, Member) else path, self.shape[1], at_least)
 
 
 def in_threads(
-    work: Callable[[int], None], paths: Sequence[Path], title: str = "", bar: Callable[..., Any] | None = None
+    work: Callable[[int], None], paths: Sequence[Path | Member], title: str = "", bar: Callable[..., Any] | None = None
 ) -> None:
     """Call ``work(i)`` for the place of every path, on a thread for each core; raise the first error that one meets.
 

@@ -5,14 +5,20 @@ from __future__ import annotations
 import hashlib
 import os
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from os import PathLike
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from minivit.data.dataset import LAYOUT, SPLITS
 from minivit.data.images import is_image
+from minivit.data.name_list import Names, Paths
 from minivit.data.reading import reading
+from minivit.data.tar import Member, Members
 from minivit.errors import DataError
 
 TEST_SHARE = 0.2
@@ -33,15 +39,34 @@ SUFFIXES = (
 
 
 @dataclass(frozen=True)
+class Listed(Sequence[tuple[Path | Member, int]]):
+    """Image files, each with its class: ``paths`` and ``labels``, int64 (N,)."""
+
+    paths: Paths | Members
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, i: Any) -> Any:
+        return self.paths[i], int(self.labels[i])
+
+    def take(self, indices: np.ndarray) -> Listed:
+        """Return those at ``indices``, in that order."""
+        return Listed(self.paths.take(indices), self.labels[indices])
+
+
+@dataclass(frozen=True)
 class Listing:
     """The image files of a folder: ``files[split]``, of each split it has, are (path, index into ``classes``).
 
-    ``how`` says which folders are which; ``remark``, what in there is not read, or may not be what was meant.
+    ``how`` says which folders are which; ``remark``, what in there is not read, or may not be what was meant. Of a
+    folder of shards the paths are members of these: :func:`~minivit.data.shards.list_shards`.
     """
 
     path: Path
     classes: tuple[str, ...]
-    files: dict[str, list[tuple[Path, int]]]
+    files: dict[str, Listed]
     how: str
     remark: str = ""
 
@@ -56,7 +81,7 @@ class Listing:
             inside = _root_of_classes(self.path / self.classes[0])
             remedy = "make a folder for each class, with images in it"
             return DataError(what, f"give the folder that the classes are in: {inside}" if inside else remedy)
-        trained = {label for _, label in self.files["train"]}
+        trained = set(self.files["train"].labels.tolist())
         if without := set(range(len(self.classes))) - trained:
             name = self.classes[min(without)]
             what, remedy = (
@@ -161,10 +186,11 @@ def _roots_of_version_1(path: Path) -> tuple[dict[str, Path], str]:
 
 
 def _list(path: Path, roots: dict[str, Path], remark: str, tested: Callable[[list[int]], int]) -> Listing:
-    trees = {split: {f.name: image_files(f) for f in _subfolders(root)} for split, root in roots.items()}
+    trees = {split: {f.name: _below(path, f) for f in _subfolders(root)} for split, root in roots.items()}
     classes = tuple(sorted(set().union(*trees.values())))
     if not classes:
-        return Listing(path, ("",), {"train": [(file, 0) for file in image_files(path)]}, "")
+        files = _below(path, path)
+        return Listing(path, ("",), {"train": Listed(files, np.zeros(len(files), np.int64))}, "")
     how = " and ".join(f"{root.name}/" for root in roots.values())
     if len(roots) == 1:
         parts = {name: _parted(files, roots["train"], tested) for name, files in trees["train"].items()}
@@ -172,20 +198,37 @@ def _list(path: Path, roots: dict[str, Path], remark: str, tested: Callable[[lis
         how = f"test: {TEST_SHARE:.0%} of each class, by a hash of the files' names"
     elif "test" not in roots:
         how += ": no test images"
-    files = {
-        split: [(file, i) for i, name in enumerate(classes) for file in tree.get(name, [])]
-        for split, tree in trees.items()
-    }
-    return Listing(path, classes, files, how, remark)
+    return Listing(path, classes, {split: _listed(path, tree, classes) for split, tree in trees.items()}, how, remark)
 
 
-def _parted(files: list[Path], root: Path, tested: Callable[[list[int]], int]) -> tuple[list[Path], list[Path]]:
-    """Part a class's files, below ``root``, into those of "train" and those, with the lowest hashes, of "test"."""
-    names = {file: os.fsencode(file.relative_to(root).as_posix()) for file in files}
-    hashes = {file: int.from_bytes(hashlib.sha256(name).digest()[:8], "big") for file, name in names.items()}
-    count = min(max(tested([*hashes.values()]), 1), len(files) - 1) if files else 0  # a single file is one to train on
-    lowest = set(sorted(files, key=lambda file: hashes[file])[:count])
-    return [file for file in files if file not in lowest], [file for file in files if file in lowest]
+def _below(path: Path, folder: Path) -> Paths:
+    """Return the image files of ``folder`` by their names below ``path``."""
+    start = len(str(path / "x")) - 1
+    return Paths(path, (str(file)[start:] for file in image_files(folder)))
+
+
+def _listed(path: Path, tree: dict[str, Paths], classes: tuple[str, ...]) -> Listed:
+    """Return the files of all classes, those of the first one first."""
+    counts = [len(tree.get(name, ())) for name in classes]
+    names = Names(chain.from_iterable(tree[name].names for name in classes if name in tree))
+    return Listed(Paths(path, names), np.repeat(np.arange(len(classes)), counts))
+
+
+def _parted(files: Paths, root: Path, tested: Callable[[list[int]], int]) -> tuple[Paths, Paths]:
+    """Part a class's files, below ``root``, into those of "train" and those of "test": see :func:`lowest`."""
+    start = len((root / "x").as_posix()) - 1
+    held = lowest((file.as_posix()[start:] for file in files), tested)
+    return files.take(np.flatnonzero(~held)), files.take(np.flatnonzero(held))
+
+
+def lowest(names: Iterable[str], tested: Callable[[list[int]], int] | None = None) -> np.ndarray:
+    """Return which of the ``names`` of a class are "test", bool (N,): a fifth, or ``tested``, of the lowest hashes."""
+    hashes = [int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:8], "big") for name in names]
+    # a single file is one to train on
+    count = min(max((tested or _a_fifth)(hashes), 1), len(hashes) - 1) if hashes else 0
+    found = np.zeros(len(hashes), bool)
+    found[sorted(range(len(hashes)), key=hashes.__getitem__)[:count]] = True
+    return found
 
 
 def _a_fifth(hashes: list[int]) -> int:

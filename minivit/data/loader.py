@@ -22,6 +22,7 @@ from minivit.backend import (
 )
 from minivit.data.augment import Augment
 from minivit.data.dataset import Dataset, bytes_remedy
+from minivit.data.file_array import ImageFiles
 from minivit.data.mixing import Mix
 from minivit.data.on_gpu import placed
 from minivit.errors import ConfigError, DataError
@@ -46,6 +47,11 @@ class Loader:
     ``augment.py`` says. The images are copied there once if they take no more than ``gpu_memory`` bytes, or, if that is
     None, than half of what is free; else as they are needed. What a user ought to know of that is ``remark``, or "".
 
+    With a ``window``, an epoch takes so many images at a time, drawn from 16 pieces of neighbours, and shuffles among
+    them: the pieces' order and that within a window follow from (``key``, e) as well, and a sample's partner is one of
+    its window. It is for disks that are slow to find a place: see :meth:`~minivit.data.tar.Members.soon`. 0 shuffles
+    all.
+
     ``drop_last`` leaves out a last batch that is smaller than the others. Raises ConfigError for a batch size below 1,
     DataError for a mean or std that does not fit the images, or where ``drop_last`` leaves no batch.
     """
@@ -63,7 +69,10 @@ class Loader:
         drop_last: bool = False,
         device: str = "cpu",
         gpu_memory: int | None = None,
+        window: int = 0,
     ) -> None:
+        if window < 0:
+            raise ConfigError(f"a window cannot hold {window} images", "use 0 to shuffle all")
         if batch_size < 1:
             raise ConfigError(f"a batch cannot hold {batch_size} images", "use a batch size of at least 1")
         if drop_last and batch_size > len(dataset):
@@ -72,7 +81,7 @@ class Loader:
         self.dataset, self.batch_size, self.key, self.augment, self.mix = dataset, batch_size, key, augment, mix
         self.mean = tuple(dataset.mean if mean is None else mean)
         self.std = tuple(dataset.std if std is None else std)
-        self.shuffle, self.drop_last = shuffle, drop_last
+        self.shuffle, self.drop_last, self.window = shuffle, drop_last, window
         channels = dataset.images.shape[1]
         if len(self.mean) != channels or len(self.std) != channels:
             what = f"{dataset.name}: {len(self.mean)} means and {len(self.std)} stds for {channels} channels"
@@ -104,12 +113,27 @@ class Loader:
         if not 0 <= start <= len(self):
             raise ConfigError(f"there is no batch {start} to start from", f"an epoch has {len(self)} batches")
         n, key = len(self.dataset), self.key.at(epoch)
-        order = permutation(key.child(0), n) if self.shuffle else np.arange(n)
-        partner = permutation(key.child(2), n) if self.mix else None
+        order = shuffled(key.child(0), n, self.window) if self.shuffle else np.arange(n)
+        partner = _partners(key.child(2), order, self.window) if self.mix else None
         if self._side is not None:
             return self._handed_over(self._side, order[: len(self) * self.batch_size], key, partner, start)
         places = range(start * self.batch_size, len(self) * self.batch_size, self.batch_size)
-        return _ahead(lambda i: self._batch(order[i : i + self.batch_size], key, partner), places)
+
+        def make(i: int) -> tuple[Array, np.ndarray]:
+            self._announce(order, i, self.batch_size, i == places.start)
+            return self._batch(order[i : i + self.batch_size], key, partner)
+
+        return _ahead(make, places)
+
+    def _announce(self, order: np.ndarray, at: int, count: int, first: bool) -> None:
+        """Have files read ahead before ``count`` images of the ``order`` are made: the next window when one begins."""
+        images, window = self.dataset.images, self.window
+        if not window or not isinstance(images, ImageFiles):
+            return
+        soon = [at // window, at // window + 1] if first else []
+        soon += [i + 1 for i in range(-(-at // window), -(-(at + count) // window)) if i + 1 not in soon]
+        for i in soon:
+            images.soon(order[i * window : (i + 1) * window])
 
     def _handed_over(
         self, side: SideStream, order: np.ndarray, key: Key, partner: np.ndarray | None, start: int
@@ -124,6 +148,7 @@ class Loader:
         places = range(first // size * size, len(order), size)
 
         def make(place: int) -> tuple[Array, Array, Any]:
+            self._announce(order, place, size, place == places.start)
             with side.working():
                 images, labels = self._batch(order[place : place + size], key, partner)
                 images = to_device(images, side.device)
@@ -153,6 +178,36 @@ class Loader:
     def _augmented(self, index: np.ndarray, key: Key) -> Array:
         images = _unit(self._pixels[index])  # (B, C, H, W)
         return self.augment(images, uniform_rows(key.child(1), index, self.augment.draws)) if self.augment else images
+
+
+PIECES = 16
+"""A window of a loader holds so many pieces of neighbouring images."""
+
+
+def shuffled(key: Key, n: int, window: int = 0) -> np.ndarray:
+    """Return the numbers below ``n`` in a random order: of all of them, or within windows (:class:`Loader`)."""
+    if not 0 < window < n:
+        return permutation(key, n)
+    piece = -(-window // PIECES)
+    pieces = permutation(key.child(0), -(-n // piece))
+    order = (pieces[:, None] * piece + np.arange(piece)).reshape(-1)  # (pieces, piece) → (n or more,)
+    order = order[order < n]
+    for step, at in enumerate(range(0, n, window)):
+        part = order[at : at + window]
+        part[:] = part[permutation(key.child(1).at(step), len(part))]
+    return order
+
+
+def _partners(key: Key, order: np.ndarray, window: int) -> np.ndarray:
+    """Return the partner of every image, int64 (n,): any, or one of those in its window of the ``order``."""
+    n = len(order)
+    if not 0 < window < n:
+        return permutation(key, n)
+    partner = np.empty(n, np.int64)
+    for step, at in enumerate(range(0, n, window)):
+        part = order[at : at + window]
+        partner[part] = part[permutation(key.at(step), len(part))]
+    return partner
 
 
 BLOCK_NUMBERS = 1 << 23

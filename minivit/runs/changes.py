@@ -16,7 +16,7 @@ from minivit.files import write_text
 from minivit.runs.settings import RunSettings, parse_toml, read_bytes, resolve, write_toml
 
 MAY_CHANGE = (
-    "data.name", "data.bad_images",  # where the images are; that they are the same is checked by their content
+    "data.name", "data.bad_images", "data.stream",  # where the images are; that they are the same is checked
     "train.teacher",  # likewise: that it is the same model is checked
     "train.init_from", "model.recompute",  # what a run in progress does not depend on
     "train.epochs", "train.patience", "train.max_time", "train.on_nan", "train.save_every",

@@ -14,7 +14,8 @@ and below where numbers overflow, memory runs out or a run has no end.
 MANY = 1_000_000  # images in a batch, epochs: more is a slip of the hand
 
 OPTIONS: dict[str, Option] = {
-    "data.name": Option("digits", "data set: digits, mnist, cifar-10, …, a folder, or FILE.npz", ("--data", "-d")),
+    "data.name": Option("digits", "data set: digits, mnist, cifar-10, …, a folder, FILE.npz or FILE.tar",
+                        ("--data", "-d")),
     "data.val_fraction": Option(
         0.1, "share of the training images held out to choose the best epoch; 0: train on all", ("--val-fraction",),
         low=0.0, high=0.9,
@@ -22,6 +23,9 @@ OPTIONS: dict[str, Option] = {
     "data.layout": Option(2, "how folders are read and images held out; 1: as version 0.1.0 did", low=1, high=2),
     "data.bad_images": Option("stop", "what an image file that cannot be read does: stop, or skip it",
                               ("--bad-images",), choices=("stop", "skip")),
+    "data.stream": Option(False, "decode image files whenever they are wanted, even if all would fit into the memory"),
+    "data.window": Option(0, "shuffle within so many images that lie near each other, for slow disks; 0: all", low=0,
+                          high=1_000_000_000),
     "data.overfit": Option(0, "train on so many images only, unchanged, to see whether the model can learn them",
                            ("--overfit",), low=0, high=1_000_000_000),
     "data.crop": Option(0, "pad by so many pixels and crop at random; this and what follows: 0 is off", low=0,

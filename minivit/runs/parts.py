@@ -68,7 +68,8 @@ class Parts:
         size = s["train.batch_size"] * s["train.grad_accum_steps"]
         augment = augmentation(s.table("data"), self.train.images.shape[1])
         key = Key(s["train.seed"], TRAIN_STREAM)
-        return Loader(self.train, size, key, augment, mix, device=device, gpu_memory=gpu_memory)
+        window = s["data.window"]
+        return Loader(self.train, size, key, augment, mix, device=device, gpu_memory=gpu_memory, window=window)
 
     def held_loader(self, dataset: Dataset, device: str = "cpu", gpu_memory: int | None = None) -> Loader:
         """Return batches of other images, in their order, standardised like the training images, on ``device``."""
@@ -85,7 +86,7 @@ def load_parts(settings: RunSettings, bar: Callable[..., Any] | None = None) -> 
     Raises DataError if they cannot be used, or if their splits do not belong together.
     """
     name, kind = settings["data.name"], data.kind_of(settings["data.name"])
-    title = printable(Path(name).stem if kind in ("npz", "folder") else kind)
+    title = printable(Path(name).stem if kind in ("npz", "folder", "shards") else kind)
     whole = _load(settings, "train", bar)
     test, valid = (_load_beside(settings, whole, split, bar) for split in ("test", "val"))
     return Parts(title, whole, valid, test)
@@ -94,7 +95,8 @@ def load_parts(settings: RunSettings, bar: Callable[..., Any] | None = None) -> 
 def _load(s: RunSettings, split: str, bar: Callable[..., Any] | None) -> Dataset:
     """Return a split of the data; image files as the model takes them."""
     size = pair("model.image_size", s["model.image_size"]) if s.origins["model.image_size"] != "default" else None
-    return data.load(s["data.name"], split, size, s["model.in_channels"], s["data.bad_images"], s["data.layout"], bar)
+    name, bad, layout, stream = (s[f"data.{key}"] for key in ("name", "bad_images", "layout", "stream"))
+    return data.load(name, split, size, s["model.in_channels"], bad, layout, bar, stream=stream)
 
 
 def _load_beside(s: RunSettings, whole: Dataset, split: str, bar: Callable[..., Any] | None) -> Dataset | None:

@@ -141,6 +141,7 @@ FOR_DATA = {
     "cifar-10": "cifar10",
     "cifar-100": "cifar10",
     "folder": "imagefolder",
+    "shards": "imagefolder",
 }
 """The recipe for each kind of data set (:func:`minivit.data.kind_of`) that has one."""
 
