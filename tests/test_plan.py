@@ -224,6 +224,8 @@ def test_a_plan_for_cores(quick, capsys, kind, factor):
         (["--gpus", "2", "--dtype", "float32"], 1, "in float32 was not measured"),
         (["--gpus", "2000"], 1, "leaves some without any"),
         (["--gpus", "2", "--image-size", "33"], 1, "not divided by patch"),
+        (["--gpus", "2", "--image-size", "16384"], 1, "an image of 16,384"),
+        (["--workers", "2", "--image-size", "16384"], 1, "an image of 16,384"),
         (["--workers", "2", "--rate-tflops", "1"], 1, "the plan is for cores"),
         (["--workers", "2", "--link-gbps", "1"], 1, "share memory"),
         (["--ranks", "2", "--overlap", "0.5"], 1, "leave it out"),

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 DTYPES = ("bfloat16", "float16", "tf32", "float32")
 MOST = 100_000  # devices
+QUIET = 0.9  # of a core, with less of which what is measured is not what the machine can do
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,9 +57,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Predict, and print what was found."""
     from minivit.errors import ConfigError, printable
-    from minivit.measure.costs import find_settings
+    from minivit.measure.costs import check_image, find_settings
     from minivit.measure.forecast import Run
-    from minivit.models import model_outline
+    from minivit.models import model_outline, read_settings
     from minivit.runs.trained import find_model
     from minivit.show.text import json_text
 
@@ -68,6 +69,7 @@ def run(args: argparse.Namespace) -> int:
     name = find_model(args.model)
     settings = find_settings(name)
     config = settings.config | ({} if args.image_size is None else {"image_size": args.image_size})
+    check_image(name, read_settings(settings.kind, config))
     model = model_outline(settings.kind, config)
     step, memory, said = gpus(args, model) if args.gpus else processes(args, model)
     planned = Run(step, int(args.images), args.epochs, args.price)
@@ -163,9 +165,12 @@ def gpu_assumptions(args: argparse.Namespace, model: Model, step: Step) -> list[
         f"Rates: {'as given; what was not is' if given else 'those'} of one NVIDIA H200, from captured steps of a "
         "prototype (see benchmarks/results/plan.md). minivit's own captured step has not been measured."
     ]
-    config = model.config
-    if not (192 <= config.get("dim", 0) <= 384 and args.dtype == "bfloat16" and not given):
-        said.append("Extrapolated: only models of width 192 and 384, in bfloat16, were measured.")
+    width = model.config.get("dim")
+    if not (isinstance(width, int) and 192 <= width <= 384 and args.dtype == "bfloat16" and not given):
+        said.append(
+            "Extrapolated: only ViTs of width 192 and 384, in bfloat16, were measured; of wider ones products are "
+            "taken to reach the fastest rate that was seen, and the plan is rather too fast than too slow."
+        )
     if step.devices > 1:
         source = lambda given: "assumed" if given is None else "given"
         said.append(
@@ -203,8 +208,10 @@ def data_text(args: argparse.Namespace, model: Model, step: Step) -> str:
 def processes(args: argparse.Namespace, model: Model) -> tuple[Step, dict[str, int], list[str]]:
     """Return a step of workers or ranks, the memory of the first process, and what was taken for granted."""
     import math
+    import time
 
     from minivit.backend import Team, cpu_cores, keep_freed_memory, total_memory
+    from minivit.cli.speeds import figure
     from minivit.errors import ConfigError
     from minivit.measure.costs import model_costs, step_memory
     from minivit.measure.forecast import Link, cpu_step, shares
@@ -226,8 +233,12 @@ def processes(args: argparse.Namespace, model: Model) -> tuple[Step, dict[str, i
         raise ConfigError(f"{what}, and this machine has {bytes_text(room)}", "use a smaller model or smaller images")
     kept = keep_freed_memory()
     try:
+        began = time.perf_counter(), time.process_time()
         alone = measured_core(model, at_once(batch))
         core = alone if at_once(rows) == alone.rows else measured_core(model, at_once(rows))
+        had = (time.process_time() - began[1]) / (
+            time.perf_counter() - began[0]
+        )  # of a core: all of it, if it is quiet
         image = 4 * math.prod(model.settings.image_shape)
         machine = measured_machine(model.num_parameters(), rows * image, min(count, cores))
     finally:
@@ -239,19 +250,23 @@ def processes(args: argparse.Namespace, model: Model) -> tuple[Step, dict[str, i
         latency = machine.message / 2 if args.latency_us is None else args.latency_us * 1e-6
         link = Link(bandwidth, latency)
     step = cpu_step(model, count, batch, core, alone, machine, link, args.decode_rate or math.inf)
-    return step, memory, core_assumptions(args, model, step, core.flops / core.seconds, machine.shared)
+    about = [
+        "Rates: measured here just now, each operation by itself: one core makes "
+        f"{figure(core.flops / core.seconds / 1e9)} GFLOP/s of such a step."
+    ]
+    if had < QUIET:
+        about.append(
+            f"The machine is busy: only {had:.0%} of a core was left to measure with; the plan may be too slow."
+        )
+    return step, memory, about + core_assumptions(args, model, step, machine.shared)
 
 
-def core_assumptions(args: argparse.Namespace, model: Model, step: Step, rate: float, shared: float) -> list[str]:
-    """Return what a plan for cores takes for granted, in sentences."""
+def core_assumptions(args: argparse.Namespace, model: Model, step: Step, shared: float) -> list[str]:
+    """Return what a plan for cores takes for granted, in sentences; ``shared`` is as measured."""
     from minivit.backend import cpu_cores
-    from minivit.cli.speeds import figure
     from minivit.show.text import plural
 
-    said = [
-        f"Rates: measured here just now, each operation by itself: one core makes {figure(rate / 1e9)} GFLOP/s of "
-        "such a step. If the machine was busy, so is the plan.",
-    ]
+    said = []
     if (cores := cpu_cores()) < step.devices:
         said.append(
             f"Extrapolated: this process may use {plural(cores, 'core')}; the others are like that, and do not wait "
@@ -271,22 +286,23 @@ def core_assumptions(args: argparse.Namespace, model: Model, step: Step, rate: f
 def plan_table(run: Run, memory: dict[str, int], device: str) -> str:
     """Return the plan's figures, one a line."""
     from minivit.cli.speeds import figure
-    from minivit.show.text import bytes_text
+    from minivit.show.text import bytes_text, plural
 
     step, ms = run.step, lambda seconds: f"{figure(1e3 * seconds)} ms"
     hidden = f", of which {ms(step.hidden)} beside the backward pass" if step.hidden else ""
     exchange = f"{ms(step.exchange)}{hidden}, {bytes_text(step.exchanged)}" if step.devices > 1 else "none"
     many = {"GPU": "GPUs", "process": "processes"}[device] if step.devices > 1 else device
+    each = f", {-(-step.batch // step.devices):,} on each" if step.devices > 1 else ""
     lines = [
-        (f"{step.devices:,} {many}, batch", f"{step.batch:,} images, {-(-step.batch // step.devices):,} on each"),
-        ("steps", f"{run.steps:,}: {run.images:,} images, {run.epochs:,} epochs"),
+        (f"{step.devices:,} {many}, batch", plural(step.batch, "image") + each),
+        ("steps", f"{run.steps:,}: {plural(run.images, 'image')}, {plural(run.epochs, 'epoch')}"),
         ("a step", ms(step.seconds)),
         ("  compute", f"{ms(step.compute.forward)} forward, {ms(step.compute.backward)} backward"),
         ("  update", ms(step.compute.update)),
         ("  exchange", exchange),
         ("  data", ms(step.data) + ", behind the step before" if step.data else "not counted"),
         ("images a second", figure(step.rate)),
-        ("efficiency", f"{step.efficiency:.1%} of {step.devices:,} times the {figure(step.best)} of one alone"),
+        ("efficiency", f"{step.efficiency:.1%} of {step.devices:,} × {figure(step.best)}, the rate of one alone"),
         (f"memory of a {device}", "about " + bytes_text(sum(memory.values()))),
         ("time", hours_text(run.hours)),
         ("device hours", figure(run.hours * step.devices)),
