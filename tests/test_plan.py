@@ -218,6 +218,8 @@ def test_a_plan_for_cores(quick, capsys, kind, factor):
         (["--gpus", "2", "--price", "nan"], 2, "takes a number from"),
         (["--gpus", "2", "--price", "0"], 2, "takes a number from"),
         (["--gpus", "2", "--link-gbps", "inf"], 2, "takes a number from"),
+        (["--gpus", "2", "--rate-tflops", "1e9"], 2, "takes a number from 0.001 to 1,000,000"),
+        (["--gpus", "2", "--latency-us", "-1"], 2, "takes a number from 0 to"),
         (["--gpus", "2", "--overlap", "1.5"], 2, "takes a number from 0 to 1"),
         (["--gpus", "2", "--dtype", "int8"], 2, "unknown dtype"),
         (["--gpus", "2", "--images", "1.5"], 1, "no whole number"),

@@ -24,11 +24,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "are measured here, in a few seconds. benchmarks/results/plan.md says how it was held against\n"
         "measurements, and shows 1 to 1,024 GPUs."
     )
-    positive: Any = {"metavar": "X", "type": number(float, 1e-9, 1e12)}
+    up_to: Any = lambda high: {"metavar": "X", "type": number(float, 1e-3, high)}  # more is a slip of the hand
     parser.add_argument("model", metavar="MODEL|CKPT|RUN", help="named model, checkpoint, or a run's folder")
     parser.add_argument("--images", metavar="N", type=number(float, 1, 1e12), required=True,
                         help="training images: 1.2e6")  # fmt: skip
-    parser.add_argument("--epochs", "-e", metavar="N", type=number(int, 1, MANY), required=True)
+    parser.add_argument("--epochs", "-e", metavar="N", type=number(int, 1, MANY), required=True,
+                        help="passes over them")  # fmt: skip
     kinds = parser.add_mutually_exclusive_group(required=True)
     kinds.add_argument("--gpus", metavar="N", type=number(int, 1, MOST), help="on so many GPUs")
     kinds.add_argument("--workers", metavar="N", type=number(int, 1, MOST), help="on so many cores of one machine")
@@ -41,16 +42,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image-size", metavar="N", type=number(int, 1, 1 << 14), help="side of the images in pixels")
     parser.add_argument("--dtype", type=one_of("dtype", DTYPES), metavar="NAME", default="bfloat16",
                         help="numbers of a step on a GPU (bfloat16)")  # fmt: skip
-    parser.add_argument("--price", **positive, help="of one device for an hour")
-    parser.add_argument("--rate-tflops", **positive, help="TFLOP/s of a GPU's large matrix products (788)")
-    parser.add_argument("--copy-gbps", **positive, help="GB/s that a GPU's copy reads and writes (4,240)")
-    parser.add_argument("--memory-gb", **positive, help="GB of memory of a GPU (141)")
-    parser.add_argument("--link-gbps", **positive, help="Gbit/s out of each device (400; between ranks as here)")
-    parser.add_argument("--latency-us", metavar="X", type=number(float, 0, 1e9),
+    parser.add_argument("--price", **up_to(1e5), help="of one device for an hour")
+    parser.add_argument("--rate-tflops", **up_to(1e6), help="TFLOP/s of a GPU's large matrix products (788)")
+    parser.add_argument("--copy-gbps", **up_to(1e6), help="GB/s that a GPU's copy reads and writes (4,240)")
+    parser.add_argument("--memory-gb", **up_to(1e5), help="GB of memory of a GPU (141)")
+    parser.add_argument("--link-gbps", **up_to(1e6), help="Gbit/s out of each device (400; between ranks as here)")
+    parser.add_argument("--latency-us", metavar="X", type=number(float, 0, 1e6),
                         help="microseconds of a message (10; between ranks as here)")  # fmt: skip
     parser.add_argument("--overlap", metavar="SHARE", type=number(float, 0, 1), default=0.0,
                         help="of the exchange, beside the backward pass, on GPUs (0)")  # fmt: skip
-    parser.add_argument("--decode-rate", **positive, help="images a second that come in for each device (no limit)")
+    parser.add_argument("--decode-rate", **up_to(1e7), help="images a second that come in for each device (no limit)")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -229,7 +230,7 @@ def processes(args: argparse.Namespace, model: Model) -> tuple[Step, dict[str, i
     all_of_it = sum(memory.values()) + (count - 1) * (memory["gradient"] + memory["kept"])
     here = count <= cores
     if (needed := all_of_it if here else sum(memory.values())) > (room := total_memory()):
-        what = f"{'all' if here else 'the first'} of the {count:,} processes take about {bytes_text(needed)}"
+        what = f"{'all together' if here else 'the first'} of {count:,} processes: about {bytes_text(needed)}"
         raise ConfigError(f"{what}, and this machine has {bytes_text(room)}", "use a smaller model or smaller images")
     kept = keep_freed_memory()
     try:
