@@ -98,6 +98,36 @@ def accuracies(path: str, x_label: str, panels: Mapping[str, Mapping[str, Sequen
     write(path, left + pitch * len(panels), top + height + 56, parts)
 
 
+def rates(path: str, y_label: str, x_label: str, lines: Mapping[str, Sequence[tuple[float, float]]]) -> None:
+    """Write a picture of named lines of points, both axes logarithmic, x by powers of 2; faint: as fast as x times one.
+
+    A line's name stands at its end.
+    """
+    left, top, width, height = 80, 50, 560, 380
+    xs = sorted({x for points in lines.values() for x, _ in points})
+    ys = [y for points in lines.values() for _, y in points]
+    low, high = (10.0 ** end(math.log10(y)) for end, y in ((math.floor, min(ys)), (math.ceil, max(ys))))
+    place_x = lambda x: left + 16 + (width - 32) * math.log(x / xs[0]) / math.log(xs[-1] / xs[0])
+    place_y = lambda y: top + height * (1 - math.log(y / low) / math.log(high / low))
+    parts = [text(16, 26, y_label, weight="bold")]
+    for e in range(round(math.log10(low)), round(math.log10(high)) + 1):
+        parts.append(line([(left, place_y(10.0**e)), (left + width, place_y(10.0**e))], FAINT))
+        parts.append(text(left - 8, place_y(10.0**e) + 4, number(10.0**e), QUIET, anchor="end"))
+    for x in xs:
+        parts.append(text(place_x(x), top + height + 18, number(x), QUIET, size=11, anchor="middle"))
+    parts.append(text(left + width / 2, top + height + 40, x_label, anchor="middle"))
+    for (name, points), colour in zip(lines.items(), COLOURS, strict=False):
+        (first, begin), (last, end_rate) = points[0], points[-1]
+        most = min(last, first * high / begin)
+        ideal = [(place_x(first), place_y(begin)), (place_x(most), place_y(begin * most / first))]
+        parts.append(line(ideal, GREY))
+        spots = [(place_x(x), place_y(y)) for x, y in points]
+        parts.append(line(spots, colour, 2))
+        parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x, y in spots]
+        parts.append(text(spots[-1][0] + 12, spots[-1][1] + 4, f"{name}  {number(end_rate)}", colour))
+    write(path, left + width + 150, top + height + 56, parts)
+
+
 def number(value: float) -> str:
     """Return a number with three digits, or all those of its whole part."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

@@ -111,3 +111,33 @@ def test_models_in_equal_time(benchmarks, monkeypatch, capsys, tmp_path):
     assert all(int(row[1].replace(",", "")) >= 128 and 2 < float(row[2]) < 100 for row in rows)
     assert (tmp_path / "t.md").read_text(encoding="utf-8") == printed
     assert {"digits", "1%", "10%", "100%"} < set(texts(tmp_path / "t.svg"))
+
+
+def test_plans_of_many_gpus(benchmarks, monkeypatch, capsys, tmp_path):
+    import plan
+
+    monkeypatch.setattr(plan, "GPUS", [1, 8])
+    monkeypatch.setattr(plan, "CURVES", {"digits": "vit_digits"})
+    monkeypatch.setattr(plan, "MEASURED", plan.MEASURED[:1])
+    monkeypatch.setattr(sys, "argv", ["plan.py", "--save", str(tmp_path / "plan.svg")])
+    plan.main()
+    printed = capsys.readouterr().out
+    assert "| ViT-Ti/4 | 128 | 2.59 | 2.51 | 0.97 |" in printed
+    assert "| 1 | 4,096 | " in printed and "| 8 | 512 | " in printed
+    assert {"GPUs", "1", "8"} < set(texts(tmp_path / "plan.svg"))
+
+
+def test_plans_beside_what_is_measured(benchmarks, monkeypatch, capsys):
+    import plan
+    from configs import TINY
+
+    from minivit.measure import here
+
+    monkeypatch.setattr(plan, "CONFIGS", {"tiny": TINY})
+    monkeypatch.setattr(plan, "STEPS", 1)
+    monkeypatch.setattr(here, "SPENT", 0.0)
+    monkeypatch.setattr(here, "sgemm_rate", lambda cores: 1e9 * cores)
+    monkeypatch.setattr(sys, "argv", ["plan.py", "--here", "1"])
+    plan.main()
+    rows = re.findall(r"^\| tiny \| ([12]) \| ([\d.]+) \| ([\d.]+) \| [\d.]+ \(", capsys.readouterr().out, re.MULTILINE)
+    assert [row[0] for row in rows] == ["1", "2"] and all(float(x) > 0 for row in rows for x in row[1:])

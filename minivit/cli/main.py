@@ -30,6 +30,7 @@ COMMANDS = {
     "lr-find": "find a learning rate to begin with",
     "compare": "compare runs: settings, accuracy and time",
     "summary": "show a model's layers, sizes, FLOPs and memory",
+    "plan": "predict time, memory and cost of training on many devices",
     "graph": "draw the tape of a training step: operations, shapes, what is kept, gradients",
     "gradcheck": "prove the gradients of all operations, or of a model",
     "bench": "measure the speed of a training step, and of its operations",

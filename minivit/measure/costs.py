@@ -37,6 +37,12 @@ def find_settings(name: str) -> Settings:
     if name in MODELS:
         return read_settings(*MODELS[name])
     settings = stored_settings(_path(name))
+    check_image(name, settings)
+    return settings
+
+
+def check_image(name: str, settings: Settings) -> None:
+    """Raise ConfigError if one image of a model's settings does not fit into memory."""
     numbers, what = settings.largest_array()
     if 4 * numbers > (free := available_memory()):
         _, height, width = settings.image_shape
@@ -45,7 +51,6 @@ def find_settings(name: str) -> Settings:
             f"memory; {bytes_text(free)} are free",
             "use a model of larger patches, or of smaller images",
         )
-    return settings
 
 
 def open_model(name: str) -> Model:

@@ -66,12 +66,13 @@ def kept_on_gpu(model: Model) -> Kept:
     return Kept(values, statistics, again, largest, scores)
 
 
-def gpu_step_memory(model: Model, rows: int, dtype: str = "float32") -> dict[str, int]:
+def gpu_step_memory(model: Model, rows: int, dtype: str = "float32", kept: Kept | None = None) -> dict[str, int]:
     """Return the bytes that a training step takes on a GPU, ``rows`` images at once, by what they are for.
 
-    The data set is not among them: it lies there only if there is room for it, else two batches do.
+    The data set is not among them: it lies there only if there is room for it, else two batches do. Who asks for
+    several numbers of rows gives what is ``kept`` of one image.
     """
-    kept, size = kept_on_gpu(model), 2 if dtype in HALF else 4
+    kept, size = kept or kept_on_gpu(model), 2 if dtype in HALF else 4
     weights = model.num_parameters()
     columns = sum(p.size for p in model.parameters() if p.ndim == 1)  # whose gradients are sums over rows
     passing = PASSING[size] * kept.largest
