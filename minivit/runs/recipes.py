@@ -101,7 +101,15 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     "cifar10-cct@1": {
         "data": {"val_fraction": 0.0, "crop": 4, "flip": True},
         "model": {"name": "cct_4_3x2_32", "convs": 3},
-        "train": {**_USUAL, "optimizer": "muon", "epochs": 40, "lr": 5e-3, "min_lr": 5e-5, "warmup_epochs": 1.0},
+        "train": {
+            **_USUAL,
+            "optimizer": "muon",
+            "epochs": 40,
+            "lr": 5e-3,
+            "min_lr": 5e-5,
+            "warmup_epochs": 1.0,
+            "workers": 0,
+        },
     },
     # For a GPU: ViT-Ti with patches of 4 × 4, no class token; images changed as Lee et al. 2021, arXiv 2112.13492,
     # do for small sets, but by RandAugment instead of AutoAugment; optimizer and start of cifar10@2; a batch that keeps
