@@ -15,11 +15,12 @@ from minivit import data
 from minivit.cli.main import main
 from minivit.errors import CheckpointError, DataError
 from minivit.measure.metrics import classification_metrics
-from minivit.runs.folder import find_checkpoint, run_of
+from minivit.runs.folder import run_of
 from minivit.runs.matching import match_classes, meant_by
 from minivit.runs.trained import open_trained
 from minivit.show.text import json_text
 from minivit.weights.checkpoint import load_checkpoint, save_checkpoint
+from minivit.weights.place import find_checkpoint
 
 COLOURS = {"cat": (230, 20, 20), "dog": (20, 230, 20), "fox": (20, 20, 230)}
 TINY = ["--set", "model.dim=8", "--set", "model.depth=1", "--set", "model.heads=2", "--set", "model.mlp_dim=16"]

@@ -35,7 +35,6 @@ from minivit.errors import ConfigError
 from minivit.runs import finish, job
 from minivit.runs import run as running
 from minivit.runs.changes import MAY_CHANGE, read_config, settings_of_run
-from minivit.runs.folder import find_checkpoint
 from minivit.runs.job import Job
 from minivit.runs.parts import augmentation
 from minivit.runs.results import _label_text
@@ -46,6 +45,7 @@ from minivit.train.progress import Row
 from minivit.train.records import Records
 from minivit.weights.checkpoint import load_checkpoint, parameters_hash, save_checkpoint
 from minivit.weights.native import read_model
+from minivit.weights.place import find_checkpoint
 
 TINY = [word for key in ("dim=8", "depth=2", "heads=2", "mlp_dim=16") for word in ("--set", f"model.{key}")]
 EVERYTHING = ["--grad-accum-steps", "2", "--drop-path", "0.1", "--mixup", "0.8", "--cutmix", "1", "--model-ema", "0.9",

@@ -18,10 +18,11 @@ import pytest
 import minivit as mv
 from minivit import ops
 from minivit.backend import normal, random_bits
+from minivit.backend.children import CAN_INHERIT
 from minivit.errors import ConfigError, DataError, WorkerError
 from minivit.train import crew, workers
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no processes that inherit memory")
+pytestmark = pytest.mark.skipif(not CAN_INHERIT, reason="this system has no processes that inherit memory")
 SMALL = {"image_size": 8, "patch_size": 4, "in_channels": 1, "num_classes": 10, "dim": 16, "depth": 2, "heads": 2}
 
 
@@ -189,6 +190,9 @@ def test_an_error_in_a_workers_rows_is_as_in_ones_own(two):
     assert all((before[name] == p).all() for name, p in two.model.state_dict().items())
     wrong = labels.copy()
     wrong[0] = 11  # in this process's: the other's answer is left behind, and must not be taken for the next one
+    with pytest.raises(DataError, match="11"):
+        two(images, wrong)
+    wrong = np.full_like(labels, 11)  # in both: this process's error is told, and the other's not with the next batch
     with pytest.raises(DataError, match="11"):
         two(images, wrong)
     one = new_step(1)

@@ -35,12 +35,13 @@ def run(args: argparse.Namespace) -> int:
 
     from minivit.data.dataset import class_names
     from minivit.errors import ConfigError, printable
-    from minivit.runs.folder import find_checkpoint, run_of
+    from minivit.runs.folder import run_of
     from minivit.runs.read import read_test_of
     from minivit.runs.trained import open_trained
     from minivit.show.text import bytes_text, percent_interval
     from minivit.weights.card import Facts
     from minivit.weights.export import write_export
+    from minivit.weights.place import find_checkpoint
 
     trained = open_trained(args.checkpoint, args.like)
     tell = lambda text: print(printable(text), file=sys.stderr)

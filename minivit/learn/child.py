@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from minivit.backend.children import child_environment
 from minivit.backend.wire import LARGEST, packed, unpacked
 from minivit.learn.calling import Outcome
 
@@ -36,9 +37,7 @@ class Child:
         self._running = False
 
     def __enter__(self) -> Child:
-        environment = os.environ | dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-        here = str(Path(__file__).parents[2])
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [here, environment.get("PYTHONPATH", "")]))
+        environment = child_environment([os.environ.get("PYTHONPATH", "")])
         # -P: no file beside the learner's may stand in for one of Python's
         command = [sys.executable, "-P", "-m", "minivit.learn.runner", *self.given]
         self._process = subprocess.Popen(

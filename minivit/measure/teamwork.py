@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import statistics
 from collections.abc import Mapping
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from minivit.backend import Key, cpu_cores, normal, random_bits
+from minivit.backend.children import CAN_INHERIT
 from minivit.files import open_regular, user_cache, write_text
 from minivit.measure.machine import cpu_text
 from minivit.measure.speed import step_flops, time_steps
@@ -35,7 +35,7 @@ def workers_that_pay(model: Model, batch_size: int, steps: int) -> int:
     cache, so that equal runs have equal bits.
     """
     cores = cpu_cores()
-    if cores == 1 or not hasattr(os, "fork") or step_flops(model, batch_size) * steps < WORTH:
+    if cores == 1 or not CAN_INHERIT or step_flops(model, batch_size) * steps < WORTH:
         return 1
     described = json.dumps([cpu_text(), model.kind, model.config, batch_size], default=str)
     key, path = hashlib.sha256(described.encode()).hexdigest()[:32], user_cache() / "workers.json"

@@ -80,7 +80,32 @@ class ConvLayer(Module):
         return ops.relu(self.pool(self.conv(x)))  # the ReLU of the largest is the largest ReLU, and of a quarter
 
 
-class ConvTokenizer(Tokenizer):
+class Convolutions(Tokenizer):
+    """Base of those whose tokens are what comes out of layers with a ``conv`` each, at every place."""
+
+    convs: list[Any]
+
+    def make_convs(self, layers: list[Any]) -> None:
+        """Take the layers; the filters of all but the first, which sees pixels, are hidden matrices."""
+        self.convs = layers
+        for layer in layers[1:]:
+            layer.conv.weight.matrices = 1
+
+    @property
+    def filters(self) -> Parameter:
+        """The weight of the first convolution, (D, C, kernel, kernel)."""
+        weight: Parameter = self.convs[0].conv.weight
+        return weight
+
+    def forward(self, images: Any) -> Any:
+        """Return the tokens (B, N, D) of images (B, C, H, W), D the channels of the last layer."""
+        x = self.rounded(images)
+        for conv in self.convs:
+            x = conv(x)  # → (B, D, rows, columns)
+        return ops.swapaxes(x.reshape((*x.shape[:2], self.num_patches)), 1, 2)  # → (B, N, D)
+
+
+class ConvTokenizer(Convolutions):
     """Images (B, C, H, W) → tokens (B, N, dim) by layers of overlapping convolutions, a token for every place.
 
     Hassani et al. 2021, "Escaping the big data paradigm with compact transformers", arXiv 2104.05704, section 3.3, eq.
@@ -96,21 +121,7 @@ class ConvTokenizer(Tokenizer):
         stride = max(1, kernel // 2 - 1)
         super().__init__(image_size, (2 * stride) ** convs, in_channels)
         widths = [self.in_channels, *[64] * (convs - 1), count("dim", dim)]
-        self.convs = [ConvLayer(a, b, kernel, stride) for a, b in pairwise(widths)]
-        for layer in self.convs[1:]:  # the first sees pixels
-            layer.conv.weight.matrices = 1
-
-    @property
-    def filters(self) -> Parameter:
-        """The weight of the first convolution, (D, C, kernel, kernel)."""
-        return self.convs[0].conv.weight
-
-    def forward(self, images: Any) -> Any:
-        """Return the tokens (B, N, dim) of images (B, C, H, W)."""
-        x = self.rounded(images)
-        for conv in self.convs:
-            x = conv(x)  # → (B, dim, rows, columns)
-        return ops.swapaxes(x.reshape((*x.shape[:2], self.num_patches)), 1, 2)  # → (B, N, dim)
+        self.make_convs([ConvLayer(a, b, kernel, stride) for a, b in pairwise(widths)])
 
     def extra_repr(self) -> str:
         """Return the image, and the tokens that it gives."""
@@ -142,7 +153,7 @@ class StemLayer(Module):
         return ops.relu(self.norm(self.conv(x)))
 
 
-class ConvStem(Tokenizer):
+class ConvStem(Convolutions):
     """Images (B, C, H, W) → tokens (B, N, dim) by convolutions that halve the image until patches are places.
 
     Xiao et al. 2021, "Early convolutions help transformers see better", arXiv 2106.14881, section 4: a convolution for
@@ -163,19 +174,10 @@ class ConvStem(Tokenizer):
         if widths[0] << (len(widths) - 1) != dim:
             what = f"a convolutional stem of {len(widths)} convolutions doubles its channels up to dim, which is {dim}"
             raise ConfigError(what, f"choose a dim that {1 << (len(widths) - 1)} divides")
-        self.convs = [StemLayer(a, b, eps) for a, b in pairwise([self.in_channels, *widths])]
+        self.make_convs([StemLayer(a, b, eps) for a, b in pairwise([self.in_channels, *widths])])
         self.proj = Linear(dim, dim)
-        for weight in (*(layer.conv.weight for layer in self.convs[1:]), self.proj.weight):
-            weight.matrices = 1
-
-    @property
-    def filters(self) -> Parameter:
-        """The weight of the first convolution, (D, C, 3, 3)."""
-        return self.convs[0].conv.weight
+        self.proj.weight.matrices = 1
 
     def forward(self, images: Any) -> Any:
         """Return the tokens (B, N, dim) of images (B, C, H, W)."""
-        x = self.rounded(images)
-        for conv in self.convs:
-            x = conv(x)  # → (B, dim, rows, columns)
-        return self.proj(ops.swapaxes(x.reshape((*x.shape[:2], self.num_patches)), 1, 2))  # → (B, N, dim)
+        return self.proj(super().forward(images))

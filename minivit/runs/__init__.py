@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     from typing import Any
 
     from minivit.runs.calls import resume, train
-    from minivit.runs.folder import find_checkpoint
     from minivit.runs.run import Run
+    from minivit.weights.place import find_checkpoint
 
 _HOMES = {"Run": "run", "find_checkpoint": "folder", "resume": "calls", "train": "calls"}
 """The file, in this folder, that a public name comes from."""

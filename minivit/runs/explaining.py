@@ -16,11 +16,11 @@ from minivit.data.dataset import class_names
 from minivit.errors import CheckpointError, ConfigError, DataError, printable, shortened
 from minivit.runs.assess import load_split, own_data
 from minivit.runs.classify import read
-from minivit.runs.folder import find_checkpoint
 from minivit.runs.matching import match_classes
 from minivit.runs.trained import Trained
 from minivit.show.explainer import write_explainer
 from minivit.study.account import Account, account, check_model, tokens_beside
+from minivit.weights.place import find_checkpoint
 
 LONGEST = 100
 """Characters of a class's name on the page."""

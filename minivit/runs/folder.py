@@ -8,7 +8,6 @@ from pathlib import Path
 
 from minivit.errors import CheckpointError, ConfigError, printable
 from minivit.measure.machine import blas_text, cpu_text, system_text, versions
-from minivit.weights.place import find_checkpoint as find_checkpoint
 
 # ---- making one ------------------------------------------------------------------------------------------------------
 

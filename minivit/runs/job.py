@@ -18,7 +18,6 @@ from minivit.measure.gpu_costs import gpu_memory
 from minivit.measure.teamwork import workers_that_pay
 from minivit.models import Model, build, described_settings, model_outline
 from minivit.nn.rules import rate
-from minivit.runs.folder import find_checkpoint
 from minivit.runs.parts import UNCHANGED, divide, load_parts
 from minivit.runs.products import ProductsRecord
 from minivit.runs.settings import RunSettings, assignments, fit_to_data
@@ -33,6 +32,7 @@ from minivit.train.schedule import Schedule
 from minivit.train.sharing import team_for
 from minivit.train.trainer import Trainer
 from minivit.weights.native import data_meta
+from minivit.weights.place import find_checkpoint
 from minivit.weights.transfer import init_from
 
 PROCESS_BYTES = 40 << 20  # of Python and NumPy in a worker

@@ -23,7 +23,7 @@ from minivit.runs.changes import (
     write_changes,
 )
 from minivit.runs.finish import finish
-from minivit.runs.folder import checkpoint_to_resume, command_record, find_checkpoint, make_folder
+from minivit.runs.folder import checkpoint_to_resume, command_record, make_folder
 from minivit.runs.job import Job, make_absolute
 from minivit.runs.read import read_test
 from minivit.runs.results import draw_samples
@@ -35,6 +35,7 @@ from minivit.train.signals import StopSignals
 from minivit.train.trainer import Trainer
 from minivit.weights.checkpoint import load_checkpoint
 from minivit.weights.native import load_model
+from minivit.weights.place import find_checkpoint
 
 Tell = Callable[[str], object]
 """What is called with a line, or some lines, about a run."""

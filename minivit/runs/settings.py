@@ -20,10 +20,10 @@ from minivit.data import kind_of
 from minivit.errors import ConfigError, MinivitError, printable, unknown_name, value_text
 from minivit.files import open_regular
 from minivit.models import KINDS, MODELS, configuration, described_settings, read_settings, usual_model
-from minivit.runs.folder import find_checkpoint
 from minivit.runs.options import OPTIONS, Option
 from minivit.runs.recipes import FOR_DATA, RECIPES, full_name
 from minivit.weights.native import checked_settings, read_checkpoint
+from minivit.weights.place import find_checkpoint
 
 GIVEN = ("command line", "argument")
 """The origins of what was asked for just now: typed, or given to a function."""

@@ -13,11 +13,11 @@ from minivit.data.fit import OWN_FITS
 from minivit.data.preparation import recorded
 from minivit.errors import CheckpointError, NonFiniteError
 from minivit.models import MODELS, Model, names_alike, preparation
-from minivit.runs.folder import find_checkpoint
 from minivit.show.text import plural
 from minivit.weights.foreign import open_foreign
 from minivit.weights.load import create_model
 from minivit.weights.native import read_model
+from minivit.weights.place import find_checkpoint
 
 
 def find_model(given: str) -> str:

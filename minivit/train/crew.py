@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from minivit.backend import Team
+from minivit.backend.children import CAN_INHERIT
 from minivit.backend.planning import is_on_gpu
 from minivit.errors import ConfigError, value_text
 from minivit.nn.module import Module
@@ -54,7 +54,7 @@ class Crew:
                 return own, self.workers.team
             self.close()
         try:
-            if not hasattr(os, "fork"):
+            if not CAN_INHERIT:
                 raise ValueError("this system has no processes that inherit memory")
             about = description(model, loss)
         except ValueError as error:

@@ -22,13 +22,13 @@ import tempfile
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import numpy as np
 
 from minivit import errors
 from minivit.backend import Team
+from minivit.backend.children import child_environment
 from minivit.backend.wire import packed, unpacked
 from minivit.errors import MinivitError, WorkerError
 from minivit.nn.module import Module
@@ -79,20 +79,30 @@ class Layout(NamedTuple):
 
 def send(connection: socket.socket, message: dict[str, Any]) -> None:
     """Send a message, as :mod:`minivit.backend.wire` packs it, with its length before it."""
+    connection.sendall(_framed(message))
+
+
+def _framed(message: dict[str, Any]) -> bytes:
     body = packed(message, sys.maxsize)
-    connection.sendall(len(body).to_bytes(8, "big") + body)
+    return len(body).to_bytes(8, "big") + body
 
 
 def receive(connection: socket.socket) -> dict[str, Any] | None:
     """Return the next message; None if the other end is closed."""
-    head = _read(connection, 8)
-    return None if head is None else unpacked(_read(connection, int.from_bytes(head, "big")) or b"")
+    return _message(connection.recv)
 
 
-def _read(connection: socket.socket, size: int) -> bytes | None:
+def _message(some: Callable[[int], bytes]) -> dict[str, Any] | None:
+    """Return the next message of which ``some`` returns up to so many bytes; None where there are no more."""
+    head = _read(some, 8)
+    body = None if head is None else _read(some, int.from_bytes(head, "big"))
+    return None if body is None else unpacked(body)
+
+
+def _read(some: Callable[[int], bytes], size: int) -> bytes | None:
     parts, left = [], size
     while left:
-        if not (part := connection.recv(min(left, 1 << 20))):
+        if not (part := some(min(left, 1 << 20))):
             return None
         parts.append(part)
         left -= len(part)
@@ -108,28 +118,23 @@ class Follower:
         self.connection, theirs = socket.socketpair()
         self.connection.settimeout(1.0)
         self.beats = np.frombuffer(memory, np.uint64, 1, 64 * rank)
-        one = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-        here = str(Path(__file__).parents[2])
-        path = os.pathsep.join(dict.fromkeys([here, *(entry for entry in sys.path if entry)]))
         words = [theirs.fileno(), descriptor, layout.size, rank, os.getpid()]
         with theirs:
             self.process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "minivit.train.worker", *map(str, words)],
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=self.errors,
-                pass_fds=(theirs.fileno(), descriptor), env=os.environ | one | {"PYTHONPATH": path},
+                pass_fds=(theirs.fileno(), descriptor), env=child_environment(sys.path),
             )  # fmt: skip
 
     def send(self, message: dict[str, Any]) -> None:
         """Send a message; raise WorkerError if the worker is dead or hung."""
-        body = packed(message, sys.maxsize)
-        left = memoryview(len(body).to_bytes(8, "big") + body)
+        left = memoryview(_framed(message))
         while left:
             left = left[self._patiently(lambda: self.connection.send(left)) :]  # noqa: B023 - called at once
 
     def receive(self) -> dict[str, Any]:
         """Return the worker's answer; raise the error that it met, or WorkerError if it is dead or hung."""
-        size = int.from_bytes(self._read(8), "big")
-        reply = unpacked(self._read(size))
+        reply = self.reply()
         if "error" in reply:
             kind, what, remedy = reply["error"]
             known = getattr(errors, kind, None) if kind else None
@@ -138,15 +143,12 @@ class Follower:
             raise self._failed(f"met an error: {what}")
         return reply
 
-    def _read(self, size: int) -> bytes:
-        parts, left = [], size
-        while left:
-            part = self._patiently(lambda: self.connection.recv(min(left, 1 << 20)))  # noqa: B023 - called at once
-            if not part:
-                raise self._dead()
-            parts.append(part)
-            left -= len(part)
-        return b"".join(parts)
+    def reply(self) -> dict[str, Any]:
+        """Return the worker's answer, an error that it met among them; raise WorkerError if it is dead or hung."""
+        reply = _message(lambda size: self._patiently(lambda: self.connection.recv(size)))
+        if reply is None:
+            raise self._dead()
+        return reply
 
     def _patiently(self, act: Any) -> Any:
         """Do what may wait for the worker, as long as that shows signs of life."""
@@ -257,8 +259,8 @@ class Workers:
 
     def hand_out(self, batch: Batch) -> Batch:
         """Give the workers their rows of a batch; return this process's own."""
-        while self.waiting:  # of a step that ended by an error
-            self.waiting.pop(0).receive()
+        while self.waiting:  # of a step that ended by an error, which has been told: they may have met it, too
+            self.waiting.pop(0).reply()
         rows = len(batch.images)
         edges = [-(-rows * i // self.count) for i in range(self.count + 1)]  # of few rows the first process has one
         key = [str(batch.key.seed), str(batch.key.stream), str(batch.key.step)]
