@@ -13,8 +13,13 @@ if TYPE_CHECKING:
     from minivit.runs.run import Run
     from minivit.weights.place import find_checkpoint
 
-_HOMES = {"Run": "run", "find_checkpoint": "folder", "resume": "calls", "train": "calls"}
-"""The file, in this folder, that a public name comes from."""
+_HOMES = {
+    "Run": "minivit.runs.run",
+    "find_checkpoint": "minivit.weights.place",
+    "resume": "minivit.runs.calls",
+    "train": "minivit.runs.calls",
+}
+"""The module that a public name comes from."""
 
 __all__ = ["Run", "find_checkpoint", "resume", "train"]
 
@@ -25,6 +30,6 @@ def __getattr__(name: str) -> Any:
 
     if name not in _HOMES:
         raise AttributeError(f"module 'minivit.runs' has no attribute {name!r}")
-    value = getattr(import_module(f"minivit.runs.{_HOMES[name]}"), name)
+    value = getattr(import_module(_HOMES[name]), name)
     globals()[name] = value
     return value
