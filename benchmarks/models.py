@@ -134,9 +134,10 @@ def main() -> None:
     columns = ["", "parameters", "images seen", "ms a step", *(f"{share:.0%} of the images" for share in SHARES)]
     # a process a run: what one leaves in memory does not slow the next
     with multiprocessing.get_context("spawn").Pool(jobs, maxtasksperchild=1) as pool:
+        kinds = list(itertools.product(args.data, MODELS))
+        steps = {(path, model): steps_of(pool, Cell(path, 1.0, model), jobs, args.minutes) for path, model in kinds}
         for path in args.data:
-            steps = {model: steps_of(pool, Cell(path, 1.0, model), jobs, args.minutes) for model in MODELS}
-            cells = [Cell(path, share, model, steps[model]) for model in MODELS for share in SHARES]
+            cells = [Cell(path, share, model, steps[path, model]) for model in MODELS for share in SHARES]
             results = pool.imap(train, cells)
             title = Path(path).name
             head = f"\n{title}, {args.minutes:g} minutes a run:\n\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}"
