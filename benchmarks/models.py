@@ -107,12 +107,12 @@ def steps_of(pool: Any, cell: Cell, jobs: int, minutes: float) -> int:
     return max(1, round(minutes * 60 / statistics.median(trained.seconds for trained in beside)))
 
 
-def row(name: str, cells: list[Cell], results: list[Trained]) -> str:
+def row(name: str, cells: list[Cell], results: list[Trained], minutes: float) -> str:
     """Return a model's line in the table of a data set."""
     from minivit.measure.metrics import wilson_interval
 
-    seconds = statistics.median(result.seconds for result in results)
-    words = [name, f"{results[0].parameters:,}", f"{cells[0].steps * BATCH:,}", f"{seconds * 1e3:.0f}"]
+    milliseconds = 60e3 * minutes / cells[0].steps  # as measured first, and not beside what else ran in the hour
+    words = [name, f"{results[0].parameters:,}", f"{cells[0].steps * BATCH:,}", f"{milliseconds:.0f}"]
     for _, right, count, _ in results:
         low, high = wilson_interval(right, count)
         words.append(f"{right / count:.2%} ({100 * low:.2f} to {100 * high:.2f}%)")
@@ -146,7 +146,7 @@ def main() -> None:
             for model in MODELS:
                 mine = [cell for cell in cells if cell.model == model]
                 found = list(itertools.islice(results, len(mine)))
-                lines.append(row(model, mine, found))
+                lines.append(row(model, mine, found, args.minutes))
                 print(lines[-1], flush=True)
                 points = [(cell.share, result.right / result.count) for cell, result in zip(mine, found, strict=True)]
                 panels.setdefault(title, {})[model] = points

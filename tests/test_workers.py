@@ -20,7 +20,7 @@ from minivit import ops
 from minivit.backend import normal, random_bits
 from minivit.backend.children import CAN_INHERIT
 from minivit.errors import ConfigError, DataError, WorkerError
-from minivit.train import crew, workers
+from minivit.train import crew, peer
 
 pytestmark = pytest.mark.skipif(not CAN_INHERIT, reason="this system has no processes that inherit memory")
 SMALL = {"image_size": 8, "patch_size": 4, "in_channels": 1, "num_classes": 10, "dim": 16, "depth": 2, "heads": 2}
@@ -185,7 +185,7 @@ def test_an_error_in_a_workers_rows_is_as_in_ones_own(two):
     before = two.model.state_dict()
     wrong = labels.copy()
     wrong[-1] = 11
-    with pytest.raises(DataError, match="11"):
+    with pytest.raises(DataError, match="label 11 at row 11 is outside"):
         two(images, wrong)
     assert all((before[name] == p).all() for name, p in two.model.state_dict().items())
     wrong = labels.copy()
@@ -212,7 +212,7 @@ def test_a_worker_that_dies_leaves_the_last_whole_step(two):
 
 
 def test_a_worker_that_hangs_is_found_out(two, monkeypatch):
-    monkeypatch.setattr(workers, "SILENCE", 1)
+    monkeypatch.setattr(peer, "SILENCE", 1)
     (process,) = processes(two)
     process.send_signal(signal.SIGSTOP)
     with pytest.raises(WorkerError, match="has shown no sign of life"):

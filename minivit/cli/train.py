@@ -55,12 +55,16 @@ def add_setting_flags(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Train, test, and leave a run folder."""
     import shlex
+    import sys
     from functools import partial
 
     from minivit.cli.epochs import shown
     from minivit.errors import Stopped
     from minivit.runs.run import continue_run, nobody, start_run
+    from minivit.train.mpi import place_among_ranks, take_part
 
+    if (place := place_among_ranks()) is not None:
+        return take_part(*place, [sys.executable, "-P", "-m", "minivit", *args.argv])
     tell = partial(print, flush=True)
     say = nobody if args.quiet else tell
     observers = [] if args.quiet else shown()

@@ -26,7 +26,7 @@ from minivit.models import Model, build
 from minivit.nn.module import Parameter, mode
 from minivit.nn.recompute import keeping
 from minivit.train.optim import AdamW
-from minivit.train.workers import receive, send
+from minivit.train.peer import receive, send
 
 FEWEST, SPENT = 3, 0.03  # measurements of each kind, and the seconds after which there are no more
 NUMBERS = 1 << 21  # of a flat array that is measured with: more than the caches hold

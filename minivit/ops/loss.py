@@ -94,8 +94,8 @@ def noting_checks() -> Iterator[list[tuple[Array, int]]]:
         _noted.checks = before
 
 
-def check_labels(labels: Array, classes: int) -> None:
-    """Raise DataError for the first label outside 0 … classes-1.
+def check_labels(labels: Array, classes: int, first: int = 0) -> None:
+    """Raise DataError for the first label outside 0 … classes-1; ``first`` is the row of a batch that they begin at.
 
     Labels on a GPU are not looked at, which would wait: such a one makes the loss NaN.
     """
@@ -103,7 +103,7 @@ def check_labels(labels: Array, classes: int) -> None:
         _noted.checks.append((labels, classes))
     if isinstance(labels, np.ndarray) and labels.size and (labels.min() < 0 or labels.max() >= classes):
         place = tuple(np.argwhere((labels < 0) | (labels >= classes))[0].tolist())
-        where = "" if not place else f" at row {place[0]}" if len(place) == 1 else f" at {list(place)}"
+        where = "" if not place else f" at row {first + place[0]}" if len(place) == 1 else f" at {list(place)}"
         raise DataError(
             f"label {labels[place]}{where} is outside 0 … {classes - 1}",
             f"the model has {classes} classes: mend the labels or set num_classes",

@@ -28,6 +28,7 @@ from minivit.train.distill import Student, distillation
 from minivit.train.observers import Observer
 from minivit.train.optim import SGD, AdamW, Muon, Optimizer, layer_scales
 from minivit.train.precision import check_precision
+from minivit.train.ranks import relay
 from minivit.train.schedule import Schedule
 from minivit.train.sharing import team_for
 from minivit.train.trainer import Trainer
@@ -94,7 +95,15 @@ class Job:
         s = self.settings
         team, batch_size = team_for(self.model, None, s["train.micro_batch"] or None), s["train.batch_size"]
         rows = batch_size * s["train.grad_accum_steps"]
-        workers = s["train.workers"]
+        workers, ranks = s["train.workers"], relay()
+        if ranks is not None:
+            if s.origins.get("train.workers") == "command line" and workers != ranks.count:
+                what = f"--workers {workers}, and mpiexec has started {ranks.count} processes"
+                raise ConfigError(what, "leave --workers out: the processes of mpiexec are the workers")
+            if device != "cpu":
+                what = f"mpiexec with {ranks.count} processes, and --device {device}"
+                raise ConfigError(what, "use one process on a GPU, or --device cpu")
+            workers = ranks.count
         if not workers:  # whoever sets the threads means this process
             is_plain = device == "cpu" and not s["train.threads"] and self.trained is None
             steps = s["train.epochs"] * -(-len(self.parts.train) // rows)
@@ -130,7 +139,8 @@ class Job:
             no_kernels = None if s["train.device"] == "cpu" else tile.why_not()
         cores = plural(s["train.threads"], "thread") if s["train.device"] == "cpu" else s["train.dtype"]
         if s["train.device"] == "cpu" and s["train.workers"] > 1:
-            cores = plural(s["train.workers"], "worker")
+            ranks = relay()
+            cores = plural(s["train.workers"], "worker" if ranks is None else "rank")
         lines = [
             f"device      {s['train.device']}, {cores}" + (f" ({why})" if why else ""),
             *([f"kernels     plain operations only, which takes longer: {no_kernels}"] if no_kernels else []),

@@ -14,6 +14,7 @@ from minivit.errors import ConfigError, value_text
 from minivit.nn.module import Module
 from minivit.train.parameters import FlatParameters
 from minivit.train.pieces import Batch, Buffer, Piece
+from minivit.train.ranks import Ranks, relay
 from minivit.train.sendable import description
 from minivit.train.workers import Workers
 
@@ -23,8 +24,9 @@ MOST = 256  # processes: more are a slip of the hand
 class Crew:
     """``count`` processes, this one with them, that work on shares of a batch; on a GPU this one does so alone.
 
-    ``of`` is the class of the step, which the others must know. ``why_alone`` says why there are none although there
-    were to be. Raises ConfigError for a ``count`` that cannot be.
+    Where ``mpiexec`` has started the run they are its ranks. ``of`` is the class of the step, which the others must
+    know. ``why_alone`` says why there are none although there were to be. Raises ConfigError for a ``count`` that
+    cannot be.
     """
 
     def __init__(self, count: int, of: type) -> None:
@@ -60,8 +62,14 @@ class Crew:
         except ValueError as error:
             self.why_alone = str(error)
             return batch, team
-        self.workers = Workers(model, loss, about, store, self.count, team.micro_batch)
+        kind = Workers if relay() is None else Ranks
+        self.workers = kind(model, loss, about, store, self.count, team.micro_batch)
         return self.workers.hand_out(batch), self.workers.team
+
+    @property
+    def called(self) -> str:
+        """What the processes are: "workers", or "ranks", whose gradients are not added up in the same order."""
+        return "workers" if relay() is None else "ranks"
 
     @property
     def remark(self) -> str:

@@ -124,7 +124,7 @@ def loss_of(loss: Callable[..., Any], logits: Any, batch: Batch, start: int, sto
                 return check_loss(loss(logits, given[start:stop]))
     except DataError:  # of a label: then name its row in the batch, not in this piece of it
         if labels.dtype.kind in "iu":
-            check_labels(labels if given is None else given, logits.shape[-1])
+            check_labels(labels if given is None else given, logits.shape[-1], batch.first)
         raise
     for checked_labels, classes in checks:  # on the GPU, and so not looked at
         if array_module(labels).may_share_memory(checked_labels, labels):

@@ -341,6 +341,6 @@ class Trainer:
             run_settings(self.step, self.schedule, None if self.ema is None else self.ema.decay, total),
             self._data,
             machine={"device": team.device, "threads": team.threads, "micro-batches": team.micro_batch}
-            | ({"workers": self.step.crew.count} if self.step.crew.count > 1 else {}),
+            | ({self.step.crew.called: self.step.crew.count} if self.step.crew.count > 1 else {}),
             limits={"patience": self.patience, "max_seconds": self.max_seconds},
         )
