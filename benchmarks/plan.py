@@ -1,7 +1,8 @@
 """What ``minivit plan`` predicts: the page of 1 to 1,024 GPUs, or beside what is measured here.
 
     python benchmarks/plan.py [--save FILE.svg]      tables as benchmarks/results/plan.md has them; nothing is measured
-    python benchmarks/plan.py --here [ROUNDS]        one and two workers at three sizes, measured beside predicted
+    python benchmarks/plan.py --here [ROUNDS]        one process, two workers and two ranks of MPI, at several sizes,
+                                                     measured beside predicted
 
 The second wants a quiet machine of at least two cores.
 """
@@ -9,7 +10,11 @@ The second wants a quiet machine of at least two cores.
 from __future__ import annotations
 
 import argparse
+import os
+import shutil
 import statistics
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 
 import chart
@@ -18,11 +23,12 @@ from configs import CONFIGS, Config
 
 import minivit as mv
 from minivit.backend import keep_freed_memory, normal, random_bits
-from minivit.measure.forecast import H200, MEASURED, Run, Step, cpu_step, gpu_step, on_gpu, work_of
+from minivit.measure.forecast import H200, MEASURED, Link, Run, Step, cpu_step, gpu_step, on_gpu, work_of
 from minivit.measure.gpu_costs import gpu_memory
 from minivit.measure.here import measured_core, measured_machine
 from minivit.measure.speed import time_steps
 from minivit.models import MODELS, Model, model_outline
+from minivit.train.mpi import place_among_ranks, take_part
 from minivit.train.sharing import team_for
 
 GPUS = [2**i for i in range(11)]
@@ -35,13 +41,17 @@ CURVES = {  # and the images in a step: 4 on each of 1,024 GPUs
 BATCH, IMAGES, EPOCHS = 4096, 1_281_167, 300
 AT_ONCE = 256  # images that a GPU works on, at the most
 STEPS = 7
+MPIEXEC = shutil.which("mpiexec", path=os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")]))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--here", metavar="ROUNDS", type=int, nargs="?", const=5, help="measure (5)")
     parser.add_argument("--save", metavar="FILE.svg")
+    parser.add_argument("--ranks", metavar="NAME", help=argparse.SUPPRESS)  # what --here starts
     args = parser.parse_args()
+    if args.ranks is not None:
+        sys.exit(as_ranks(args.ranks))
     if args.here is not None:
         beside_measured(max(1, args.here))
     else:
@@ -87,36 +97,63 @@ def points(model: Model) -> Iterator[tuple[Step, int]]:
 
 
 def beside_measured(rounds: int) -> None:
-    """Print a table of steps of one and two workers, measured and predicted in turns: medians over the rounds."""
+    """Print a table of steps of one process and of two, measured and predicted in turns: medians over the rounds."""
     keep_freed_memory()
-    print("| | workers | measured, ms | predicted, ms | ratio (min to max) |\n|---|---|---|---|---|", flush=True)
+    print("| | processes | measured, ms | predicted, ms | ratio (min to max) |\n|---|---|---|---|---|", flush=True)
     for name, config in CONFIGS.items():
-        for workers in (1, 2):
-            times = [one_round(config, workers) for _ in range(rounds)]
+        for kind in ("one", "two workers", *(("two ranks",) if MPIEXEC else ())):
+            times = [one_round(name, config, kind) for _ in range(rounds)]
             measured, predicted = (1e3 * statistics.median(column) for column in zip(*times, strict=True))
             ratios = sorted(p / m for m, p in times)
             spread = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
-            print(f"| {name} | {workers} | {measured:.1f} | {predicted:.1f} | {spread} |", flush=True)
+            print(f"| {name} | {kind} | {measured:.1f} | {predicted:.1f} | {spread} |", flush=True)
+    if not MPIEXEC:
+        print("\nNo ranks: there is no mpiexec here (pip install mpi4py mpich).")
 
 
-def one_round(config: Config, workers: int) -> Sequence[float]:
-    """Return the seconds of a step, measured and then predicted; one worker is one thread."""
-    batch, image, patch, dim, depth, heads, _ = config
-    model = mv.ViT(image_size=image, patch_size=patch, dim=dim, depth=depth, heads=heads, num_classes=10)
-    step = mv.TrainStep(
-        model, mv.optim.AdamW(model.named_parameters(), lr=1e-3), threads=1 if workers == 1 else None, workers=workers
-    )
-    images = normal(mv.Key(0), (batch, 3, image, image)).astype(np.float32)
-    labels = (random_bits(mv.Key(1), (batch,)) % 10).astype(np.int64)
+def one_round(name: str, config: Config, kind: str) -> Sequence[float]:
+    """Return the seconds of a step, measured and then predicted; one process has one thread."""
+    count = 1 if kind == "one" else 2
+    if kind == "two ranks":
+        command = [str(MPIEXEC), "-n", "2", sys.executable, __file__, "--ranks", name]
+        measured = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    else:
+        measured = step_seconds(config, count)
+    model = new_model(config)
+    team = team_for(model, threads=1)
+    at_once = [max(stop - start for start, stop in team.pieces(-(-config.batch // n))) for n in (count, 1)]
+    core, alone = (measured_core(model, rows) for rows in at_once)
+    bytes_of_rows = -(-config.batch // count) * 3 * config.image**2 * 4
+    machine = measured_machine(model.num_parameters(), bytes_of_rows, count)
+    link = Link(1 / machine.sent, machine.message / 2) if kind == "two ranks" else None
+    return measured, cpu_step(model, count, config.batch, core, alone, machine, link).seconds
+
+
+def new_model(config: Config) -> mv.ViT:
+    """Return a model of a configuration."""
+    _, image, patch, dim, depth, heads, _ = config
+    return mv.ViT(image_size=image, patch_size=patch, dim=dim, depth=depth, heads=heads, num_classes=10)
+
+
+def step_seconds(config: Config, count: int) -> float:
+    """Return the median time of a training step, of so many workers, or of as many ranks as mpiexec has started."""
+    model = new_model(config)
+    opt = mv.optim.AdamW(model.named_parameters(), lr=1e-3)
+    step = mv.TrainStep(model, opt, threads=1 if count == 1 else None, workers=count)
+    images = normal(mv.Key(0), (config.batch, 3, config.image, config.image)).astype(np.float32)
+    labels = (random_bits(mv.Key(1), (config.batch,)) % 10).astype(np.int64)
     try:
-        measured = statistics.median(time_steps(step, images, labels, STEPS))
+        return statistics.median(time_steps(step, images, labels, STEPS))
     finally:
         step.crew.close()
-    team = team_for(model, threads=1)
-    at_once = [max(stop - start for start, stop in team.pieces(-(-batch // n))) for n in (workers, 1)]
-    core, alone = (measured_core(model, rows) for rows in at_once)
-    machine = measured_machine(model.num_parameters(), images[: -(-batch // workers)].nbytes, workers)
-    return measured, cpu_step(model, workers, batch, core, alone, machine).seconds
+
+
+def as_ranks(name: str) -> int:
+    """Be one of the ranks that mpiexec has started, or the process that has them: that one prints the seconds."""
+    if (place := place_among_ranks()) is not None:
+        return take_part(*place, [sys.executable, *sys.argv])
+    print(step_seconds(CONFIGS[name], 2))
+    return 0
 
 
 if __name__ == "__main__":

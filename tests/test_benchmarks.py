@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import pytest
@@ -138,6 +139,11 @@ def test_plans_beside_what_is_measured(benchmarks, monkeypatch, capsys):
     monkeypatch.setattr(here, "SPENT", 0.0)
     monkeypatch.setattr(here, "sgemm_rate", lambda cores: 1e9 * cores)
     monkeypatch.setattr(sys, "argv", ["plan.py", "--here", "1"])
+    monkeypatch.setattr(plan, "MPIEXEC", "mpiexec")
+    monkeypatch.setattr(plan.subprocess, "run", lambda *command, **how: SimpleNamespace(stdout="0.01"))
     plan.main()
-    rows = re.findall(r"^\| tiny \| ([12]) \| ([\d.]+) \| ([\d.]+) \| [\d.]+ \(", capsys.readouterr().out, re.MULTILINE)
-    assert [row[0] for row in rows] == ["1", "2"] and all(float(x) > 0 for row in rows for x in row[1:])
+    rows = re.findall(
+        r"^\| tiny \| ([\w ]+) \| ([\d.]+) \| ([\d.]+) \| [\d.]+ \(", capsys.readouterr().out, re.MULTILINE
+    )
+    assert [row[0] for row in rows] == ["one", "two workers", "two ranks"] and rows[2][1] == "10.0"
+    assert all(float(x) > 0 for row in rows for x in row[1:])

@@ -44,11 +44,13 @@ def test_a_gain_within_the_drift_of_a_machine_is_none(measured):
     assert teamwork.workers_that_pay(mv.ViT(**TINY), 64, 100) == 1
 
 
-def test_a_run_that_is_over_soon_is_not_measured_for(measured, monkeypatch):
+def test_short_runs_and_large_steps_are_not_measured_for(measured, monkeypatch):
     _, asked = measured
     monkeypatch.setattr(teamwork, "WORTH", 2e11)
     assert teamwork.workers_that_pay(mv.ViT(**TINY), 64, 100) == 1 and asked == []
     monkeypatch.setattr(teamwork, "WORTH", 0)
+    monkeypatch.setattr(teamwork, "LARGE", 1)
+    assert teamwork.workers_that_pay(mv.ViT(**TINY), 64, 100) == 1 and asked == []
     monkeypatch.setattr(teamwork, "cpu_cores", lambda: 1)
     assert teamwork.workers_that_pay(mv.ViT(**TINY), 64, 100) == 1 and asked == []
 
@@ -74,6 +76,6 @@ def test_a_run_asks_for_it_unless_the_number_or_the_threads_are_given(measured):
     numbers = lambda **given: Job(resolve({"data.name": "digits", "data.overfit": 64, **given})).settings[
         "train.workers"
     ]
-    assert numbers() == 1 and numbers(**{"train.workers": 3}) == 3
+    assert numbers(**{"train.workers": 1}) == 1 and numbers(**{"train.workers": 3}) == 3
     assert numbers(**{"train.workers": 0, "train.threads": 2}) == 1 and asked == []
-    assert numbers(**{"train.workers": 0}) == 4 and asked == [(64, 1), (64, 4)]
+    assert numbers() == 4 and asked == [(64, 1), (64, 4)]

@@ -23,6 +23,9 @@ from minivit.train.step import TrainStep
 WORTH = 2e11
 """So many FLOPs must a run have: one of fewer is over before it would be known."""
 
+LARGE = 5e10
+"""A step of more FLOPs is mostly in calls that keep all threads busy: processes were never 5% faster."""
+
 STEPS = 9  # that are timed
 GAIN = 1.05  # fewer gains of speed are within what a machine's speed drifts by
 _LARGEST_FILE = 1 << 20
@@ -31,11 +34,11 @@ _LARGEST_FILE = 1 << 20
 def workers_that_pay(model: Model, batch_size: int, steps: int) -> int:
     """Return how many processes make a step of such a model fastest on this CPU: 1, with threads, or one for each core.
 
-    For a run of ``steps`` that is too short to be worth a measurement, it is 1. What was measured is kept in the user's
-    cache, so that equal runs have equal bits.
+    For a run of ``steps`` that is too short to be worth a measurement, and for large steps, it is 1. What was measured
+    is kept in the user's cache, so that equal runs have equal bits.
     """
     cores = cpu_cores()
-    if cores == 1 or not CAN_INHERIT or step_flops(model, batch_size) * steps < WORTH:
+    if cores == 1 or not CAN_INHERIT or not WORTH / steps <= step_flops(model, batch_size) <= LARGE:
         return 1
     described = json.dumps([cpu_text(), model.kind, model.config, batch_size], default=str)
     key, path = hashlib.sha256(described.encode()).hexdigest()[:32], user_cache() / "workers.json"

@@ -86,8 +86,8 @@ OPTIONS: dict[str, Option] = {
                           "has it (sm_80 on), else float32", ("--dtype",),
                           choices=("auto", "float32", "tf32", "bfloat16", "float16")),
     "train.threads": Option(0, "CPU threads; 0: one for each core", ("--threads",), low=0, high=1024),
-    "train.workers": Option(1, "processes that share the images of a batch on a CPU; 1: this one, with its threads; 0: "
-                            "as many as are fastest", ("--workers",), low=0, high=256),
+    "train.workers": Option(0, "processes that share the images of a batch on a CPU; 0: as many as are fastest, by a "
+                            "measurement; 1: this one, with its threads", ("--workers",), low=0, high=256),
     "train.micro_batch": Option(0, "images worked on at once; 0: what fits the cache", ("--micro-batch",), low=0,
                                 high=MANY),
     "train.save_every": Option(0, "save every so many steps, besides after each epoch", ("--save-every",), low=0,

@@ -108,7 +108,6 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
             "lr": 5e-3,
             "min_lr": 5e-5,
             "warmup_epochs": 1.0,
-            "workers": 0,
         },
     },
     # For a GPU: ViT-Ti with patches of 4 × 4, no class token; images changed as Lee et al. 2021, arXiv 2112.13492,

@@ -40,7 +40,7 @@ from minivit.train.worker import Share, answered
 
 WORK, ANSWER, BEAT = 1, 2, 3  # what a message of MPI's is
 ALIVE, LAST = b"\0", b"\1"  # what a sign of life says
-LONGEST_NAP = 5e-4  # seconds of sleep between two looks at whether something has come
+LONGEST_NAP = 5e-4  # seconds between two looks at whether something has come
 
 _SIZES = {"PMI_RANK": "PMI_SIZE", "OMPI_COMM_WORLD_RANK": "OMPI_COMM_WORLD_SIZE"}
 
@@ -122,12 +122,11 @@ class Station:
         _unlink_memory_of_mpich()
 
     def until(self, ready: Callable[[], Found]) -> Found:
-        """Wait for what is no longer false, or None."""
-        nap = 0.0
+        """Wait for what is no longer false, or None: what takes longer is looked for less often."""
+        begun = time.monotonic()
         while not (found := ready()):
             self.tick()
-            time.sleep(nap)
-            nap = min(LONGEST_NAP, 2 * nap + 1e-5)
+            time.sleep(min(LONGEST_NAP, (time.monotonic() - begun) / 16))
         return found
 
     def tick(self) -> None:
@@ -195,8 +194,7 @@ class Follower(Station):
                     share = made[0] if made else None
                 elif share is not None:  # where it could not be made nobody asks
                     self.until(self.comm.Ibcast(values, 0).Test)
-                    self._answer(thread.submit(answered, partial(share.work, **request)))
-                    share.step.buffers[0].clear_the_rest()
+                    self._answer(thread.submit(answered, partial(_work, share, request)))
                     self.until(self.comm.Ireduce(gradient, None, root=0).Test)
         self.until(self.sign.Test)
         self.until(self.send(LAST, 0, BEAT).Test)
@@ -211,6 +209,14 @@ class Follower(Station):
 def _begin(made: list[Share], *about: Any) -> dict[str, Any]:
     made.append(Share(*about))
     return made[0].about
+
+
+def _work(share: Share, request: dict[str, Any]) -> dict[str, Any]:
+    """Return a share's answer; what it has no gradient for adds nothing to the sum."""
+    try:
+        return share.work(**request)
+    finally:
+        share.step.buffers[0].clear_the_rest()
 
 
 class Relay(Station):
@@ -318,24 +324,22 @@ class Relay(Station):
         os.close(received[1][0])
         self.beats = layout.beats(memory, 0)
         self.values, self.gradient = layout.values(memory), layout.gradient(memory, 0)
-        self._tell(self._answers(self._frame(), layout.frozen(memory)))
+        self._ask(self._frame(), layout.frozen(memory))
 
     def _pass_on(self, body: bytes) -> None:
         """Pass the rows of a batch on, the first of which are in ``body``; give back the sum of the gradients."""
-        answers = self._answers(body, self.values)
         self.gradient[...] = 0
-        self.until(self.comm.Ireduce(self.mpi.IN_PLACE, self.gradient, root=0).Test)
-        self._tell(answers)
+        self._ask(body, self.values, self.gradient)
 
-    def _answers(self, body: bytes, values: np.ndarray) -> bytes:
-        """Pass a message on to each rank, the first of which is ``body``, and values to all; return the answers."""
-        sent = []
-        for rank in self.others:
-            sent.append(self.send(body if rank == 1 else self._frame(), rank, WORK))
-        self.until(self.comm.Ibcast(values, 0).Test)
+    def _ask(self, body: bytes, values: np.ndarray, gradient: np.ndarray | None = None) -> None:
+        """Pass a message on to each rank, the first of which is ``body``, and values to all; give back the answers."""
+        begun = [self.send(body if rank == 1 else self._frame(), rank, WORK) for rank in self.others]
+        begun.append(self.comm.Ibcast(values, 0))
+        if gradient is not None:
+            begun.append(self.comm.Ireduce(self.mpi.IN_PLACE, gradient, root=0))
         answers = [self.message(rank, ANSWER) for rank in self.others]
-        self.until(lambda: self.mpi.Request.Testall(sent))
-        return b"".join(map(measured, answers))
+        self.until(lambda: self.mpi.Request.Testall(begun))
+        self._tell(b"".join(map(measured, answers)))
 
     def _frame(self) -> bytes:
         if (body := frame(self._received)) is None:
