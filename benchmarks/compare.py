@@ -1,12 +1,14 @@
 """minivit beside PyTorch and JAX, in turns, so that a drift of the machine's speed reaches all alike.
 
     python benchmarks/compare.py [ROUNDS] [--python PYTHON_WITH_PEERS] [--configs digits cifar ti16 infer] [--save FILE]
-                                    [--device cuda]
+                                    [--peers 'PyTorch eager' …] [--device cuda | --workers N]
 
 Training steps of three configurations, and inference of one. Each measurement is a process of its own, on all cores.
 Prints a table in Markdown: medians over the rounds; minivit's speed as a ratio to the peer's in the same round, with
 the smallest and the largest; minivit's memory as a ratio to the peer's. ``--save`` draws it as SVG. A peer that the
-Python cannot run is left out. On a GPU the memory is the device's, all is float32, and JAX does not take part.
+Python cannot run is left out. On a GPU the memory is the device's, all is float32, and JAX does not take part. With
+``--workers`` minivit's training steps are those of so many processes, and its own, of one process on threads, are a
+peer; the processes' memory is as step.py says.
 """
 
 from __future__ import annotations
@@ -44,15 +46,18 @@ def measure(python: str, script: str, *words: str) -> Measured:
 
 
 def compare(
-    workload: str, rounds: int, python: str, peers: dict[str, tuple[str, ...]], device: str
+    workload: str, rounds: int, python: str, peers: dict[str, tuple[str, ...]], device: str, workers: int
 ) -> dict[str, list[Measured]]:
     """Return what each round measured of minivit, first, and of every peer; take out of ``peers`` who cannot run."""
-    rows: dict[str, list[Measured]] = {"minivit": [], **{peer: [] for peer in peers}}
+    ours = f"minivit, {workers} workers" if workers > 1 else "minivit"
+    rows: dict[str, list[Measured]] = {ours: [], **{peer: [] for peer in peers}}
     for _ in range(rounds):
-        rows["minivit"].append(measure(sys.executable, "step.py", *WORKLOADS[workload], "--device", device))
+        own = [*WORKLOADS[workload], "--device", device, "--workers", str(workers)]
+        rows[ours].append(measure(sys.executable, "step.py", *own))
         for peer, (script, *engine) in list(peers.items()):
             try:
-                rows[peer].append(measure(python, script, *WORKLOADS[workload], *engine, "--device", device))
+                its = sys.executable if script == "step.py" else python
+                rows[peer].append(measure(its, script, *WORKLOADS[workload], *engine, "--device", device))
             except RuntimeError as error:
                 print(f"{peer} is left out: {error}", flush=True)
                 del peers[peer], rows[peer]
@@ -65,7 +70,7 @@ def medians(measured: list[Measured]) -> Measured:
 
 
 def print_rows(workload: str, rows: dict[str, list[Measured]]) -> None:
-    ours = rows["minivit"]
+    ours = rows[next(iter(rows))]
     for name, measured in rows.items():
         speed, memory = medians(measured)
         ratios = [a[0] / b[0] for a, b in zip(ours, measured, strict=True)]
@@ -87,13 +92,17 @@ def main() -> None:
     parser.add_argument("--python", default=sys.executable, help="a Python that has PyTorch and JAX")
     parser.add_argument("--configs", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
     parser.add_argument("--save", metavar="FILE.svg")
+    parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS))
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--workers", type=int, default=1)
     args = parser.parse_args()
-    peers = {peer: command for peer, command in PEERS.items() if args.device == "cpu" or peer != "JAX jit"}
+    peers = {peer: PEERS[peer] for peer in args.peers if args.device == "cpu" or peer != "JAX jit"}
+    if args.workers > 1:
+        peers = {"minivit, one process": ("step.py",), **peers}
     panels = {}
     print("| | | img/s | MB | minivit's speed ÷ its (min to max) | minivit's memory ÷ its |\n|---|---|---|---|---|---|")
     for workload in args.configs:
-        rows = compare(workload, args.rounds, args.python, peers, args.device)
+        rows = compare(workload, args.rounds, args.python, peers, args.device, args.workers)
         print_rows(workload, rows)
         panels[heading(workload)] = {name: medians(measured) for name, measured in rows.items()}
     if args.save:

@@ -50,6 +50,7 @@ def arguments(description: str, **choices: list[str]) -> tuple[Config, str, argp
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("config", choices=CONFIGS)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--workers", type=int, default=1, help="processes of a training step of minivit's")
     for name, words in {"mode": ["train", "infer"], **choices}.items():
         parser.add_argument(name, nargs="?", choices=words, default=words[0])
     args = parser.parse_args()

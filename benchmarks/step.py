@@ -1,11 +1,15 @@
 """The speed and memory of minivit: ``python benchmarks/step.py CONFIG [train|infer]`` (digits, cifar or ti16).
 
-``--device cuda`` measures on a GPU, where the memory is what the device holds for the step.
+``--device cuda`` measures on a GPU, where the memory is what the device holds for the step. ``--workers N`` has so many
+processes share a training step; their memory is the sum of their proportional set sizes after the last one.
 """
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,12 +32,24 @@ def main() -> None:
     losses: list[float] = []
     step: Callable[[Any, Any], Any]
     if args.mode == "train":
-        train = mv.TrainStep(model, mv.optim.AdamW(model.named_parameters(), lr=1e-3, weight_decay=0.05))
+        opt = mv.optim.AdamW(model.named_parameters(), lr=1e-3, weight_decay=0.05)
+        train = mv.TrainStep(model, opt, workers=args.workers)
         step = lambda images, labels: losses.append(train(images, labels))
     else:
         step = lambda images, labels: mv.predict_logits(model, images)
     times = time_steps(step, images, labels, steps)
-    report(f"minivit {name}", config, times, losses, peak_memory() if args.device == "cpu" else pool_size())
+    memory = peak_memory() if args.device == "cpu" else pool_size()
+    if args.mode == "train" and args.workers > 1:
+        assert train.crew.workers is not None
+        memory = sum(map(share_of_memory, [os.getpid(), *(f.process.pid for f in train.crew.workers.followers)]))
+        train.crew.close()
+    report(f"minivit {name}", config, times, losses, memory)
+
+
+def share_of_memory(pid: int) -> int:
+    """Return a process's proportional set size in bytes: of what several share, each has its part."""
+    (kibibytes,) = re.findall(r"^Pss:\s+(\d+) kB", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.MULTILINE)
+    return 1024 * int(kibibytes)
 
 
 def pool_size() -> int:

@@ -25,10 +25,10 @@ def texts(path):
     return [element.text for element in ElementTree.parse(path).iter("{http://www.w3.org/2000/svg}text")]
 
 
-def test_a_step_that_trains(benchmarks):
-    done = subprocess.run(
-        [sys.executable, ROOT / "benchmarks" / "step.py", "digits"], capture_output=True, text=True, check=True
-    )
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_step_that_trains(benchmarks, workers):
+    command = [sys.executable, ROOT / "benchmarks" / "step.py", "digits", "--workers", workers]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     speed, memory, before, after = map(float, re.fullmatch(LINE, done.stdout).groups())
     assert speed > 0 and memory > 10
     assert after < before / 2
@@ -50,6 +50,12 @@ def test_comparing_leaves_out_a_peer_that_cannot_run(benchmarks, monkeypatch, ca
     assert "| digits | minivit | 200.0 | 50 | | |" in printed
     assert "| digits | PyTorch eager | 100.0 | 400 | 2.00 (2.00 to 2.00) | 0.12 |" in printed
     assert {"minivit", "PyTorch eager", "torch.compile", "200", "400"} < set(texts(tmp_path / "bars.svg"))
+    command = ["compare.py", "1", "--configs", "digits", "--peers", "PyTorch eager", "--workers", "2"]
+    monkeypatch.setattr(sys, "argv", command)
+    compare.main()
+    printed = capsys.readouterr().out
+    assert "| digits | minivit, 2 workers | 200.0 | 50 | | |" in printed
+    assert "| digits | minivit, one process | 200.0 | 50 | 1.00 (1.00 to 1.00) | 1.00 |" in printed
 
 
 def test_convolutions_beside_another(benchmarks, monkeypatch, capsys):

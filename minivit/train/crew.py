@@ -34,6 +34,8 @@ class Crew:
             remedy = f"give a whole number from 1 to {MOST}: 1 is this process alone"
             raise ConfigError(f"workers={value_text(count)}", remedy)
         self.count = int(count)
+        if (ranks := relay()) is not None and self.count not in (1, ranks.count):
+            raise ConfigError(f"workers={self.count} among {ranks.count} ranks", f"give {ranks.count}, or 1: alone")
         self.why_alone = "" if of.__module__.startswith("minivit.") else f"{of.__name__} is a step of your own"
         self.workers: Workers | None = None
 
