@@ -67,9 +67,8 @@ def take_part(rank: int, count: int, command: Sequence[str]) -> int:
     if find_spec("mpi4py") is None:
         raise ConfigError("mpiexec needs the package mpi4py", "pip install 'minivit[mpi]' on all machines")
     leader = Leader(command) if rank == 0 else None
-    if leader is None:  # a signal reaches all ranks: rank 0 passes it on
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, signal.SIG_IGN)
+    if leader is None:
+        _heed_signals(signal.SIG_DFL)  # while it waits for the others, which may have been ended by one
     try:
         from mpi4py import MPI
 
@@ -80,6 +79,8 @@ def take_part(rank: int, count: int, command: Sequence[str]) -> int:
         if leader is not None:
             leader.process.kill()
         raise
+    if leader is None:
+        _heed_signals(signal.SIG_IGN)  # they reach all ranks: rank 0 passes them on
     keep_freed_memory()
     try:
         return Follower(MPI).serve() if leader is None else Relay(MPI, leader).serve()
@@ -87,6 +88,11 @@ def take_part(rank: int, count: int, command: Sequence[str]) -> int:
         traceback.print_exc()
         MPI.COMM_WORLD.Abort(1)
         raise
+
+
+def _heed_signals(handler: Any) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, handler)
 
 
 class Leader:
@@ -100,8 +106,7 @@ class Leader:
                 [*command], pass_fds=(theirs.fileno(),), start_new_session=True,
                 env=child_environment(sys.path) | {NAME: str(theirs.fileno())},
             )  # fmt: skip
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, self._pass_on)
+        _heed_signals(self._pass_on)
 
     def _pass_on(self, number: int, _: Any) -> None:
         if self.process.poll() is None:
