@@ -151,7 +151,7 @@ def step_seconds(config: Config, count: int) -> float:
 def as_ranks(name: str) -> int:
     """Be one of the ranks that mpiexec has started, or the process that has them: that one prints the seconds."""
     if (place := place_among_ranks()) is not None:
-        return take_part(*place, [sys.executable, *sys.argv])
+        return take_part(*place, [sys.executable, *sys.argv], print)
     print(step_seconds(CONFIGS[name], 2))
     return 0
 

@@ -215,12 +215,12 @@ def left_aside(sources: dict[str, str]) -> set[str]:
 
 def test_every_file_is_imported_by_another():
     """But the commands, which main.py imports by name, kernels, whose twins name them, and exercises, which the ladder
-    lists: a model or a twin whose file is not would be missing. Runner and worker are processes of their own."""
+    lists: a model or a twin whose file is not would be missing. The runner is a process of its own."""
     commands = {f"minivit.cli.{command.replace('-', '_')}" for command in COMMANDS}
     commands |= {name for name in NAMES if name.startswith(("minivit.ops.cuda.kernels.", "minivit.learn.ladder."))}
     packages = {name for name, file in NAMES.items() if file.name == "__init__.py"}
     aside = left_aside({name: text_of(file) for name, file in NAMES.items()})
-    assert aside - commands - packages == {"minivit.__main__", "minivit.learn.runner", "minivit.train.worker"}
+    assert aside - commands - packages == {"minivit.__main__", "minivit.learn.runner"}
 
 
 def test_a_file_left_aside_is_seen():

@@ -30,15 +30,15 @@ needs_mpi = pytest.mark.skipif(
 SCRIPT = """
 import json, os, signal, sys
 sys.path.insert(0, {root!r})
-from minivit.train import mpi, peer
-from minivit.train.ranks import relay
-mpi.SILENCE = peer.SILENCE = 2
+from minivit.train import mpi, peer, relay
+from minivit.train.ranks import world
+relay.SILENCE = peer.SILENCE = 2
 if (place := mpi.place_among_ranks()) is not None:
-    sys.exit(mpi.take_part(*place, [sys.executable, *sys.argv]))
+    sys.exit(mpi.take_part(*place, [sys.executable, *sys.argv], lambda text: print(text, file=sys.stderr)))
 import numpy as np
 from minivit.errors import MinivitError
 from tests.test_workers import batch, new_step, trained
-count = relay().count
+count = world().count
 {work}
 """
 
@@ -115,7 +115,7 @@ print(json.dumps(found))
 def test_what_changes_reaches_the_ranks_and_errors_come_back(tmp_path):
     """Small batches, a frozen parameter, another value, another loss, labels that cannot be: as in one process."""
     one, three = {}, json.loads(ranks(3, CHANGES, tmp_path))
-    exec(SCRIPT.format(root=str(ROOT), work=CHANGES).replace("relay().count", "1").replace("print(", "list("), one)
+    exec(SCRIPT.format(root=str(ROOT), work=CHANGES).replace("world().count", "1").replace("print(", "list("), one)
     assert three[-1] == 3 and len(three) == len(one["found"])
     for ours, theirs in zip(three[:-1], one["found"][:-1], strict=True):
         assert ours == (pytest.approx(theirs, rel=1e-12) if isinstance(theirs, float) else theirs)
@@ -127,7 +127,7 @@ def test_what_changes_reaches_the_ranks_and_errors_come_back(tmp_path):
 ENDLESS = """
 step = new_step(count)
 step(*batch())
-print(json.dumps({"leader": os.getpid(), "ranks": [pid for pid, _ in relay().processes]}), flush=True)
+print(json.dumps({"leader": os.getpid(), "ranks": [pid for pid, _ in world().processes]}), flush=True)
 from minivit.errors import WorkerError
 try:
     while True:
@@ -241,4 +241,4 @@ def test_the_place_among_ranks():
 def test_without_mpi4py(monkeypatch):
     monkeypatch.setattr(mpi, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"mpi4py(?s:.*)minivit\[mpi\]"):
-        take_part(0, 2, [])
+        take_part(0, 2, [], print)

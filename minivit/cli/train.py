@@ -64,7 +64,8 @@ def run(args: argparse.Namespace) -> int:
     from minivit.train.mpi import place_among_ranks, take_part
 
     if (place := place_among_ranks()) is not None:
-        return take_part(*place, [sys.executable, "-P", "-m", "minivit", *args.argv])
+        aside = partial(print, file=sys.stderr, flush=True)
+        return take_part(*place, [sys.executable, "-P", "-m", "minivit", *args.argv], aside)
     tell = partial(print, flush=True)
     say = nobody if args.quiet else tell
     observers = [] if args.quiet else shown()

@@ -28,7 +28,7 @@ from minivit.train.distill import Student, distillation
 from minivit.train.observers import Observer
 from minivit.train.optim import SGD, AdamW, Muon, Optimizer, layer_scales
 from minivit.train.precision import check_precision
-from minivit.train.ranks import relay
+from minivit.train.ranks import world
 from minivit.train.schedule import Schedule
 from minivit.train.sharing import team_for
 from minivit.train.trainer import Trainer
@@ -95,7 +95,7 @@ class Job:
         s = self.settings
         team, batch_size = team_for(self.model, None, s["train.micro_batch"] or None), s["train.batch_size"]
         rows = batch_size * s["train.grad_accum_steps"]
-        workers, ranks = s["train.workers"], relay()
+        workers, ranks = s["train.workers"], world()
         if ranks is not None:
             if s.origins.get("train.workers") == "command line" and workers != ranks.count:
                 what = f"--workers {workers}, and mpiexec has started {ranks.count} processes"
@@ -139,7 +139,7 @@ class Job:
             no_kernels = None if s["train.device"] == "cpu" else tile.why_not()
         cores = plural(s["train.threads"], "thread") if s["train.device"] == "cpu" else s["train.dtype"]
         if s["train.device"] == "cpu" and s["train.workers"] > 1:
-            ranks = relay()
+            ranks = world()
             cores = plural(s["train.workers"], "worker" if ranks is None else "rank")
         lines = [
             f"device      {s['train.device']}, {cores}" + (f" ({why})" if why else ""),

@@ -14,7 +14,7 @@ from minivit.errors import ConfigError, value_text
 from minivit.nn.module import Module
 from minivit.train.parameters import FlatParameters
 from minivit.train.pieces import Batch, Buffer, Piece
-from minivit.train.ranks import Ranks, relay
+from minivit.train.ranks import Ranks, world
 from minivit.train.sendable import description
 from minivit.train.workers import Workers
 
@@ -34,7 +34,7 @@ class Crew:
             remedy = f"give a whole number from 1 to {MOST}: 1 is this process alone"
             raise ConfigError(f"workers={value_text(count)}", remedy)
         self.count = int(count)
-        if (ranks := relay()) is not None and self.count not in (1, ranks.count):
+        if (ranks := world()) is not None and self.count not in (1, ranks.count):
             raise ConfigError(f"workers={self.count} among {ranks.count} ranks", f"give {ranks.count}, or 1: alone")
         self.why_alone = "" if of.__module__.startswith("minivit.") else f"{of.__name__} is a step of your own"
         self.workers: Workers | None = None
@@ -64,14 +64,14 @@ class Crew:
         except ValueError as error:
             self.why_alone = str(error)
             return batch, team
-        kind = Workers if relay() is None else Ranks
+        kind = Workers if world() is None else Ranks
         self.workers = kind(model, loss, about, store, self.count, team.micro_batch)
         return self.workers.hand_out(batch), self.workers.team
 
     @property
     def called(self) -> str:
         """What the processes are: "workers", or "ranks", whose gradients are not added up in the same order."""
-        return "workers" if relay() is None else "ranks"
+        return "workers" if world() is None else "ranks"
 
     @property
     def remark(self) -> str:

@@ -29,8 +29,8 @@ WAIT = 0.3
 """So many seconds may go by between the end of all ranks and the knowledge of which one ended first."""
 
 
-class Relay:
-    """Rank 0 as the process sees it that it has started: the connection to it, and what all the ranks are."""
+class World:
+    """The ranks as the process sees them that rank 0 has started: the connection to it, and what all of them are."""
 
     def __init__(self, connection: socket.socket) -> None:
         hello = receive(connection)
@@ -75,42 +75,42 @@ class Relay:
 
 
 @cache
-def relay() -> Relay | None:
+def world() -> World | None:
     """Return the connection to the ranks, if this process was started to have some work for it."""
     descriptor = os.environ.pop(NAME, "")
-    return Relay(socket.socket(fileno=int(descriptor))) if descriptor else None
+    return World(socket.socket(fileno=int(descriptor))) if descriptor else None
 
 
 class Rank(Peer):
     """A rank as this process sees it, by the connection to rank 0: questions and answers are in the ranks' order."""
 
-    def __init__(self, rank: int, relay: Relay, beats: np.ndarray) -> None:
-        super().__init__(relay.connection, beats)
-        self.rank, self.relay = rank, relay
+    def __init__(self, rank: int, world: World, beats: np.ndarray) -> None:
+        super().__init__(world.connection, beats)
+        self.rank, self.world = rank, world
 
     def send(self, message: dict[str, Any]) -> None:
         """Send a message to the rank; raise WorkerError if rank 0 is dead or hung."""
         super().send(message)
-        self.relay.owed += 1
+        self.world.owed += 1
 
     def reply(self) -> dict[str, Any]:
         """Return the rank's answer; raise WorkerError if it, or rank 0, is dead or hung."""
         reply = super().reply()
-        self.relay.owed -= 1
+        self.world.owed -= 1
         return reply
 
     def dead(self) -> WorkerError:
         """Return the error of ranks that are gone."""
-        return WorkerError(self.relay.ended(), "continue the run, with as many ranks or another number")
+        return WorkerError(self.world.ended(), "continue the run, with as many ranks or another number")
 
     def hung(self, how: str) -> WorkerError:
         """Return the error of a rank 0 that does not pass anything on."""
-        return WorkerError(f"rank 0, process {self.relay.processes[0][0]}, {how}", "continue the run")
+        return WorkerError(f"rank 0, process {self.world.processes[0][0]}, {how}", "continue the run")
 
     def failed(self, how: str) -> WorkerError:
         """Return the error of a rank that has met one."""
-        pid, host = self.relay.processes[self.rank]
-        what = f"rank {self.rank} of {self.relay.count}, process {pid} on {host}, {how}"
+        pid, host = self.world.processes[self.rank]
+        what = f"rank {self.rank} of {self.world.count}, process {pid} on {host}, {how}"
         return WorkerError(what, "continue the run, with as many ranks or another number")
 
     def close(self) -> None:
@@ -124,7 +124,7 @@ class Ranks(Workers):
         return 1
 
     def _followers(self, descriptor: int, memory: mmap.mmap) -> Sequence[Rank]:
-        found = relay()
+        found = world()
         assert found is not None
         ranks = [Rank(rank, found, self.layout.beats(memory, 0)) for rank in range(1, self.count)]
         while found.owed:  # of a step that ended by an error
@@ -137,7 +137,7 @@ class Ranks(Workers):
 
     def hand_out(self, batch: Any) -> Any:
         """Give the ranks their rows of a batch; return this process's own."""
-        found = relay()
+        found = world()
         assert found is not None
         if found.user is not self:
             raise WorkerError("the ranks work for another step by now", "make one TrainStep for each run of mpiexec")

@@ -25,7 +25,7 @@ import numpy as np
 from minivit import ops
 from minivit.autograd.graph import Node, first_order, propagate
 from minivit.autograd.tensor import Tensor
-from minivit.backend import Array, Key, array_module, is_floating, on_device_of
+from minivit.backend import Array, Key, array_module, blas_threads, is_floating, on_device_of
 from minivit.backend.planning import is_on_gpu
 from minivit.errors import GraphError, NonFiniteError
 from minivit.nn.module import Module, mode
@@ -73,7 +73,7 @@ class TrainStep:
     that is in training mode, the parts that were set to eval mode remain in it.
 
     ``precision`` is what the model computes in, by a name of :data:`minivit.train.precision.NAMES`; ``ema`` is an
-    average of the parameters that takes each update in.
+    average of the parameters that takes each update in; ``workers`` processes, this one with them, share each batch.
 
     A step is :meth:`gradients`, :meth:`exchange`, :meth:`clip` and :meth:`update`, one after the other. Each may be
     replaced in a subclass: what it takes and what it leaves is all that the others know of it.
@@ -83,9 +83,8 @@ class TrainStep:
     what it came to: as long as no more than ``ahead`` are asked for later, the GPU has work while the host prepares
     the next. After a step that is not finite nothing is updated until its totals have been asked for.
 
-    The C library gives freed memory back to the system, with which a step of a small model takes 1.4 times as long, of
-    a larger one 1.07: a program that does little else than train calls ``minivit.backend.keep_freed_memory()`` first,
-    and ``keep_freed_memory(False)`` gives the memory back.
+    The C library gives freed memory back to the system, with which a step of a small model takes 1.4 times as long: a
+    program that does little else than train calls ``minivit.backend.keep_freed_memory()`` first.
     """
 
     def __init__(
@@ -175,12 +174,13 @@ class TrainStep:
 
     def _run(self, batch: Batch) -> Totals:
         """Make an update on the CPU, unless something is not finite; return what the batch came to."""
-        totals = self.exchange(self.gradients(batch))
-        if math.isfinite(totals.loss) and math.isfinite(totals.grad_norm):
-            self.clip(totals.grad_norm)
-            self.update()
-            if (ema := self.ema) is not None:
-                self.team.spread(lambda start, stop: ema.update_spans([(start, stop)]), ema.flat.size)
+        with blas_threads(1):  # the team asks for it again and again: to change it takes 1% of a small step
+            totals = self.exchange(self.gradients(batch))
+            if math.isfinite(totals.loss) and math.isfinite(totals.grad_norm):
+                self.clip(totals.grad_norm)
+                self.update()
+                if (ema := self.ema) is not None:
+                    self.team.spread(lambda start, stop: ema.update_spans([(start, stop)]), ema.flat.size)
         return totals
 
     def _work(self, batch: Batch) -> None:

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from minivit import __version__
-from minivit.backend import Key, keep_freed_memory
+from minivit.backend import Key, blas_threads, keep_freed_memory
 from minivit.errors import MinivitError, WorkerError
 from minivit.train.memory import Layout
 from minivit.train.optimizer import Optimizer
@@ -46,7 +46,7 @@ def main() -> None:
     threading.Thread(target=_live, args=(beats, parent), daemon=True).start()
     keep_freed_memory()
     # an error of the connection: the other process is gone, and nobody waits for an answer
-    with socket.socket(fileno=control) as connection, contextlib.suppress(OSError):
+    with socket.socket(fileno=control) as connection, contextlib.suppress(OSError), blas_threads(1):
         _serve(connection, shared, rank)
 
 
