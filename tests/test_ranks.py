@@ -12,12 +12,14 @@ import sys
 import time
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+import minivit as mv
 from minivit.errors import ConfigError
-from minivit.train import mpi
+from minivit.train import crew, mpi
 from minivit.train.mpi import place_among_ranks, take_part
 from tests.test_workers import new_step, trained
 
@@ -236,6 +238,13 @@ def test_the_place_among_ranks():
     assert place(OMPI_COMM_WORLD_RANK="0", OMPI_COMM_WORLD_SIZE="2") == (0, 2)
     assert place(PMI_RANK="0", PMI_SIZE="4", MINIVIT_RANKS="7") is None
     assert place(PMI_RANK="x", PMI_SIZE="4") is None
+
+
+def test_a_number_of_workers_that_is_not_that_of_the_ranks(monkeypatch):
+    monkeypatch.setattr(crew, "world", lambda: SimpleNamespace(count=3))
+    assert crew.Crew(3, mv.TrainStep).called == "ranks" and crew.Crew(1, mv.TrainStep).count == 1
+    with pytest.raises(ConfigError, match="workers=2 among 3 ranks"):
+        crew.Crew(2, mv.TrainStep)
 
 
 def test_without_mpi4py(monkeypatch):
