@@ -70,14 +70,14 @@ def take_part(rank: int, count: int, command: Sequence[str], tell: Callable[[str
         heed_signals(signal.SIG_IGN)  # they reach all ranks: rank 0 passes them on
     keep_freed_memory()
     try:
-        return Follower(MPI).serve() if leader is None else Relay(MPI, leader, tell).serve()
+        return WorkingRank(MPI).serve() if leader is None else Relay(MPI, leader, tell).serve()
     except BaseException:
         tell(traceback.format_exc())
         MPI.COMM_WORLD.Abort(1)
         raise
 
 
-class Follower(Station):
+class WorkingRank(Station):
     """A rank that works on its share of each batch."""
 
     def __init__(self, mpi: Any) -> None:
