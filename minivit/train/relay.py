@@ -17,9 +17,9 @@ import numpy as np
 from minivit.backend.children import child_environment
 from minivit.backend.wire import packed, unpacked
 from minivit.errors import WorkerError
-from minivit.train.memory import Layout
 from minivit.train.peer import HEARTBEAT, SILENCE, frame, framed, measured
 from minivit.train.ranks import NAME
+from minivit.train.shared_memory import Layout
 from minivit.train.station import ANSWER, BEAT, LAST, WORK, Found, Station, heed_signals
 
 

@@ -26,12 +26,12 @@ import numpy as np
 from minivit import __version__
 from minivit.backend import Key, blas_threads, keep_freed_memory
 from minivit.errors import MinivitError, WorkerError
-from minivit.train.memory import Layout
 from minivit.train.optimizer import Optimizer
 from minivit.train.parameters import FlatParameters
 from minivit.train.peer import HEARTBEAT, receive, send
 from minivit.train.pieces import Batch
 from minivit.train.sendable import made
+from minivit.train.shared_memory import Layout
 from minivit.train.step import TrainStep
 
 

@@ -31,11 +31,11 @@ from minivit.backend import Team
 from minivit.backend.children import child_environment
 from minivit.errors import WorkerError, printable
 from minivit.nn.module import Module, Parameter
-from minivit.train.memory import Layout, unnamed_memory
 from minivit.train.parameters import FlatParameters
 from minivit.train.peer import Peer
 from minivit.train.pieces import Batch, Buffer, Piece
 from minivit.train.seen import Seen
+from minivit.train.shared_memory import Layout, unnamed_memory
 
 
 class Follower(Peer):
