@@ -18,17 +18,17 @@ import sys
 from collections.abc import Iterator, Sequence
 
 import chart
-import numpy as np
 from configs import CONFIGS, Config
 
 import minivit as mv
-from minivit.backend import keep_freed_memory, normal, random_bits
+from minivit.backend import keep_freed_memory
 from minivit.measure.forecast import H200, MEASURED, Link, Run, Step, cpu_step, gpu_step, on_gpu, work_of
 from minivit.measure.gpu_costs import gpu_memory
 from minivit.measure.here import measured_core, measured_machine
-from minivit.measure.speed import time_steps
+from minivit.measure.teamwork import seconds_a_step
 from minivit.models import MODELS, Model, model_outline
-from minivit.train.mpi import place_among_ranks, take_part
+from minivit.train.mpi import take_part
+from minivit.train.ranks import place_among_ranks
 from minivit.train.sharing import team_for
 
 GPUS = [2**i for i in range(11)]
@@ -40,7 +40,6 @@ CURVES = {  # and the images in a step: 4 on each of 1,024 GPUs
 }
 BATCH, IMAGES, EPOCHS = 4096, 1_281_167, 300
 AT_ONCE = 256  # images that a GPU works on, at the most
-STEPS = 7
 MPIEXEC = shutil.which("mpiexec", path=os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")]))
 
 
@@ -113,13 +112,12 @@ def beside_measured(rounds: int) -> None:
 
 def one_round(name: str, config: Config, kind: str) -> Sequence[float]:
     """Return the seconds of a step, measured and then predicted; one process has one thread."""
-    count = 1 if kind == "one" else 2
+    count, model = 1 if kind == "one" else 2, new_model(config)
     if kind == "two ranks":
         command = [str(MPIEXEC), "-n", "2", sys.executable, __file__, "--ranks", name]
         measured = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     else:
-        measured = step_seconds(config, count)
-    model = new_model(config)
+        measured = seconds_a_step(model, config.batch, count, threads=1 if count == 1 else None)
     team = team_for(model, threads=1)
     at_once = [max(stop - start for start, stop in team.pieces(-(-config.batch // n))) for n in (count, 1)]
     core, alone = (measured_core(model, rows) for rows in at_once)
@@ -135,24 +133,11 @@ def new_model(config: Config) -> mv.ViT:
     return mv.ViT(image_size=image, patch_size=patch, dim=dim, depth=depth, heads=heads, num_classes=10)
 
 
-def step_seconds(config: Config, count: int) -> float:
-    """Return the median time of a training step, of so many workers, or of as many ranks as mpiexec has started."""
-    model = new_model(config)
-    opt = mv.optim.AdamW(model.named_parameters(), lr=1e-3)
-    step = mv.TrainStep(model, opt, threads=1 if count == 1 else None, workers=count)
-    images = normal(mv.Key(0), (config.batch, 3, config.image, config.image)).astype(np.float32)
-    labels = (random_bits(mv.Key(1), (config.batch,)) % 10).astype(np.int64)
-    try:
-        return statistics.median(time_steps(step, images, labels, STEPS))
-    finally:
-        step.crew.close()
-
-
 def as_ranks(name: str) -> int:
     """Be one of the ranks that mpiexec has started, or the process that has them: that one prints the seconds."""
     if (place := place_among_ranks()) is not None:
         return take_part(*place, [sys.executable, *sys.argv], print)
-    print(step_seconds(CONFIGS[name], 2))
+    print(seconds_a_step(new_model(CONFIGS[name]), CONFIGS[name].batch, 2))
     return 0
 
 

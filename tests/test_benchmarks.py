@@ -138,10 +138,10 @@ def test_plans_beside_what_is_measured(benchmarks, monkeypatch, capsys):
     import plan
     from configs import TINY
 
-    from minivit.measure import here
+    from minivit.measure import here, teamwork
 
     monkeypatch.setattr(plan, "CONFIGS", {"tiny": TINY})
-    monkeypatch.setattr(plan, "STEPS", 1)
+    monkeypatch.setattr(teamwork, "STEPS", 1)
     monkeypatch.setattr(here, "SPENT", 0.0)
     monkeypatch.setattr(here, "sgemm_rate", lambda cores: 1e9 * cores)
     monkeypatch.setattr(sys, "argv", ["plan.py", "--here", "1"])

@@ -20,8 +20,9 @@ import pytest
 import minivit as mv
 from minivit.errors import ConfigError
 from minivit.train import crew, mpi
-from minivit.train.mpi import place_among_ranks, take_part
-from tests.test_workers import new_step, trained
+from minivit.train.mpi import take_part
+from minivit.train.ranks import place_among_ranks
+from tests.test_workers import lives, new_step, trained
 
 ROOT = Path(__file__).parent.parent
 MPIEXEC = shutil.which("mpiexec", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
@@ -33,9 +34,9 @@ SCRIPT = """
 import json, os, signal, sys
 sys.path.insert(0, {root!r})
 from minivit.train import mpi, peer, relay
-from minivit.train.ranks import world
+from minivit.train.ranks import place_among_ranks, world
 relay.SILENCE = peer.SILENCE = 2
-if (place := mpi.place_among_ranks()) is not None:
+if (place := place_among_ranks()) is not None:
     sys.exit(mpi.take_part(*place, [sys.executable, *sys.argv], lambda text: print(text, file=sys.stderr)))
 import numpy as np
 from minivit.errors import MinivitError
@@ -139,13 +140,6 @@ except WorkerError as error:
     assert step.opt.steps == steps
     sys.exit(f"saved: {error.what}")
 """
-
-
-def lives(pid):
-    try:
-        return ") Z " not in Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return False
 
 
 def named_memory():

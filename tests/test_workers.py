@@ -52,6 +52,18 @@ def processes(step):
     return [follower.process for follower in step.crew.workers.followers]
 
 
+def lives(pid):
+    """Tell whether a process is there, and no zombie where /proc tells."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    try:
+        return ") Z " not in Path(f"/proc/{pid}/stat").read_text()
+    except OSError:  # there is no /proc, or it has just ended: the next look tells
+        return True
+
+
 @pytest.fixture
 def two(request):
     """Return a step of two processes that has begun to work; end them after the test."""
@@ -261,15 +273,10 @@ def test_workers_end_with_the_process_that_started_them(tmp_path):
     script.kill()
     script.wait()
     script.stdout.close()
-    for _ in range(50):
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            return
-        if Path(f"/proc/{pid}/stat").is_file() and ") Z " in Path(f"/proc/{pid}/stat").read_text():
-            return
+    end = time.monotonic() + 5
+    while lives(pid) and time.monotonic() < end:
         time.sleep(0.1)
-    pytest.fail(f"worker {pid} is still there after 5 s")
+    assert not lives(pid), f"worker {pid} is still there after 5 s"
 
 
 # ---- runs ------------------------------------------------------------------------------------------------------------

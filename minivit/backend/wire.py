@@ -34,6 +34,11 @@ def packed(value: Any, most: int = LARGEST // 2) -> bytes:
     return b"".join([len(text).to_bytes(8, "big"), text, *(a.tobytes() for a in arrays)])
 
 
+def with_length(body: bytes) -> bytes:
+    """Return a frame: its body with the length of that before it, in 8 bytes, the largest first."""
+    return len(body).to_bytes(8, "big") + body
+
+
 def unpacked(body: bytes) -> Any:
     """Return the value of a frame's body; ValueError for one that :func:`packed` does not make."""
     end = 8 + int.from_bytes(body[:8], "big")

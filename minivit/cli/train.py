@@ -61,9 +61,11 @@ def run(args: argparse.Namespace) -> int:
     from minivit.cli.epochs import shown
     from minivit.errors import Stopped
     from minivit.runs.run import continue_run, nobody, start_run
-    from minivit.train.mpi import place_among_ranks, take_part
+    from minivit.train.ranks import place_among_ranks
 
     if (place := place_among_ranks()) is not None:
+        from minivit.train.mpi import take_part
+
         aside = partial(print, file=sys.stderr, flush=True)
         return take_part(*place, [sys.executable, "-P", "-m", "minivit", *args.argv], aside)
     tell = partial(print, flush=True)

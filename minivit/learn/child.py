@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from minivit.backend.children import child_environment
-from minivit.backend.wire import LARGEST, packed, unpacked
+from minivit.backend.wire import LARGEST, packed, unpacked, with_length
 from minivit.learn.calling import Outcome
 
 SECONDS = 5.0
@@ -99,7 +99,7 @@ class Child:
             body = packed(request)
             deadline = time.monotonic() + request.get("seconds", 0.0) + _GRACE + extra
             try:
-                return unpacked(self._exchange(len(body).to_bytes(8, "big") + body, deadline))
+                return unpacked(self._exchange(with_length(body), deadline))
             except TimeoutError:
                 self._ended = Outcome(
                     name="no end", fault=f"it had not come to an end after {request.get('seconds', _GRACE):g} s"

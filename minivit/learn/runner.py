@@ -15,7 +15,7 @@ import types
 from collections.abc import Sequence
 from typing import Any
 
-from minivit.backend.wire import packed, unpacked
+from minivit.backend.wire import packed, unpacked, with_length
 from minivit.learn.calling import Forbidden, OverTime, call, copied, same
 
 MEMORY = 1 << 30
@@ -70,7 +70,7 @@ def serve() -> None:
     while size := requests.read(8):
         request = unpacked(requests.read(int.from_bytes(size, "big")))
         body = packed(getattr(work, request.pop("do"))(**request))
-        replies.write(len(body).to_bytes(8, "big") + body)
+        replies.write(with_length(body))
         replies.flush()
 
 

@@ -21,6 +21,7 @@ _USUAL = {"batch_size": 128, "weight_decay": 0.05, "clip_grad": 1.0, "smoothing"
 _NARROW = {"dim": 64, "depth": 4, "heads": 4, "mlp_dim": 128, "pool": "mean", "weight_init": "mimetic"}
 _VIT_MNIST = {"name": "vit_mnist", "patch_size": 7, **_NARROW}
 _VIT_CIFAR = {"name": "vit_cifar", **_NARROW, "dim": 96, "heads": 3, "mlp_dim": 192}
+_CCT = {"name": "cct_4_3x2_32", "convs": 3}
 _CROPS = {"resized_crop": 0.35, "flip": True}
 _PHOTOS = {**_CROPS, "jitter": 0.3}
 _FROM_PHOTOS: dict[str, dict[str, Any]] = {
@@ -87,7 +88,7 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     # Tokens by convolutions as for CIFAR-10 below, and its learning rate; changed as in @2.
     "fashion@3": {
         "data": {"val_fraction": 0.0, "crop": 1, "flip": True, "erasing": 0.25},
-        "model": {"name": "cct_4_3x2_32", "convs": 3},
+        "model": _CCT,
         "train": {**_USUAL, "optimizer": "muon", "epochs": 14, "lr": 5e-3, "min_lr": 5e-5, "warmup_epochs": 1.0},
     },
     "cifar10@1": {
@@ -112,7 +113,7 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     # 77.9%; the one here is for more epochs.
     "cifar10-cct@1": {
         "data": {"val_fraction": 0.0, "crop": 4, "flip": True},
-        "model": {"name": "cct_4_3x2_32", "convs": 3},
+        "model": _CCT,
         "train": {
             **_USUAL,
             "optimizer": "muon",

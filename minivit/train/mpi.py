@@ -9,11 +9,10 @@ they leave.
 from __future__ import annotations
 
 import json
-import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
 from importlib.util import find_spec
@@ -24,25 +23,11 @@ import numpy as np
 from minivit.backend import blas_threads, keep_freed_memory
 from minivit.backend.wire import packed, unpacked
 from minivit.errors import ConfigError
+from minivit.train import signals
 from minivit.train.peer import HEARTBEAT
-from minivit.train.ranks import NAME
 from minivit.train.relay import Leader, Relay
-from minivit.train.station import ALIVE, ANSWER, BEAT, LAST, WORK, Station, heed_signals
+from minivit.train.station import ALIVE, ANSWER, BEAT, LAST, WORK, Station
 from minivit.train.worker import Share, answered
-
-_SIZES = {"PMI_RANK": "PMI_SIZE", "OMPI_COMM_WORLD_RANK": "OMPI_COMM_WORLD_SIZE"}
-
-
-def place_among_ranks(environ: Mapping[str, str] = os.environ) -> tuple[int, int] | None:
-    """Return rank and number of ranks, if ``mpiexec`` has started this process as one of several, by its environment.
-
-    MPICH, Intel MPI and Open MPI are known. None in the process that rank 0 starts, which is no rank.
-    """
-    for rank, size in _SIZES.items():
-        place, count = environ.get(rank, ""), environ.get(size, "")
-        if NAME not in environ and place.isdecimal() and count.isdecimal() and int(count) > 1:
-            return int(place), int(count)
-    return None
 
 
 def take_part(rank: int, count: int, command: Sequence[str], tell: Callable[[str], object]) -> int:
@@ -55,7 +40,7 @@ def take_part(rank: int, count: int, command: Sequence[str], tell: Callable[[str
         raise ConfigError("mpiexec needs the package mpi4py", "pip install 'minivit[mpi]' on all machines")
     leader = Leader(command) if rank == 0 else None
     if leader is None:
-        heed_signals(signal.SIG_DFL)  # while it waits for the others, which may have been ended by one
+        signals.handle(signal.SIG_DFL)  # while it waits for the others, which may have been ended by one
     try:
         from mpi4py import MPI
 
@@ -67,7 +52,7 @@ def take_part(rank: int, count: int, command: Sequence[str], tell: Callable[[str
             leader.process.kill()
         raise
     if leader is None:
-        heed_signals(signal.SIG_IGN)  # they reach all ranks: rank 0 passes them on
+        signals.handle(signal.SIG_IGN)  # they reach all ranks: rank 0 passes them on
     keep_freed_memory()
     try:
         return WorkingRank(MPI).serve() if leader is None else Relay(MPI, leader, tell).serve()
@@ -94,15 +79,20 @@ class WorkingRank(Station):
         self.meet()
         self.until(self.send(packed(self.about), 0, ANSWER).Test)
         share: Share | None = None
+
+        def begin(*about: Any) -> dict[str, Any]:
+            nonlocal share
+            share = Share(*about)
+            return share.about
+
         with ThreadPoolExecutor(1) as thread, blas_threads(1):
             while "end" not in (request := unpacked(self.message(0, WORK))):
                 if "about" in request:
-                    about, made = json.loads(request["about"]), list[Share]()
+                    about, share = json.loads(request["about"]), None
                     values, gradient = (np.zeros(about["numbers"], about["dtype"]) for _ in range(2))
                     frozen = np.zeros(about["frozen_numbers"], about["dtype"])
                     self.until(self.comm.Ibcast(frozen, 0).Test)
-                    self._answer(thread.submit(answered, partial(_begin, made, about, values, frozen, gradient)))
-                    share = made[0] if made else None
+                    self._answer(thread.submit(answered, partial(begin, about, values, frozen, gradient)))
                 elif share is not None:  # where it could not be made nobody asks
                     self.until(self.comm.Ibcast(values, 0).Test)
                     self._answer(thread.submit(answered, partial(_work, share, request)))
@@ -115,11 +105,6 @@ class WorkingRank(Station):
         while not wait([work], HEARTBEAT / 2).done:
             self.tick()
         self.until(self.send(packed(work.result(), sys.maxsize), 0, ANSWER).Test)
-
-
-def _begin(made: list[Share], *about: Any) -> dict[str, Any]:
-    made.append(Share(*about))
-    return made[0].about
 
 
 def _work(share: Share, request: dict[str, Any]) -> dict[str, Any]:

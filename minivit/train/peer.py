@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from minivit import errors
-from minivit.backend.wire import packed, unpacked
+from minivit.backend.wire import packed, unpacked, with_length
 from minivit.errors import MinivitError, WorkerError
 
 HEARTBEAT = 0.5
@@ -22,12 +22,7 @@ SILENCE = 7
 
 def framed(message: dict[str, Any]) -> bytes:
     """Return a message, as :mod:`minivit.backend.wire` packs it, with its length before it."""
-    return measured(packed(message, sys.maxsize))
-
-
-def measured(body: bytes) -> bytes:
-    """Return what is packed with its length before it."""
-    return len(body).to_bytes(8, "big") + body
+    return with_length(packed(message, sys.maxsize))
 
 
 def send(connection: socket.socket, message: dict[str, Any]) -> None:

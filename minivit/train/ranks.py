@@ -11,22 +11,48 @@ import os
 import select
 import socket
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
 import numpy as np
 
+from minivit.backend.wire import with_length
 from minivit.errors import WorkerError
 from minivit.train.peer import Peer, receive, send
 from minivit.train.pieces import Buffer
+from minivit.train.shared_memory import beats_in
 from minivit.train.workers import Workers
 
 NAME = "MINIVIT_RANKS"
 """The environment variable that holds the descriptor of the connection to rank 0, in the process that it starts."""
 
+GO_ON = "continue the run, with as many ranks or another number"
+"""What to do when ranks have failed."""
+
 WAIT = 0.3
 """So many seconds may go by between the end of all ranks and the knowledge of which one ended first."""
+
+
+_SIZES = {"PMI_RANK": "PMI_SIZE", "OMPI_COMM_WORLD_RANK": "OMPI_COMM_WORLD_SIZE"}
+
+
+def place_among_ranks(environ: Mapping[str, str] = os.environ) -> tuple[int, int] | None:
+    """Return rank and number of ranks, if ``mpiexec`` has started this process as one of several, by its environment.
+
+    MPICH, Intel MPI and Open MPI are known. None in the process that rank 0 starts, which is no rank.
+    """
+    for rank, size in _SIZES.items():
+        place, count = environ.get(rank, ""), environ.get(size, "")
+        if NAME not in environ and place.isdecimal() and count.isdecimal() and int(count) > 1:
+            return int(place), int(count)
+    return None
+
+
+def rank_failed(rank: int, processes: Sequence[tuple[int, str]], how: str) -> WorkerError:
+    """Return the error of a rank, one of these ``processes`` (numbers and hosts), that names it and says how."""
+    pid, host = processes[rank]
+    return WorkerError(f"rank {rank} of {len(processes)}, process {pid} on {host}, {how}", GO_ON)
 
 
 class World:
@@ -101,17 +127,15 @@ class Rank(Peer):
 
     def dead(self) -> WorkerError:
         """Return the error of ranks that are gone."""
-        return WorkerError(self.world.ended(), "continue the run, with as many ranks or another number")
+        return WorkerError(self.world.ended(), GO_ON)
 
     def hung(self, how: str) -> WorkerError:
         """Return the error of a rank 0 that does not pass anything on."""
-        return WorkerError(f"rank 0, process {self.world.processes[0][0]}, {how}", "continue the run")
+        return rank_failed(0, self.world.processes, how)
 
     def failed(self, how: str) -> WorkerError:
         """Return the error of a rank that has met one."""
-        pid, host = self.world.processes[self.rank]
-        what = f"rank {self.rank} of {self.world.count}, process {pid} on {host}, {how}"
-        return WorkerError(what, "continue the run, with as many ranks or another number")
+        return rank_failed(self.rank, self.world.processes, how)
 
     def close(self) -> None:
         """Leave the ranks as they are: a next step may have work for them."""
@@ -126,10 +150,11 @@ class Ranks(Workers):
     def _followers(self, descriptor: int, memory: mmap.mmap) -> Sequence[Rank]:
         found = world()
         assert found is not None
-        ranks = [Rank(rank, found, self.layout.beats(memory, 0)) for rank in range(1, self.count)]
+        self.world = found
+        ranks = [Rank(rank, found, beats_in(memory, 0)) for rank in range(1, self.count)]
         while found.owed:  # of a step that ended by an error
             ranks[0].reply()
-        found.connection.sendall(bytes(8))  # a message of no length: a new model comes, and where it lies in memory
+        found.connection.sendall(with_length(b""))  # a new model comes, and where it lies in memory
         socket.send_fds(found.connection, [b"\0"], [descriptor])
         send(found.connection, {"layout": list(self.layout)})
         found.user = self
@@ -137,9 +162,7 @@ class Ranks(Workers):
 
     def hand_out(self, batch: Any) -> Any:
         """Give the ranks their rows of a batch; return this process's own."""
-        found = world()
-        assert found is not None
-        if found.user is not self:
+        if self.world.user is not self:
             raise WorkerError("the ranks work for another step by now", "make one TrainStep for each run of mpiexec")
         return super().hand_out(batch)
 

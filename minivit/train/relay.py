@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 
 from minivit.backend.children import child_environment
-from minivit.backend.wire import packed, unpacked
+from minivit.backend.wire import packed, unpacked, with_length
 from minivit.errors import WorkerError
-from minivit.train.peer import HEARTBEAT, SILENCE, frame, framed, measured
-from minivit.train.ranks import NAME
-from minivit.train.shared_memory import Layout
-from minivit.train.station import ANSWER, BEAT, LAST, WORK, Found, Station, heed_signals
+from minivit.train import signals
+from minivit.train.peer import HEARTBEAT, SILENCE, frame, framed
+from minivit.train.ranks import NAME, rank_failed
+from minivit.train.shared_memory import Layout, beats_in
+from minivit.train.station import ANSWER, BEAT, LAST, WORK, Found, Station
 
 
 class Leader:
@@ -34,7 +35,7 @@ class Leader:
                 [*command], pass_fds=(theirs.fileno(),), start_new_session=True,
                 env=child_environment(sys.path) | {NAME: str(theirs.fileno())},
             )  # fmt: skip
-        heed_signals(self._pass_on)
+        signals.handle(self._pass_on)
 
     def _pass_on(self, number: int, _: Any) -> None:
         if self.process.poll() is None:
@@ -53,9 +54,10 @@ class Relay(Station):
     def serve(self) -> int:
         """Pass messages on until the run ends; return its exit code."""
         self.meet()
-        processes = [self.about]
+        processes = [self.about, *((0, "?") for _ in self.others)]
         try:
-            processes += [unpacked(self.message(rank, ANSWER)) for rank in self.others]
+            for rank in self.others:
+                processes[rank] = unpacked(self.message(rank, ANSWER))
             self._tell(framed({"processes": processes}))
             while (body := frame(self._received)) is not None:
                 if body:
@@ -63,11 +65,8 @@ class Relay(Station):
                 else:
                     self._begin()
         except Hung as hung:
-            rank = hung.rank
-            pid, host = processes[rank] if rank < len(processes) else ("?", "?")
-            what = f"rank {rank} of {self.comm.size}, process {pid} on {host}, has shown no sign of life"
-            remedy = "continue the run, with as many ranks or another number"
-            self._tell(framed({"error": ["WorkerError", f"{what} for {SILENCE} seconds", remedy]}))
+            error = rank_failed(hung.rank, processes, f"has shown no sign of life for {SILENCE} seconds")
+            self._tell(framed({"error": [type(error).__name__, error.what, error.remedy]}))
             self.silent.clear()
             while self._received(1 << 20):  # it saves the run, and ends
                 pass
@@ -143,7 +142,7 @@ class Relay(Station):
         layout = Layout(*unpacked(body)["layout"])
         memory = mmap.mmap(received[1][0], layout.size)
         os.close(received[1][0])
-        self.beats = layout.beats(memory, 0)
+        self.beats = beats_in(memory, 0)
         self.values, self.gradient = layout.values(memory), layout.gradient(memory, 0)
         self._ask(self._frame(), layout.frozen(memory))
 
@@ -160,7 +159,7 @@ class Relay(Station):
             begun.append(self.comm.Ireduce(self.mpi.IN_PLACE, gradient, root=0))
         answers = [self.message(rank, ANSWER) for rank in self.others]
         self.until(lambda: self.mpi.Request.Testall(begun))
-        self._tell(b"".join(map(measured, answers)))
+        self._tell(b"".join(map(with_length, answers)))
 
     def _frame(self) -> bytes:
         if (body := frame(self._received)) is None:

@@ -11,6 +11,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+LINE = 64
+"""Bytes of a line of a core's cache: what different processes write begins in different ones."""
+
 
 class Layout(NamedTuple):
     """Where things lie in the memory: a line of signs of life for each other process, values, frozen ones, gradients.
@@ -28,10 +31,6 @@ class Layout(NamedTuple):
         """Return the bytes in all."""
         return self._start(2 + self.others)
 
-    def beats(self, memory: mmap.mmap, other: int) -> np.ndarray:
-        """Return the number, (1,), that the other process at this place counts up as long as it lives."""
-        return np.frombuffer(memory, np.uint64, 1, 64 * other)
-
     def values(self, memory: mmap.mmap) -> np.ndarray:
         """Return the parameters that are trained, as one flat array."""
         return self._array(memory, 0, self.numbers)
@@ -47,10 +46,15 @@ class Layout(NamedTuple):
     def _start(self, part: int) -> int:
         itemsize = np.dtype(self.dtype).itemsize
         sizes = [self.numbers, self.frozen_numbers, *[self.numbers] * self.others]
-        return 64 * self.others + sum(-(-n * itemsize // 64) * 64 for n in sizes[:part])
+        return LINE * self.others + sum(-(-n * itemsize // LINE) * LINE for n in sizes[:part])
 
     def _array(self, memory: mmap.mmap, part: int, numbers: int) -> np.ndarray:
         return np.frombuffer(memory, self.dtype, numbers, self._start(part))
+
+
+def beats_in(memory: mmap.mmap, other: int) -> np.ndarray:
+    """Return the number, (1,), that the other process at this place counts up as long as it lives."""
+    return np.frombuffer(memory, np.uint64, 1, LINE * other)
 
 
 @contextlib.contextmanager

@@ -13,6 +13,12 @@ NOTED = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if ha
 """Windows has no SIGHUP, which comes when a terminal is closed or a connection is lost."""
 
 
+def handle(handler: Any) -> None:
+    """Have the :data:`NOTED` signals handled so in this process, from now on."""
+    for number in NOTED:
+        signal.signal(number, handler)
+
+
 class StopSignals:
     """Notes the first of the :data:`NOTED` signals in its ``with`` block; a second one acts at once, as outside of it.
 

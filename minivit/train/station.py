@@ -31,7 +31,7 @@ class Station:
     def __init__(self, mpi: Any) -> None:
         self.mpi, self.comm = mpi, mpi.COMM_WORLD
         self.last, self.parent = time.monotonic(), os.getppid()
-        self.about = [os.getpid(), mpi.Get_processor_name()]
+        self.about: tuple[int, str] = (os.getpid(), mpi.Get_processor_name())
 
     def meet(self) -> None:
         """Wait until all ranks are here."""
@@ -81,9 +81,3 @@ def _unlink_memory_of_mpich() -> None:
     with contextlib.suppress(OSError):
         for path in set(re.findall(r"/dev/shm/mpich_shm_\w+", Path("/proc/self/maps").read_text())):
             os.unlink(path)
-
-
-def heed_signals(handler: Any) -> None:
-    """Have the signals by which a user ends a run handled so."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, handler)

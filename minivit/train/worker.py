@@ -26,23 +26,23 @@ import numpy as np
 from minivit import __version__
 from minivit.backend import Key, blas_threads, keep_freed_memory
 from minivit.errors import MinivitError, WorkerError
+from minivit.train import signals
 from minivit.train.optimizer import Optimizer
 from minivit.train.parameters import FlatParameters
 from minivit.train.peer import HEARTBEAT, receive, send
 from minivit.train.pieces import Batch
 from minivit.train.sendable import made
-from minivit.train.shared_memory import Layout
+from minivit.train.shared_memory import Layout, beats_in
 from minivit.train.step import TrainStep
 
 
 def main() -> None:
     """Say that the process lives, and answer until the other end is closed."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # they reach the whole group: the first decides
-        signal.signal(number, signal.SIG_IGN)
+    signals.handle(signal.SIG_IGN)  # they reach the whole group: the first decides
     control, memory, size, rank, parent = map(int, sys.argv[1:])
     shared = mmap.mmap(memory, size)
     os.close(memory)
-    beats = np.frombuffer(shared, np.uint64, 1, 64 * (rank - 1))
+    beats = beats_in(shared, rank - 1)
     threading.Thread(target=_live, args=(beats, parent), daemon=True).start()
     keep_freed_memory()
     # an error of the connection: the other process is gone, and nobody waits for an answer

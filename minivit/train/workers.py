@@ -35,7 +35,7 @@ from minivit.train.parameters import FlatParameters
 from minivit.train.peer import Peer
 from minivit.train.pieces import Batch, Buffer, Piece
 from minivit.train.seen import Seen
-from minivit.train.shared_memory import Layout, unnamed_memory
+from minivit.train.shared_memory import Layout, beats_in, unnamed_memory
 
 
 class Follower(Peer):
@@ -45,7 +45,7 @@ class Follower(Peer):
         self.rank, self.count = rank, layout.others + 1
         self.errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the worker
         connection, theirs = socket.socketpair()
-        super().__init__(connection, layout.beats(memory, rank - 1))
+        super().__init__(connection, beats_in(memory, rank - 1))
         words = [theirs.fileno(), descriptor, layout.size, rank, os.getpid()]
         with theirs:
             self.process = subprocess.Popen(
